@@ -1,0 +1,1 @@
+"""blemish: visual anomaly detection that learns from normal images."""

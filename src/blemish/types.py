@@ -1,0 +1,28 @@
+"""What travels between the rooms: a batch of images in, a prediction out, and the error a user can act on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+NORMAL, ANOMALOUS, UNKNOWN = 0, 1, -1  # image labels
+NO_TRUTH = 255  # mask value of a pixel whose truth is not known; pixel metrics leave it out
+
+
+class Batch(NamedTuple):
+    """Images on their way to a detector, with the truth that only the metrics look at."""
+
+    image: Tensor  # (B, 3, H, W) float32 in [0, 1]
+    label: Tensor  # (B,) int64: NORMAL, ANOMALOUS or UNKNOWN
+    mask: Tensor  # (B, H, W) uint8: 0 normal, 1 anomalous, NO_TRUTH where unknown
+    path: list[str]  # B keys of the manifest: the relative path, with "#x,y,w,h" behind it for a tile
+
+
+class Prediction(NamedTuple):
+    """What a detector says of a batch; larger is more anomalous."""
+
+    score: Tensor  # (B,) float32
+    map: Tensor | None = None  # (B, H, W) float32 in the pixels of the network's input, None for an image-level method
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message names the path or key and what would do."""
