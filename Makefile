@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: .venv/installed ## .venv with blemish in editable mode
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("blemish needs Python 3.11 to 3.13, this is %d.%d; choose with make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: .venv/installed ## train PaDiM on the embedded textures and look at the result
+	$(BIN)/python tools/train.py model=padim data=textures recipe=bundled
+
+test: .venv/installed-dev ## all tests, after lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev ## style only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

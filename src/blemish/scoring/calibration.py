@@ -1,0 +1,83 @@
+"""Decisions from normal images held out of the training: a threshold with a bound on false alarms (split conformal prediction).
+
+Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; as anomaly detection: Laxhammar and Falkman, 2010.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blemish.types import InputError
+
+
+class Threshold(NamedTuple):
+    """Anomalous is a score > value; at most alpha of the normal images are, on average over the draw of the calibration images."""
+
+    value: float | None  # None: no calibration image, no decision
+    alpha: float  # the bound that holds: as requested, or the smallest that n images reach, 1 / (n + 1)
+    requested: float
+    n: int  # calibration images
+
+    @property
+    def reachable(self) -> bool:
+        return self.alpha <= self.requested
+
+    def explain(self) -> str:
+        """What the threshold promises, in one sentence."""
+        images = f"{self.n} normal calibration image" + "s" * (self.n != 1)
+        if self.value is None:
+            return "There are no calibration images, so there is no threshold and no image is decided on."
+        promise = f"at most {100 * self.alpha:.3g} % of normal images like them are expected above {self.value:.6g}, to be called anomalous"
+        if self.reachable:
+            return f"From {images}: {promise}."
+        needed = math.ceil(1 / exact(self.requested)) - 1
+        return f"From {images} {100 * self.requested:.3g} % false alarms cannot be promised (that takes {needed} images), but {promise}."
+
+
+def exact(alpha: float) -> Fraction:
+    """The rational number meant by a float in (0, 1): 0.05 is 1/20, which its binary digits are not; InputError outside."""
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha: found {alpha}, a rate between 0 and 1 (both excluded) expected")
+    binary = Fraction(float(alpha))
+    simple = binary.limit_denominator(10**6)
+    return simple if float(simple) == float(binary) else binary
+
+
+def conformal_threshold(scores: Tensor, alpha: float) -> Threshold:
+    """The k-th smallest of the scores (n,) of normal images, k = ceil((n + 1)(1 − alpha)).
+
+    If those and a new normal image are exchangeable, the new one scores above it with probability ≤ alpha, ties included. With
+    n < ceil(1 / alpha) − 1 no threshold has that bound: the largest score is returned, with its bound 1 / (n + 1).
+    Raises InputError for NaN or infinite scores and for alpha outside (0, 1).
+    """
+    scores = _finite(scores)
+    n, rate = len(scores), exact(alpha)
+    if n == 0:
+        return Threshold(None, 1.0, float(alpha), 0)
+    k = math.ceil((n + 1) * (1 - rate))
+    bound = float(alpha) if k <= n else 1 / (n + 1)
+    return Threshold(scores.sort().values[min(k, n) - 1].item(), bound, float(alpha), n)
+
+
+def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """(1 + #{calibration ≥ score}) / (n + 1) for scores (B,) against calibration (n,) → (B,) float64, on the scores' device.
+
+    p ≤ alpha says the same as score > conformal_threshold(calibration, alpha).value. Raises InputError for NaN scores.
+    """
+    if scores.isnan().any():
+        raise InputError("scores: found NaN, numbers expected")
+    ranked = _finite(calibration).to(scores.device).sort().values  # (n,)
+    below = torch.searchsorted(ranked, scores.detach().double().contiguous())  # (B,) how many are < score
+    return (1 + len(ranked) - below).double() / (len(ranked) + 1)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    scores = scores.detach().double()
+    if scores.ndim != 1:
+        raise InputError(f"calibration scores: shape {tuple(scores.shape)} found, (n,) expected")
+    if not scores.isfinite().all():
+        raise InputError(f"calibration scores: {int((~scores.isfinite()).sum())} of {len(scores)} are NaN or infinite; finite expected")
+    return scores
