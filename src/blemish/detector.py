@@ -1,0 +1,170 @@
+"""The contract: what every method is (three bases), and what one-pass methods remember of the training images (two accumulators)."""
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from blemish.ops.gaussian import merge_moments
+from blemish.types import Batch, InputError, Prediction
+
+Maps = Sequence[Tensor]
+
+
+class Detector(pl.LightningModule):
+    """A method that needs no training gives `forward(image (B, 3, H, W) in [0, 1]) -> Prediction`; everything else is written here once.
+
+    A method with a backbone gives `features(image) -> maps` and `score(maps, size) -> Prediction` instead, so that maps computed earlier
+    can be scored. `calibration` (n, 2) holds score and largest map value of held-out normal images, empty until they were scored.
+    """
+
+    calibration: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calibration", torch.empty(0, 2))
+
+    def features(self, image: Tensor) -> Maps:
+        """Feature maps of images (B, 3, H, W), the costly and frozen part of `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        """The prediction for images of `size` (H, W) from their feature maps."""
+        raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    def forward(self, image: Tensor) -> Prediction:
+        return self.score(self.features(image), tuple(image.shape[-2:]))
+
+    def test_step(self, batch: Batch, index: int) -> Prediction:
+        return self(batch.image)
+
+    def predict_step(self, batch: Batch, index: int) -> Prediction:
+        return self(batch.image)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # a fitted buffer's size is known only after fit: an empty one takes the shape that was saved
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer is not None and buffer.numel() == 0:
+                self._buffers[name] = torch.empty_like(saved, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class OnePassDetector(Detector):
+    """A method fitted by one look at every training image: `keep` what a batch shows, then `estimate` from all that was kept."""
+
+    def __init__(self):
+        super().__init__()
+        # automatic optimisation of one idle scalar: DDP wants a parameter, and global_step must move for a checkpoint to be written
+        self.idle = nn.Parameter(torch.zeros(()))
+
+    def accumulator(self, images: int) -> "Bank | Moments":
+        """An empty memory for what `keep` gives of `images` training images."""
+        raise NotImplementedError
+
+    def keep(self, maps: Maps) -> Tensor:
+        """What to remember of a batch's maps."""
+        raise NotImplementedError
+
+    def estimate(self, kept: "Bank | Moments") -> None:
+        """Turn the memory of all training images into buffers."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.idle], lr=0.0)
+
+    def on_train_start(self) -> None:
+        if self.trainer.max_epochs != 1:
+            raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} looks at every image once; use 1")
+        self.kept = self.accumulator(len(self.trainer.train_dataloader.dataset)).to(self.device)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        with torch.inference_mode():
+            maps = self.features(batch.image)
+        with torch.no_grad():
+            self.kept.update(self.keep(maps))
+        return self.idle * 0.0
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        self.kept.gather()
+        self.estimate(self.kept)
+        del self.kept
+
+
+class TrainedDetector(Detector):
+    """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The paper's training loss, a scalar."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch.image), on_step=False, on_epoch=True)
+        return loss
+
+
+class Bank(Metric):
+    """Rows of every batch one behind the other, (count, …), in one allocation of `capacity` rows that is never copied to grow."""
+
+    full_state_update = False
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.add_state("rows", torch.empty(0), dist_reduce_fx="cat")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, rows: Tensor) -> None:
+        if self.count == 0:
+            self.rows = rows.new_empty(self.capacity, *rows.shape[1:])
+        begin = int(self.count)
+        self.rows[begin : begin + len(rows)] = rows
+        self.count += len(rows)
+
+    def gather(self) -> None:
+        """Let every process hold the rows of all."""
+        self.rows = self.rows[: int(self.count)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rows = torch.cat(gather_all_tensors(self.rows))
+            self.count = torch.as_tensor(len(self.rows), device=self.rows.device)
+
+    def compute(self) -> Tensor:
+        return self.rows[: int(self.count)]
+
+
+class Moments(Metric):
+    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of every batch."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("mean", torch.empty(0), dist_reduce_fx=None)
+        self.add_state("scatter", torch.empty(0), dist_reduce_fx=None)
+
+    def update(self, samples: Tensor) -> None:
+        if self.count == 0:
+            positions, dim = samples.shape[1:]
+            self.mean, self.scatter = samples.new_zeros(positions, dim), samples.new_zeros(positions, dim, dim)
+        self.count += merge_moments(int(self.count), self.mean, self.scatter, samples.transpose(0, 1)) - self.count
+
+    def gather(self) -> None:
+        """Let every process hold the moments of all (Chan's formula for two sets)."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        counts, means = gather_all_tensors(self.count), gather_all_tensors(self.mean)
+        total = sum(counts)
+        mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
+        delta = self.mean - mean
+        self.scatter += self.count * delta[:, :, None] * delta[:, None, :]
+        torch.distributed.all_reduce(self.scatter)
+        self.mean, self.count = mean, total
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.count, self.mean, self.scatter

@@ -1,0 +1,72 @@
+"""PaDiM: a Gaussian at every position of the feature grid (Defard, Setkov, Loesch, Audigier 2020, arXiv 2011.08785)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blemish.backbone.features import Features
+from blemish.detector import Bank, Maps, Moments, OnePassDetector
+from blemish.ops.gaussian import cholesky_factor, mahalanobis_cholesky, mahalanobis_woodbury, woodbury_factor
+from blemish.ops.maps import align, smooth_upsample
+from blemish.types import InputError, Prediction
+
+
+class PaDiM(OnePassDetector):
+    """Anomaly = Mahalanobis distance of a position's embedding to that position's normal embeddings (paper, eq. 2).
+
+    The embedding is `n_features` channels, drawn once from `seed`, of the concatenated stages (section III-A); Σ gets `epsilon`·I (eq. 1);
+    the map is upsampled and blurred by `sigma` pixels, and the image's score is its maximum.
+    """
+
+    def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, n_features: int, epsilon: float, sigma: float, seed: int):
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = Features(backbone, stages, weights, seed)
+        channels = self.backbone.channels
+        order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("drawn", order[:n_features].sort().values)  # (d,)
+        self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
+        for name in ("mean", "cholesky", "woodbury"):  # (P, d), (P, d, d), (N, P, d): one of the last two stays empty
+            self.register_buffer(name, torch.empty(0))
+        self.epsilon, self.sigma = epsilon, sigma
+
+    def features(self, image: Tensor) -> Maps:
+        return self.backbone(image)
+
+    def embed(self, maps: Maps) -> Tensor:
+        """The drawn channels of all stages at every position of the finest grid, (B, P, d)."""
+        parts = []
+        for stage, first in zip(maps, self.first, strict=True):
+            # drawing first and resizing then costs less than the other way round
+            wanted = self.drawn[(self.drawn >= first) & (self.drawn < first + stage.shape[1])] - first
+            if len(wanted) or not parts:  # the first stage sets the grid even if nothing of it was drawn
+                parts.append(stage.index_select(1, wanted).float())
+        # the channels of a position side by side: batched products would copy position by position otherwise
+        return align(parts).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
+
+    def accumulator(self, images: int) -> Bank | Moments:
+        # both forms are exact: keep the smaller of N·P·d samples and P·d·d second moments
+        return Bank(images) if images <= len(self.drawn) else Moments()
+
+    def keep(self, maps: Maps) -> Tensor:
+        return self.embed(maps)
+
+    def estimate(self, kept: Bank | Moments) -> None:
+        if isinstance(kept, Bank):
+            self.mean, self.woodbury = woodbury_factor(kept.compute(), self.epsilon)
+        else:
+            count, self.mean, scatter = kept.compute()
+            self.cholesky = cholesky_factor(scatter, int(count), self.epsilon)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        grid = maps[0].shape[-2:]
+        if len(self.mean) != grid.numel():
+            raise InputError(f"image_size: PaDiM was fitted on {len(self.mean)} positions and now sees {grid.numel()}; keep the image size")
+        x = self.embed(maps).transpose(0, 1)  # (P, B, d)
+        if len(self.cholesky):
+            distance = mahalanobis_cholesky(x, self.mean, self.cholesky)
+        else:
+            distance = mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
+        map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
+        return Prediction(map.amax((1, 2)), map)

@@ -1,0 +1,43 @@
+"""What tests share: real data where there is some, and a tiny data set made on the spot."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; skips where $BLEMISH_DATA names none."""
+    root = os.environ.get("BLEMISH_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("BLEMISH_DATA names no folder with mvtec/, mtd/, gdxray/")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """64-px crops of brick: 24 normal for training, 6 normal and 6 with a gross defect for the test, masks for the latter."""
+    root = tmp_path_factory.mktemp("tiny")
+    generator = np.random.default_rng(0)
+    brick = skimage.data.brick()
+
+    def crop() -> np.ndarray:
+        y, x = generator.integers(0, np.array(brick.shape) - 64)
+        return brick[y : y + 64, x : x + 64].copy()
+
+    for name, count in (("normal", 24), ("normal_test", 6), ("square", 6)):
+        (root / name).mkdir()
+        for i in range(count):
+            image, mask = crop(), np.zeros((64, 64), np.uint8)
+            if name == "square":
+                y, x = generator.integers(8, 32, 2)
+                image[y : y + 24, x : x + 24] = generator.integers(0, 256, (24, 24))
+                mask[y : y + 24, x : x + 24] = 255
+                (root / "masks").mkdir(exist_ok=True)
+                Image.fromarray(mask).save(root / "masks" / f"{i:03}.png")
+            Image.fromarray(image).save(root / name / f"{i:03}.png")
+    return root

@@ -1,0 +1,97 @@
+"""PaDiM against its paper written plainly, and the choice between its two exact forms."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+
+from blemish.detector import Bank, Moments
+from blemish.methods.padim import PaDiM
+from blemish.types import InputError
+
+EPSILON = 0.01
+
+
+def padim(n_features=20):
+    return PaDiM("test_resnet", [1, 2, 3], "random", n_features, EPSILON, sigma=4.0, seed=0)
+
+
+def images(n, seed=0, side=64):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def fitted(model, pictures, batch=5):
+    kept = model.accumulator(len(pictures))
+    for part in pictures.split(batch):
+        kept.update(model.keep(model.features(part)))
+    kept.gather()
+    model.estimate(kept)
+    return model, kept
+
+
+def plain_padim(model, train, test):
+    """The paper's steps one position after the other, in float64 with numpy's covariance and inverse."""
+
+    def embedding(pictures):
+        maps = model.features(pictures)
+        resized = [F.interpolate(m, maps[0].shape[-2:], mode="nearest") for m in maps]
+        return torch.cat(resized, 1)[:, model.drawn].double().numpy()  # (B, d, h, w)
+
+    x, q = embedding(train), embedding(test)
+    distance = np.zeros((len(q), *q.shape[2:]))
+    for i in range(q.shape[2]):
+        for j in range(q.shape[3]):
+            inverse = np.linalg.inv(np.cov(x[:, :, i, j].T) + EPSILON * np.eye(x.shape[1]))
+            delta = q[:, :, i, j] - x[:, :, i, j].mean(0)
+            distance[:, i, j] = np.sqrt(np.einsum("bd,de,be->b", delta, inverse, delta))
+    up = F.interpolate(torch.from_numpy(distance)[:, None], test.shape[-2:], mode="bilinear", align_corners=False)[:, 0].numpy()
+    return np.stack([gaussian_filter(m, 4.0, mode="reflect", truncate=4) for m in up])
+
+
+@pytest.mark.parametrize(("n", "form"), [(12, Bank), (20, Bank), (21, Moments), (60, Moments)])
+def test_is_the_paper_in_either_form(n, form):
+    model, kept = fitted(padim(), images(n))
+    assert isinstance(kept, form)
+    expected = plain_padim(model, images(n), images(3, seed=1))
+    score, map = model(images(3, seed=1))
+    np.testing.assert_allclose(map, expected, rtol=5e-3)
+    np.testing.assert_allclose(score, expected.max((1, 2)), rtol=5e-3)
+
+
+@torch.no_grad()
+def test_both_forms_give_the_same_numbers():
+    """The same 15 images through either form, each of which is exact for any N."""
+    by_bank, _ = fitted(padim(), images(15))
+    by_moments, kept = padim(), Moments()
+    kept.update(by_moments.keep(by_moments.features(images(15))))
+    by_moments.estimate(kept)
+    assert len(by_bank.woodbury)
+    assert len(by_moments.cholesky)
+    torch.testing.assert_close(by_bank(images(3, seed=1)).map, by_moments(images(3, seed=1)).map, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("n", [6, 20, 50])
+def test_never_holds_more_than_the_smaller_form(n):
+    model, kept = fitted(padim(), images(n), batch=2)
+    positions, d = 16 * 16, 20
+    held = sum(state.numel() for state in (model.woodbury, model.cholesky))
+    assert held == positions * d * min(n, d)
+    assert sum(getattr(kept, name).numel() for name in kept._defaults) <= held + positions * d + 1
+
+
+def test_does_not_depend_on_the_batches():
+    a, b = (fitted(padim(), images(50), batch)[0] for batch in (50, 7))
+    torch.testing.assert_close(a(images(2, 1)).map, b(images(2, 1)).map, rtol=1e-3, atol=1e-3)
+
+
+def test_all_channels_if_fewer_than_asked():
+    model = padim(n_features=10_000)
+    assert len(model.drawn) == sum(model.backbone.channels)
+
+
+def test_another_image_size_is_refused():
+    model, _ = fitted(padim(), images(12))
+    with pytest.raises(InputError, match="image_size"):
+        model(images(1, side=96))

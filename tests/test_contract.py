@@ -1,0 +1,101 @@
+"""What every method must show, whatever it computes: the battery runs over each configs/model/*.yaml."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from support import CONFIGS, tiny_run
+
+from blemish.backbone.features import Features
+from blemish.records.record import read_record
+from blemish.run import build, load, module_of, train
+from blemish.types import Batch
+
+METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tiny, tmp_path_factory):
+    """(folder, config, metrics) of one short training."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    cfg = tiny_run(tiny, folder, f"model={request.param}")
+    return folder, cfg, train(cfg)
+
+
+@pytest.fixture(scope="module")
+def batch(run) -> Batch:
+    data = build(run[1].data)
+    data.setup()
+    return next(iter(data.test_dataloader()))
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return load(run[0], "cpu")[1]
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    with (folder / "scores.csv").open() as file:
+        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+@torch.inference_mode()
+def test_shapes_and_finite(model, batch):
+    score, map = model(batch.image)
+    assert score.shape == (len(batch.image),)
+    assert score.isfinite().all()
+    if map is not None:
+        assert map.shape == (len(batch.image), *batch.image.shape[-2:])
+        assert map.isfinite().all()
+
+
+def test_a_gross_defect_is_found(run):
+    metrics = run[2]
+    assert metrics["image_auroc"] >= 0.9
+    if metrics["pixel_auroc"] is not None:
+        assert metrics["pixel_auroc"] >= 0.8
+
+
+@torch.inference_mode()
+def test_reload_is_bit_equal(run, model, batch):
+    written = scores_of(run[0])
+    assert model(batch.image).score.tolist() == [written[key] for key in batch.path]
+
+
+@torch.inference_mode()
+def test_one_image_is_as_in_a_batch(model, batch):
+    whole = model(batch.image)
+    for i in range(2):
+        one = model(batch.image[i : i + 1])
+        torch.testing.assert_close(one.score, whole.score[i : i + 1], rtol=1e-3, atol=1e-4)
+        if whole.map is not None:
+            torch.testing.assert_close(one.map, whole.map[i : i + 1], rtol=1e-3, atol=1e-3)
+
+
+def test_same_seed_same_scores(run, tiny, tmp_path):
+    again = tiny_run(tiny, tmp_path / "again", f"model={module_of(run[1].model)}")
+    first, second = ({k: v for k, v in m.items() if not k.endswith("_seconds")} for m in (run[2], train(again)))
+    assert first == second
+    assert scores_of(tmp_path / "again") == scores_of(run[0])
+
+
+def test_backbone_stays_frozen(run, model):
+    backbones = [part for part in model.modules() if isinstance(part, Features)]
+    assert all(part.digest() == read_record(run[0])["weights_digest"] for part in backbones)
+    assert not any(p.requires_grad for part in backbones for p in part.parameters())
+
+
+@torch.inference_mode()
+def test_truth_does_not_reach_the_prediction(model, batch):
+    flipped = batch._replace(label=1 - batch.label, mask=255 - batch.mask)
+    assert torch.equal(model.test_step(batch, 0).score, model.test_step(flipped, 0).score)
+
+
+@torch.inference_mode()
+def test_forward_leaves_the_state(model, batch):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(batch.image)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)

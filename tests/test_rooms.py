@@ -1,0 +1,46 @@
+"""Imports point only upwards in the list of rooms."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "blemish"
+ROOMS = ["types", "ops", "noise", "scoring", "data", "backbone", "detector", "methods", "records", "deploy", "api", "run"]
+# whole libraries that pure rooms leave alone
+FORBIDDEN = {"ops": {"lightning", "hydra", "omegaconf"}, "noise": {"lightning", "hydra", "omegaconf"}}
+HYDRA = {"hydra", "omegaconf"}
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_upwards():
+    for path in SOURCE.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        assert room in ROOMS, f"{path}: {room} is not a room"
+        for name in imports(path):
+            if name.startswith("blemish."):
+                other = name.split(".")[1]
+                assert ROOMS.index(other) <= ROOMS.index(room), f"{path}: {room} imports {name}"
+            library = name.split(".")[0]
+            assert library not in FORBIDDEN.get(room, set()), f"{path}: {room} imports {library}"
+            assert room == "run" or library not in HYDRA, f"{path}: only run.py speaks Hydra"
+
+
+def test_data_and_models_do_not_know_each_other():
+    for path in (SOURCE / "data").glob("*.py"):
+        assert not any(name.startswith(("blemish.backbone", "blemish.detector", "blemish.methods")) for name in imports(path)), path
+    for path in (SOURCE / "methods").glob("*.py"):
+        assert not any(name.startswith("blemish.data") for name in imports(path)), path
+
+
+def test_folders_hand_nothing_on():
+    assert all(not ast.parse(path.read_text()).body[1:] for path in SOURCE.rglob("__init__.py"))
