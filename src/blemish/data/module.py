@@ -1,0 +1,384 @@
+"""From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
+
+import difflib
+import hashlib
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from blemish.data.images import UINT16, fit_window, place_mask, prepare, read
+from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
+from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
+
+PROTOCOLS = ("clean", "paper")
+ON_ERROR = ("stop", "skip")
+FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
+RECENT = 2**28  # bytes of decoded images kept for the next tile
+
+log = logging.getLogger(__name__)
+
+
+class ImageData(LightningDataModule):
+    """A data set of normal training images and mixed test images; subclasses say by `scan` which file is what.
+
+    root: folder of the data set. category: its part to use, None for all there is. image_size, crop: as `images.place`.
+    protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: range of
+    the values of 16-bit and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or
+    {dtype: [lo, hi]}. on_error: "stop" at the first image that cannot be used, or "skip" all of them. manifest: CSV that
+    takes the place of the scan. InputError for a value that is none of these.
+
+    After setup: samples, digest (of the manifest), window (dtype to (lo, hi)), skipped (key to reason).
+    """
+
+    name: str  # as in configs/data/<name>.yaml
+    published: str  # citation and where the images are published
+    layout: str  # the folders and files expected under the root, a short text of several lines
+
+    def __init__(
+        self,
+        root: str,
+        category: str | None,
+        image_size: int | None,
+        crop: int | None,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        protocol: str,
+        calibration: float,
+        window: str | Sequence[float] | Mapping[str, Sequence[float]],
+        on_error: str,
+        manifest: str | None = None,
+    ):
+        super().__init__()
+        _check("protocol", protocol, protocol in PROTOCOLS, " or ".join(PROTOCOLS))
+        _check("data.on_error", on_error, on_error in ON_ERROR, " or ".join(ON_ERROR))
+        _check("data.calibration", calibration, 0 < calibration < 1, "a share between 0 and 1")
+        _check("image_size", image_size, image_size is None or image_size >= 8, "at least 8 pixels, or null for the images' own size")
+        within = crop is None or 8 <= crop <= (image_size or crop)
+        _check("crop", crop, within, f"8 to image_size={image_size} pixels, or null")
+        _check("batch_size", batch_size, batch_size >= 1, "at least 1")
+        _check("workers", workers, workers >= 0, "0 (threads) or a number of processes")
+        self.root = Path(root).expanduser()
+        self.category = None if category is None else str(category)  # a folder named 0001 arrives as a number
+        self.image_size, self.crop = image_size, crop
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.protocol, self.calibration, self.on_error = protocol, calibration, on_error
+        self.manifest = None if manifest is None else Path(manifest).expanduser()
+        self.window = _plain_window(window)
+        self.samples: list[Sample] = []
+        self.skipped: dict[str, str] = {}
+        self.digest = ""
+        self._by_key: dict[str, Sample] = {}
+
+    def scan(self) -> list[Sample]:
+        """Every sample found under self.folder(), paths relative to self.root; splits "train", "test" or "unlabelled"."""
+        raise NotImplementedError
+
+    def categories(self) -> list[str]:
+        """The categories to choose from: override where they are not simply the folders of the root."""
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    def folder(self) -> Path:
+        """root/category, checked: InputError for a missing root or a category that is not one of `categories`."""
+        if not self.root.is_dir():
+            raise self.missing(f"{self.root}: no such folder")
+        if self.category is None:
+            return self.root
+        choices = self.categories()
+        if self.category not in choices:
+            nearest = difflib.get_close_matches(self.category, choices, 1)
+            guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise self.missing(f"{self.root}: no category {self.category!r}{guess} Found: {', '.join(choices) or 'none'}")
+        return self.root / self.category
+
+    def missing(self, found: str) -> InputError:
+        """The one error for data that is not where it should be: what was found, the layout, where the data is published."""
+        return InputError(
+            f"{found}\n{self.name} expects\n{self.layout.strip(chr(10))}\n"
+            f"Published: {self.published}\nPoint to your copy by data.root=<folder>, to a part of it by data.category=<name>."
+        )
+
+    def relative(self, path: Path) -> str:
+        """The path as the manifest has it; InputError for one that is not below the root."""
+        if not path.is_relative_to(self.root) or ".." in path.relative_to(self.root).parts:
+            raise InputError(f"{path}: outside of data.root={self.root}; expected a path below it")
+        return path.relative_to(self.root).as_posix()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the samples, split them and fit the window, once; InputError if there is nothing to train on or to test."""
+        if self.digest:
+            return
+        samples = self.samples or self.listed()
+        for split in ("train", "test"):
+            if not any(sample.split == split for sample in samples):
+                raise self.missing(f"{self.manifest or self.root / (self.category or '')}: no {split} image; found {_counts(samples)}")
+        self.window = self._fitted(samples)
+        self.samples = samples
+        self._by_key = {sample.key: sample for sample in samples}
+        self.digest = manifest_digest(samples)
+
+    def listed(self) -> list[Sample]:
+        """The samples as `setup` will keep them, with digests and splits, but without asking whether there are enough."""
+        if self.manifest is None:
+            samples = self.scan()
+        else:
+            self.folder()
+            samples = read_manifest(self.manifest)
+        samples = self._digested(sorted(samples, key=lambda sample: sample.key))
+        if self.on_error == "skip":
+            samples = self._without_unreadable(samples)
+        return self._held_out(samples)
+
+    def _digested(self, samples: list[Sample]) -> list[Sample]:
+        paths = sorted({sample.path for sample in samples})
+        digests = dict(zip(paths, threaded(self._digest_of, paths), strict=True))
+        for sample in samples:
+            if sample.digest and digests[sample.path] and sample.digest != digests[sample.path]:
+                raise InputError(
+                    f"{self.root / sample.path}: changed since the manifest {self.manifest} was written "
+                    f"(digest {digests[sample.path]}, there {sample.digest}); expected the same file, or a manifest without digests"
+                )
+        return [sample._replace(digest=digests[sample.path]) for sample in samples]
+
+    def _digest_of(self, path: str) -> str:
+        try:
+            return hashlib.blake2b((self.root / path).read_bytes(), digest_size=8).hexdigest()
+        except OSError as error:
+            if self.on_error == "skip":
+                return ""  # the reading that follows says why
+            listed = f"; listed in the manifest {self.manifest}" if self.manifest else ""
+            raise InputError(f"{self.root / path}: cannot be read ({error.strerror}){listed}; expected an image file") from error
+
+    def _without_unreadable(self, samples: list[Sample]) -> list[Sample]:
+        tried = [sample for sample in samples if sample.split != "skipped"]
+        recent = Recent(RECENT)
+        reasons = threaded(lambda sample: self._reason(sample, recent.read), tried)
+        self.skipped = {sample.key: reason for sample, reason in zip(tried, reasons, strict=True) if reason}
+        for key, reason in self.skipped.items():
+            log.warning("skipped %s: %s", key, reason)
+        if self.skipped:
+            log.warning("skipped %d of %d images (data.on_error=skip)", len(self.skipped), len(tried))
+        return [sample._replace(split="skipped") if sample.key in self.skipped else sample for sample in samples]
+
+    def _reason(self, sample: Sample, load: Callable[[Path], np.ndarray]) -> str:
+        try:
+            whole = load(self.root / sample.path)
+            cut(self.root, sample, whole)
+            truth(self.root, sample, whole.shape[:2], load)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    def _held_out(self, samples: list[Sample]) -> list[Sample]:
+        if self.protocol == "paper":
+            return [sample._replace(split="train") if sample.split == "calibrate" else sample for sample in samples]
+        if any(sample.split == "calibrate" for sample in samples):  # a manifest that has its own hold-out
+            return samples
+        normal = sorted({sample.path for sample in samples if sample.split == "train" and sample.label == NORMAL})
+        out = held_out(normal, self.calibration, self.seed)
+        return [s._replace(split="calibrate") if s.split == "train" and s.path in out else s for s in samples]
+
+    def _fitted(self, samples: list[Sample]) -> dict[str, tuple[float, float]]:
+        if self.window == "dtype":
+            return {"uint16": UINT16}
+        if self.window != "auto":
+            return self.window
+        return fit_window(self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"}))
+
+    def sample(self, key: str) -> Sample:
+        """The manifest row behind an entry of Batch.path; KeyError if there is none."""
+        return self._by_key[key]
+
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader:
+        """Batches of one split in the manifest's order, or in an order drawn anew each epoch from the seed."""
+        dataset = Images([s for s in self.samples if s.split == split], self.root, self.window, self.image_size, self.crop)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.seed),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader("train", shuffle=True)
+
+    def calibrate_dataloader(self) -> DataLoader:
+        return self.loader("calibrate")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.loader("unlabelled")
+
+
+def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:
+    """The images kept from training: max(⌈share·N⌉, 19) of N, never more than a quarter, one at least when there are two."""
+    count = min(max(math.ceil(round(share * len(paths), 9)), FEWEST), len(paths) // 4)
+    count = max(count, 1) if len(paths) > 1 else 0
+    return {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]}
+
+
+class Images(Dataset):
+    """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads."""
+
+    def __init__(self, samples: list[Sample], root: Path, window: dict, size: int | None, crop: int | None):
+        self.samples, self.root = samples, root
+        self.window, self.size, self.crop = window, size, crop
+        self.recent = Recent(RECENT)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
+        sample = self.samples[index]
+        load = self.recent.read if sample.region else read
+        whole = load(self.root / sample.path)
+        array = cut(self.root, sample, whole)
+        mask = truth(self.root, sample, whole.shape[:2], load)
+        try:
+            image = prepare(array, self.window, self.size, self.crop)
+        except InputError as error:
+            raise InputError(f"{self.root / sample.path}: {error}") from None
+        return image, sample.label, place_mask(torch.from_numpy(mask), self.size, self.crop), sample.key
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
+        if get_worker_info() is not None:  # the processes are the threads
+            return [self[index] for index in indices]
+        groups: dict[str, list[int]] = {}  # tiles of one image stay with one thread, which decodes it once
+        for index in indices:
+            groups.setdefault(self.samples[index].path, []).append(index)
+        rows = threaded(lambda group: [(index, self[index]) for index in group], list(groups.values()))
+        by_index = dict(row for group in rows for row in group)
+        return [by_index[index] for index in indices]
+
+
+class Recent:
+    """The images read last, up to a number of bytes and one at least, so that tiles of one image do not decode it each time."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.arrays: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self.lock = Lock()
+
+    def read(self, path: Path) -> np.ndarray:
+        with self.lock:
+            if path in self.arrays:
+                self.arrays.move_to_end(path)
+                return self.arrays[path]
+        array = read(path)
+        with self.lock:
+            self.arrays[path] = array
+            while len(self.arrays) > 1 and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
+                self.arrays.popitem(last=False)
+        return array
+
+    def __getstate__(self) -> dict:  # to a worker process go neither the lock nor the images
+        return {"most": self.most}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+
+def collate(rows: list[tuple[Tensor, int, Tensor, str]]) -> Batch:
+    """Rows of `Images` as one Batch; InputError if the images differ in size, which takes image_size=null."""
+    image, label, mask, path = zip(*rows, strict=True)
+    sizes = {tuple(one.shape[1:]): key for one, key in zip(image, path, strict=True)}
+    if len(sizes) > 1:
+        found = ", ".join(f"{key} {w}×{h}" for (h, w), key in sizes.items())
+        raise InputError(f"image_size=null with images of several sizes in a batch ({found}); expected image_size=<pixels> or batch_size=1")
+    # a copy is bound by memory: torch.stack shares it among threads that wait for each other, for long on a busy machine
+    images, masks = (torch.from_numpy(np.stack([one.numpy() for one in many])) for many in (image, mask))
+    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path))
+
+
+def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
+    """The sample's tile of its image (H, W, …), all of it without a region; InputError if the tile reaches beyond."""
+    height, width = array.shape[:2]
+    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
+    if x + w > width or y + h > height:
+        raise InputError(f"{root / sample.path}: the tile {sample.region} (x,y,w,h) is not inside its {width}×{height} pixels")
+    return np.ascontiguousarray(array[y : y + h, x : x + w])
+
+
+def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """The mask of a sample, uint8 of the size of its tile: the mask file, else the boxes, else 0 if normal and NO_TRUTH if not.
+
+    `whole` is the (height, width) of the image; InputError if the mask file has another.
+    """
+    height, width = whole
+    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
+    if sample.mask:
+        mask = binary(load(root / sample.mask))
+        if mask.shape != whole:
+            raise InputError(
+                f"{root / sample.mask}: a mask of {mask.shape[1]}×{mask.shape[0]} pixels for the image {root / sample.path} "
+                f"of {width}×{height}; expected the same size"
+            )
+        return np.ascontiguousarray(mask[y : y + h, x : x + w])
+    mask = np.full((h, w), 0 if sample.label == NORMAL or sample.boxes else NO_TRUTH, dtype=np.uint8)
+    for x1, y1, x2, y2 in parse_boxes(sample.boxes):
+        mask[max(y1 - y, 0) : max(y2 - y, 0), max(x1 - x, 0) : max(x2 - x, 0)] = 1
+    return mask
+
+
+def binary(mask: np.ndarray) -> np.ndarray:
+    """A mask file's array (H, W) or (H, W, 3) of any dtype as uint8 0 and 1, by one rule.
+
+    The full scale is the smallest of 1, 255, 65535 that no value exceeds, and a pixel is anomalous above half of it: this
+    serves 0/1, 0/255 and grey masks whose edges are blurred. A mask that nowhere reaches half its scale holds class or
+    instance numbers, and every pixel that is not 0 is anomalous.
+    """
+    mask = mask.max(axis=2) if mask.ndim == 3 else mask
+    top = mask.max()
+    half = next((scale for scale in (1, 255, 65535) if top <= scale), top) / 2
+    return (mask > (half if top > half else 0)).astype(np.uint8)
+
+
+def threaded(work: Callable, items: Sequence) -> list:
+    """work(item) for all items, in order, by at most 8 threads: reading and decoding let go of the interpreter's lock."""
+    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8, len(items))
+    if threads < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def _check(key: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise InputError(f"{key}={value}: expected {expected}")
+
+
+def _plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:
+    expected = "auto, dtype, [lo, hi] with lo < hi, or {uint16: [lo, hi], float32: [lo, hi]}"
+    if window in ("auto", "dtype"):
+        return window
+    try:
+        if not isinstance(window, Mapping):
+            window = {"uint16": window, "float32": window}
+        plain = {dtype: (float(lo), float(hi)) for dtype, (lo, hi) in window.items()}
+    except (TypeError, ValueError):
+        raise InputError(f"data.window={window}: expected {expected}") from None
+    for dtype, (lo, hi) in plain.items():
+        _check("data.window", window, dtype in ("uint16", "float32") and lo < hi and math.isfinite(hi - lo), expected)
+    return plain
+
+
+def _counts(samples: Iterable[Sample]) -> str:
+    splits = [sample.split for sample in samples]
+    return ", ".join(f"{splits.count(split)} {split}" for split in sorted(set(splits))) or "no images at all"

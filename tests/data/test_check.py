@@ -1,0 +1,102 @@
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blemish.data.check import _sizes, check
+from blemish.data.folder import Folder
+from blemish.data.samples import read_manifest
+
+TOOL = Path(__file__).parents[2] / "tools" / "data.py"
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "set"
+    for i in range(8):
+        save(root / f"normal/{i}.png", np.zeros((20, 20 + i), np.uint8 if i else np.uint16))
+    for name in "abcd":
+        save(root / f"crack/{name}.png", np.zeros((20, 30, 3), np.uint8))
+    save(root / "truth/a.png", np.full((20, 30), 255, np.uint8))
+    save(root / "truth/b.png", np.zeros((20, 30), np.uint8))
+    save(root / "truth/c.png", np.full((20, 31), 255, np.uint8))
+    return root
+
+
+def folder(root):
+    common = (32, None, 4, 0, 0, "paper", 0.1, "auto", "stop")
+    return Folder(root, None, "normal", None, "crack", "truth", 0.25, *common)
+
+
+def test_rows_count_what_is_there(root):
+    (root / "crack/d.png").write_bytes(b"\x89PNG")
+    train, crack, good = check(folder(root))
+    assert (train.split, train.defect, train.images) == ("train", "good", 6) and (good.split, good.defect, good.images) == (
+        "test",
+        "good",
+        2,
+    )
+    assert train.missing == 0 and not train.faulty
+    assert (crack.defect, crack.images, crack.masks, crack.missing) == ("crack", 4, 3, 1)
+    assert crack.empty == ["truth/b.png"] and crack.faulty
+    assert len(crack.wrong) == 1 and "truth/c.png: 31×20 pixels, its image 30×20" in crack.wrong[0]
+    assert len(crack.unreadable) == 1 and str(root / "crack/d.png") in crack.unreadable[0]
+    assert crack.sizes == "30×20" and crack.kinds == "uint8 colour 3"
+    kinds = [kind for row in (train, good) for kind in row.kinds.split(", ")]
+    assert "uint16 grey 1" in kinds and sum(int(kind.split()[-1]) for kind in kinds) == 8
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """The tool with these arguments, in this process: (exit status, what it printed, what it complained of)."""
+
+    def tool(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return done.value.code, *capsys.readouterr()
+
+    return tool
+
+
+def test_tool_prints_writes_and_exits(root, tmp_path, run):
+    arguments = ["check", "data=folder", f"data.root={root}", "data.abnormal=[crack]", "data.masks=truth"]
+    code, out, err = run(*arguments)
+    assert code == 1 and "truth/c.png" in out and "crack" in out and not err
+    assert len(read_manifest(tmp_path / "manifest.csv")) == 12
+    save(root / "truth/c.png", np.full((20, 30), 255, np.uint8))
+    assert run(*arguments, "output=new/m.csv")[0] == 0
+    assert len(read_manifest(tmp_path / "new/m.csv")) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.csv", "new", "set"]  # no folder of Hydra's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "Actions: check"),
+        (("chek", "data=folder"), "Actions: check"),
+        (("check", "data=folder"), "data.root"),
+        (("check", "data=folder", "data.root=nowhere"), "nowhere: no such folder"),
+        (("check", "data=folder", "data.root=.", "data.on_error=x"), "data.on_error=x"),
+    ],
+)
+def test_tool_says_in_a_few_words_what_is_wrong(run, arguments, says):
+    code, _, err = run(*arguments)
+    if arguments[:1] == ("check",):
+        assert code == 2 and says in err and "Traceback" not in err
+    else:
+        assert says in code  # what the interpreter prints before it exits with 1
+
+
+def test_sizes_are_listed_or_a_range():
+    assert _sizes([(20, 30), (20, 30), (10, 40)]) == "10×40, 20×30"
+    assert _sizes([(20, 30), (10, 40), (15, 35), (70, 20)]) == "10–70 × 20–40"

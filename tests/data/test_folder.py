@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from blemish.data.folder import Folder
+from blemish.types import InputError
+
+CONFIG = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
+PLAIN = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper"}
+
+
+def folder(root, **changes):
+    """As configs/data/folder.yaml has it, but for the values it takes from the run."""
+    values = yaml.safe_load(CONFIG.read_text())
+    assert values.pop("_target_") == "blemish.data.folder.Folder"
+    return Folder(**{**values, **PLAIN, "root": root, **changes})
+
+
+def make(root, *names, value=0, size=(16, 20)):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full(size, value, np.uint8)).save(root / name)
+
+
+@pytest.fixture
+def root(tmp_path):
+    make(tmp_path, *(f"normal/{i}.png" for i in range(10)))
+    make(tmp_path, "crack/a.png", "crack/deep er/b.PNG", "höle ü/a.bmp", "höle ü/c.jpg")
+    return tmp_path
+
+
+def masks_of(data):
+    return {s.path: s.mask for s in data.scan() if s.label == 1}
+
+
+def test_splits_and_defect_types(root):
+    (root / "normal" / ".hidden.png").write_text("no image")
+    (root / "normal" / "notes.txt").write_text("no image")
+    samples = folder(root, abnormal=["crack", "höle ü"]).scan()
+    assert {(s.path, s.split, s.label, s.defect) for s in samples if s.label} == {
+        ("crack/a.png", "test", 1, "crack"),
+        ("crack/deep er/b.PNG", "test", 1, "crack"),
+        ("höle ü/a.bmp", "test", 1, "höle ü"),
+        ("höle ü/c.jpg", "test", 1, "höle ü"),
+    }
+    assert sum(s.split == "test" and not s.label for s in samples) == 2 and sum(s.split == "train" for s in samples) == 8
+    assert samples == folder(root, abnormal=["crack", "höle ü"]).scan()
+    kept = {tuple(s.path for s in folder(root, seed=seed).scan() if s.split == "test") for seed in range(8)}
+    assert len(kept) > 3
+
+
+def test_normal_test_several_folders_and_category(root):
+    make(root, "part/good/x.png", "part/also/y.png", "part/ok/z.png", "part/bad/crack/0.png")
+    data = folder(root, category="part", normal=["good", "also"], normal_test="ok", abnormal="bad/crack")
+    data.setup()
+    assert [(s.path, s.split, s.defect) for s in data.samples] == [
+        ("part/also/y.png", "train", "good"),
+        ("part/bad/crack/0.png", "test", "crack"),
+        ("part/good/x.png", "train", "good"),
+        ("part/ok/z.png", "test", "good"),
+    ]
+
+
+def test_symlinked_folder(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("else where")
+    make(elsewhere, "1.png", "2.png")
+    (root / "linked").symlink_to(elsewhere)
+    data = folder(root, normal="linked")
+    assert {s.path for s in data.scan()} == {"linked/1.png", "linked/2.png"}
+    data.setup()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["crack/a.png", "crack/deep er/b.png", "höle ü/a.png", "höle ü/c.png"],
+        ["crack/a_mask.png", "crack/deep er/b_mask.tif", "höle ü/a_mask.png", "höle ü/c.bmp"],
+        ["crack/a.png", "b_mask.png", "höle ü/a.png", "some/where/c.png"],
+    ],
+    ids=["relative path", "_mask", "stem"],
+)
+def test_masks_are_found(root, layout):
+    make(root, *(f"truth/{name}" for name in layout), value=255)
+    make(root, "truth/0.png", "truth/normal/1_mask.png")  # of normal images: allowed and not used
+    found = masks_of(folder(root, abnormal=["crack", "höle ü"], masks="truth"))
+    images = ["crack/a.png", "crack/deep er/b.PNG", "höle ü/a.bmp", "höle ü/c.jpg"]
+    assert found == {image: f"truth/{mask}" for image, mask in zip(images, layout, strict=True)}
+
+
+def test_masks_inside_the_defect_folder_and_under_nested_names(root):
+    make(root, "test/scratch/1.png", "gt/scratch/1_mask.png")
+    assert masks_of(folder(root, abnormal=["test/scratch"], masks="gt")) == {"test/scratch/1.png": "gt/scratch/1_mask.png"}
+    make(root, "flaw/1.png", "flaw/masks/1.png")
+    assert masks_of(folder(root, abnormal="flaw", masks="flaw/masks")) == {"flaw/1.png": "flaw/masks/1.png"}
+
+
+def test_an_image_without_a_mask_is_image_level_only(root):
+    make(root, "truth/crack/a.png")
+    found = masks_of(folder(root, abnormal=["crack", "höle ü"], masks="truth"))
+    assert found == {"crack/a.png": "truth/crack/a.png", "crack/deep er/b.PNG": "", "höle ü/a.bmp": "", "höle ü/c.jpg": ""}
+
+
+def test_ambiguous_masks(root):
+    make(root, "truth/a.png")
+    with pytest.raises(InputError, match=r"truth/a\.png: fits .*crack/a\.png.*höle ü/a\.bmp"):
+        folder(root, abnormal=["crack", "höle ü"], masks="truth").scan()
+    make(root, "truth/a.tif")
+    with pytest.raises(InputError, match=r"crack/a\.png: 2 masks fit"):
+        folder(root, abnormal="crack", masks="truth").scan()
+
+
+def test_mask_with_no_image_is_listed(root):
+    make(root, "truth/crack/a.png", "truth/crack/lost.png", "truth/crack/gone_mask.png")
+    with pytest.raises(InputError) as error:
+        folder(root, abnormal="crack", masks="truth").setup()
+    assert "lost.png" in str(error.value) and "gone_mask.png" in str(error.value) and "crack/a.png" not in str(error.value)
+
+
+def test_a_mask_in_a_defect_folder_is_not_lent_to_another(root):
+    make(root, "crack/1.png", "höle ü/2.png", "truth/höle ü/1.png")  # no image höle ü/1, but crack/1 and normal/1
+    with pytest.raises(InputError, match=r"höle ü/1\.png: a mask without an image"):
+        folder(root, abnormal=["crack", "höle ü"], masks="truth").scan()
+
+
+def test_masks_of_a_defect_left_out_are_no_orphans(root):
+    make(root, "test/hole/0.png", "test/scratch/0.png", "gt/hole/0_mask.png", "gt/scratch/0_mask.png")
+    assert masks_of(folder(root, abnormal="test/hole", masks="gt")) == {"test/hole/0.png": "gt/hole/0_mask.png"}
+    (root / "gt/hole/0_mask.png").unlink()
+    assert masks_of(folder(root, abnormal="test/hole", masks="gt")) == {"test/hole/0.png": ""}  # not that of the scratch
+
+
+def test_folders_outside_of_the_root(root, tmp_path_factory):
+    make(tmp_path_factory.mktemp("other") / "masks", "a.png")
+    elsewhere = next(tmp_path_factory.getbasetemp().glob("other*/masks"))
+    with pytest.raises(InputError, match=r"outside of data\.root"):
+        folder(root, abnormal="crack", masks=str(elsewhere)).scan()
+    with pytest.raises(InputError, match=r"outside of data\.root"):
+        folder(root / "crack", normal="../normal").scan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"normal": "god"}, "god: no such folder; found crack, empty, höle ü, normal"),
+        ({"normal": "empty"}, "empty: no image in it"),
+        ({"abnormal": ["crack", "empty"]}, "empty: no image in it"),
+        ({"masks": "nowhere", "abnormal": "crack"}, "nowhere: no such folder (data.masks)"),
+        ({"category": "crak"}, "did you mean 'crack'?"),
+        ({"normal_test": "normal"}, "in two of the folders"),
+        ({"normal": ".", "abnormal": "crack"}, "in two of the folders"),
+        ({"abnormal": ["crack", "crack/deep er"]}, "in two of the folders"),
+    ],
+)
+def test_layouts_that_cannot_be(root, changes, says):
+    (root / "empty").mkdir()
+    with pytest.raises(InputError) as error:
+        folder(root, **changes).setup()
+    assert says in str(error.value) and str(root) in str(error.value)
+
+
+def test_values(tmp_path):
+    with pytest.raises(InputError, match=r"data\.test_share=1"):
+        folder(tmp_path, test_share=1)
+    with pytest.raises(InputError, match=r"data\.normal"):
+        folder(tmp_path, normal=[])
+
+
+def test_normal_images_alone_are_enough_to_train(root, caplog):
+    data = folder(root)
+    data.setup()
+    assert "data.abnormal" in caplog.text and len(list(data.test_dataloader())) == 1

@@ -1,0 +1,423 @@
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from blemish.data.images import dtype_of, find_images, fit_window, place, place_mask, prepare, read, to_unit, unplace
+from blemish.types import InputError
+
+H, W = 24, 40
+GREY = np.random.default_rng(0).integers(0, 256, (H, W), dtype=np.uint8)
+RGB = np.random.default_rng(1).integers(0, 256, (H, W, 3), dtype=np.uint8)
+RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(array, colour, *, before=b"", after=b"", interlaced=False):
+    """PNG bytes written from the format's definition, for what Pillow cannot write; array (H, W, C) uint8 or uint16."""
+    depth, (height, width) = array.dtype.itemsize * 8, array.shape[:2]
+    passes = (
+        [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)] if interlaced else [(0, 0, 1, 1)]
+    )
+    rows = b"".join(b"\0" + row.astype(array.dtype.newbyteorder(">")).tobytes() for y, x, dy, dx in passes for row in array[y::dy, x::dx])
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows)) + after + chunk(b"IEND", b"")
+
+
+def exif(orientation):
+    made = Image.Exif()
+    made[274] = orientation
+    return made
+
+
+def saved(path, image, **options):
+    Image.fromarray(image).save(path, **options) if isinstance(image, np.ndarray) else image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tif", "gif", "webp"])
+@pytest.mark.parametrize("array", [GREY, RGB], ids=["grey", "rgb"])
+def test_lossless_eight_bits(tmp_path, kind, array):
+    if kind == "gif" and array.ndim == 3:
+        array = array // 128 * 255  # eight colours fit a palette
+    found = read(saved(tmp_path / f"a.{kind}", array, **({"lossless": True} if kind == "webp" else {})))
+    assert found.dtype == np.uint8
+    assert np.array_equal(found if found.ndim == array.ndim else found[..., 0], array)
+
+
+def test_jpeg_grey_colour_and_cmyk(tmp_path):
+    smooth = np.add.outer(np.arange(H), np.arange(W)).astype(np.uint8) * 3
+    colour = np.dstack([smooth, smooth[::-1], 255 - smooth])
+    assert np.abs(read(saved(tmp_path / "g.jpg", smooth, quality=95)).astype(int) - smooth).max() < 12
+    rgb = read(saved(tmp_path / "c.jpg", colour, quality=95, subsampling=0))
+    assert rgb.shape == (H, W, 3) and np.abs(rgb.astype(int) - colour).mean() < 4
+    cmyk = read(saved(tmp_path / "k.jpg", Image.fromarray(colour).convert("CMYK"), quality=95, subsampling=0))
+    assert cmyk.shape == (H, W, 3) and np.abs(cmyk.astype(int) - colour).mean() < 8
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("where", ["none", "before", "after"])
+def test_sixteen_bit_png_keeps_every_bit(tmp_path, colour, channels, interlaced, where):
+    array = np.random.default_rng(colour).integers(0, 65536, (H, W, channels)).astype(np.uint16)
+    tag = chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0"))
+    path = tmp_path / "a.png"
+    path.write_bytes(png(array, colour, interlaced=interlaced, **({where: tag} if where != "none" else {})))
+    expected = array[..., 0] if channels < 3 else array[..., :3]
+    found = read(path)
+    assert found.dtype == np.uint16 and np.array_equal(found, expected if where == "none" else np.rot90(expected, -1))
+
+
+def test_sixteen_bit_ramp_survives_to_the_network(tmp_path):
+    path = saved(tmp_path / "ramp.png", RAMP)
+    window = fit_window([path])
+    unit = to_unit(read(path), window)
+    assert unit.shape == (3, 256, 256) and unit.dtype == torch.float32
+    assert len(unit[0].unique()) >= 60_000 and unit.min() == 0 and unit.max() == 1
+
+
+TIFFS = {
+    "grey8": (GREY, {}),
+    "rgb8": (RGB, {"photometric": "rgb"}),
+    "grey16": (RAMP, {}),
+    "grey16 big endian": (RAMP, {"byteorder": ">"}),
+    "grey16 deflate tiles": (RAMP, {"compression": "zlib", "tile": (64, 64), "predictor": True}),
+    "grey16 bigtiff": (RAMP, {"bigtiff": True}),
+    "rgb16": (RGB.astype(np.uint16) * 257, {"photometric": "rgb"}),
+    "rgb16 planes": (np.moveaxis(RGB.astype(np.uint16) * 257, 2, 0), {"photometric": "rgb", "planarconfig": "separate"}),
+    "float": (GREY / np.float32(7) - 3, {}),
+    "rgb float": (RGB / np.float32(7), {"photometric": "rgb"}),
+}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_tiff_keeps_every_bit(tmp_path, name):
+    array, options = TIFFS[name]
+    tifffile.imwrite(tmp_path / "a.tif", array, **options)
+    found = read(tmp_path / "a.tif")
+    expected = np.moveaxis(array, 0, -1) if "planes" in name else array
+    assert found.dtype == array.dtype.newbyteorder("=") and np.array_equal(found, expected)
+
+
+def test_tiff_of_other_kinds(tmp_path):
+    path = tmp_path / "a.tif"
+    for dtype in (np.int16, np.int32, np.uint32, np.float16, np.float64, np.int8):
+        array = (GREY.astype(np.int64) // 2).astype(dtype)
+        tifffile.imwrite(path, array)
+        assert read(path).dtype == np.float32 and np.array_equal(read(path), array.astype(np.float32))
+    tifffile.imwrite(path, RAMP, photometric="miniswhite")
+    assert np.array_equal(read(path), 65535 - RAMP)
+    tifffile.imwrite(path, np.dstack([RGB, GREY]).astype(np.uint16) * 256, photometric="rgb", extrasamples=["unassalpha"])
+    assert np.array_equal(read(path), RGB.astype(np.uint16) * 256)
+    saved(path, RAMP, compression="tiff_lzw")
+    assert np.array_equal(read(path), RAMP)
+    saved(path, RGB, compression="tiff_lzw")
+    assert np.array_equal(read(path), RGB)
+    saved(path, Image.fromarray(GREY > 127))
+    assert np.array_equal(read(path), (GREY > 127) * np.uint8(255))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif8", "tif16", "tif16 lzw"])
+def test_orientation_is_applied(tmp_path, orientation, kind):
+    upright = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).T,
+        8: np.rot90,
+    }[orientation]
+    blocks = np.kron(np.arange(1, 7).reshape(2, 3) * 40, np.ones((16, 16))).astype(np.uint8)
+    path = tmp_path / f"a.{kind[:4].rstrip('81')}"
+    if kind.startswith("tif"):
+        blocks = blocks.astype(np.uint16) * 200 if "16" in kind else blocks
+        saved(path, blocks, tiffinfo={274: orientation}, **({"compression": "tiff_lzw"} if "lzw" in kind else {}))
+    else:
+        saved(path, blocks, exif=exif(orientation), **({"lossless": True} if kind == "webp" else {}))
+    found = read(path)
+    found = found[..., 0] if found.ndim == 3 else found
+    assert found.shape == upright(blocks).shape and np.abs(found.astype(int) - upright(blocks)).max() <= (12 if kind == "jpg" else 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # outside of pytest images.py silences them
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_damaged_exif_does_not_spoil_a_sound_image(tmp_path, kind):
+    for data in (b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40, exif(9).tobytes()):
+        assert read(saved(tmp_path / f"a.{kind}", RGB, exif=data)).shape == RGB.shape
+
+
+def test_photograph_with_a_preview_is_one_image(tmp_path):
+    path = saved(tmp_path / "a.mpo", Image.fromarray(RGB), save_all=True, append_images=[Image.fromarray(RGB[:12])])
+    assert read(path).shape == RGB.shape
+
+
+def test_palette_alpha_and_one_bit(tmp_path):
+    few = RGB // 128 * 255
+    palette = Image.fromarray(few).quantize(8)
+    expected = np.array(palette.convert("RGB"))
+    assert np.array_equal(read(saved(tmp_path / "p.png", palette)), expected)
+    assert np.array_equal(read(saved(tmp_path / "t.png", palette, transparency=b"\x00\x80")), expected)
+    assert np.array_equal(read(saved(tmp_path / "t.gif", palette, transparency=0)), expected)
+    alpha = np.random.default_rng(2).integers(0, 256, (H, W), dtype=np.uint8)
+    assert np.array_equal(read(saved(tmp_path / "a.png", np.dstack([RGB, alpha]))), RGB)
+    assert np.array_equal(read(saved(tmp_path / "la.png", np.dstack([GREY, alpha]))), GREY)
+    assert np.array_equal(read(saved(tmp_path / "1.png", Image.fromarray(GREY > 127))), (GREY > 127) * np.uint8(255))
+
+
+def test_integers_of_32_bits_and_16_bit_pgm(tmp_path):
+    assert read(saved(tmp_path / "i.tif", Image.fromarray(GREY.astype(np.int32) * 1000))).dtype == np.float32
+    for maximum, values in ((65535, RAMP), (1023, RAMP // 64)):
+        path = tmp_path / f"{maximum}.pgm"
+        path.write_bytes(b"P5\n# x\n256 256\n%d\n" % maximum + values.astype(">u2").tobytes())
+        found = read(path)
+        assert found.dtype == np.uint16 and len(np.unique(found)) == maximum + 1 and found.max() == 65535
+    (tmp_path / "c.ppm").write_bytes(b"P6\n10 10\n65535\n" + bytes(600))
+    with pytest.raises(InputError, match="expected PNG or TIFF"):
+        read(tmp_path / "c.ppm")
+
+
+def test_content_not_the_ending_decides(tmp_path):
+    path = saved(tmp_path / "a.png", GREY).rename(tmp_path / "a.jpg")
+    assert np.array_equal(read(path), GREY)
+    tifffile.imwrite(tmp_path / "b.tif", RAMP)
+    assert np.array_equal(read((tmp_path / "b.tif").rename(tmp_path / "b.png")), RAMP)
+
+
+def broken(tmp_path):
+    def bytes_of(image, kind, **options):
+        buffer = BytesIO()
+        Image.fromarray(image).save(buffer, kind, **options)
+        return bytearray(buffer.getvalue())
+
+    big = np.random.default_rng(3).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    corrupt = bytes_of(big, "PNG")
+    corrupt[len(corrupt) // 2] ^= 0xFF
+    corrupt16 = bytearray(png(big.astype(np.uint16) * 251, 2))
+    corrupt16[len(corrupt16) // 2] ^= 0xFF
+    jpeg = bytes_of(big, "JPEG")
+    tiff = BytesIO()
+    tifffile.imwrite(tiff, big.astype(np.uint16), photometric="rgb")
+    values = np.ones((9, 9), np.float32)
+    values[3, 4] = np.nan
+    pages, gif = BytesIO(), BytesIO()
+    tifffile.imwrite(pages, np.zeros((3, 20, 20), np.uint16), photometric="minisblack")
+    Image.fromarray(GREY).save(gif, "GIF", save_all=True, append_images=[Image.fromarray(255 - GREY)])
+    nan, complexes = BytesIO(), BytesIO()
+    tifffile.imwrite(nan, values)
+    tifffile.imwrite(complexes, np.zeros((20, 20), np.complex64))
+    return {
+        "empty": (b"", "empty"),
+        "text": (b"hello, this is no image", "not an image of a known kind"),
+        "corrupt PNG": (corrupt, "damaged"),
+        "corrupt PNG of 16 bits": (corrupt16, "damaged"),
+        "truncated PNG": (corrupt[: len(corrupt) // 2], "damaged"),
+        "truncated JPEG": (jpeg[: len(jpeg) // 2], "damaged"),
+        "truncated TIFF": (tiff.getvalue()[:-5000], "damaged"),
+        "1×1": (bytes_of(GREY[:1, :1], "PNG"), "1×1 pixels; expected at least 8×8"),
+        "thin": (bytes_of(GREY[:, :7], "PNG"), "7×24 pixels"),
+        "NaN": (nan.getvalue(), "NaN"),
+        "pages": (pages.getvalue(), "3 pages; expected one"),
+        "frames": (gif.getvalue(), "2 frames; expected one"),
+        "complex": (complexes.getvalue(), "complex"),
+        "huge": (
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b""),
+            "pixels",
+        ),
+    }
+
+
+BROKEN = list(broken(None))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unusable_file_is_named(tmp_path, name):
+    data, says = broken(tmp_path)[name]
+    path = tmp_path / "some image.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(path) in str(error.value) and says in str(error.value)
+
+
+def test_absent_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match=r"none\.png: cannot be read"):
+        read(tmp_path / "none.png")
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_large_radiograph_is_no_bomb():
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 12000, 8, 0, 0, 0, 0))
+    with Image.open(BytesIO(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))) as image:
+        assert image.size == (20000, 12000)  # neither a warning nor an error
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "BMP", "GIF", "TIFF"]), st.integers(0, 10**6), st.integers(0, 255), st.integers(1, 10**6))
+def test_damage_is_an_input_error_or_an_image(tmp_path_factory, kind, where, value, length):
+    buffer = BytesIO()
+    Image.fromarray(RGB).save(buffer, kind)
+    data = bytearray(buffer.getvalue())
+    data[where % len(data)] = value
+    path = tmp_path_factory.mktemp("damage") / "a"
+    path.write_bytes(data[: max(len(data) - (length if length % 3 == 0 else 0), 1)])
+    try:
+        array = read(path)
+    except InputError as error:
+        assert str(path) in str(error)
+    else:
+        assert array.dtype in (np.uint8, np.uint16, np.float32) and min(array.shape[:2]) >= 8
+
+
+def test_dtype_from_the_header_is_the_dtype_of_read(tmp_path):
+    for name, (array, options) in TIFFS.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", array, **options)
+    (tmp_path / "16.png").write_bytes(png(RAMP[..., None], 0))
+    for kind in ("png", "jpg", "bmp", "gif", "webp"):
+        saved(tmp_path / f"8.{kind}", RGB)
+    for path in tmp_path.iterdir():
+        assert dtype_of(path) == read(path).dtype.name, path.name
+
+
+def test_to_unit_by_dtype():
+    assert torch.equal(to_unit(GREY, {})[0], torch.from_numpy(GREY / np.float32(255)))
+    assert to_unit(GREY, {"uint8": (3, 4)})[0, 0, 0] == np.float32(GREY[0, 0]) / 255  # bytes are 0..255 always
+    np.testing.assert_allclose(to_unit(RAMP, {})[1].numpy(), RAMP / 65535, atol=1e-7)
+    np.testing.assert_allclose(to_unit(RAMP, {"uint16": (1000, 3000)})[2].numpy(), np.clip((RAMP - 1000.0) / 2000, 0, 1), atol=1e-6)
+    assert torch.equal(to_unit(RGB, {}), torch.from_numpy(RGB).permute(2, 0, 1) / 255)
+    with pytest.raises(InputError, match=r"data\.window.*float32"):
+        to_unit(GREY.astype(np.float32), {})
+
+
+def test_fitted_window_is_the_pooled_quantile(tmp_path):
+    rng = np.random.default_rng(4)
+    arrays = [rng.gamma(3, 900 + 40 * i, (60, 70)).astype(np.uint16) for i in range(5)]
+    paths = [saved(tmp_path / f"{i}.png", array) for i, array in enumerate(arrays)]
+    floats = [array.astype(np.float32) / 7 for array in arrays]
+    for i, array in enumerate(floats):
+        tifffile.imwrite(tmp_path / f"{i}.tif", array)
+    window = fit_window([*paths, *sorted(tmp_path.glob("*.tif")), saved(tmp_path / "8.png", GREY)])
+    assert set(window) == {"uint16", "float32"}
+    for dtype, values in (("uint16", arrays), ("float32", floats)):
+        assert window[dtype] == pytest.approx(np.quantile(np.stack(values), (0.0005, 0.9995), method="inverted_cdf"))
+
+
+def test_degenerate_windows(tmp_path):
+    assert fit_window([saved(tmp_path / "8.png", GREY)]) == {} and fit_window([]) == {}
+    constant = saved(tmp_path / "c.png", np.full((20, 20), 500, np.uint16))
+    assert fit_window([constant]) == {"uint16": (500.0, 501.0)}
+    spot = np.zeros((100, 100), np.uint16)
+    spot[5, 5] = 60000
+    assert fit_window([saved(tmp_path / "s.png", spot)]) == {"uint16": (0.0, 60000.0)}
+    tifffile.imwrite(tmp_path / "f.tif", np.full((20, 20), 0.25, np.float32))
+    assert fit_window([tmp_path / "f.tif"]) == {"float32": (0.25, 1.25)}
+
+
+def test_window_reads_evenly_spaced_images(tmp_path):
+    paths = [saved(tmp_path / f"{i:03}.png", np.full((8, 8), i, np.uint16)) for i in range(50)]
+    lo, hi = fit_window(paths, most=5)["uint16"]
+    assert (lo, hi) == (0, 49)
+
+
+def box_weights(size, out):
+    """Antialiased bilinear resampling of one axis by its definition: a triangle of the width of an output pixel."""
+    scale = max(size / out, 1)
+    centre = (np.arange(out) + 0.5) * size / out
+    weights = np.clip(1 - np.abs((np.arange(size) + 0.5)[None] - centre[:, None]) / scale, 0, None)
+    return weights / weights.sum(1, keepdims=True)  # (out, size)
+
+
+@pytest.mark.parametrize("size", [8, 17, 24, 64])
+def test_place_is_antialiased_bilinear(size):
+    image = to_unit(RGB, {})
+    expected = np.einsum("yh,chw,xw->cyx", box_weights(H, size), image.numpy(), box_weights(W, size))
+    np.testing.assert_allclose(place(image, size, None).numpy(), expected, atol=2e-6)
+    for array in (GREY, RGB, RAMP):
+        quick, slow = prepare(array, {}, size, None), place(to_unit(array, {}), size, None)
+        assert quick.shape == (3, size, size) and quick.dtype == torch.float32
+        assert (quick - slow).abs().max() <= 1.01 / 255
+
+
+def test_crop_is_the_centre_and_no_larger_than_the_image():
+    image = to_unit(RGB, {})
+    assert torch.equal(place(image, None, None), image)
+    assert torch.equal(place(image, None, 10), image[:, 7:17, 15:25])
+    assert torch.equal(place(image, 32, 9), place(image, 32, None)[:, 11:20, 11:20])
+    with pytest.raises(InputError, match=r"data\.crop=30"):
+        place(image, None, 30)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (64, 64), (37, 101), (5, 300)])
+@pytest.mark.parametrize("size", [8, 30, 64, 129])
+def test_mask_takes_the_nearest_pixel(shape, size):
+    mask = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    expected = torch.nn.functional.interpolate(mask[None, None].double(), (size, size), mode="nearest-exact")[0, 0]
+    assert torch.equal(place_mask(mask, size, None), expected.to(torch.uint8))
+
+
+def test_mask_is_placed_as_its_image():
+    mask = torch.zeros(H, W, dtype=torch.uint8)
+    mask[4:14, 10:30] = 1
+    mask[0, 0] = 255
+    for size, crop in ((48, None), (48, 32), (None, 20), (12, 8)):
+        placed = place_mask(mask, size, crop)
+        image = place(mask.clamp(max=1).float().expand(3, -1, -1), size, crop)
+        assert placed.shape == image.shape[1:] and set(placed.unique().tolist()) <= {0, 1, 255}
+        clear = (image[0] < 0.01) | (image[0] > 0.99)
+        assert torch.equal((placed > 0)[clear], (image[0] > 0.5)[clear])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(40, 200),
+    width=st.integers(40, 200),
+    size=st.sampled_from([None, 32, 64, 129]),
+    share=st.floats(0.7, 1),
+    u=st.floats(-0.5, 0.5),
+    v=st.floats(-0.5, 0.5),
+)
+def test_a_blob_comes_back_to_its_place(height, width, size, share, u, v):
+    crop = None if share > 0.9 else int(share * (size or min(height, width)))
+    seen_y, seen_x = (side * (crop / (size or side) if crop else 1) for side in (height, width))  # pixels that the network sees
+    y, x = height / 2 + u * seen_y / 2, width / 2 + v * seen_x / 2
+    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
+    blob = torch.exp(-(((rows - y) / seen_y) ** 2 + ((columns - x) / seen_x) ** 2) / (2 * 0.06**2))  # (H, W)
+    back = unplace(place(blob.expand(3, -1, -1), size, crop)[0], height, width, size, crop)
+    assert back.shape == (height, width) and back.dtype == torch.float32
+    weight = back - back.min()
+    assert abs((weight * rows).sum() / weight.sum() - y) < 0.5
+    assert abs((weight * columns).sum() / weight.sum() - x) < 0.5
+
+
+def test_outside_the_crop_lies_the_minimum():
+    map = torch.rand(16, 16) - 3
+    back = unplace(map, 32, 32, 32, 16)
+    assert torch.equal(back[8:24, 8:24], map) and back[:8].unique().item() == map.min()
+    with pytest.raises(InputError, match=r"\(32, 32\)"):
+        unplace(map, 100, 100, 32, None)
+
+
+def test_find_images(tmp_path):
+    names = ["b.PNG", "a.jpg", "Ünï cödé/c d.TiF", "deep/er/e.bmp"]
+    for name in [*names, ".hidden.png", ".cache/x.png", "notes.txt", "Thumbs.db"]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.webp").touch()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "deep" / "loop").symlink_to(tmp_path / "set")
+    found = [path.relative_to(tmp_path / "set").as_posix() for path in find_images(tmp_path / "set")]
+    assert sorted(found) == sorted([*names, "link/f.webp"]) and find_images(tmp_path / "set") == sorted(find_images(tmp_path / "set"))

@@ -1,0 +1,358 @@
+import logging
+import math
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from blemish.data import module
+from blemish.data.images import place, place_mask, to_unit
+from blemish.data.module import ImageData, Images, Recent, binary, held_out
+from blemish.data.samples import Sample, read_manifest, write_manifest
+from blemish.types import NO_TRUTH, InputError
+
+SIZE = 48
+
+
+class Pictures(ImageData):
+    """Root with train/, test/good and test/bad, masks/ beside them: the least a subclass has to say."""
+
+    name, published, layout = "pictures", "Somebody, Pictures, 2020", "train/*.png\ntest/good/*.png\ntest/bad/*.png"
+
+    def scan(self):
+        files = {split: sorted((self.folder() / split).glob("*.*")) for split in ("train", "test/good", "test/bad")}
+        made = [Sample(self.relative(path), split.split("/")[0], 0, "good") for split in ("train", "test/good") for path in files[split]]
+        for path in files["test/bad"]:
+            mask = self.folder() / "masks" / path.name
+            made.append(Sample(self.relative(path), "test", 1, "bad", self.relative(mask) if mask.exists() else ""))
+        return made
+
+
+def data_of(root, **changes):
+    plain = {"root": root, "category": None, "image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "clean"}
+    return Pictures(**{**plain, "calibration": 0.1, "window": "auto", "on_error": "stop", "manifest": None, **changes})
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, count in (("train", 10), ("test/good", 3), ("test/bad", 3)):
+        for i in range(count):
+            save(tmp_path / folder / f"{i:03}.png", rng.integers(0, 256, (SIZE, SIZE + i, 3)[: 2 + i % 2], dtype=np.uint8))
+    for i in range(2):
+        mask = np.zeros((SIZE, SIZE + i), np.uint8)
+        mask[10:20, 5:30] = 255
+        save(tmp_path / "masks" / f"{i:03}.png", mask)
+    return tmp_path
+
+
+def rows_of(loader):
+    return [(batch.image[i], int(batch.label[i]), batch.mask[i], batch.path[i]) for batch in loader for i in range(len(batch.path))]
+
+
+def test_batches_are_the_files_by_definition(root):
+    data = data_of(root, crop=24)
+    data.setup()
+    loaded = rows_of(data.test_dataloader())
+    assert [path for *_, path in loaded] == [s.key for s in data.samples if s.split == "test"]
+    for image, label, mask, path in loaded:
+        array = np.array(Image.open(root / path))
+        assert image.dtype == torch.float32 and image.shape == (3, 24, 24)
+        assert (image - place(to_unit(array, {}), 32, 24)).abs().max() <= 1.01 / 255
+        assert label == data.sample(path).label == int("bad" in path)
+        expected = torch.zeros(array.shape[:2], dtype=torch.uint8)
+        if "bad/002" in path:
+            expected[:] = NO_TRUTH
+        elif label:
+            expected[10:20, 5:30] = 1
+        assert mask.dtype == torch.uint8 and torch.equal(mask, place_mask(expected, 32, 24))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40, 75, 76, 77, 100, 190, 191, 1000])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.9])
+def test_hold_out_size(count, share):
+    out = held_out([str(i) for i in range(count)], share, 0)
+    wanted = max(math.ceil(share * count - 1e-9), 19)
+    assert len(out) == (0 if count == 1 else max(1, min(wanted, count // 4)))
+
+
+def test_hold_out_follows_seed_and_protocol(root):
+    def calibrate(**changes):
+        data = data_of(root, **changes)
+        data.setup()
+        return {s.path for s in data.samples if s.split == "calibrate"}, data.digest
+
+    first, digest = calibrate()
+    assert len(first) == 2 and all(path.startswith("train/") for path in first)
+    assert calibrate() == (first, digest)
+    assert len({frozenset(calibrate(seed=seed)[0]) for seed in range(10)}) > 3
+    assert calibrate(protocol="paper")[0] == set()
+
+
+def test_tiles_of_one_image_stay_on_one_side(root):
+    class Tiles(Pictures):
+        def scan(self):
+            return [s._replace(region=f"{x},{y},16,16") for s in super().scan() for x in (0, 16) for y in (0, 16)]
+
+    data = Tiles(root, None, 16, None, 4, 0, 0, "clean", 0.1, "auto", "stop")
+    data.setup()
+    train, calibrate = ({s.path for s in data.samples if s.split == split} for split in ("train", "calibrate"))
+    assert len(calibrate) == 2 and not train & calibrate and len(data.samples) == 16 * 4
+
+
+def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
+    opened = []
+    monkeypatch.setattr(module, "read", lambda path, read=module.read: opened.append(path) or read(path))
+    box = Sample("test/bad/000.png", "test", 1, "bad", boxes="2 4 20 9;30 30 99 99")
+    samples = [box._replace(region=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
+    samples += [s._replace(boxes="", mask="masks/000.png") for s in samples]
+    array, mask = (np.array(Image.open(root / name)) for name in ("test/bad/000.png", "masks/000.png"))
+    boxes = np.zeros_like(mask)
+    boxes[4:9, 2:20] = boxes[30:, 30:] = 1
+    for i, (image, _, found, key) in enumerate(Images(samples, root, {}, None, None).__getitems__(list(range(24)))):
+        x, y, w, h = map(int, key.split("#")[1].split(","))
+        assert torch.equal(image, to_unit(array[y : y + h, x : x + w], {}))
+        np.testing.assert_array_equal(found, (boxes if i < 12 else mask > 0)[y : y + h, x : x + w])
+    assert len(opened) == 2
+
+
+def test_recent_keeps_what_fits_and_one_at_least(root):
+    paths = [root / "train" / f"{i:03}.png" for i in range(3)]
+    recent = Recent(most=1)
+    assert np.array_equal(recent.read(paths[0]), module.read(paths[0])) and list(recent.arrays) == paths[:1]
+    recent.read(paths[1])
+    assert list(recent.arrays) == paths[1:2]
+    roomy = Recent(most=10**6)
+    for path in (*paths, paths[0]):
+        roomy.read(path)
+    assert list(roomy.arrays) == [paths[1], paths[2], paths[0]]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # python 3.12+, of fork by the DataLoader
+def test_threads_processes_and_plain_agree(root, monkeypatch):
+    data = data_of(root)
+    data.setup()
+    dataset = data.test_dataloader().dataset
+    plain = [dataset[i] for i in range(len(dataset))]
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: range(6), raising=False)
+    threads = rows_of(data.test_dataloader())
+    data.workers = 1
+    processes = rows_of(data.test_dataloader())
+    for a, b, c in zip(plain, threads, processes, strict=True):
+        assert a[1] == b[1] == c[1] and a[3] == b[3] == c[3]
+        assert all(torch.equal(a[i], b[i]) and torch.equal(a[i], c[i]) for i in (0, 2))
+
+
+def test_shuffling_is_seeded_and_epochs_differ(root):
+    def epochs(seed):
+        data = data_of(root, seed=seed, protocol="paper")
+        data.setup()
+        loader = data.train_dataloader()
+        return [[path for batch in loader for path in batch.path] for _ in range(2)]
+
+    torch.manual_seed(0)
+    first = epochs(0)
+    torch.manual_seed(1)
+    assert epochs(0) == first  # the global stream has no say
+    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) and len(first[0]) == 10
+    assert epochs(1) != first
+
+
+def test_same_seed_same_manifest_and_setup_only_once(root, tmp_path_factory):
+    files = []
+    for i in range(2):
+        data = data_of(root)
+        data.setup("fit")
+        samples = data.samples
+        data.setup("test")
+        assert data.samples is samples
+        files.append(tmp_path_factory.mktemp("manifest") / f"{i}.csv")
+        write_manifest(files[-1], data.samples)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert all(len(s.digest) == 16 for s in read_manifest(files[0]))
+
+
+def test_manifest_takes_the_place_of_the_scan(root):
+    data = data_of(root, seed=5)
+    data.setup()
+    path = root / "m.csv"
+    write_manifest(path, data.samples)
+    again = data_of(root, seed=6, manifest=path)
+    again.setup()
+    assert again.samples == data.samples and again.digest == data.digest
+    paper = data_of(root, protocol="paper", manifest=path)
+    paper.setup()
+    assert not any(s.split == "calibrate" for s in paper.samples) and sum(s.split == "train" for s in paper.samples) == 10
+    save(root / "train" / "000.png", np.zeros((20, 20), np.uint8))
+    with pytest.raises(InputError, match=r"000\.png: changed since"):
+        data_of(root, manifest=path).setup()
+    (root / "train" / "000.png").unlink()
+    with pytest.raises(InputError, match=r"000\.png: cannot be read .*m\.csv"):
+        data_of(root, manifest=path).setup()
+
+
+def test_sixteen_bits_use_a_window_fitted_to_training_images(root):
+    rng = np.random.default_rng(1)
+    for i in range(10):
+        save(root / "train" / f"{i:03}.png", rng.integers(1000, 3001, (SIZE, SIZE)).astype(np.uint16))
+    data = data_of(root, image_size=None, batch_size=1)
+    data.setup()
+    lo, hi = data.window["uint16"]
+    assert set(data.window) == {"uint16"} and 1000 <= lo < 1010 and 2990 < hi <= 3000
+    assert all(batch.image.min() < 0.01 and batch.image.max() > 0.99 for batch in data.train_dataloader())
+    for window, expected in (
+        ("dtype", {"uint16": (0, 65535)}),
+        ([5, 10], {"uint16": (5, 10), "float32": (5, 10)}),
+        ({"uint16": [1, 2]}, {"uint16": (1, 2)}),
+    ):
+        data = data_of(root, window=window)
+        data.setup()
+        assert data.window == expected
+
+
+def test_float_image_without_a_window_says_so(root):
+    tifffile.imwrite(root / "test/good/x.tif", np.random.default_rng(0).random((20, 20), np.float32))
+    data = data_of(root)
+    data.setup()
+    with pytest.raises(InputError, match=r"x\.tif: data\.window"):
+        list(data.test_dataloader())
+
+
+def spoil(root):
+    file = root / "test/good/001.png"
+    file.write_bytes(file.read_bytes()[:-400])
+    save(root / "masks/001.png", np.zeros((SIZE, SIZE), np.uint8))  # one column short
+    (root / "train/003.png").write_bytes(b"")
+    (root / "train/004.png").write_bytes(b"text")
+
+
+def test_stop_at_the_image(root):
+    spoil(root)
+    with pytest.raises(InputError, match=r"train/003\.png: the file is empty"):
+        data_of(root).setup()
+    for name in ("train/003", "train/004", "masks/001"):
+        (root / f"{name}.png").unlink()
+    data = data_of(root)
+    data.setup()
+    with pytest.raises(InputError, match=r"good/001\.png: damaged"):
+        list(data.test_dataloader())
+
+
+def test_mask_of_another_size_names_both(root):
+    save(root / "masks/001.png", np.zeros((SIZE, SIZE), np.uint8))
+    data = data_of(root)
+    data.setup()
+    with pytest.raises(InputError, match=rf"masks/001\.png: a mask of 48×48 .*bad/001\.png of {SIZE + 1}×48"):
+        list(data.test_dataloader())
+
+
+def test_skip_leaves_out_counts_and_lists(root, caplog):
+    spoil(root)
+    data = data_of(root, on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    bad = {"test/good/001.png", "test/bad/001.png", "train/003.png", "train/004.png"}
+    assert set(data.skipped) == bad == {s.path for s in data.samples if s.split == "skipped"}
+    assert all(path in caplog.text for path in bad) and "skipped 4 of 16" in caplog.text
+    assert len(rows_of(data.test_dataloader())) == 4
+    assert len(rows_of(data.train_dataloader())) + len(rows_of(data.calibrate_dataloader())) == 8
+    assert len(rows_of(data.calibrate_dataloader())) == 2  # of the eight that are left
+    write_manifest(root / "m.csv", data.samples)
+    again = data_of(root, manifest=root / "m.csv")
+    again.setup()
+    assert again.digest == data.digest
+
+
+def test_skip_with_a_manifest_that_names_an_absent_file(root):
+    data = data_of(root)
+    data.setup()
+    write_manifest(root / "m.csv", [*(s._replace(digest="") for s in data.samples), Sample("train/none.png", "train", 0, "good")])
+    again = data_of(root, manifest=root / "m.csv", on_error="skip")
+    again.setup()
+    assert list(again.skipped) == ["train/none.png"]
+
+
+def test_missing_data_is_explained(root):
+    for changes, says in (
+        ({"root": root / "nowhere"}, ["nowhere: no such folder"]),
+        ({"category": "tests"}, ["no category 'tests'", "did you mean 'test'?", "Found: masks, test, train"]),
+    ):
+        with pytest.raises(InputError) as error:
+            data_of(**{"root": root, **changes}).setup()
+        for text in [*says, str(root), "train/*.png", "Somebody, Pictures, 2020", "data.root="]:
+            assert text in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["train", "test"])
+def test_empty_class(root, folder):
+    for path in (root / folder).rglob("*.png"):
+        path.unlink()
+    with pytest.raises(InputError) as error:
+        data_of(root).setup()
+    assert f"no {folder} image" in str(error.value) and str(root) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("protocol", "strict"),
+        ("data.on_error", "ignore"),
+        ("data.calibration", 0),
+        ("data.calibration", 1.0),
+        ("crop", 33),
+        ("crop", 4),
+        ("image_size", 4),
+        ("batch_size", 0),
+        ("workers", -1),
+        ("data.window", "full"),
+        ("data.window", [3, 3]),
+        ("data.window", [1, 2, 3]),
+        ("data.window", {"uint8": [0, 1]}),
+        ("data.window", [0, float("inf")]),
+        ("data.window", None),
+    ],
+)
+def test_values_are_checked_at_construction(tmp_path, key, value):
+    with pytest.raises(InputError) as error:
+        data_of(tmp_path, **{key.removeprefix("data."): value})
+    assert str(error.value).startswith(f"{key}=")
+
+
+def test_native_sizes_do_not_mix_in_a_batch(root):
+    data = data_of(root, image_size=None)
+    data.setup()
+    with pytest.raises(InputError, match="image_size=null"):
+        list(data.test_dataloader())
+    single = data_of(root, image_size=None, batch_size=1)
+    single.setup()
+    assert {tuple(batch.image.shape[2:]) for batch in single.test_dataloader()} == {(SIZE, SIZE + i) for i in range(3)}
+
+
+def test_mask_rule():
+    zero = np.zeros((3, 4), np.uint8)
+
+    def mask(*values, dtype=np.uint8):
+        return np.array([values], dtype)
+
+    assert binary(zero).sum() == 0 and binary(zero).dtype == np.uint8
+    assert binary(mask(0, 1, 1)).tolist() == [[0, 1, 1]]
+    assert binary(mask(0, 255, 127, 128, 3)).tolist() == [[0, 1, 0, 1, 0]]  # blurred edges of a JPEG
+    assert binary(mask(0, 1, 2, 3)).tolist() == [[0, 1, 1, 1]]  # class numbers
+    assert binary(mask(0, 65535, 30000, dtype=np.uint16)).tolist() == [[0, 1, 0]]
+    assert binary(mask(0, 255, 100, dtype=np.uint16)).tolist() == [[0, 1, 0]]
+    assert binary(mask(0, 300, 7, dtype=np.uint16)).tolist() == [[0, 1, 1]]  # instance numbers
+    assert binary(mask(0, 1, 0.4, dtype=np.float32)).tolist() == [[0, 1, 0]]
+    assert binary(np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 200]]], np.uint8)).tolist() == [[0, 1, 1]]
+
+
+def test_tile_beyond_the_image(root):
+    with pytest.raises(InputError, match=r"000\.png: the tile 40,0,16,16"):
+        Images([Sample("train/000.png", "train", 0, "good", region="40,0,16,16")], root, {}, None, None)[0]
