@@ -1,0 +1,286 @@
+"""The callbacks of a run: scores of calibration images before, figures, rows and pictures of the test."""
+
+import contextlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning import Callback
+from torch import Tensor
+from torch.distributed import all_gather_object, gather_object
+
+from blemish.data.samples import Sample
+from blemish.records import draw
+from blemish.records.record import aside
+from blemish.records.timing import StageTimes
+from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
+from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
+from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, Batch, Prediction
+
+SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
+FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
+ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds that the truth was looked at for
+
+
+class Calibrate(Callback):
+    """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards."""
+
+    def __init__(self) -> None:
+        self.values = torch.empty(0, 2)  # (n, 2) float32; an image-level method's score stands in both columns
+        self.seen: dict[str, Tensor] = {}
+
+    def on_predict_start(self, trainer, module) -> None:
+        self.seen = {}
+
+    def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
+        peak = outputs.score if outputs.map is None else outputs.map.amax((1, 2))  # (B,)
+        pairs = torch.stack([outputs.score, peak], 1).detach().float().cpu()  # (B, 2)
+        self.seen.update(zip(batch.path, pairs, strict=True))
+
+    def on_predict_end(self, trainer, module) -> None:
+        parts = [self.seen]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            all_gather_object(parts, self.seen)
+        seen = {key: pair for part in parts for key, pair in part.items()}
+        self.values = torch.stack([seen[key] for key in sorted(seen)]) if seen else torch.empty(0, 2)
+
+
+class Seen(NamedTuple):
+    """What is remembered of every tested image."""
+
+    label: int
+    score: float
+    low: float  # ends of its map, NaN without a map
+    high: float
+
+
+class Picture(NamedTuple):
+    """What is kept of an image that will be drawn."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray  # (H, W) uint8
+    map: np.ndarray | None  # (H, W) float16 from 0 at Seen.low to 1 at Seen.high: raw values may leave the range of float16
+
+
+class Evaluate(Callback):
+    """Figures, rows and pictures of one `trainer.test`.
+
+    pictures: how many images to draw, spread evenly over the defect types, −1 for all. limit: pixels kept for exact pixel metrics.
+    alpha: the share of false alarms that the threshold from `module.calibration` is to keep. Images without a label get a score but
+    enter no figure. After the test the process of rank 0 holds everything, each image once; the others hold nothing.
+    """
+
+    def __init__(self, pictures: int, limit: int, alpha: float, times: StageTimes | None):
+        self.pictures, self.limit, self.alpha = pictures, limit, alpha
+        self.times = times
+        self._begin([])
+
+    def _begin(self, samples: Sequence[Sample]) -> None:
+        self.samples = {sample.key: sample for sample in samples}
+        self.wanted = choose(samples, self.pictures)
+        self.claimed: set[str] = set()  # keys that some process has counted
+        self.image, self.pixel = ImageMetrics(), PixelMetrics(self.limit)
+        self.seen: dict[str, Seen] = {}
+        self.kept: dict[str, Picture] = {}
+        self.calibration = torch.empty(0, 2)
+        self.computed = None
+
+    def on_test_start(self, trainer, module) -> None:
+        self._begin([sample for sample in trainer.datamodule.samples if sample.split == "test"])
+        self.calibration = module.calibration.detach().cpu()
+
+    def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
+        with self.times.stage("metrics") if self.times else contextlib.nullcontext():
+            rows = self._mine(trainer, batch.path)
+            if rows:
+                self._add(trainer, outputs, batch, rows)
+
+    def _mine(self, trainer, paths: list[str]) -> list[int]:
+        """The rows of this batch that this process counts: a distributed sampler repeats images to give every process as many."""
+        parts = [paths]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            all_gather_object(parts, paths)
+        rows = []
+        for rank, part in enumerate(parts):
+            for row, key in enumerate(part):
+                if key not in self.claimed:
+                    self.claimed.add(key)
+                    if rank == trainer.global_rank:
+                        rows.append(row)
+        return rows
+
+    def _add(self, trainer, outputs: Prediction, batch: Batch, rows: list[int]) -> None:
+        keys = [batch.path[row] for row in rows]
+        score, label, mask = (tensor.detach()[rows].cpu() for tensor in (outputs.score.float(), batch.label, batch.mask))
+        map = None if outputs.map is None else outputs.map.detach()[rows].float().cpu()  # (B, H, W)
+        for key in keys:
+            self.samples.setdefault(key, trainer.datamodule.sample(key))
+        group = [self.samples[key].defect for key in keys]
+        self.image.update(score, label, group)
+        low = high = torch.full_like(score, torch.nan)
+        if map is not None:
+            low, high = map.amin((1, 2)), map.amax((1, 2))  # (B,)
+            known = (label != UNKNOWN).nonzero().flatten().tolist()
+            self.pixel.update(map[known], mask[known], [group[i] for i in known])
+        self.seen |= {key: Seen(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)}
+        for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            if key in self.wanted:
+                image = (batch.image[row].detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                unit = None if map is None else ((map[i] - low[i]) / (high[i] - low[i]).clamp_min(1e-30)).half().numpy()
+                self.kept[key] = Picture(image, mask[i].numpy(), unit)
+
+    def on_test_end(self, trainer, module) -> None:
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size if trainer.global_rank == 0 else None
+            gather_object((self.image, self.pixel, self.seen, self.kept, self.samples), parts, dst=0)
+            for image, pixel, seen, kept, samples in (parts or [])[1:]:
+                self.image.merge(image)
+                self.pixel.merge(pixel)
+                self.seen |= seen
+                self.kept |= kept
+                self.samples |= samples
+            if trainer.global_rank != 0:
+                self._begin([])
+        self.seen = {key: self.seen[key] for key in self.samples if key in self.seen}  # in the manifest's order
+
+    @property
+    def threshold(self) -> Threshold:
+        """An image is anomalous if its score is above this; its value is None without calibration images."""
+        return conformal_threshold(self.calibration[:, 0], self.alpha)
+
+    @property
+    def map_threshold(self) -> Threshold:
+        """At most alpha of the normal images are expected to have any pixel above this."""
+        return conformal_threshold(self.calibration[:, 1], self.alpha)
+
+    @property
+    def scores(self) -> list[tuple]:
+        """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
+        value = self.threshold.value
+        score = torch.tensor([seen.score for seen in self.seen.values()], dtype=torch.float64)
+        p = [None] * len(score) if value is None else p_values(score, self.calibration[:, 0]).tolist()
+        return [
+            (key, seen.label, seen.score, value, None if value is None else int(seen.score > value), chance, self.samples[key].defect)
+            for (key, seen), chance in zip(self.seen.items(), p, strict=True)
+        ]
+
+    def metrics(self, fit_seconds: float | None, test_seconds: float | None) -> dict:
+        """The content of metrics.json: pooled figures at the top, a row per defect type under "defects"; None where there is no figure."""
+        image, pixel, bounds = self._tables()
+        names = FIGURES + ORACLES
+        rows = {row: image.get(row, {}) | pixel.get(row, {}) for row in [POOLED, *sorted((image.keys() | pixel.keys()) - {POOLED})]}
+        labels = [seen.label for seen in self.seen.values()]
+        images = dict.fromkeys(rows, 0)
+        for key, seen in self.seen.items():
+            if seen.label != UNKNOWN:
+                images[self.samples[key].defect] = images.get(self.samples[key].defect, 0) + 1
+        return {
+            **{name: rows[POOLED].get(name) for name in names},
+            "fit_seconds": fit_seconds,
+            "test_seconds": test_seconds,
+            "images": len(labels),
+            "images_normal": labels.count(NORMAL),
+            "images_anomalous": labels.count(ANOMALOUS),
+            "images_unknown": labels.count(UNKNOWN),
+            "defects": {
+                row: {"images": images[row], **{name: figures.get(name) for name in names}}
+                for row, figures in rows.items()
+                if row != POOLED
+            },
+            # how far the pixel figures may be from exact: 0 unless there were more pixels than the limit
+            "pixel_bounds": {name: bounds[POOLED].get(name) for name in FIGURES if name in bounds[POOLED]},
+        }
+
+    def _tables(self) -> tuple[dict, dict, dict]:
+        """Image figures, pixel figures and their bounds, computed once: every pixel of the test is sorted for them."""
+        if self.computed is None:
+            self.computed = self.image.compute(), self.pixel.compute(), self.pixel.bounds()
+        return self.computed
+
+    def calibration_facts(self) -> dict:
+        """What a record says of the threshold."""
+        threshold = self.threshold
+        return {
+            **threshold._asdict(),
+            "reachable": threshold.reachable,
+            "map_value": self.map_threshold.value if self.has_maps else None,
+            "explanation": threshold.explain(),
+        }
+
+    @property
+    def has_maps(self) -> bool:
+        return any(np.isfinite(seen.high) for seen in self.seen.values())
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """Map values at the two ends of the colours of all pictures of this run; None without maps.
+
+        From the median of the images' smallest values to what the largest values of all but 5 % of the images stay below, so that one
+        odd image does not darken the rest; the map's threshold is always within.
+        """
+        if not self.has_maps:
+            return None
+        ends = np.array([(seen.low, seen.high) for seen in self.seen.values()], dtype=np.float64)
+        low, high = np.median(ends[:, 0]), np.quantile(ends[:, 1], 0.95, method="lower")
+        marks = [low, high] if self.map_threshold.value is None else [low, high, self.map_threshold.value]
+        return float(min(marks)), float(max(marks))
+
+    def draw(self, folder: str | Path, curves: str | Path | None) -> list[Path]:
+        """Write a strip per kept image into `folder` and the curves to the file `curves`, and say which files there are now."""
+        scale, value = self.scale, self.threshold.value
+        contour = self.map_threshold.value if scale else None
+        files = []
+        for key, name in file_names({key: self.samples[key].defect for key in self.seen if key in self.kept}).items():
+            sample, seen, picture = self.samples[key], self.seen[key], self.kept[key]
+            map = None if picture.map is None else seen.low + picture.map.astype(np.float64) * (seen.high - seen.low)
+            mask = None if seen.label == UNKNOWN else picture.mask
+            title = draw.caption(key, sample.defect, seen.label, seen.score, value)
+            files.append(Path(folder) / name)
+            with aside(files[-1]) as temporary:
+                draw.strip(picture.image, mask, map, scale, contour, title).save(temporary, compress_level=1)
+        if curves and self.seen:
+            score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
+            figure = draw.curves(self.image.curves(), self.pixel.curves(), self.metrics(None, None), score, label, value)
+            files.append(Path(curves))
+            with aside(curves) as temporary:
+                figure.savefig(temporary)
+        return files
+
+
+def choose(samples: Iterable[Sample], pictures: int) -> set[str]:
+    """Keys of the `pictures` samples to draw, −1 for all, as evenly over the defect types and within each as goes, good images first."""
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(sample.defect, []).append(sample.key)
+    names = sorted(groups, key=lambda name: (name != GOOD, name))
+    left = sum(map(len, groups.values())) if pictures < 0 else min(pictures, sum(map(len, groups.values())))
+    share = dict.fromkeys(names, 0)
+    while left > 0:
+        for name in names:
+            if left > 0 and share[name] < len(groups[name]):
+                share[name] += 1
+                left -= 1
+    return {keys[(2 * i + 1) * len(keys) // (2 * n)] for name, n in share.items() for keys in [groups[name]] for i in range(n)}
+
+
+def file_names(defects: dict[str, str]) -> dict[str, str]:
+    """{key: defect type} as {key: file name of its strip}: defect_stem.png, fit for every file system, no two alike."""
+    names, taken = {}, set()
+    for key, defect in defects.items():
+        path, _, region = key.partition("#")
+        stem = PurePosixPath(path).stem + (f"_{region}" if region else "")
+        plain = unicodedata.normalize("NFC", f"{defect}_{stem}")
+        plain = "".join(sign if ("_" + sign).isidentifier() or sign in "-." else "-" for sign in plain).lstrip(".")
+        plain = plain.encode()[:180].decode(errors="ignore")  # file systems allow 255 bytes
+        name, count = plain, 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{plain}-{count}"
+        taken.add(name.casefold())
+        names[key] = f"{name}.png"
+    return names

@@ -1,0 +1,411 @@
+"""What a run leaves behind: files that are whole or absent, the machine it ran on, and its life from claim to end."""
+
+import contextlib
+import csv
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from blemish.types import InputError
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    fcntl = resource = None
+
+log = logging.getLogger(__name__)
+
+CHOOSE = "choose another folder with run_dir=PATH"
+FILES = ("config.yaml", "model.ckpt", "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json")
+LOCK = ".lock"
+FINISHED = "finished"
+# what a record holds beside its status, times, error, command and environment; None until noted
+FIELDS = (
+    "method",
+    "dataset",
+    "category",
+    "seed",
+    "protocol",
+    "backbone",
+    "weights",
+    "weights_digest",
+    "manifest_digest",
+    "truth",  # what the pixel metrics were measured against, as truth_kind says
+    "counts",  # images by split and label
+    "calibration",  # where the threshold comes from: alpha, images, value, and an explanation in words
+    "seconds",  # wall seconds by stage, as StageTimes.total() gives them
+    "scale",  # map values at the two ends of the colours of the pictures
+    "pictures",  # the pictures that were drawn, relative to the run folder
+)
+PACKAGES = (
+    "blemish",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "timm",
+    "kornia",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "scikit-image",
+    "pillow",
+    "hydra-core",
+    "omegaconf",
+    "faiss-cpu",
+    "faiss-gpu-cu12",
+    "safetensors",
+)
+
+
+@contextlib.contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """A temporary path of the same suffix beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    An OSError in the block becomes an InputError that names the file and how to choose another folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot write {path.name} there ({error.strerror or error}); {CHOOSE}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text in one step: a failed write leaves the old file as it was."""
+    # surrogates stand for the bytes of a file name that is not UTF-8
+    with aside(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(text)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers of numpy and torch as Python's, paths as text, numbers that are not finite as None."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON in one step, keys in the order given, floats in full precision, infinities and NaN as null."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write a CSV with a header row in one step; floats in full precision, None as an empty field."""
+    with aside(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def environment() -> dict:
+    """The software and hardware this process runs on; None where the system does not tell."""
+    return {
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_mb": _ram_mb(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "git": git_state(Path(__file__).parent) or _installed_commit(),
+        "date": now(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or None
+
+
+def _ram_mb() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def git_state(folder: Path) -> dict | None:
+    """{"commit", "dirty"} of the checkout that tracks the Python files of `folder`; None without git or if none does.
+
+    dirty: sources or configs differ from the commit, or there are some it does not have.
+    """
+    # a wheel installed inside somebody's checkout is not part of it: its files must be tracked
+    if _git(folder, "ls-files", "--error-unmatch", "*.py") is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--", ":/src", ":/configs", ":/tools")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # inside a git hook these variables point at another repository
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, env=variables, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _installed_commit() -> dict | None:
+    """The commit that pip noted for a package installed from a repository's address."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        noted = json.loads(importlib.metadata.distribution("blemish").read_text("direct_url.json") or "{}")
+        if commit := noted.get("vcs_info", {}).get("commit_id"):
+            return {"commit": commit, "dirty": False}
+    return None
+
+
+def peak_memory_mb() -> dict:
+    """The largest memory this process has held, MB: "host" (resident) and "gpu" (allocated by torch, the fullest device)."""
+    host = gpu = None
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+        host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gpu = round(max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 2**20, 1)
+    return {"host": host, "gpu": gpu}
+
+
+def truth_kind(samples: Iterable) -> str:
+    """What says which pixels are anomalous in the test images: "pixel masks", "boxes rasterised to masks", both or "none"."""
+    tested = [sample for sample in samples if sample.split == "test"]
+    kinds = []
+    if any(sample.mask for sample in tested):
+        kinds.append("pixel masks")
+    if any(sample.boxes and not sample.mask for sample in tested):
+        kinds.append("boxes rasterised to masks")
+    return " and ".join(kinds) or "none"
+
+
+def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
+    """Take the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
+
+    InputError if it cannot be written, another living process holds it, or, without `overwrite`, if it holds a finished run
+    or files that no run of blemish left. Files a run does not write are never touched. Only the process of rank 0 claims.
+    """
+    if rank_zero_only.rank != 0:
+        return
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder / LOCK)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {CHOOSE}") from error
+    try:
+        _clear(folder, overwrite, set(keep))
+    except BaseException:
+        release(folder)
+        raise
+
+
+def release(run_dir: str | Path) -> None:
+    """Give the folder back, if this process holds it."""
+    path = Path(run_dir) / LOCK
+    if _holder(path) == _identity():
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(_identity(), file)
+    except FileExistsError:
+        _take_over(path)
+
+
+def _take_over(path: Path) -> None:
+    """Take a lock whose process is dead; of several that try at once one succeeds."""
+    if fcntl is None:
+        raise _held(path)
+    with contextlib.suppress(FileNotFoundError), path.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        # released while we waited: the open file is no longer the one in the folder
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            if _alive(_holder(path)):
+                raise _held(path)
+            file.truncate()
+            json.dump(_identity(), file)
+            return
+    _lock(path)
+
+
+def _held(path: Path) -> InputError:
+    holder = _holder(path) or {}
+    return InputError(
+        f"{path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is writing to this folder; {CHOOSE}, "
+        f"or remove {path} if that process is gone"
+    )
+
+
+def _identity() -> dict:
+    return {"pid": os.getpid(), "born": _born(os.getpid()), **_place()}
+
+
+def _place() -> dict:
+    """Where process numbers mean the same: the host and, as containers may share its name, the process namespace."""
+    namespace = None
+    with contextlib.suppress(OSError):
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    return {"host": socket.gethostname(), "namespace": namespace}
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this host started, in ticks since boot: tells it from a later one of the same number."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return None
+
+
+def _holder(path: Path) -> dict | None:
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else None
+    return None
+
+
+def _alive(holder: dict | None) -> bool:
+    """Whether the holder of a lock may still be writing: unknown counts as yes."""
+    if not holder or not isinstance(holder.get("pid"), int) or any(holder.get(key) != value for key, value in _place().items()):
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return holder.get("born") in (None, _born(holder["pid"]))
+
+
+def read_record(run_dir: str | Path) -> dict | None:
+    """The record of a run folder; None if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((Path(run_dir) / "record.json").read_text(encoding="utf-8", errors="surrogateescape"))
+        return record if isinstance(record, dict) and "status" in record else None
+    return None
+
+
+def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
+    record = read_record(folder)
+    found = [name for name in FILES if name not in keep and (folder / name).exists()]
+    if record and record["status"] == FINISHED and not overwrite:
+        raise InputError(
+            f"{folder}: holds a finished run ({record.get('method')}, {record.get('started')}); say overwrite=true, or {CHOOSE}"
+        )
+    if found and not record and not overwrite:
+        raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; say overwrite=true, or {CHOOSE}")
+    # only what a run wrote: the folder may hold other things of its owner
+    pictures = [name for name in (record or {}).get("pictures") or [] if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    for name in found + pictures:
+        (folder / name).unlink(missing_ok=True)
+
+
+class Record:
+    """The life of one run as record.json tells it: "running", then "finished", "failed" or "interrupted".
+
+    The file is written whole at every step, by rank 0 alone. A killed run stays "running", with nobody alive behind its lock.
+    """
+
+    def __init__(self, run_dir: str | Path, facts: Mapping):
+        self.path = Path(run_dir) / "record.json"
+        self.clock = time.perf_counter()
+        self.content = {"status": "running", "started": now(), "ended": None, "wall_seconds": None, "error": None, **dict.fromkeys(FIELDS)}
+        self.content |= {"peak_memory_mb": None, "command": shlex.join(sys.argv), "environment": environment()}
+        self.note(facts)
+
+    @classmethod
+    def start(cls, run_dir: str | Path, facts: Mapping) -> "Record":
+        """Write the record of a run that begins; `facts` are those of FIELDS that are known already."""
+        return cls(run_dir, facts)
+
+    def note(self, facts: Mapping) -> None:
+        """Add facts, each one of FIELDS, and write the record."""
+        if unknown := [name for name in facts if name not in FIELDS]:
+            raise ValueError(f"a record has no {', '.join(unknown)}; it has {', '.join(FIELDS)}")
+        self.content |= plain(facts)
+        self._write()
+
+    def finish(self, facts: Mapping) -> None:
+        """The run came to its end: add the last facts."""
+        self._end(FINISHED, None)
+        self.note(facts)
+
+    def fail(self, error: BaseException) -> None:
+        """The run ended with this error; an interruption in disguise (Lightning turns Ctrl-C into SystemExit) is told as one."""
+        if isinstance(error, KeyboardInterrupt | SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+            self.interrupt()
+        else:
+            self._end("failed", {"type": type(error).__name__, "message": str(error), "time": now()})
+            self._write_if_possible()
+
+    def interrupt(self) -> None:
+        """The run was stopped from outside."""
+        self._end("interrupted", {"type": "KeyboardInterrupt", "message": "stopped by the user or the system", "time": now()})
+        self._write_if_possible()
+
+    def _end(self, status: str, error: dict | None) -> None:
+        self.content |= {"status": status, "ended": now(), "wall_seconds": time.perf_counter() - self.clock, "error": error}
+        self.content["peak_memory_mb"] = peak_memory_mb()
+
+    def _write(self) -> None:
+        if rank_zero_only.rank == 0:
+            write_json(self.path, self.content)
+
+    def _write_if_possible(self) -> None:
+        try:
+            self._write()
+        except InputError as error:
+            log.warning("%s", error)  # the error that ended the run is the one to be raised
