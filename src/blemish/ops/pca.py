@@ -1,0 +1,89 @@
+"""Principal components and the two scores that DFM draws from them (Ahuja et al. 2019, arXiv 1909.11786)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blemish.types import InputError
+
+
+class PCA(NamedTuple):
+    """An affine subspace with the variance (N − 1 in the denominator) along each of its axes, largest first."""
+
+    mean: Tensor  # (D,)
+    components: Tensor  # (k, D) orthonormal rows; the entry of largest magnitude in each row is positive
+    variance: Tensor  # (k,) > 0
+
+
+@torch.no_grad()
+def fit(rows: Tensor, keep: int | float) -> PCA:
+    """PCA of rows (N, D): the first `keep` components (int) or the fewest that hold more than that share of the variance (float).
+
+    An int above the rank of the data gives as many components as the rank, so whitening never divides by zero.
+    InputError if there are fewer than two rows, NaN or infinity among them, no variance at all, or `keep` is out of range.
+    """
+    if rows.ndim != 2 or len(rows) < 2:
+        raise InputError(f"rows: shape {tuple(rows.shape)}, PCA needs (N, D) with N of at least 2")
+    if not rows.isfinite().all():
+        raise InputError("rows: NaN or infinity among the features, PCA needs finite values")
+    mean = rows.mean(0, dtype=torch.float64)  # (D,)
+    # Above ten rows a dimension the covariance is several times cheaper, and in float64 it still resolves all that float32 features hold.
+    if len(rows) >= 10 * rows.shape[1]:
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)  # (D, D)
+        for tile in rows.split(max(1, 2**23 // len(mean))):
+            centred = tile.double() - mean
+            covariance.addmm_(centred.T, centred, alpha=1 / (len(rows) - 1))
+        fitted = from_moments(mean, covariance, keep)
+    else:
+        _, values, axes = torch.linalg.svd(rows.double() - mean, full_matrices=False)
+        fitted = _cut(mean, axes, values.square() / (len(rows) - 1), keep, torch.finfo(torch.float64).eps * max(rows.shape))
+    return PCA(*(part.to(rows.dtype) for part in fitted))
+
+
+@torch.no_grad()
+def from_moments(mean: Tensor, covariance: Tensor, keep: int | float) -> PCA:
+    """`fit` for rows that were only ever summed: mean (D,) and covariance (D, D), best in float64; errors as there."""
+    if not covariance.isfinite().all():
+        raise InputError("covariance: NaN or infinity among the moments, PCA needs finite values")
+    variance, axes = torch.linalg.eigh((covariance + covariance.T) / 2)  # ascending
+    return _cut(mean, axes.T.flip(0), variance.flip(0), keep, torch.finfo(covariance.dtype).eps * len(mean))
+
+
+def _cut(mean: Tensor, axes: Tensor, variance: Tensor, keep: int | float, tolerance: float) -> PCA:
+    rank = int((variance > tolerance * variance[0]).sum())
+    if rank == 0:
+        raise InputError("rows: all rows are equal, PCA needs features that vary")
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
+        count = min(keep, rank)
+    elif isinstance(keep, float) and 0 < keep <= 1:
+        share = variance[:rank].cumsum(0) / variance.clamp_min(0).sum()
+        count = min(int((share <= keep).sum()) + 1, rank)
+    else:
+        raise InputError(f"keep: {keep!r}, allowed are a number of components (1, 2, …) or a share of the variance in (0, 1]")
+    axes = axes[:count]
+    sign = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
+    return PCA(mean, (axes * sign).contiguous(), variance[:count].contiguous())
+
+
+def transform(pca: PCA, rows: Tensor, whiten: bool = False) -> Tensor:
+    """Coordinates (…, k) of rows (…, D) in the subspace, of unit variance on the training rows if whitened."""
+    scores = (rows.to(pca.components.dtype) - pca.mean) @ pca.components.T  # (…, k)
+    return scores / pca.variance.sqrt() if whiten else scores
+
+
+def inverse(pca: PCA, scores: Tensor, whiten: bool = False) -> Tensor:
+    """Rows (…, D) of the subspace that have these coordinates (…, k)."""
+    return (scores * pca.variance.sqrt() if whiten else scores) @ pca.components + pca.mean
+
+
+def reconstruction_error(pca: PCA, rows: Tensor) -> Tensor:
+    """L2 distance (…,) of rows (…, D) from the subspace: DFM's feature reconstruction error."""
+    return (rows.to(pca.components.dtype) - inverse(pca, transform(pca, rows))).norm(dim=-1)
+
+
+def negative_log_likelihood(pca: PCA, rows: Tensor) -> Tensor:
+    """−log N(z; 0, diag(variance)), (…,) in nats, of the coordinates z of rows (…, D): DFM's other score."""
+    energy = transform(pca, rows, whiten=True).square().sum(-1)  # (…,)
+    return 0.5 * (energy + pca.variance.log().sum() + len(pca.variance) * math.log(2 * math.pi))

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage import data as photographs
+from torch.nn import functional as F
+
+from blemish.ops import coreset
+from blemish.types import InputError
+
+
+def plain(bank: torch.Tensor, count: int, start: int) -> tuple[list[int], list[float]]:
+    """The definition: look at every row for every centre."""
+    rows = bank.double().numpy()
+    nearest, chosen, radius = np.full(len(rows), np.inf), [], []
+    free = np.ones(len(rows), bool)
+    for _ in range(count):
+        chosen.append(start)
+        free[start] = False
+        nearest = np.minimum(nearest, ((rows - rows[start]) ** 2).sum(1))
+        start = int(np.where(free, nearest, -1).argmax())
+        radius.append(float(np.sqrt(nearest.max())))
+    return chosen, radius
+
+
+def photograph_features() -> torch.Tensor:
+    """Patch features of real photographs: random filters of three scales, rectified and averaged as PatchCore does."""
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(24, 3, 5, 5, generator=g), torch.randn(40, 24, 3, 3, generator=g)
+    rows = []
+    for image in (photographs.astronaut(), photographs.coffee(), photographs.chelsea(), photographs.rocket()):
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+        fine = F.conv2d(x - 0.5, first, stride=4).relu()
+        coarse = F.interpolate(F.conv2d(fine, second, stride=2).relu() / 10, fine.shape[-2:], mode="bilinear")
+        rows.append(F.avg_pool2d(torch.cat([fine, coarse], 1), 3, 2).flatten(2)[0].T)
+    return torch.cat(rows).contiguous()  # (M, 64)
+
+
+def synthetic(kind: str) -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    if kind == "cloud":  # all distances nearly equal: nothing can be put off
+        return torch.randn(3000, 64, generator=g)
+    if kind == "clusters":
+        return torch.randn(20, 16, generator=g)[torch.randint(0, 20, (4000,), generator=g)] * 10 + 0.1 * torch.randn(4000, 16, generator=g)
+    if kind == "copies":
+        return torch.randn(150, 8, generator=g)[torch.randint(0, 150, (3000,), generator=g)]
+    if kind == "offset":
+        return 5000 + torch.randn(2000, 32, generator=g)
+    if kind == "lattice":
+        return torch.randint(0, 2, (4000, 9), generator=g).float()
+    return 1e-3 * torch.randn(2000, 32, generator=g) + 1e3 * torch.randint(0, 2, (2000, 1), generator=g)  # "apart"
+
+
+@pytest.fixture(params=[(2048, 2**20), (7, 500)], ids=["as shipped", "tiny pool and tiles"])
+def _limits(request, monkeypatch):
+    monkeypatch.setattr(coreset, "POOL", request.param[0])
+    monkeypatch.setattr(coreset, "TILE", request.param[1])
+
+
+@pytest.mark.usefixtures("_limits")
+@pytest.mark.parametrize("kind", ["cloud", "clusters", "copies", "offset", "lattice", "apart"])
+def test_equals_the_plain_algorithm(kind):
+    bank = synthetic(kind)
+    found = coreset.farthest_first(bank, 200, 11)
+    chosen, radius = plain(bank, 200, 11)
+    assert found.indices.tolist() == chosen
+    assert np.allclose(found.radius, radius, rtol=1e-6, atol=0)
+
+
+def test_equals_the_plain_algorithm_on_photographs():
+    bank = photograph_features()
+    assert len(bank) > 10_000
+    found = coreset.farthest_first(bank, 300, torch.Generator().manual_seed(0))
+    chosen, radius = plain(bank, 300, int(found.indices[0]))
+    assert found.indices.tolist() == chosen
+    assert np.allclose(found.radius, radius, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 10**6))
+def test_ties_go_to_the_lowest_index(rows, dims, seed):
+    g = torch.Generator().manual_seed(seed)
+    bank = torch.randint(0, 3, (rows, dims), generator=g).float()
+    start = seed % rows
+    found = coreset.farthest_first(bank, rows, start)
+    assert found.indices.tolist() == plain(bank, rows, start)[0]
+    assert sorted(found.indices.tolist()) == list(range(rows))
+    assert found.radius[-1] == 0
+
+
+def test_radius_covers_and_order_is_nested():
+    bank = synthetic("clusters")
+    large, small = (coreset.farthest_first(bank, n, 0) for n in (60, 25))
+    assert torch.equal(large.indices[:25], small.indices)
+    assert torch.equal(large.radius[:25], small.radius)
+    assert (large.radius.diff() <= 0).all()
+    assert large.radius[-1].item() == pytest.approx(torch.cdist(bank.double(), bank[large.indices].double()).amin(1).max().item())
+
+
+def test_coarse_products_do_not_reach_the_choice():
+    bank = synthetic("cloud")
+    expected = coreset.farthest_first(bank, 50, 0)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(coreset.farthest_first(bank, 50, 0).indices, expected.indices)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_start_is_drawn_from_the_generator_alone():
+    bank = synthetic("cloud")
+    first, second, other = (coreset.farthest_first(bank, 3, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first.indices, second.indices)
+    assert first.indices[0] != other.indices[0]
+
+
+@pytest.mark.parametrize(("count", "start", "words"), [(0, 0, "count"), (11, 0, "count"), (3, 10, "start"), (3, -1, "start")])
+def test_refuses_count_and_start(count, start, words):
+    with pytest.raises(InputError, match=words):
+        coreset.farthest_first(torch.zeros(10, 2), count, start)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_refuses_values_without_a_distance(value):
+    bank = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    bank[4, 1] = value
+    with pytest.raises(InputError, match="finite"):
+        coreset.farthest_first(bank, 3, 0)
+
+
+def test_projection_keeps_distances_on_average():
+    g = torch.Generator().manual_seed(0)
+    bank = torch.randn(60, 400, generator=g) * torch.linspace(0.1, 3, 400)
+    before = torch.pdist(bank)
+    ratios = torch.stack([torch.pdist(coreset.project(bank, 128, g)) / before for _ in range(20)])
+    assert ratios.square().mean().item() == pytest.approx(1, abs=0.02)
+    # The variance of ‖Rx‖²/‖x‖² is (2 + (s − 3) Σx⁴/‖x‖⁴) / dim, about 0.017 here with s = 20: a spread of the root of about 0.065.
+    assert ratios.std().item() == pytest.approx(0.065, abs=0.01)
+
+
+def test_projection_is_as_sparse_as_scikit_learns():
+    from sklearn.random_projection import SparseRandomProjection
+
+    reference = SparseRandomProjection(50, random_state=0).fit(np.zeros((1, 900)))
+    matrix = coreset.project(torch.eye(900), 50, torch.Generator().manual_seed(0))
+    values = matrix.unique()
+    assert np.allclose(values, np.unique(reference.components_.toarray()))
+    assert (matrix != 0).float().mean().item() == pytest.approx(reference.density_, rel=0.05)
+    assert (matrix > 0).sum().item() == pytest.approx((matrix < 0).sum().item(), rel=0.1)
+
+
+def test_projection_of_few_dimensions_is_the_bank():
+    bank = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert coreset.project(bank, 8, torch.Generator()) is bank
+    with pytest.raises(InputError, match="dim"):
+        coreset.project(bank, 0, torch.Generator())

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blemish.ops import neighbours
+from blemish.types import InputError
+
+BOTH = pytest.mark.parametrize("library", ["faiss", "torch"])
+
+
+@pytest.fixture
+def _library(library, monkeypatch):
+    if library == "torch":
+        monkeypatch.setattr(neighbours, "faiss", None)
+    elif neighbours.faiss is None:
+        pytest.skip("faiss is not installed")
+
+
+def brute_force(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    q, m = query.double().numpy(), bank.double().numpy()
+    distance = np.stack([np.sqrt(((m - row) ** 2).sum(1)) for row in q])
+    index = np.argsort(distance, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distance, index, 1), index
+
+
+def cloud(count: int, dims: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, dims, generator=torch.Generator().manual_seed(seed))
+
+
+@BOTH
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("k", [1, 3, 9, 50])
+@pytest.mark.parametrize(("queries", "rows", "dims"), [(3, 60, 5), (200, 900, 152), (40, 500, 1024)])
+def test_agrees_with_brute_force(k, queries, rows, dims):
+    q, m = cloud(queries, dims, 0), cloud(rows, dims, 1)
+    distance, index = neighbours.nearest(q, m, k)
+    expected, where = brute_force(q, m, k)
+    assert (index.numpy() == where).mean() > 0.99  # some distances agree to the last bits of a float32
+    assert np.allclose((q[:, None].double() - m[index].double()).norm(dim=-1), expected, rtol=1e-6, atol=0)
+    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
+
+
+@BOTH
+@pytest.mark.usefixtures("_library")
+def test_cancellation_far_from_the_origin():
+    q, m = 3000 + 0.01 * cloud(50, 64, 0), 3000 + 0.01 * cloud(400, 64, 1)
+    m[7] = q[3]
+    distance, index = neighbours.nearest(q, m, 4)
+    expected, where = brute_force(q, m, 4)
+    assert distance[3, 0] == 0
+    assert index[3, 0] == 7
+    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
+    assert (index.numpy() == where).all()
+
+
+@BOTH
+@pytest.mark.usefixtures("_library")
+def test_two_distant_clusters_defeat_the_centring_but_not_the_answer():
+    m = torch.cat([cloud(300, 32, 0) * 1e-3, cloud(300, 32, 1) * 1e-3 + 1e3])
+    q = m[::7] + 1e-4 * cloud(len(m[::7]), 32, 2)
+    distance, index = neighbours.nearest(q, m, 3)
+    expected, where = brute_force(q, m, 3)
+    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
+    assert (index.numpy() == where).mean() > 0.99
+
+
+@BOTH
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("copies", [2, 40])  # fewer and more than the spare candidates
+def test_copies_go_to_the_lowest_index(copies):
+    m = cloud(30, 16, 0).repeat(copies, 1)
+    distance, index = neighbours.nearest(m[:30], m, 2)
+    assert (distance == 0).all()
+    assert index[:, 0].tolist() == list(range(30))
+    assert index[:, 1].tolist() == list(range(30, 60))
+    expected, where = brute_force(m[:30] + 0.1, m, 5)
+    distance, index = neighbours.nearest(m[:30] + 0.1, m, 5)
+    assert (index.numpy() == where).all()
+    assert np.allclose(distance, expected, rtol=1e-6)
+
+
+@BOTH
+@pytest.mark.usefixtures("_library")
+def test_tiles_do_not_change_the_answer(monkeypatch):
+    q, m = cloud(60, 24, 0), cloud(700, 24, 1)
+    m[600:] = m[:100]
+    whole = neighbours.nearest(q, m, 5)
+    monkeypatch.setattr(neighbours, "TILE", 3000)
+    tiled = neighbours.nearest(q, m, 5)
+    assert torch.equal(whole[0], tiled[0])
+    assert torch.equal(whole[1], tiled[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 4), st.integers(0, 10**6))
+def test_ties_on_a_lattice(queries, rows, dims, seed):
+    g = torch.Generator().manual_seed(seed)
+    q, m = (torch.randint(0, 3, (n, dims), generator=g).float() for n in (queries, rows))
+    k = 1 + seed % rows
+    distance, index = neighbours.nearest(q, m, k)
+    expected, where = brute_force(q, m, k)
+    assert (index.numpy() == where).all()
+    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
+
+
+def test_coarse_products_do_not_reach_the_answer():
+    q, m = cloud(30, 32, 0), cloud(300, 32, 1)
+    expected = neighbours.nearest(q, m, 3)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = neighbours.nearest(q, m, 3)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_the_newer_switches_of_precision_are_understood(monkeypatch):
+    def refuse():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    assert neighbours.product_dtype(torch.zeros(1)) == torch.float64
+
+
+def test_dtypes_and_gradients():
+    q, m = cloud(5, 8, 0), cloud(20, 8, 1)
+    assert neighbours.nearest(q.half(), m.half(), 1)[0].dtype == torch.float32
+    distance, _ = neighbours.nearest(q.double() + 1e-9, m.double(), 20)
+    assert distance.dtype == torch.float64
+    assert np.allclose(distance, brute_force(q.double() + 1e-9, m.double(), 20)[0], rtol=1e-12)
+    assert not neighbours.nearest(q.requires_grad_(), m, 1)[0].requires_grad
+    assert neighbours.nearest(q[:0], m, 2)[0].shape == (0, 2)
+    assert neighbours.nearest(q.T[:, :5].contiguous().T, m, 2)[1].shape == (5, 2)
+
+
+def test_nan_in_a_query_stays_in_its_row():
+    q = cloud(4, 8, 0)
+    q[1, 2] = torch.nan
+    distance, _ = neighbours.nearest(q, cloud(20, 8, 1), 2)
+    assert distance[1].isnan().all()
+    assert distance[[0, 2, 3]].isfinite().all()
+
+
+def test_refuses_shapes_and_k():
+    with pytest.raises(InputError, match="shapes"):
+        neighbours.nearest(torch.zeros(3, 4), torch.zeros(3, 5), 1)
+    for k in (0, 4):
+        with pytest.raises(InputError, match="k: "):
+            neighbours.nearest(torch.zeros(2, 4), torch.zeros(3, 4), k)
