@@ -1,0 +1,340 @@
+"""One run from a composed config to a folder with its record, and the way back: the only file that knows Hydra's config."""
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+
+from blemish.backbone.features import Features
+from blemish.data.module import ImageData
+from blemish.data.samples import write_manifest
+from blemish.deploy.predict import View, images_at, output_names, write
+from blemish.deploy.predict import predict as apply
+from blemish.detector import Detector, OnePassDetector, TrainedDetector
+from blemish.records.evaluate import SCORES, Calibrate, Evaluate
+from blemish.records.record import Record, claim, read_record, release, truth_kind, write_csv, write_json, write_text
+from blemish.records.tables import summary
+from blemish.records.timing import StageTimes
+from blemish.types import InputError
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict:
+    """Fit if the method needs it, calibrate, save, test and record; returns what metrics.json holds. `cfg.run_dir` gets the folder."""
+    folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
+    cfg.run_dir = str(folder)
+    with recorded(folder, cfg, overwrite=cfg.overwrite) as record:
+        data, model = data_of(cfg), build(cfg.model)
+        times, calibrate, evaluate = observers(cfg)
+        trainer = trainer_of(cfg, [times, calibrate, evaluate])
+        save_split(cfg, folder, data)
+        record.note(facts(cfg, data, model))
+        started = time.perf_counter()
+        if isinstance(model, OnePassDetector | TrainedDetector):
+            trainer.fit(model, datamodule=data)
+        fitted = time.perf_counter()
+        if any(sample.split == "calibrate" for sample in data.samples):
+            trainer.predict(model, dataloaders=data.calibrate_dataloader(), return_predictions=False)
+            model.calibration = calibrate.values.to(model.device)
+        if cfg.save.checkpoint:
+            save_checkpoint(trainer, model, folder / "model.ckpt")
+        metrics = measured(trainer, model, data, evaluate, times, fitted - started)
+        write_results(folder, cfg, evaluate, metrics, record, trainer)
+        record.finish({"seconds": times.total()})
+    return metrics
+
+
+def test(cfg: DictConfig) -> dict:
+    """Load a finished run, test it again on its own manifest, write the results to `cfg.output`; returns the metrics.
+
+    The run's config may be overridden under `cfg.change`, for instance data.root where the images have moved.
+    """
+    run = Path(cfg.run)
+    saved, model = load(run, cfg.device)
+    saved = OmegaConf.merge(saved, cfg.change)
+    saved.data.manifest = str(run / "manifest.csv")
+    if cfg.device != "auto":
+        saved.trainer.accelerator = cfg.device
+    folder = Path(cfg.output) if cfg.output else run / "retest"
+    if folder.resolve() == run.resolve():
+        raise InputError(f"output={folder}: is the run itself, which would be lost; choose another folder")
+    saved.run_dir = str(folder)
+    with recorded(folder, saved, overwrite=True) as record:
+        data = data_of(saved)
+        times, _, evaluate = observers(saved)
+        saved.logger = None
+        trainer = trainer_of(saved, [times, evaluate])
+        save_config(saved, folder)
+        record.note(facts(saved, data, model))
+        metrics = measured(trainer, model, data, evaluate, times, None)
+        write_results(folder, saved, evaluate, metrics, record, trainer)
+        record.finish({"seconds": times.total()})
+    return metrics
+
+
+def predict(cfg: DictConfig) -> int:
+    """Score the image or folder `cfg.input` by a run, write what is found under `cfg.output`; returns the number of images."""
+    run, output = Path(cfg.run), Path(cfg.output)
+    saved, model = load(run, cfg.device)
+    paths = images_at(cfg.input)
+    root = paths[0].parent if Path(cfg.input).expanduser().is_file() else Path(cfg.input).expanduser()
+    window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()} if OmegaConf.is_dict(saved.data.window) else {}
+    view = View(saved.data.image_size, saved.data.crop, window)
+    scale = (read_record(run) or {}).get("scale")
+    found = track(apply(model, paths, view, saved.batch_size), "predicting", len(paths), console=Console(stderr=True))
+    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale)
+    return len(rows)
+
+
+def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
+    """The config and the fitted detector of a run folder, in eval mode; nothing is unpickled. InputError names what is missing."""
+    config, checkpoint = run / "config.yaml", run / "model.ckpt"
+    for path in (config, checkpoint):
+        if not path.is_file():
+            record = read_record(run) or {}
+            status = f"; its record says {record['status']!r}" if record else ""
+            raise InputError(f"run={run}: no {path.name} there{status}; expected the folder of a finished run")
+    try:
+        cfg = OmegaConf.load(config)
+        target = str(cfg.model._target_)
+    except Exception as error:
+        raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
+    # a config may come from a stranger: it chooses among our methods and calls nothing else
+    if not target.startswith("blemish.methods.") or not str(cfg.data._target_).startswith("blemish.data."):
+        raise InputError(f"{config}: model._target_={target} is not in blemish.methods, or data._target_ not in blemish.data")
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        if "weights" in cfg.model:
+            cfg.model.weights = "checkpoint"
+        model = build(cfg.model)
+        model.load_state_dict(state)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
+    return cfg, model.eval().to(device_of(device))
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` as the fastest device there is, any other name as torch knows it; InputError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device={"gpu": "cuda"}.get(name, name)).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name}: not available here; choose auto, cpu, gpu or mps ({error})") from error
+
+
+def default_folder(cfg: DictConfig) -> Path:
+    """results/runs/<model>/<dataset>/<category>/<seed>-<time>, with a number behind it if that exists."""
+    category = str(cfg.data.get("category") or "all").replace("/", "-")
+    stem = f"{cfg.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    place = Path("results/runs") / module_of(cfg.model) / module_of(cfg.data) / category
+    names = [stem] + [f"{stem}-{n}" for n in range(2, 1000)]
+    return next(place / name for name in names if not (place / name).exists())
+
+
+def module_of(part: DictConfig) -> str:
+    """The file that holds a part's class: `padim` for blemish.methods.padim.PaDiM, which is also the name of its yaml."""
+    return part._target_.split(".")[-2]
+
+
+def build(part: DictConfig, **more: Any) -> Any:
+    """The object a part of the config describes, of plain values; an InputError in its constructor comes out as it is."""
+    try:
+        return instantiate(part, _convert_="all", **more)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise InputError(str(error)) from error
+
+
+def data_of(cfg: DictConfig) -> ImageData:
+    """The data module, set up, with what it fitted to the training images written back into the config."""
+    data = build(cfg.data)
+    data.setup()
+    if isinstance(data.window, dict) and data.window:
+        cfg.data.window = {dtype: list(ends) for dtype, ends in data.window.items()}
+    return data
+
+
+def observers(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
+    """The callbacks of a run: the clock first, so that it also sees what the others cost."""
+    times = StageTimes(Features)
+    return times, Calibrate(), Evaluate(cfg.save.pictures, cfg.pixel_limit, cfg.alpha, times)
+
+
+def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
+    """Lightning's trainer without validation, sanity checks and automatic checkpoints: a run saves once, when it is fitted."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    logger = build(cfg.logger) if cfg.get("logger") and cfg.logger.get("_target_") else False
+    fixed = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False, "enable_model_summary": False}
+    return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
+
+
+def measured(trainer: Trainer, model: Detector, data: ImageData, evaluate: Evaluate, times: StageTimes, fit: float | None) -> dict:
+    """Test and compute the metrics; both count as test time."""
+    started = time.perf_counter()
+    trainer.test(model, datamodule=data, verbose=False)
+    with times.stage("metrics"):
+        evaluate.metrics(fit, None)
+    return evaluate.metrics(fit, time.perf_counter() - started)
+
+
+def write_results(folder: Path, cfg: DictConfig, evaluate: Evaluate, metrics: dict, record: Record, trainer: Trainer) -> None:
+    """metrics.json, scores.csv, pictures and curves, by the process that holds them all."""
+    if not trainer.is_global_zero:
+        return
+    write_json(folder / "metrics.json", metrics)
+    if cfg.save.scores:
+        write_csv(folder / "scores.csv", SCORES, evaluate.scores)
+    files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
+    record.note(
+        {
+            "calibration": evaluate.calibration_facts(),
+            "scale": evaluate.scale,
+            "pictures": [file.relative_to(folder).as_posix() for file in files if file.parent != folder],
+        }
+    )
+    log_results(trainer, cfg, folder, metrics, files)
+
+
+def log_results(trainer: Trainer, cfg: DictConfig, folder: Path, metrics: dict, files: list[Path]) -> None:
+    """Hand config, metrics and pictures to the loggers."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_metrics(numbers, step=trainer.global_step)
+        if hasattr(logger, "log_image"):
+            for name in ("curves", "images"):
+                chosen = [str(file) for file in files if (file.stem if file.parent == folder else file.parent.name) == name]
+                if chosen:
+                    logger.log_image(key=name, images=chosen)
+        logger.finalize("success")
+
+
+@rank_zero_only
+def save_split(cfg: DictConfig, folder: Path, data: ImageData) -> None:
+    """The manifest, and the config once more, now that it holds what was fitted to the training images."""
+    write_manifest(folder / "manifest.csv", data.samples)
+    save_config(cfg, folder)
+
+
+@rank_zero_only
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(resolved))
+
+
+def save_checkpoint(trainer: Trainer, model: Detector, path: Path) -> None:
+    """A checkpoint that is whole or absent: written beside its place by all processes together, then renamed by one."""
+    part = path.with_name(path.name + ".part")
+    trainer.strategy.connect(model)
+    try:
+        trainer.save_checkpoint(part, weights_only=not isinstance(model, TrainedDetector))
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error}); choose another folder with run_dir=PATH or save.checkpoint=false"
+        ) from error
+    if trainer.is_global_zero:
+        part.replace(path)
+
+
+def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
+    """What a record says of a run before it begins."""
+    features = next((part for part in model.modules() if isinstance(part, Features)), None)
+    counts: dict[str, int] = {}
+    for sample in data.samples:
+        name = f"{sample.split}/{sample.defect}"
+        counts[name] = counts.get(name, 0) + 1
+    return {
+        "method": module_of(cfg.model),
+        "dataset": module_of(cfg.data),
+        "category": cfg.data.get("category"),
+        "seed": cfg.seed,
+        "protocol": cfg.protocol,
+        "backbone": cfg.get("backbone") if features else None,
+        "weights": cfg.get("weights") if features else None,
+        "weights_digest": features.digest() if features else None,
+        "manifest_digest": data.digest,
+        "truth": truth_kind(data.samples),
+        "counts": dict(sorted(counts.items())),
+    }
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, cfg: DictConfig, overwrite: bool) -> Iterator[Record]:
+    """A claimed run folder whose record tells how the block ended."""
+    claim(folder, overwrite)
+    record = None
+    try:
+        record = Record.start(folder, {})
+        save_config(cfg, folder)
+        with expected_warnings():
+            yield record
+    except BaseException as error:
+        (folder / "model.ckpt.part").unlink(missing_ok=True)
+        if record:
+            record.fail(error)
+        raise
+    finally:
+        release(folder)
+
+
+@contextlib.contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Leave out what a run causes on purpose, one message at a time."""
+    with warnings.catch_warnings():
+        # batches are decoded by threads of this process, see data.module
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # the frozen backbone stays in eval mode on purpose
+        warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+        # lightning 2.6 on torch 2.14
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+        # small data sets have fewer batches than the logging interval
+        warnings.filterwarnings("ignore", message=".*The number of training batches.*smaller than the logging interval.*")
+        # logs of an earlier run in this folder are overwritten on purpose
+        warnings.filterwarnings("ignore", message=".*Experiment logs directory.*exists and is not empty.*")
+        yield
+
+
+def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
+    # Lightning's notes on devices and its advertisements are not ours to repeat
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        return work(cfg)
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into status 1
+        sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def report(metrics: dict, folder: str) -> None:
+    """The table a person wants to see at the end of a run, and where the rest is."""
+    console = Console(soft_wrap=True)
+    console.print(summary(metrics))
+    console.print(f"run folder: {folder}", highlight=False)
