@@ -14,12 +14,14 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
 from blemish.backbone.features import Features
+from blemish.backbone.store import Store, StoredData
 from blemish.data.module import ImageData
 from blemish.data.samples import write_manifest
 from blemish.deploy.predict import View, images_at, output_names, write
@@ -44,6 +46,7 @@ def train(cfg: DictConfig) -> dict:
         trainer = trainer_of(cfg, [times, calibrate, evaluate])
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
+        data = stored(cfg, data, model, trainer, times)
         started = time.perf_counter()
         if isinstance(model, OnePassDetector | TrainedDetector):
             trainer.fit(model, datamodule=data)
@@ -55,7 +58,7 @@ def train(cfg: DictConfig) -> dict:
             save_checkpoint(trainer, model, folder / "model.ckpt")
         metrics = measured(trainer, model, data, evaluate, times, fitted - started)
         write_results(folder, cfg, evaluate, metrics, record, trainer)
-        record.finish({"seconds": times.total()})
+        record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
 
 
@@ -81,9 +84,10 @@ def test(cfg: DictConfig) -> dict:
         trainer = trainer_of(saved, [times, evaluate])
         save_config(saved, folder)
         record.note(facts(saved, data, model))
+        data = stored(saved, data, model, trainer, times)
         metrics = measured(trainer, model, data, evaluate, times, None)
         write_results(folder, saved, evaluate, metrics, record, trainer)
-        record.finish({"seconds": times.total()})
+        record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
 
 
@@ -190,7 +194,18 @@ def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
 
 
-def measured(trainer: Trainer, model: Detector, data: ImageData, evaluate: Evaluate, times: StageTimes, fit: float | None) -> dict:
+def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, times: StageTimes) -> ImageData | StoredData:
+    """The data as they are or, with store=on, with maps and images from the store in their batches as far as the method can use them."""
+    if not cfg.get("store") or not cfg.store.enabled:  # runs of earlier versions have no store
+        return data
+    store = Store(cfg.store.root, cfg.store.dtype, cfg.store.max_gb)
+    shown = trainer.progress_bar_callback is not None
+    return StoredData(
+        store, data, getattr(model, "backbone", None), model.reads, cfg.store.images, trainer.strategy.root_device, times.stage, shown
+    )
+
+
+def measured(trainer: Trainer, model: Detector, data: ImageData | StoredData, evaluate: Evaluate, times: StageTimes, fit: float | None) -> dict:
     """Test and compute the metrics; both count as test time."""
     started = time.perf_counter()
     trainer.test(model, datamodule=data, verbose=False)
@@ -229,6 +244,8 @@ def log_results(trainer: Trainer, cfg: DictConfig, folder: Path, metrics: dict, 
                 if chosen:
                     logger.log_image(key=name, images=chosen)
         logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of a sweep would go on writing into this one
 
 
 @rank_zero_only
@@ -272,6 +289,9 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "category": cfg.data.get("category"),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
+        "image_size": cfg.data.image_size,
+        "crop": cfg.data.crop,
+        "unit": cfg.data.get("unit", "image"),
         "backbone": cfg.get("backbone") if features else None,
         "weights": cfg.get("weights") if features else None,
         "weights_digest": features.digest() if features else None,

@@ -130,7 +130,8 @@ class Evaluate(Callback):
         self.seen |= {key: Seen(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)}
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if key in self.wanted:
-                image = (batch.image[row].detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                image = batch.image[row].detach() if batch.image.shape[1] else trainer.datamodule.image(key)  # stored maps bring no image
+                image = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
                 unit = None if map is None else ((map[i] - low[i]) / (high[i] - low[i]).clamp_min(1e-30)).half().numpy()
                 self.kept[key] = Picture(image, mask[i].numpy(), unit)
 

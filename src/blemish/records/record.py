@@ -43,6 +43,9 @@ FIELDS = (
     "category",
     "seed",
     "protocol",
+    "image_size",
+    "crop",
+    "unit",  # image, or tile where large images were cut
     "backbone",
     "weights",
     "weights_digest",
@@ -50,6 +53,7 @@ FIELDS = (
     "truth",  # what the pixel metrics were measured against, as truth_kind says
     "counts",  # images by split and label
     "calibration",  # where the threshold comes from: alpha, images, value, and an explanation in words
+    "store",  # where maps were kept, images whose maps were read and computed, bytes of the files in use
     "seconds",  # wall seconds by stage, as StageTimes.total() gives them
     "scale",  # map values at the two ends of the colours of the pictures
     "pictures",  # the pictures that were drawn, relative to the run folder

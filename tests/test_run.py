@@ -1,0 +1,208 @@
+"""Whole runs as a user makes them: what is left behind, again the same, and what happens when something is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from support import CONFIGS, composed, tiny_run
+
+from blemish.run import load, predict, train
+from blemish.run import test as retest
+from blemish.types import InputError
+
+ROOT = CONFIGS.parent
+
+
+def without_times(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if not key.endswith("_seconds")}
+
+
+def tool(name: str, *overrides: str, **options) -> subprocess.CompletedProcess:
+    """A tool in a process of its own, as a user starts it."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+
+
+def tiny_overrides(tiny: Path) -> list[str]:
+    data = ["data=folder", f"data.root={tiny}", "data.normal_test=normal_test", "data.abnormal=[square]", "data.masks=masks"]
+    quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "logger=none", "save.pictures=2"]
+    return [*data, *quick, "data.calibration=0.2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, train(tiny_run(tiny, folder, "logger=csv"))
+
+
+def test_leaves_every_file(finished):
+    folder, metrics = finished
+    names = {"config.yaml", "model.ckpt", "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json", "images", "logs"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "fit_seconds", "test_seconds"} <= metrics.keys()
+    assert metrics["defects"].keys() >= {"square"}
+    assert len(list((folder / "images").glob("*.png"))) == 4
+    record = json.loads((folder / "record.json").read_text())
+    assert record["status"] == "finished"
+    assert record["counts"] == {"calibrate/good": 6, "test/good": 6, "test/square": 6, "train/good": 18}
+    assert all(record[key] for key in ("method", "seconds", "environment", "manifest_digest", "weights_digest", "peak_memory_mb"))
+    assert OmegaConf.load(folder / "config.yaml").data.root  # resolved: no interpolation is left
+    assert "${" not in (folder / "config.yaml").read_text()
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:5] == ["path", "label", "score", "threshold", "decision"]
+    assert len(rows) == 12
+    assert all((float(r["score"]) > float(r["threshold"])) == bool(int(r["decision"])) for r in rows)
+
+
+def test_checkpoint_needs_no_unpickling(finished):
+    checkpoint = torch.load(finished[0] / "model.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["n_features"] == 100
+
+
+def test_testing_again_gives_identical_numbers(finished, tmp_path):
+    folder, metrics = finished
+    again = retest(composed(f"run='{folder}'", f"output='{tmp_path / 'again'}'", "device=cpu", config="test"))
+    assert without_times(again) == without_times(metrics)
+    assert (tmp_path / "again" / "scores.csv").read_text() == (folder / "scores.csv").read_text()
+    with pytest.raises(InputError, match="is the run itself"):
+        retest(composed(f"run='{folder}'", f"output='{folder}'", config="test"))
+
+
+def test_predicts_in_the_images_own_pixels(finished, tiny, tmp_path):
+    folder = finished[0]
+    source = tmp_path / "in put" / "ä"
+    source.mkdir(parents=True)
+    large = Image.open(tiny / "square" / "000.png").resize((200, 90))
+    large.save(source / "große.png")
+    large.save(source / "große.jpg")
+    large.convert("RGB").save(source.parent / "other.bmp")
+    cfg = composed(f"run='{folder}'", f"input='{source.parent}'", f"output='{tmp_path / 'out'}'", "device=cpu", config="predict")
+    assert predict(cfg) == 3
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    kinds = ("map", "mask", "overlay")
+    expected = [f"{n}_{k}.png" for n in ("other", "ä/große_jpg", "ä/große_png") for k in kinds]
+    assert written == sorted([*expected, "scores.csv"])
+    for kind, dtype in (("map", np.uint16), ("mask", np.uint8), ("overlay", np.uint8)):
+        array = np.asarray(Image.open(tmp_path / "out" / f"other_{kind}.png"))
+        assert array.shape[:2] == (90, 200)
+        assert array.dtype == dtype
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    values = np.asarray(Image.open(tmp_path / "out" / "other_map.png")) / 65535
+    low, high = (float(rows["other.bmp"][name]) for name in ("map_min", "map_max"))
+    assert low < high
+    assert values.min() == 0
+    assert values.max() == 1
+
+
+def test_paper_protocol_trains_on_all_and_decides_nothing(tiny, tmp_path):
+    train(tiny_run(tiny, tmp_path / "run", "protocol=paper"))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["counts"]["train/good"] == 24
+    assert record["calibration"]["value"] is None
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        assert {row["decision"] for row in csv.DictReader(file)} == {""}
+
+
+def test_everything_can_be_switched_off(tiny, tmp_path):
+    off = ["save.checkpoint=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
+    train(tiny_run(tiny, tmp_path / "run", *off))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.json", "manifest.csv", "record.json"}
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers(logger, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    extra = ["logger.offline=true"] if logger == "wandb" else []
+    train(tiny_run(tiny, tmp_path / "run", f"logger={logger}", *extra))
+    written = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert any(name.startswith("events.out") if logger == "tensorboard" else name.endswith(".wandb") for name in written)
+
+
+def test_a_finished_run_is_not_overwritten(finished, tiny):
+    before = (finished[0] / "scores.csv").read_text()
+    with pytest.raises(InputError, match="overwrite=true"):
+        train(tiny_run(tiny, finished[0]))
+    assert (finished[0] / "scores.csv").read_text() == before
+
+
+def test_an_unusable_results_folder_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run.*run_dir="):
+        train(tiny_run(tiny, tmp_path / "file" / "run"))
+
+
+def test_a_failed_run_says_so_in_its_folder(tiny, tmp_path):
+    data = tmp_path / "data"
+    for part in ("normal", "normal_test", "square", "masks"):
+        (data / part).mkdir(parents=True)
+        for path in (tiny / part).iterdir():
+            os.link(path, data / part / path.name)
+    broken = data / "square" / "003.png"
+    whole = broken.read_bytes()
+    broken.unlink()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"square/003\.png"):
+        train(tiny_run(data, tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "failed"
+    assert "003.png" in record["error"]["message"]
+    train(tiny_run(data, tmp_path / "skipping", "data.on_error=skip"))
+    counts = json.loads((tmp_path / "skipping" / "record.json").read_text())["counts"]
+    assert counts["skipped/square"] == 1
+
+
+def test_wrong_runs_are_refused(finished, tmp_path):
+    with pytest.raises(InputError, match=r"no config\.yaml"):
+        load(tmp_path)
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes()[:5000])
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="not a whole checkpoint"):
+        load(tmp_path)
+    config.model._target_ = "os.system"
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(InputError, match=r"blemish\.methods"):
+        load(tmp_path)
+
+
+def test_tools_say_what_is_wrong_in_one_message(tmp_path):
+    done = tool("train", "model=padim", "data=mvtec", f"data.root={tmp_path / 'none'}", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert f"{tmp_path / 'none'}" in done.stderr
+    assert "data.root=" in done.stderr
+
+
+def test_multirun_makes_a_run_per_seed(tiny, tmp_path):
+    done = tool("train", "-m", "model=padim", "seed=0,1", f"run_dir={tmp_path}/${{seed}}", *tiny_overrides(tiny))
+    assert done.returncode == 0, done.stderr
+    for seed in ("0", "1"):
+        assert json.loads((tmp_path / seed / "record.json").read_text())["seed"] == int(seed)
+
+
+def test_ctrl_c_during_fit_leaves_a_record_and_no_checkpoint(tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "model=padim", *tiny_overrides(tiny), f"run_dir={tmp_path / 'run'}"]
+    # one image a batch, so that the fit lasts long enough to be interrupted
+    process = subprocess.Popen([*command, "batch_size=1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while not (tmp_path / "run" / "manifest.csv").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "interrupted"
+    assert not list((tmp_path / "run").glob("model.ckpt*"))
