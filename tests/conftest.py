@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+from hypothesis import settings
 from PIL import Image
+
+# a busy machine is slow, not wrong
+settings.register_profile("blemish", deadline=None, print_blob=True)
+settings.load_profile("blemish")
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,7 @@ class ImageData(LightningDataModule):
 
     def _digest_of(self, path: str) -> str:
         try:
-            return hashlib.blake2b((self.root / path).read_bytes(), digest_size=8).hexdigest()
+            return file_digest(self.root / path)
         except OSError as error:
             if self.on_error == "skip":
                 return ""  # the reading that follows says why
@@ -202,14 +202,25 @@ class ImageData(LightningDataModule):
 
     def loader(self, split: str, shuffle: bool = False) -> DataLoader:
         """Batches of one split in the manifest's order, or in an order drawn anew each epoch from the seed."""
-        dataset = Images([s for s in self.samples if s.split == split], self.root, self.window, self.image_size, self.crop)
+        return self.batches(self.images([s for s in self.samples if s.split == split]), shuffle, collate, self.workers)
+
+    def images(self, samples: list[Sample]) -> "Images":
+        """The samples, decoded when asked for."""
+        return Images(samples, self.root, self.window, self.image_size, self.crop)
+
+    def image(self, key: str) -> Tensor:
+        """The image (3, h, w) behind an entry of Batch.path."""
+        return self.images([self.sample(key)])[0][0]
+
+    def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int) -> DataLoader:
+        """A loader of a data set in the order and the batches of this module."""
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed),
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )
@@ -225,6 +236,11 @@ class ImageData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self.loader("unlabelled")
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's content."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:

@@ -28,9 +28,13 @@ with <category> one of """ + ", ".join(CATEGORIES)
     def categories(self) -> list[str]:
         return [name for name in super().categories() if (self.root / name / "train").is_dir()]
 
-    def scan(self) -> list[Sample]:
+    def folder(self) -> Path:
+        folder = super().folder()
         if self.category is None:
-            raise InputError(f"data.category: none given; found in {self.root}: {', '.join(self.categories()) or 'none'}")
+            raise self.missing(f"data.category: none given. Found in {self.root}: {', '.join(self.categories()) or 'none'}")
+        return folder
+
+    def scan(self) -> list[Sample]:
         folder = self.folder()
         for part in ("train/good", "test"):
             if not (folder / part).is_dir():
