@@ -13,8 +13,8 @@ from blemish.types import InputError
 EPSILON = 0.01
 
 
-def padim(n_features=20):
-    return PaDiM("test_resnet", [1, 2, 3], "random", n_features, EPSILON, sigma=4.0, seed=0)
+def padim(n_features=20, align="bilinear"):
+    return PaDiM("test_resnet", [1, 2, 3], "random", n_features, EPSILON, sigma=4.0, align=align, seed=0)
 
 
 def images(n, seed=0, side=64):
@@ -36,7 +36,7 @@ def plain_padim(model, train, test):
 
     def embedding(pictures):
         maps = model.features(pictures)
-        resized = [F.interpolate(m, maps[0].shape[-2:], mode="nearest") for m in maps]
+        resized = [F.interpolate(m, maps[0].shape[-2:], mode=model.align) for m in maps]
         return torch.cat(resized, 1)[:, model.drawn].double().numpy()  # (B, d, h, w)
 
     x, q = embedding(train), embedding(test)
@@ -50,9 +50,10 @@ def plain_padim(model, train, test):
     return np.stack([gaussian_filter(m, 4.0, mode="reflect", truncate=4) for m in up])
 
 
+@pytest.mark.parametrize("align", ["bilinear", "nearest"])
 @pytest.mark.parametrize(("n", "form"), [(12, Bank), (20, Bank), (21, Moments), (60, Moments)])
-def test_is_the_paper_in_either_form(n, form):
-    model, kept = fitted(padim(), images(n))
+def test_is_the_paper_in_either_form(n, form, align):
+    model, kept = fitted(padim(align=align), images(n))
     assert isinstance(kept, form)
     expected = plain_padim(model, images(n), images(3, seed=1))
     score, map = model(images(3, seed=1))
@@ -89,6 +90,11 @@ def test_does_not_depend_on_the_batches():
 def test_all_channels_if_fewer_than_asked():
     model = padim(n_features=10_000)
     assert len(model.drawn) == sum(model.backbone.channels)
+
+
+def test_an_unknown_resizing_is_refused():
+    with pytest.raises(InputError, match="bilinear or nearest"):
+        padim(align="cubic")
 
 
 def test_another_image_size_is_refused():

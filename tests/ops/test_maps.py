@@ -30,6 +30,8 @@ def test_without_blur_and_constant_maps():
 
 def test_align_brings_stages_to_the_first_grid():
     fine, coarse = torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4)
-    both = align([fine, coarse])
+    expected = F.interpolate(coarse, (8, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(align([fine, coarse]), torch.cat([fine, expected], 1))
+    both = align([fine, coarse], "nearest")
     assert both.shape == (2, 8, 8, 8)
     torch.testing.assert_close(both[:, 3:, ::2, ::2], coarse)

@@ -15,11 +15,14 @@ from blemish.types import InputError, Prediction
 class PaDiM(OnePassDetector):
     """Anomaly = Mahalanobis distance of a position's embedding to that position's normal embeddings (paper, eq. 2).
 
-    The embedding is `n_features` channels, drawn once from `seed`, of the concatenated stages (section III-A); Σ gets `epsilon`·I (eq. 1);
-    the map is upsampled and blurred by `sigma` pixels, and the image's score is its maximum.
+    The embedding is `n_features` channels, drawn once from `seed`, of the concatenated stages (section III-A), the coarse ones resized by
+    `align`: the paper repeats their cells (`nearest`). Σ gets `epsilon`·I (eq. 1); the map is upsampled and blurred by `sigma` pixels, and
+    the image's score is its maximum.
     """
 
-    def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, n_features: int, epsilon: float, sigma: float, seed: int):
+    def __init__(
+        self, backbone: str, stages: Sequence[int | str], weights: str, n_features: int, epsilon: float, sigma: float, align: str, seed: int
+    ):
         super().__init__()
         self.save_hyperparameters()
         self.backbone = Features(backbone, stages, weights, seed)
@@ -29,10 +32,9 @@ class PaDiM(OnePassDetector):
         self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
         for name in ("mean", "cholesky", "woodbury"):  # (P, d), (P, d, d), (N, P, d): one of the last two stays empty
             self.register_buffer(name, torch.empty(0))
-        self.epsilon, self.sigma = epsilon, sigma
-
-    def features(self, image: Tensor) -> Maps:
-        return self.backbone(image)
+        if align not in ("bilinear", "nearest"):
+            raise InputError(f"model.align={align}: expected bilinear or nearest")
+        self.epsilon, self.sigma, self.align = epsilon, sigma, align
 
     def embed(self, maps: Maps) -> Tensor:
         """The drawn channels of all stages at every position of the finest grid, (B, P, d)."""
@@ -43,7 +45,7 @@ class PaDiM(OnePassDetector):
             if len(wanted) or not parts:  # the first stage sets the grid even if nothing of it was drawn
                 parts.append(stage.index_select(1, wanted).float())
         # the channels of a position side by side: batched products would copy position by position otherwise
-        return align(parts).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
+        return align(parts, self.align).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
 
     def accumulator(self, images: int) -> Bank | Moments:
         # both forms are exact: keep the smaller of N·P·d samples and P·d·d second moments

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def align(maps: Sequence[Tensor], mode: str = "nearest") -> Tensor:
+def align(maps: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Stages (B, C_s, h_s, w_s) resized to the first one's grid and concatenated: (B, ΣC_s, h, w)."""
     size = maps[0].shape[-2:]
     resized = [m if m.shape[-2:] == size else F.interpolate(m, size, mode=mode) for m in maps]
