@@ -51,7 +51,7 @@ def check(data: ImageData) -> list[Row]:
     """
     data.samples = data.samples or data.listed()
     by_files = {(sample.path, sample.mask): sample for sample in data.samples}  # tiles share their image
-    looks = dict(zip(by_files, threaded(lambda sample: _look(data, sample), list(by_files.values())), strict=True))
+    looks = dict(zip(by_files, threaded(lambda sample: _look(data, sample), list(by_files.values()), "reading every image"), strict=True))
     groups = defaultdict(list)
     for sample in data.samples:
         groups[SPLITS.index(sample.split), sample.defect].append(sample)

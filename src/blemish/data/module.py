@@ -14,6 +14,8 @@ from threading import Lock
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -24,6 +26,7 @@ from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
 PROTOCOLS = ("clean", "paper")
 ON_ERROR = ("stop", "skip")
 FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
+MANY = 5000  # files from which on even a digest of each takes seconds
 RECENT = 2**28  # bytes of decoded images kept for the next tile
 
 log = logging.getLogger(__name__)
@@ -142,7 +145,7 @@ class ImageData(LightningDataModule):
 
     def _digested(self, samples: list[Sample]) -> list[Sample]:
         paths = sorted({sample.path for sample in samples})
-        digests = dict(zip(paths, threaded(self._digest_of, paths), strict=True))
+        digests = dict(zip(paths, threaded(self._digest_of, paths, "digests" if len(paths) > MANY else None), strict=True))
         for sample in samples:
             if sample.digest and digests[sample.path] and sample.digest != digests[sample.path]:
                 raise InputError(
@@ -163,7 +166,7 @@ class ImageData(LightningDataModule):
     def _without_unreadable(self, samples: list[Sample]) -> list[Sample]:
         tried = [sample for sample in samples if sample.split != "skipped"]
         recent = Recent(RECENT)
-        reasons = threaded(lambda sample: self._reason(sample, recent.read), tried)
+        reasons = threaded(lambda sample: self._reason(sample, recent.read), tried, "reading every image")
         self.skipped = {sample.key: reason for sample, reason in zip(tried, reasons, strict=True) if reason}
         for key, reason in self.skipped.items():
             log.warning("skipped %s: %s", key, reason)
@@ -366,13 +369,18 @@ def binary(mask: np.ndarray) -> np.ndarray:
     return (mask > (half if top > half else 0)).astype(np.uint8)
 
 
-def threaded(work: Callable, items: Sequence) -> list:
-    """work(item) for all items, in order, by at most 8 threads: reading and decoding let go of the interpreter's lock."""
+def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:
+    """work(item) for all items, in order, by at most 8 threads: reading and decoding let go of the interpreter's lock.
+
+    `told` names the work on a progress bar.
+    """
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8, len(items))
     if threads < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
+        done = pool.map(work, items)
+        screen = Console(stderr=True)
+        return list(track(done, told or "", len(items), console=screen, transient=True, disable=not (told and screen.is_terminal)))
 
 
 def _check(key: str, value: object, valid: bool, expected: str) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lightning import Callback
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.distributed import all_gather_object, gather_object
 
@@ -236,7 +238,9 @@ class Evaluate(Callback):
         scale, value = self.scale, self.threshold.value
         contour = self.map_threshold.value if scale else None
         files = []
-        for key, name in file_names({key: self.samples[key].defect for key in self.seen if key in self.kept}).items():
+        names = file_names({key: self.samples[key].defect for key in self.seen if key in self.kept})
+        screen = Console(stderr=True)
+        for key, name in track(names.items(), "drawing", console=screen, transient=True, disable=not screen.is_terminal):
             sample, seen, picture = self.samples[key], self.seen[key], self.kept[key]
             map = None if picture.map is None else seen.low + picture.map.astype(np.float64) * (seen.high - seen.low)
             mask = None if seen.label == UNKNOWN else picture.mask

@@ -13,7 +13,8 @@ from blemish.types import InputError
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
 SETTING = ("method", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
-RUN = (*SETTING, "seed", *FIGURES, "fit_seconds", "test_seconds", "peak_memory_mb", "cpu", "cores", "torch", "git", "manifest_digest", "started")
+COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
+RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
 BEGIN, END = "<!-- runs: begin -->", "<!-- runs: end -->"
 
 
@@ -79,7 +80,8 @@ def spread(values: Sequence[float | None], digits: int = 3) -> str:
 
 def markdown(rows: Iterable[Mapping]) -> str:
     """The pooled runs as a Markdown table, and a line on where they were measured."""
-    columns = ("method", "data", "backbone", "px", "protocol", "seeds", *(name.replace("_", " ") for name in FIGURES), "fit s", "test s", "MB")
+    figures = [name.replace("_", " ") for name in FIGURES]
+    columns = ["method", "data", "backbone", "px", "protocol", "seeds", *figures, "fit s", "test s", "MB"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * 6 + " ---: |" * (len(columns) - 6)]
     rows = list(rows)
     for group in pooled(rows):
@@ -90,10 +92,11 @@ def markdown(rows: Iterable[Mapping]) -> str:
         seeds = ",".join(str(seed) for seed in group["seeds"])
         cells = [group["method"], data, backbone, size, group["protocol"], seeds]
         cells += [spread([run[name] for run in runs]) for name in FIGURES]
-        cells += ["–" if runs[0][name] is None else f"{statistics.median(run[name] for run in runs):.0f}" for name in ("fit_seconds", "test_seconds", "peak_memory_mb")]
+        cells += ["–" if runs[0][name] is None else f"{statistics.median(run[name] for run in runs):.0f}" for name in COSTS]
         lines.append("| " + " | ".join(cells) + " |")
     machines = sorted({f"{row['cpu']}, {row['cores']} cores, torch {row['torch']}" for row in rows})
-    return "\n".join(lines) + "\n\nMeasured on " + "; ".join(machines) + ". Seconds and peak memory: medians over the seeds, of the whole process.\n"
+    costs = "Seconds and peak memory: medians over the seeds, of the whole process."
+    return "\n".join(lines) + f"\n\nMeasured on {'; '.join(machines)}. {costs}\n"
 
 
 def write(folder: str | Path, output: str | Path, readme: str | Path | None) -> int:
