@@ -1,7 +1,7 @@
 """What PaDiM costs above its floor, in one process: python benchmarks/padim.py data=mvtec data.category=screw recipe=bundled [repeats=3]
 
 The floor of the fit is decoding the training images and an eager forward of the same images through timm's own network. Prints the
-medians as a table and writes them to results/performance/padim.json.
+medians as a table and writes them to results/performance/padim.json and docs/performance.md.
 """
 
 import logging
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.records.record import environment, write_json
+from blemish.records.tables import between
 from blemish.run import build, data_of, expected_warnings, observers, trainer_of
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,15 @@ def once(cfg, data) -> dict[str, float]:
     }
 
 
+def page(result: dict) -> str:
+    median, machine = result["median"], result["environment"]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in median) + " |", "|" + " ---: |" * len(median)]
+    lines.append("| " + " | ".join(f"{value:.2f}" for value in median.values()) + " |")
+    where = f"{machine['cpu']}, {machine['torch_threads']} threads, torch {machine['packages']['torch']}"
+    images = f"{result['images']['train']} training and {result['images']['test']} test images"
+    return "\n".join(lines) + f"\n\n`{' '.join(result['overrides'])}`, {images}; {where}; medians of {len(result['runs'])}.\n"
+
+
 def main() -> None:
     overrides = sys.argv[1:] or ["data=mvtec", "data.category=screw", "recipe=bundled"]
     repeats = next((int(o.split("=")[1]) for o in overrides if o.startswith("repeats=")), 3)
@@ -85,6 +95,7 @@ def main() -> None:
     Console().print(table)
     result = {"overrides": overrides, "images": counts, "median": median, "runs": runs, "environment": environment()}
     write_json(ROOT / "results" / "performance" / "padim.json", result)
+    between(ROOT / "docs" / "performance.md", "padim", page(result))
 
 
 if __name__ == "__main__":

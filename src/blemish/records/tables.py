@@ -15,7 +15,6 @@ FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap",
 SETTING = ("method", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
-BEGIN, END = "<!-- runs: begin -->", "<!-- runs: end -->"
 
 
 def summary(metrics: Mapping) -> Table:
@@ -104,9 +103,15 @@ def write(folder: str | Path, output: str | Path, readme: str | Path | None) -> 
     rows = collect(folder)
     write_csv(output, RUN, [[row[name] for name in RUN] for row in rows])
     if readme:
-        text = Path(readme).read_text(encoding="utf-8")
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            raise InputError(f"{readme}: expected one line {BEGIN} and one {END}, with the table between them")
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        write_text(readme, f"{head}{BEGIN}\n{markdown(rows)}{END}{tail}")
+        between(readme, "runs", markdown(rows))
     return len(rows)
+
+
+def between(page: str | Path, name: str, text: str) -> None:
+    """Put a text between the markers <!-- name: begin --> and <!-- name: end --> of a page; InputError if it has not one of each."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = Path(page).read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise InputError(f"{page}: expected one line {begin} and one {end}, with what is replaced between them")
+    head, tail = old.split(begin)[0], old.split(end)[1]
+    write_text(page, f"{head}{begin}\n{text}{end}{tail}")
