@@ -173,9 +173,15 @@ def test_wrong_runs_are_refused(finished, tmp_path):
     OmegaConf.save(config, tmp_path / "config.yaml")
     with pytest.raises(InputError, match="not a whole checkpoint"):
         load(tmp_path)
-    config.model._target_ = "os.system"
+
+
+@pytest.mark.parametrize("place", ["model", "data", "trainer", "logger", "model.backbone", "data.root", "save"])
+def test_a_strangers_config_calls_nothing_else(place, finished, tmp_path):
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    OmegaConf.update(config, place, {"_target_": "os.system", "command": "touch /tmp/owned"}, force_add=True)
     OmegaConf.save(config, tmp_path / "config.yaml")
-    with pytest.raises(InputError, match=r"blemish\.methods"):
+    (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes())
+    with pytest.raises(InputError, match=r"os\.system"):
         load(tmp_path)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from blemish.backbone.features import Features
 from blemish.ops.gaussian import merge_moments
 from blemish.types import Batch, InputError, Prediction
 
@@ -17,19 +18,33 @@ Maps = Sequence[Tensor]
 class Detector(pl.LightningModule):
     """A method that needs no training gives `forward(image (B, 3, H, W) in [0, 1]) -> Prediction`; everything else is written here once.
 
-    A method with a backbone gives `features(image) -> maps` and `score(maps, size) -> Prediction` instead, so that maps computed earlier
-    can be scored. `calibration` (n, 2) holds score and largest map value of held-out normal images, empty until they were scored.
+    A method with a `backbone` gives `score(maps, size) -> Prediction` instead, so that maps computed earlier can be scored, and
+    `features(image) -> maps` if its maps are not simply the backbone's. `calibration` (n, 2) holds score and largest map value of
+    held-out normal images, empty until they were scored.
     """
 
     calibration: Tensor
+    looks_at_images = False  # whether training wants images beside the maps of `features`
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))
 
     def features(self, image: Tensor) -> Maps:
-        """Feature maps of images (B, 3, H, W), the costly and frozen part of `forward`."""
-        raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+        """Feature maps of images (B, 3, H, W), the costly and frozen part of `forward`; with this default they may come from the store."""
+        return self.backbone(image)
+
+    def maps(self, batch: Batch) -> Maps:
+        """The maps of a batch: those it brings, else those of its images."""
+        return self.features(batch.image) if batch.maps is None else batch.maps
+
+    def reads(self, split: str) -> tuple[bool, bool]:
+        """Whether batches of a split may bring the backbone's maps, computed earlier, and whether they have to bring images."""
+        maps = type(self).features is Detector.features and isinstance(getattr(self, "backbone", None), Features)
+        if split == "train":
+            return maps, not maps or self.looks_at_images
+        maps = maps and type(self).forward is Detector.forward
+        return maps, not maps
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         """The prediction for images of `size` (H, W) from their feature maps."""
@@ -39,10 +54,9 @@ class Detector(pl.LightningModule):
         return self.score(self.features(image), tuple(image.shape[-2:]))
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
-        return self(batch.image)
+        return self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
 
-    def predict_step(self, batch: Batch, index: int) -> Prediction:
-        return self(batch.image)
+    predict_step = test_step
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # a fitted buffer's size is known only after fit: an empty one takes the shape that was saved
@@ -83,7 +97,7 @@ class OnePassDetector(Detector):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         with torch.inference_mode():
-            maps = self.features(batch.image)
+            maps = self.maps(batch)
         with torch.no_grad():
             self.kept.update(self.keep(maps))
         return self.idle * 0.0
@@ -96,7 +110,12 @@ class OnePassDetector(Detector):
 
 
 class TrainedDetector(Detector):
-    """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them."""
+    """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them.
+
+    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else says `looks_at_images = False`.
+    """
+
+    looks_at_images = True
 
     def loss(self, batch: Batch) -> Tensor:
         """The paper's training loss, a scalar."""

@@ -35,6 +35,14 @@ from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
+# a run's config may come from a stranger: it chooses among these and calls nothing else
+ALLOWED = {
+    "model": "blemish.methods.",
+    "data": "blemish.data.",
+    "trainer": "lightning.pytorch.Trainer",
+    "logger": "lightning.pytorch.loggers.",
+}
+
 
 def train(cfg: DictConfig) -> dict:
     """Fit if the method needs it, calibrate, save, test and record; returns what metrics.json holds. `cfg.run_dir` gets the folder."""
@@ -101,7 +109,8 @@ def predict(cfg: DictConfig) -> int:
     view = View(saved.data.image_size, saved.data.crop, window)
     scale = (read_record(run) or {}).get("scale")
     found = track(apply(model, paths, view, saved.batch_size), "predicting", len(paths), console=Console(stderr=True))
-    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale)
+    level = getattr(model, "map_threshold", None)  # a method's own, from its paper
+    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level)
     return len(rows)
 
 
@@ -118,9 +127,9 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
         target = str(cfg.model._target_)
     except Exception as error:
         raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
-    # a config may come from a stranger: it chooses among our methods and calls nothing else
-    if not target.startswith("blemish.methods.") or not str(cfg.data._target_).startswith("blemish.data."):
-        raise InputError(f"{config}: model._target_={target} is not in blemish.methods, or data._target_ not in blemish.data")
+    for place, name in targets(OmegaConf.to_container(cfg)):
+        if not name.startswith(ALLOWED.get(place, "-")):
+            raise InputError(f"{config}: {place}._target_={name}; a run's config may call {ALLOWED} and nothing else")
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         if "weights" in cfg.model:
@@ -132,6 +141,15 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     except Exception as error:
         raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
     return cfg, model.eval().to(device_of(device))
+
+
+def targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """(place, `_target_`) of everything in a config that Hydra would call, at any depth."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if key == "_target_" and value is not None:
+            yield place, str(value)
+        yield from targets(value, f"{place}.{key}".lstrip("."))
 
 
 def device_of(name: str) -> torch.device:
@@ -205,7 +223,9 @@ def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, 
     )
 
 
-def measured(trainer: Trainer, model: Detector, data: ImageData | StoredData, evaluate: Evaluate, times: StageTimes, fit: float | None) -> dict:
+def measured(
+    trainer: Trainer, model: Detector, data: ImageData | StoredData, evaluate: Evaluate, times: StageTimes, fit: float | None
+) -> dict:
     """Test and compute the metrics; both count as test time."""
     started = time.perf_counter()
     trainer.test(model, datamodule=data, verbose=False)

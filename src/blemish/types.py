@@ -15,6 +15,7 @@ class Batch(NamedTuple):
     label: Tensor  # (B,) int64: NORMAL, ANOMALOUS or UNKNOWN
     mask: Tensor  # (B, H, W) uint8: 0 normal, 1 anomalous, NO_TRUTH where unknown
     path: list[str]  # B keys of the manifest: the relative path, with "#x,y,w,h" behind it for a tile
+    maps: list[Tensor] | None = None  # stored maps (B, C, h, w), one per stage; image is then (B, 0, H, W) unless the method wants both
 
 
 class Prediction(NamedTuple):

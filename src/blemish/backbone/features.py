@@ -39,7 +39,7 @@ class Features(nn.Module):
                 raise InputError(f"stages={stages}: {error}") from error
         side = config["input_size"][-1] if config.get("fixed_input_size") else 64
         probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        self.named = named
+        self.backbone, self.stages, self.named = backbone, stages, named
         self.net = fold_batchnorm(net, probe).to(memory_format=torch.channels_last)
         with torch.no_grad():
             maps = self._maps(self.net(probe))
@@ -60,10 +60,15 @@ class Features(nn.Module):
         maps = self._maps(self.net(x))
         return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(maps, self.channels_at_end, strict=True)]
 
-    def digest(self) -> str:
-        """16 hex digits that name these weights."""
+    def digest(self, stage: int | str | None = None) -> str:
+        """16 hex digits that name these weights, or those that a stage depends on: the same whichever other stages there are."""
+        state = self.net.state_dict()
+        if stage is not None and not self.named:
+            with torch.device("meta"):
+                parts = {name for name, _ in create(self.backbone, [stage], "checkpoint", 0, named=False).named_modules()}
+            state = {key: value for key, value in state.items() if key.rpartition(".")[0] in parts}
         text = hashlib.blake2b(digest_size=8)
-        for key, value in sorted(self.net.state_dict().items()):
+        for key, value in sorted(state.items()):
             text.update(key.encode())
             text.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return text.hexdigest()

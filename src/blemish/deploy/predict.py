@@ -77,14 +77,16 @@ def write(
     calibration: Tensor,
     alpha: float,
     scale: tuple[float, float] | None,
+    level: float | None = None,
 ) -> list[tuple]:
     """Write `<name>_overlay.png`, `_map.png` (16 bit) and `_mask.png` per image and scores.csv; returns its rows, see COLUMNS.
 
-    `calibration` (n, 2) gives the thresholds of score and map at `alpha`; without it there is no decision and no mask. A map's 16 bits
-    run from its map_min to its map_max in scores.csv. `scale` are the map values at the ends of the overlay's colours.
+    `calibration` (n, 2) gives the thresholds of score and map at `alpha`; without it there is no decision and no mask. `level` is a
+    method's own threshold of its maps, which then takes the place of the calibration's. A map's 16 bits run from its map_min to its map_max
+    in scores.csv. `scale` are the map values at the ends of the overlay's colours.
     """
     threshold = conformal_threshold(calibration[:, 0].cpu(), alpha).value
-    level = conformal_threshold(calibration[:, 1].cpu(), alpha).value
+    level = conformal_threshold(calibration[:, 1].cpu(), alpha).value if level is None else level
     rows = []
     for path, image, score, map in found:
         stem = output / names[path]
