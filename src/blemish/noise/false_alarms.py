@@ -1,0 +1,177 @@
+"""How often noise alone would look as strange: discs on Gaussian noise, the number of false alarms, and the list of detections."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+# name, log10 NFA up to which a detection is at least that strong, RGB; the ranges in which the authors colour their figures
+STRENGTHS = (
+    ("weak", -2.0, (1.0, 1.0, 1.0)),
+    ("mild", -3.0, (0.0, 1.0, 1.0)),
+    ("strong", -8.0, (0.0, 0.9, 0.0)),
+    ("extremely salient", -21.0, (1.0, 0.55, 0.0)),
+)
+
+
+class Alarms(NamedTuple):
+    """At every pixel the least likely of all tests that saw it."""
+
+    log10_nfa: Tensor  # (B, H, W) float32
+    radius: Tensor  # (B, H, W) int64 radius of that disc, in pixels of its scale; 0 for none
+    scale: Tensor  # (B, H, W) int64 pyramid level of that disc, 0 the finest
+
+
+class Detection(NamedTuple):
+    """A connected component of NFA ≤ ε; radius, scale and log10_nfa are those of its least likely pixel."""
+
+    x1: int  # box in pixels of the image, half-open
+    y1: int
+    x2: int
+    y2: int
+    area: int  # pixels of the component
+    radius: int
+    scale: int
+    log10_nfa: float
+
+
+def number_of_tests(channels: int, radii: int, height: int, width: int, scales: int, bound: str = "tests") -> float:
+    """C·R·H·W for one scale. For a pyramid 4/3 of it, as it has Σ 4^−s as many pixels, so that ε bounds the mean number of false tests.
+
+    A false test of scale s is 4^s pixels of the full-resolution map: with bound `map` the factor is the number of scales, and ε bounds the
+    mean number of those pixels as well.
+    """
+    pyramid = scales if bound == "map" else 4 / 3
+    return channels * radii * height * width * (pyramid if scales > 1 else 1.0)
+
+
+def disc(radius: int, device: torch.device) -> Tensor:
+    """(2ρ+1, 2ρ+1) pixels no farther than ρ from the middle one, with sum 1."""
+    k = torch.arange(-radius, radius + 1, device=device)
+    inside = (k[:, None] ** 2 + k**2 <= radius**2).double()
+    return inside / inside.sum()
+
+
+def filter_discs(x: Tensor, radii: tuple[int, ...], margin: int) -> list[Tensor]:
+    """(..., H, W) filtered with each disc by FFT, with `margin` zeros before the image is wrapped; the shape stays."""
+    h, w = x.shape[-2:]
+    size = (fast_size(h + margin), fast_size(w + margin)) if margin else (h, w)
+    spectrum = torch.fft.rfft2(x, s=size)
+    filtered = []
+    for radius in radii:
+        k = torch.arange(-radius, radius + 1, device=x.device)
+        rows, cols = torch.broadcast_tensors((k % size[0])[:, None], k % size[1])
+        # an image smaller than the disc wraps it more than once
+        kernel = x.new_zeros(size).index_put((rows, cols), disc(radius, x.device).to(x.dtype), accumulate=True)
+        filtered.append(torch.fft.irfft2(spectrum * torch.fft.rfft2(kernel), s=size)[..., :h, :w])
+    return filtered
+
+
+def fast_size(size: int) -> int:
+    """The next length without prime factors above 5."""
+    while True:
+        rest = size
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return size
+        size += 1
+
+
+def log10_tail(t: Tensor) -> Tensor:
+    """log10 P(|N| ≥ t) of a standard normal N for t ≥ 0, finite however small the probability."""
+    return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
+
+
+def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: int = 0) -> tuple[Tensor, Tensor]:
+    """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are Gaussian where there is no anomaly.
+
+    NFA = tests · P(|N| ≥ |m|/σ), m the mean over a disc and σ² its variance over the image; the least over discs and channels. Outside the
+    image the residual counts as zero, and σ² is that of a whole disc: a disc that leaves the image is then compared with more noise than it
+    holds, so the border can lose a detection but not add a false one (reflecting the residual would: the border's means vary more).
+    `margin` pixels at every side are not tested at all.
+    """
+    height, width = noise.shape[2:]
+    x = noise[:, :, margin : height - margin, margin : width - margin].double()
+    ones = torch.ones_like(x[:1, :1])
+    highest = torch.zeros_like(x[:, 0])  # (B, H, W)
+    which = torch.full_like(highest, radii[0], dtype=torch.int64)
+    for radius, m, share in zip(radii, filter_discs(x, radii, max(radii)), filter_discs(ones, radii, max(radii)), strict=True):
+        sigma = (m.square().mean((2, 3), keepdim=True) / share.mean()).sqrt()  # (B, C, 1, 1)
+        t = (m.abs() / sigma.clamp_min(1e-30)).amax(1)  # the largest deviation is the least probable
+        which = torch.where(t > highest, radius, which)
+        highest = torch.maximum(highest, t)
+    lowest = log10_tail(highest)
+    border = (margin,) * 4
+    return F.pad(lowest, border).float() + math.log10(tests), F.pad(which, border)
+
+
+def reference_false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float) -> tuple[Tensor, Tensor]:
+    """`false_alarms` as the authors' program has it, oddities included, to compare with its results.
+
+    Circular discs, NFA clamped at 1, then the natural logarithm of C added to the log10 value; values displaced up and left by one pixel,
+    two along an odd side; a border of the largest radius left at 0 with radius 0. The program itself passes tests = H·W.
+    """
+    _, c, height, width = noise.shape
+    x = noise.double()
+    lowest = torch.zeros_like(x[:, 0])
+    which = torch.zeros_like(lowest, dtype=torch.int64)
+    for radius, m in zip(radii, filter_discs(x, radii, 0), strict=True):
+        sigma = m.square().mean((2, 3), keepdim=True).sqrt()
+        nfa = (log10_tail(m.abs() / sigma.clamp_min(1e-30)) + math.log10(tests)).amin(1)
+        which = torch.where(nfa < lowest, radius, which)
+        lowest = torch.minimum(lowest, nfa)
+    shift = (-1 - height % 2, -1 - width % 2)
+    lowest, which = (a.roll(shift, (1, 2)) for a in (lowest + math.log(c), which))
+    border = max(radii)
+    y, x = torch.arange(height, device=noise.device)[:, None], torch.arange(width, device=noise.device)
+    inner = (y >= border) & (y < height - border) & (x >= border) & (x < width - border)
+    return torch.where(inner, lowest, 0).float(), torch.where(inner, which, 0)
+
+
+def least(alarms: list[tuple[Tensor, Tensor]]) -> Alarms:
+    """The strongest of the scales, finest first, all brought to the same pixels beforehand."""
+    nfa, radius = (torch.stack(a) for a in zip(*alarms, strict=True))  # (S, B, H, W)
+    lowest, scale = nfa.min(0)
+    return Alarms(lowest, radius.gather(0, scale[None])[0], scale)
+
+
+def detections(alarms: Alarms, epsilon: float) -> list[list[Detection]]:
+    """For every image its connected components (8 neighbours) of NFA ≤ ε, strongest first. Runs on the host, after the forward."""
+    found = []
+    for nfa, radius, scale in zip(*(a.detach().cpu().numpy() for a in alarms), strict=True):
+        label, count = ndimage.label(nfa <= math.log10(epsilon), structure=[[1] * 3] * 3)
+        boxes = ndimage.find_objects(label)
+        peaks = ndimage.minimum_position(nfa, label, range(1, count + 1)) if count else []
+        area = ndimage.sum_labels(label > 0, label, range(1, count + 1)) if count else []
+        each = [
+            Detection(x.start, y.start, x.stop, y.stop, int(a), int(radius[peak]), int(scale[peak]), float(nfa[peak]))
+            for (y, x), a, peak in zip(boxes, area, peaks, strict=True)
+        ]
+        found.append(sorted(each, key=lambda d: d.log10_nfa))
+    return found
+
+
+def strength(log10_nfa: float) -> str:
+    """The name in `STRENGTHS` for a detection, "none" above the weakest."""
+    return next((name for name, limit, _ in reversed(STRENGTHS) if log10_nfa <= limit), "none")
+
+
+def colours(log10_nfa: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., H, W) log10 NFA -> RGB (..., 3, H, W) in [0, 1] by strength, and the mask (..., H, W) of pixels that have one."""
+    rgb = torch.zeros(3, *log10_nfa.shape, device=log10_nfa.device)
+    for _, limit, colour in STRENGTHS:
+        value = torch.tensor(colour, device=log10_nfa.device).view(3, *[1] * log10_nfa.ndim)
+        rgb = torch.where(log10_nfa <= limit, value, rgb)
+    return rgb.movedim(0, -3), log10_nfa <= STRENGTHS[0][1]
+
+
+def overlay(image: Tensor, log10_nfa: Tensor, opacity: float = 0.6) -> Tensor:
+    """Images (..., 3, H, W) in [0, 1], turned grey, under their detections (log10 NFA (..., H, W)) in the colours of their strength."""
+    rgb, mask = colours(log10_nfa)
+    grey = image.mean(-3, keepdim=True).expand_as(image)
+    return torch.where(mask.unsqueeze(-3), (1 - opacity) * grey + opacity * rgb, grey)

@@ -1,0 +1,178 @@
+import math
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from blemish.detector import Detector
+from blemish.methods import noise_residual
+from blemish.methods.noise_residual import NoiseResidual
+from blemish.types import InputError
+
+RECIPE = Path(__file__).parents[2] / "configs" / "model" / "noise_residual.yaml"
+
+
+def detector(**changes) -> NoiseResidual:
+    arguments = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["model"]
+    del arguments["_target_"]
+    return NoiseResidual(**{**arguments, "backbone": "test_resnet", "weights": "random", "seed": 0, **changes}).eval()
+
+
+def texture(height: int, width: int) -> torch.Tensor:
+    """Grey brick as an image (1, 3, H, W) of three equal channels."""
+    return torch.tensor(skimage.data.brick()[:height, :width].copy()).float().div(255).expand(1, 3, -1, -1).clone()
+
+
+def stained(height: int, width: int, y: int, x: int) -> torch.Tensor:
+    """The texture with a dark blob of 12 pixels at (y, x)."""
+    image = texture(height, width)
+    image[:, :, y : y + 12, x : x + 12] *= 0.3
+    return image
+
+
+class OnDeviceOnly(FakeTensorMode):
+    """Tensors without data on a device that is not there: whatever would wait for a value, or come back to the host, is refused."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        came_from_device = any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args)
+        if came_from_device and isinstance(out, torch.Tensor):
+            assert out.device.type == "cuda", f"{func} takes a tensor back to the host"
+        return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"search": "exact"},
+        {"channels": 1, "bound": "map"},
+        {"mode": "reference"},
+        {"source": "features", "stage": 1, "scales": 2},
+        {"tile": 88},
+    ],
+    ids=str,
+)
+def test_the_whole_forward_stays_on_the_device(changes):
+    model = detector(**changes)
+    with OnDeviceOnly() as mode:
+        state = {name: mode.from_tensor(value).to("cuda") for name, value in (*model.named_parameters(), *model.named_buffers())}
+        image = torch.empty(2, 3, 96, 104, device="cuda")
+        score, map = functional_call(model, state, image)
+    assert (score.device.type, map.device.type) == ("cuda", "cuda")
+    assert (score.shape, map.shape) == ((2,), (2, 96, 104))
+
+
+@pytest.mark.parametrize(
+    "breach",
+    [lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.nonzero()],
+    ids=["item", "cpu", "mask", "nonzero"],
+)
+def test_the_proof_would_notice_a_breach(breach):
+    with pytest.raises(Exception, match=r"_local_scalar_dense|nonzero|host"), OnDeviceOnly():
+        breach(torch.empty(4, device="cuda"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"channels": 1}, {"source": "features"}, {"search": "exact", "scales": 1}], ids=str)
+def test_a_stain_is_detected_where_it_is(changes):
+    model = detector(**changes)
+    image = stained(96, 112, 40, 60)
+    score, map = model(image)
+    assert map.shape == (1, 96, 112)
+    assert score.item() == map.max().item()
+    peak_y, peak_x = divmod(int(map[0].argmax()), 112)
+    assert abs(peak_y - 46) <= 10
+    assert abs(peak_x - 66) <= 10
+    first = model.detect(image)[0]
+    assert model(texture(96, 112)).score < score
+    if model.backbone is None:
+        assert first[0].log10_nfa == pytest.approx(-score.item(), abs=1e-5)
+        assert first[0].x1 <= peak_x < first[0].x2
+
+
+def test_images_do_not_see_each_other():
+    model = detector()
+    a, b = stained(64, 72, 20, 30), texture(64, 72)
+    together = model(torch.cat([a, b]))
+    for i, alone in enumerate((model(a), model(b))):
+        torch.testing.assert_close(together.map[i], alone.map[0], rtol=1e-4, atol=1e-4)
+
+
+def test_three_equal_channels_cost_a_factor_of_three():
+    image = stained(64, 72, 20, 30)
+    one, three = detector(channels=1)(image).score, detector(channels=3)(image).score
+    assert (one - three).item() == pytest.approx(math.log10(3), abs=0.1)  # near ties may fall to another sixteenth neighbour
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 64), (128, 40)])
+def test_any_size_from_32(size):
+    score, map = detector()(texture(*size))
+    assert map.shape == (1, *size)
+    assert map.isfinite().all()
+    assert score.isfinite().all()
+
+
+def test_too_small_says_so():
+    with pytest.raises(InputError, match="20×20 px"):
+        detector()(texture(20, 20))
+
+
+def test_a_flat_image_has_no_alarm():
+    assert detector()(torch.full((1, 3, 64, 64), 0.4)).score < 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}, {"bound": "all"}],
+    ids=str,
+)
+def test_wrong_choices_are_refused(changes):
+    (key,) = changes
+    with pytest.raises(InputError, match=f"{key}="):
+        detector(**changes)
+
+
+class Blur(Detector):
+    """A stand-in for a trained reconstruction."""
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.save_hyperparameters()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def reconstruct(self, image):
+        return self.gain * torch.nn.functional.avg_pool2d(image, 9, 1, 4, count_include_pad=False)
+
+
+def saved(folder: Path, target: str, arguments: dict, model: torch.nn.Module) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"_target_": target, **arguments}}))
+    torch.save({"state_dict": model.state_dict()}, folder / "model.ckpt")
+    return folder
+
+
+def test_residual_of_a_reconstruction(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise_residual, "Blur", Blur, raising=False)
+    run = saved(tmp_path / "run", "blemish.methods.noise_residual.Blur", {"gain": 0.5}, Blur(1.0))
+    model = detector(residual_of=str(run))
+    image = stained(96, 96, 40, 60)
+    score, map = model(image)
+    torch.testing.assert_close(
+        model.residuals(image)[0], 255 * (image - Blur(1.0).reconstruct(image))
+    )  # the fitted value, not the argument's
+    assert map.shape == (1, 96, 96)
+    assert score > model(texture(96, 96)).score
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_residual_of_something_else_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.yaml"):
+        detector(residual_of=str(tmp_path))
+    for target in ("blemish.methods.padim.PaDiM", "os.system"):
+        run = saved(tmp_path / target, target, {}, Blur(1.0))
+        with pytest.raises(InputError, match="does not reconstruct"):
+            detector(residual_of=str(run))

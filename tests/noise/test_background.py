@@ -1,0 +1,128 @@
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+
+from blemish.noise import background, patches
+from blemish.noise.patches import Neighbours
+
+SYMMETRIC = {"patch": 8, "neighbors": 16, "h": 10.0, "relative": False, "box": (-8, 8), "tile": 512, "seed": 0}
+
+
+@pytest.mark.parametrize("name", ["brick", "coffee"])
+def test_oracle_aggregation_from_stored_neighbours(oracle, name):
+    z = oracle(f"model_{name}")
+    image, (h, w) = z["image"], z["cpp_patch_underfilled"].shape
+    index = torch.from_numpy(z["cpp_nn_y"].astype("int64") * w + z["cpp_nn_x"]).view(-1, 16)
+    msd = torch.from_numpy(z["cpp_nn_msd"]).view(-1, 16)
+    estimate = background.redraw(image, Neighbours(index, msd), 8, 10.0)
+    size = image.shape[1:]
+    model = F.fold(estimate.T[None], size, 8)[0] / F.fold(torch.ones(1, 64, h * w), size, 8)[0]
+    stale = torch.from_numpy(z["cpp_patch_underfilled"]).float()
+    touched = F.conv_transpose2d(stale[None, None], torch.ones(1, 1, 8, 8))[0, 0] > 0
+    assert (model - z["model_cpp_seed1"]).abs().amax(0)[~touched].max() < 1e-3
+
+
+@pytest.mark.parametrize(("name", "rms", "largest", "correlation"), [("brick", 0.30, 4.4, 0.9956), ("coffee", 2.13, 42, 0.9696)])
+def test_oracle_models(oracle, name, rms, largest, correlation):
+    """The exact model is the stored one, in the box that was used for it; the trees are nearer to it than the authors' program was."""
+    z = oracle(f"model_{name}")
+    image = z["image"]
+    exact = background.model(image, **{**SYMMETRIC, "box": (-8, 7)}, search="exact")
+    # whole grey levels: equally distant neighbours abound, and which of them is sixteenth is open
+    assert (exact - z["model_exact_strict"]).square().mean().sqrt() < 0.005
+    assert (exact - z["model_exact_strict"]).abs().max() < 0.2
+    fast = background.model(image, **{**SYMMETRIC, "box": (-8, 7)}, search="trees")
+    error = fast - exact
+    assert error.square().mean().sqrt() < rms / 5
+    assert error.abs().max() < largest / 3
+    assert torch.corrcoef(torch.stack([(image - fast).flatten(), (image - exact).flatten()]))[0, 1] > (1 + correlation) / 2
+
+
+def test_oracle_whitening(oracle):
+    z = oracle("pca_synthetic")
+    rooted = background.signed_root(z["features"][None])
+    torch.testing.assert_close(rooted[0], z["after_signed_sqrt"], rtol=0, atol=1e-6)
+    ours, stored = background.whiten(rooted, 5)[0], z["whitened_top_ascending"]
+    sign = (ours * stored).sum((1, 2), keepdim=True).sign()
+    torch.testing.assert_close(ours * sign, stored, rtol=0, atol=1e-4)
+
+
+def test_whitening_is_sklearns():
+    features = torch.randn(2, 9, 12, 13, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    white = background.whiten(features, 5)
+    assert white.shape == (2, 4, 12, 13)
+    for one, f in zip(white, features, strict=True):
+        expected = torch.tensor(PCA(4, whiten=True, svd_solver="full").fit_transform(f.flatten(1).T.double().numpy())).float().T.flip(0)
+        ours = one.flatten(1)
+        torch.testing.assert_close(ours * (ours * expected).sum(1, keepdim=True).sign(), expected, rtol=0, atol=1e-4)
+
+
+def test_whitening_beyond_the_rank_gives_zeros():
+    flat = torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9)[None, :, None, None]
+    white = background.whiten(flat, 3)
+    assert white[0, :2].abs().max() == 0
+    assert white[0, 2].std() == pytest.approx(1, abs=1e-5)
+
+
+def test_weights_are_equal_where_all_underflow():
+    weights = background.weights(torch.tensor([[1e6, 2e6, 3e6, 9e6], [0.0, 100.0, 200.0, torch.inf]]), 10.0)
+    assert weights[0].tolist() == [0.25] * 4
+    expected = torch.exp(-torch.tensor([0.0, 1.0, 2.0, torch.inf]))
+    torch.testing.assert_close(weights[1], expected / expected.sum())
+
+
+def test_model_by_definition():
+    image = torch.tensor(skimage.data.coffee()[:30, :34, :2].copy()).movedim(2, 0).float()
+    model = background.model(image, **{**SYMMETRIC, "patch": 4, "box": (-4, 4), "neighbors": 5}, search="exact")
+    h, w = 27, 31
+    table = patches.vectors(image, 4).double()
+    found = patches.exact(image, torch.arange(h * w), 4, 5, (-4, 4))
+    total, cover = torch.zeros(2, 30, 34, dtype=torch.float64), torch.zeros(30, 34)
+    for p in range(h * w):
+        weight = torch.exp(-(table[found.index[p]] - table[p]).square().mean(1) / 100)
+        estimate = (table[found.index[p]] * weight[:, None]).sum(0) / weight.sum()
+        y, x = p // w, p % w
+        total[:, y : y + 4, x : x + 4] += estimate.view(2, 4, 4)
+        cover[y : y + 4, x : x + 4] += 1
+    torch.testing.assert_close(model, (total / cover).float(), rtol=0, atol=1e-3)
+
+
+def test_a_repeating_image_leaves_nothing():
+    tile = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)) * 255
+    image = tile.repeat(1, 1, 5, 6)
+    assert background.residual(image, **SYMMETRIC, search="exact").abs().max() == 0
+
+
+def test_an_anomaly_cannot_explain_itself():
+    image = torch.tensor(skimage.data.brick()[:80, :80].copy()).float()[None, None]
+    image[0, 0, 20:60, 20:60] += 90 * torch.outer(torch.hann_window(40), torch.hann_window(40))
+    boxed = background.residual(image, **SYMMETRIC, search="exact")[0, 0, 30:50, 30:50].abs().mean()
+    free = background.residual(image, **{**SYMMETRIC, "box": (0, 0)}, search="exact")[0, 0, 30:50, 30:50].abs().mean()
+    assert boxed > 3 * free
+
+
+@pytest.mark.parametrize("size", [(100, 100), (101, 157), (300, 64)])
+def test_windows_cover_every_patch_and_bound_the_work(size):
+    image = torch.zeros(1, *size)
+    seen = torch.zeros(size[0] - 7, size[1] - 7)
+    for y, x, view in background.windows(image, 64, 7):
+        assert max(view.shape) <= 64
+        seen[y : y + view.shape[1] - 7, x : x + view.shape[2] - 7] += 1
+    assert seen.min() >= 1
+
+
+def test_windows_change_the_model_little():
+    image = torch.tensor(skimage.data.grass()[:110, :120].copy()).float()[None]
+    whole = background.model(image, **SYMMETRIC, search="trees")
+    tiled = background.model(image, **{**SYMMETRIC, "tile": 90}, search="trees")
+    correlation = torch.corrcoef(torch.stack([(image - whole).flatten(), (image - tiled).flatten()]))[0, 1]
+    assert correlation > 0.95
+
+
+def test_relative_h_follows_the_scale_of_the_data():
+    image = torch.tensor(skimage.data.gravel()[:48, :48].copy()).float()[None]
+    image = image + torch.rand(1, 48, 48, generator=torch.Generator().manual_seed(0))  # no two neighbours equally far
+    settings = {**SYMMETRIC, "relative": True, "h": 2.0, "search": "exact"}
+    torch.testing.assert_close(background.model(image / 1000, **settings) * 1000, background.model(image, **settings), rtol=1e-4, atol=1e-2)

@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+
+from blemish.noise import false_alarms as fa
+from blemish.noise.pyramid import grow, mirrored, pyramid
+
+
+@pytest.mark.parametrize("name", ["white", "disk", "five", "odd", "disk_fullres", "strong"])
+def test_oracle_reference_mode(oracle, name):
+    z = oracle(f"nfa_{name}")
+    noise = z["residual"][None]
+    told = torch.from_numpy(z["log10_p_unit"]) > -38
+    for tests, nfa, radius in ((1.0, "log10_p_unit", "radius_unit"), (float(z["M"] * z["N"]), "log10_nfa", "radius")):
+        ours, which = fa.reference_false_alarms(noise, (2, 4), tests)
+        torch.testing.assert_close(ours[0][told], torch.from_numpy(z[nfa])[told], rtol=0, atol=1e-4)
+        assert torch.equal(which[0][told].float(), torch.from_numpy(z[radius])[told])
+
+
+@pytest.mark.parametrize("name", ["brick", "coffee"])
+def test_oracle_chain(oracle, name):
+    z = oracle(f"chain_{name}")
+    ours, which = fa.reference_false_alarms(z["gaussianised"][None], (2, 4), float(z["M"] * z["N"]))
+    torch.testing.assert_close(ours[0], torch.from_numpy(z["log10_nfa"]), rtol=0, atol=1e-4)
+    assert torch.equal(which[0].float(), torch.from_numpy(z["radius"]))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 57), (6, 9)])
+def test_definition(size):
+    noise = np.random.default_rng(1).normal(size=(2, 3, *size))
+    ours, which = fa.false_alarms(torch.tensor(noise), (2, 4), 77.0)
+    lowest, radius = np.full((2, *size), np.inf), np.zeros((2, *size))
+    for r in (2, 4):
+        k = np.arange(-r, r + 1)
+        disc = (k[:, None] ** 2 + k**2 <= r * r).astype(float)
+        share = ndimage.correlate(np.ones(size), disc, mode="constant") / disc.sum()
+        m = np.stack([[ndimage.correlate(c, disc / disc.sum(), mode="constant") for c in image] for image in noise])
+        sigma = np.sqrt((m**2).mean((2, 3), keepdims=True) / share.mean())
+        nfa = (np.log10(77) + (np.log(2) + stats.norm.logsf(np.abs(m) / sigma)) / np.log(10)).min(1)
+        radius = np.where(nfa < lowest, r, radius)
+        lowest = np.minimum(lowest, nfa)
+    np.testing.assert_allclose(ours.numpy(), lowest, atol=1e-5)
+    assert (which.numpy() == radius).all()
+
+
+def test_disc_sizes():
+    for radius, pixels in ((2, 13), (4, 49)):
+        disc = fa.disc(radius, torch.device("cpu"))
+        assert (disc > 0).sum() == pixels
+        assert disc.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_tail_is_finite_and_right_far_out(dtype):
+    t = np.array([0, 0.5, 3, 14, 38, 200, 1e4])
+    expected = (np.log(2) + stats.norm.logsf(t)) / np.log(10)
+    np.testing.assert_allclose(fa.log10_tail(torch.tensor(t, dtype=dtype)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 59), (59, 0), (30, 59), (30, 30)])
+def test_a_detection_lies_where_the_anomaly_is_and_not_across_the_border(corner):
+    noise = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2))
+    y, x = corner
+    noise[0, 0, y : y + 5, x : x + 5] += 5
+    nfa, _ = fa.false_alarms(noise, (2, 4), 64 * 64 * 2)
+    peak_y, peak_x = divmod(int(nfa.argmin()), 64)
+    assert nfa.min() < -4
+    assert abs(peak_y - y - 2) <= 2
+    assert abs(peak_x - x - 2) <= 2
+    rows, cols = torch.nonzero(nfa[0] < -2, as_tuple=True)
+    assert max((rows - y - 2).abs().max(), (cols - x - 2).abs().max()) <= 8
+
+
+def noise_of(kind: str, images: int, channels: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(images, channels, 64 + 4, 64 + 4, generator=generator)
+    smooth = torch.nn.functional.avg_pool2d(x, 5, 1)
+    return {"white": x[..., 2:-2, 2:-2], "low-pass": smooth, "high-pass": x[..., 2:-2, 2:-2] - smooth}[kind]
+
+
+@pytest.mark.parametrize("kind", ["white", "low-pass", "high-pass"])
+@pytest.mark.parametrize(("channels", "scales"), [(1, 1), (3, 1), (5, 2)])
+def test_noise_gives_no_more_false_alarms_than_promised(kind, channels, scales):
+    """Mean pixels with NFA ≤ ε over 250 images; the allowance is three standard errors of such clustered counts."""
+    images = 250
+    noise = noise_of(kind, images, channels, torch.Generator().manual_seed(5))
+    tests = fa.number_of_tests(channels, 2, 64, 64, scales)
+    levels = [fa.false_alarms(x, (2, 4), tests, mirrored(s))[0] for s, x in enumerate(pyramid(noise, scales))]
+    for epsilon in (1.0, 0.1):
+        count = sum((nfa <= math.log10(epsilon)).sum((1, 2)).float() for nfa in levels)
+        assert count.mean() <= epsilon + 3 * max(count.std().item(), epsilon**0.5) / images**0.5
+        assert epsilon < 1 or count.mean() > 0.2  # and not by finding nothing at all
+
+
+def test_the_bound_for_the_map_counts_its_pixels():
+    images = 300
+    noise = noise_of("white", images, 1, torch.Generator().manual_seed(6))
+    tests = fa.number_of_tests(1, 2, 64, 64, 3, "map")
+    levels = [fa.false_alarms(x, (2, 4), tests) for x in pyramid(noise, 3)]
+    final = fa.least([tuple(grow(a, 64, 64, s) for a in level) for s, level in enumerate(levels)])
+    count = (final.log10_nfa <= 0).sum((1, 2)).float()
+    assert count.mean() <= 1 + 3 * count.std().item() / images**0.5
+
+
+def test_zeros_are_no_alarm():
+    nfa, _ = fa.false_alarms(torch.zeros(1, 2, 32, 32), (2, 4), 100.0)
+    assert torch.equal(nfa, torch.full_like(nfa, 2.0))
+
+
+def test_scales_compete():
+    fine, coarse = torch.tensor([[[-1.0, -5.0]]]), torch.tensor([[[-3.0, -4.0]]])
+    alarms = fa.least([(fine, torch.tensor([[[2, 4]]])), (coarse, torch.tensor([[[4, 2]]]))])
+    assert alarms.log10_nfa.tolist() == [[[-3, -5]]]
+    assert alarms.radius.tolist() == [[[4, 4]]]
+    assert alarms.scale.tolist() == [[[1, 0]]]
+
+
+def test_detections_are_components():
+    nfa = torch.zeros(2, 8, 10)
+    nfa[0, 1:3, 2:5], nfa[0, 1, 3] = -3.0, -9.0
+    nfa[0, 3, 5] = -2.5  # touches by a corner
+    nfa[0, 7, 9] = -30.0
+    radius, scale = torch.full((2, 8, 10), 2), torch.zeros(2, 8, 10, dtype=torch.int64)
+    radius[0, 1, 3], scale[0, 1, 3] = 4, 1
+    first, second = fa.detections(fa.Alarms(nfa, radius, scale), 1e-2)
+    assert second == []
+    assert first == [fa.Detection(9, 7, 10, 8, 1, 2, 0, -30.0), fa.Detection(2, 1, 6, 4, 7, 4, 1, -9.0)]
+
+
+def test_colours_follow_strength():
+    names = [fa.strength(v) for v in (0.0, -1.99, -2.0, -3.0, -8.5, -400.0)]
+    assert names == ["none", "none", "weak", "mild", "strong", "extremely salient"]
+    nfa = torch.tensor([[0.0, -2.0, -3.0, -8.5, -400.0]])
+    rgb, mask = fa.colours(nfa)
+    assert mask.tolist() == [[False, True, True, True, True]]
+    assert [tuple(c.tolist()) for c in rgb[:, 0, 1:].T] == [pytest.approx(colour) for _, _, colour in fa.STRENGTHS]
+    over = fa.overlay(torch.full((3, 1, 5), 0.5), nfa)
+    assert over[:, 0, 0].tolist() == [0.5] * 3
+    assert over.shape == (3, 1, 5)
