@@ -25,7 +25,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """64-px crops of brick: 24 normal for training, 6 normal and 6 with a gross defect for the test, masks for the latter."""
+    """64-px crops of brick: 24 normal for training, 6 normal and 6 with a white and a black square for the test, masks for the latter."""
     root = tmp_path_factory.mktemp("tiny")
     generator = np.random.default_rng(0)
     brick = skimage.data.brick()
@@ -39,9 +39,10 @@ def tiny(tmp_path_factory) -> Path:
         for i in range(count):
             image, mask = crop(), np.zeros((64, 64), np.uint8)
             if name == "square":
-                y, x = generator.integers(8, 32, 2)
-                image[y : y + 24, x : x + 24] = generator.integers(0, 256, (24, 24))
-                mask[y : y + 24, x : x + 24] = 255
+                # gross for the whole image, yet small beside it, and of two values: alike, they would explain each other
+                for (y, x), value in zip(generator.integers(2, 51, (2, 2)), (255, 0), strict=True):
+                    image[y : y + 11, x : x + 11] = value
+                    mask[y : y + 11, x : x + 11] = 255
                 (root / "masks").mkdir(exist_ok=True)
                 Image.fromarray(mask).save(root / "masks" / f"{i:03}.png")
             Image.fromarray(image).save(root / name / f"{i:03}.png")

@@ -1,0 +1,222 @@
+"""PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blemish.backbone.features import Features
+from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.ops.coreset import farthest_first, project
+from blemish.ops.maps import align, smooth_upsample
+from blemish.ops.neighbours import distances, nearest
+from blemish.types import InputError, Prediction
+
+log = logging.getLogger(__name__)
+
+NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
+
+
+class PatchCore(OnePassDetector):
+    """Anomaly = distance of a patch to the nearest of the memory bank (paper, eq. 6), a coreset of all normal patches (eq. 5, algorithm 1).
+
+    A patch is the 3×3 means of the stages (section 3.1), pooled to `embed_dim` channels. The coreset is
+    `coreset_ratio` of all patches, chosen farthest first after a sparse random projection to `projection` dimensions drawn from `seed`;
+    `bank` keeps the order of choice, and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows.
+    The image's score is its largest distance, re-weighted by eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all);
+    the map is upsampled and blurred by `sigma` pixels.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        stages: Sequence[int | str],
+        weights: str,
+        embed_dim: int | None,
+        coreset_ratio: float,
+        projection: int,
+        reweight: bool | int,
+        sigma: float,
+        seed: int,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if not 0 < coreset_ratio <= 1:
+            raise InputError(f"model.coreset_ratio={coreset_ratio}: expected a share of the patches in (0, 1]")
+        if embed_dim is not None and embed_dim < 1:
+            raise InputError(f"model.embed_dim={embed_dim}: expected a number of channels, or null for all of them")
+        if projection < 1:
+            raise InputError(f"model.projection={projection}: expected a number of dimensions from 1 upwards")
+        self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
+        if self.neighbours < 0 or self.neighbours == 1:  # with b = 1 eq. 7 multiplies by 1 - 1
+            raise InputError(f"model.reweight={reweight}: expected true, false or a number of neighbours from 2 upwards")
+        self.backbone = Features(backbone, stages, weights, seed)
+        self.embed_dim, self.coreset_ratio, self.projection, self.sigma, self.seed = embed_dim, coreset_ratio, projection, sigma, seed
+        self.register_buffer("bank", torch.empty(0))  # (M, D)
+        self.register_buffer("radius", torch.empty(0))  # (M,)
+        self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # of all training images
+
+    def accumulator(self, images: int) -> Bank:
+        return PatchBank(images, self.projection)
+
+    def keep(self, maps: Maps) -> Tensor:
+        return embed(maps, self.embed_dim)
+
+    def estimate(self, kept: Bank) -> None:
+        patches = kept.compute().flatten(0, 1)  # (N·P, D)
+        generator = torch.Generator().manual_seed(self.seed)
+        count = coreset_size(len(patches), self.coreset_ratio)
+        indices, self.radius = farthest_first(project(patches, self.projection, generator), count, generator)
+        self.bank, self.patches = patches[indices], torch.full_like(self.patches, len(patches))
+        log.info("coreset: %d of %d patches, covering radius %.4g", count, len(patches), self.radius[-1])
+
+    def cut(self, ratio: float) -> None:
+        """Keep the coreset of a smaller `coreset_ratio`: what a fit with it would have given, as greedy choices are nested.
+
+        Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one].
+        """
+        count = coreset_size(int(self.patches), ratio) if ratio > 0 else 0
+        if not 1 <= count <= len(self.bank):
+            present = len(self.bank) / max(1, int(self.patches))
+            raise InputError(f"ratio={ratio}: expected a share in (0, {present:.4g}], the present coreset of {len(self.bank)} patches")
+        self.bank, self.radius = self.bank[:count].clone(), self.radius[:count].clone()
+        self.calibration = self.calibration.new_empty(0, 2)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        x = embed(maps, self.embed_dim)  # (B, P, D)
+        distance, index = (v.view(x.shape[:2]) for v in nearest(x.flatten(0, 1), self.bank, 1))  # (B, P)
+        score, worst = distance.max(1)  # (B,)
+        if self.neighbours and len(self.bank) > 1:
+            each = torch.arange(len(x), device=x.device)
+            score = score * weight(x[each, worst], score, self.bank, index[each, worst], self.neighbours)
+        grid = maps[0].shape[-2:]
+        return Prediction(score, smooth_upsample(distance.unflatten(1, grid), size, self.sigma))
+
+
+def embed(maps: Maps, embed_dim: int | None) -> Tensor:
+    """Patch features (B, P, D) of the stages on the finest one's grid: 3×3 means, with channels pooled to `embed_dim` unless that is None.
+
+    As in the official code borders are padded by zeros, coarse stages are resized bilinearly, and every stage is pooled before all are,
+    which gives each the same share. An `embed_dim` above the number C of channels would only repeat them: D is then C, and the
+    distances are those of the pooled features.
+    """
+    channels = tuple(stage.shape[1] for stage in maps)
+    pooled = embed_dim is not None and embed_dim < sum(channels)
+    # pooling channels and resizing are both linear: on the stage's own grid pooling costs less
+    smooth = [F.avg_pool2d(stage.float(), 3, stride=1, padding=1) for stage in maps]
+    parts = [pool_map(part, embed_dim) if pooled else part for part in smooth]
+    x = align(parts, mode="bilinear").flatten(2).transpose(1, 2)  # (B, P, ΣC)
+    if embed_dim is None:
+        return x.contiguous()
+    return F.adaptive_avg_pool1d(x, embed_dim) if pooled else x @ pooling_root(channels, embed_dim).to(x)
+
+
+def pool_map(map: Tensor, count: int) -> Tensor:
+    """Adaptive average pooling of the channels of (B, C, h, w) to `count`."""
+    return F.adaptive_avg_pool1d(map.flatten(2).transpose(1, 2), count).transpose(1, 2).unflatten(2, map.shape[-2:])
+
+
+@lru_cache(maxsize=8)
+def pooling_root(channels: tuple[int, ...], embed_dim: int) -> Tensor:
+    """The symmetric (C, C) float64 matrix whose product with channels has the same norm as their pooling, stage by stage and then all."""
+    with torch.inference_mode(False):
+        ones = torch.eye(sum(channels), dtype=torch.float64).split(channels, dim=1)
+        stages = torch.cat([F.adaptive_avg_pool1d(one[None], embed_dim)[0] for one in ones], 1)  # (C, S·embed_dim)
+        pool = F.adaptive_avg_pool1d(stages[None], embed_dim)[0]  # (C, embed_dim)
+        value, vector = torch.linalg.eigh(pool @ pool.T)
+        # unlike a triangular factor the symmetric root is unique, so that a bank fits the queries of another machine
+        return (vector * value.clamp(min=0).sqrt()) @ vector.T
+
+
+def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int) -> Tensor:
+    """The factor (B,) of eq. 7 for patches x (B, D) at `distance` (B,) from their nearest bank rows `index` (B,).
+
+    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, itself among them: small where the bank is sparse.
+    """
+    _, around = nearest(bank[index], bank, min(count, len(bank)))  # (B, b)
+    return 1 - torch.exp(distance - distances(x, bank[around]).logsumexp(1))
+
+
+def coreset_size(patches: int, ratio: float) -> int:
+    return max(1, int(ratio * patches))
+
+
+class PatchBank(Bank):
+    """A bank of images (count, P, D) that refuses, at the first of them, to grow beyond the machine's memory."""
+
+    def __init__(self, capacity: int, projection: int):
+        super().__init__(capacity)
+        self.projection = projection
+
+    def update(self, rows: Tensor) -> None:
+        if self.count == 0:
+            needed, free = forecast(self.capacity, *rows.shape[1:], self.projection), available_memory(rows.device)
+            if needed > free:
+                positions, dim = rows.shape[1:]
+                raise InputError(
+                    f"PatchCore needs {needed / 2**30:.3g} GiB of memory for {self.capacity} images × {positions} patches × {dim} channels "
+                    f"and {free / 2**30:.3g} GiB are available; choose a smaller image_size, a smaller model.embed_dim, fewer or coarser "
+                    "model.stages, or a part of the images (one category at a time)"
+                )
+        super().update(rows)
+
+
+def forecast(images: int, positions: int, dim: int, projection: int) -> int:
+    """Bytes that the patches of all training images and the search for their coreset take at most."""
+    projected = min(dim, projection)
+    # the float32 patches, their projection (if it is one) and its centred copy, and the search's 8-byte columns
+    floats = dim + (projected if projected < dim else 0) + projected
+    return images * positions * (4 * floats + 64)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on a device: what the GPU, the machine and the control group leave; inf if that cannot be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(machine_memory(), cgroup_memory())
+
+
+def machine_memory() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the limits of this process's control groups (version 1 or 2) and of those around them leave; page cache counts as free."""
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return float("inf")
+    places = []  # (folder, name of the limit, name of the use, name of the cache in memory.stat)
+    for _, controllers, path in lines:
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = base / path.strip("/")
+        places += [(folder, *names) for folder in (inner, *inner.parents) if folder == base or base in folder.parents]
+    return min((left_in(*place) for place in places), default=float("inf"))
+
+
+def left_in(folder: Path, limit: str, use: str, cache: str) -> float:
+    try:
+        total, used = (folder / limit).read_text().strip(), int((folder / use).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return float("inf")
+    return float("inf") if total == "max" else max(0, int(total) - used + int(stat.get(cache, 0)))

@@ -1,0 +1,171 @@
+"""Self-similarity: tiles unlike every word of a dictionary of normal tiles (Napoletano, Piccoli, Schettini, Sensors 2018, 18(1):209)."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blemish.backbone.features import Features
+from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.ops import kmeans, pca
+from blemish.types import InputError, Prediction
+
+PIXELS = 2**20  # of tiles resized for the backbone that go through it at a time
+
+
+class SelfSimilarity(OnePassDetector):
+    """Anomaly = mean distance of a tile to its `neighbors` nearest words; a pixel's is the mean of its tiles', an image's the largest.
+
+    Tiles of `tile` pixels at `stride` are resized to `tile_input`; their pooled features, on the principal components that hold `variance`
+    and standardised, are gathered by k-means into `words`. The buffer `threshold` is for maps, from the pixels of validation images by
+    threshold = {mode: cdf | zscore | fixed, value}: the share `validation` of the training images is kept from the dictionary for it.
+    `most_tiles` bounds what is remembered of the training images for either. Any image size will do.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        stages: Sequence[int | str],
+        weights: str,
+        tile: int,
+        stride: int,
+        tile_input: int,
+        variance: float,
+        words: int,
+        restarts: int,
+        neighbors: int,
+        threshold: Mapping[str, str | float],
+        validation: float,
+        most_tiles: int,
+        seed: int,
+    ):
+        super().__init__()
+        if not 1 <= stride <= tile:
+            raise InputError(f"model.stride={stride}: expected 1 to model.tile={tile}, tiles must cover every pixel")
+        if not 1 <= neighbors <= words:
+            raise InputError(f"model.neighbors={neighbors}: expected 1 to model.words={words}")
+        if not 0 <= validation < 1:
+            raise InputError(f"model.validation={validation}: expected a share from 0 to below 1")
+        if most_tiles < 1:
+            raise InputError(f"model.most_tiles={most_tiles}: expected 1 or more")
+        check_rule(threshold)
+        self.save_hyperparameters()
+        self.backbone = Features(backbone, stages, weights, seed)
+        self.tile, self.stride, self.tile_input = tile, stride, tile_input
+        self.share, self.count, self.restarts, self.neighbors = variance, words, restarts, neighbors
+        self.rule, self.validation, self.most_tiles, self.seed = dict(threshold), validation, most_tiles, seed
+        for name in ("mean", "axes", "variance", "words", "threshold"):  # (D,), (k, D), (k,), (words, k), ()
+            self.register_buffer(name, torch.empty(0))
+
+    @property
+    def map_threshold(self) -> float | None:
+        """Map values above this are anomalous; None before the fit."""
+        return float(self.threshold) if self.threshold.numel() else None
+
+    def features(self, image: Tensor) -> Maps:
+        """The feature of every tile, (B, D, h, w)."""
+        height, width = image.shape[-2:]
+        every = image.unfold(2, min(self.tile, height), 1).unfold(3, min(self.tile, width), 1).permute(0, 2, 3, 1, 4, 5)
+        y, x = starts(height, self.tile, self.stride), starts(width, self.tile, self.stride)
+        places = torch.cartesian_prod(torch.arange(len(image)), y, x)  # (B·h·w, 3)
+        rows = []
+        for some in places.to(image.device).split(max(1, PIXELS // self.tile_input**2)):
+            tiles = every[tuple(some.T)]  # (n, 3, tile, tile), the only copy
+            tiles = F.interpolate(tiles, [self.tile_input] * 2, mode="bilinear", antialias=True, align_corners=False)
+            rows.append(torch.cat([stage.mean((2, 3)) for stage in self.backbone(tiles)], 1))  # (n, D)
+        return [torch.cat(rows).unflatten(0, (len(image), len(y), len(x))).movedim(-1, 1)]
+
+    def accumulator(self, images: int) -> Bank:
+        # validation images are the first that come, in the order the loader draws; a single image serves for both
+        self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(self.validation * images))
+        self.held = 0 if self.validation == 0 else min(self.validating, images - 1)
+        self.each = max(1, self.most_tiles // (images - self.held))  # tiles of an image for the dictionary
+        self.seen, self.room = 0, self.most_tiles
+        self.draw = torch.Generator().manual_seed(self.seed)
+        return Bank(self.each * images + self.most_tiles)
+
+    def keep(self, maps: Maps) -> Tensor:
+        """Tiles of each image, (n, 2 + D): the number of a validation image or −1, the width of its grid, then the feature."""
+        return torch.cat([self.keep_image(grid) for grid in maps[0]])
+
+    def keep_image(self, grid: Tensor) -> Tensor:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        number = self.seen * torch.distributed.get_world_size() + torch.distributed.get_rank() if several else self.seen
+        self.seen += 1
+        parts = []
+        if number < self.validating:
+            width = min(grid.shape[2], max(self.room, 1))
+            corner = grid[:, : self.room // width, :width].flatten(1).T  # all of the image, or what there is room for
+            self.room -= len(corner)
+            parts.append(torch.cat([grid.new_tensor([number, width]).expand(len(corner), 2), corner], 1))
+        if number >= self.held:
+            tiles = grid.flatten(1).T  # (P, D)
+            drawn = tiles[torch.randperm(len(tiles), generator=self.draw)[: self.each].to(tiles.device)]
+            parts.append(torch.cat([grid.new_tensor([-1, 0]).expand(len(drawn), 2), drawn], 1))
+        return torch.cat(parts)
+
+    def estimate(self, kept: Bank) -> None:
+        rows = kept.compute()
+        number, normal = rows[:, 0], rows[rows[:, 0] < 0, 2:]  # (N, D)
+        self.mean, self.axes, self.variance = pca.fit(normal, self.share)
+        x = pca.transform(self.space, normal, whiten=True)  # (N, k)
+        self.words = kmeans.fit(x, min(self.count, len(x)), torch.Generator().manual_seed(self.seed), self.restarts).centres
+        maps = []
+        for image in number[number >= 0].unique():
+            tiles, width = rows[number == image, 2:], int(rows[number == image, 1][0])
+            grid = tiles.T.unflatten(1, (-1, width))  # (D, h, w)
+            # as if no tile had been moved to be flush with the border: the image's own size is not kept
+            size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
+            maps.append(self.score([grid[None]], size).map[0])
+        self.set_threshold(maps)
+
+    def set_threshold(self, maps: Sequence[Tensor]) -> None:
+        """The threshold from maps (H, W) of normal images that are not in the dictionary; `fixed` needs none."""
+        pixels = torch.cat([self.mean[:0], *(map.flatten() for map in maps)])
+        self.threshold = pixels.new_tensor(threshold_of(pixels, self.rule["mode"], self.rule["value"]))
+
+    @property
+    def space(self) -> pca.PCA:
+        return pca.PCA(self.mean, self.axes, self.variance)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        x = pca.transform(self.space, maps[0].movedim(1, -1), whiten=True)  # (B, h, w, k)
+        distance = torch.cdist(x.flatten(0, 2), self.words, compute_mode="donot_use_mm_for_euclid_dist")  # (B·h·w, words)
+        nearest = distance.topk(min(self.neighbors, len(self.words)), largest=False).values.mean(1).view(x.shape[:3])  # (B, h, w)
+        map = paint(nearest, size, self.tile, self.stride)
+        return Prediction(map.amax((1, 2)), map)
+
+
+def starts(length: int, tile: int, stride: int) -> Tensor:
+    """First pixels of tiles that cover `length` pixels; the last tile is flush with the end, a tile longer than it is cut."""
+    last = max(length - tile, 0)
+    return torch.tensor([*range(0, last, stride), last])
+
+
+def paint(tiles: Tensor, size: tuple[int, int], tile: int, stride: int) -> Tensor:
+    """The mean over the tiles on each pixel, (B, H, W), of the scores (B, h, w) of tiles."""
+    covers = []
+    for length in size:
+        offset = torch.arange(length, device=tiles.device)[:, None] - starts(length, tile, stride).to(tiles.device)  # (length, h)
+        cover = ((offset >= 0) & (offset < tile)).to(tiles.dtype)
+        covers.append(cover / cover.sum(1, keepdim=True))
+    # the tiles are a grid, so the mean over both axes is a mean over one of means over the other
+    return covers[0] @ tiles @ covers[1].T
+
+
+def threshold_of(values: Tensor, mode: str, value: float) -> float:
+    """cdf: the smallest of the values that a share `value` of them does not exceed; zscore: mean plus `value` standard deviations."""
+    if mode == "cdf":
+        return float(values.kthvalue(max(1, math.ceil(round(value * len(values), 6)))).values)
+    return float(value if mode == "fixed" else values.mean() + value * values.std())
+
+
+def check_rule(threshold: Mapping[str, str | float]) -> None:
+    """InputError unless threshold is {mode, value} with a mode there is and a value it can use."""
+    if set(threshold) != {"mode", "value"} or threshold["mode"] not in ("cdf", "zscore", "fixed"):
+        raise InputError(f"model.threshold={dict(threshold)}: expected mode (cdf, zscore or fixed) and value")
+    value = threshold["value"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or (threshold["mode"] == "cdf" and not 0 < value <= 1):
+        raise InputError(f"model.threshold.value={value}: expected a number, of mode=cdf a share above 0 and up to 1")

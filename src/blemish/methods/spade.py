@@ -1,0 +1,243 @@
+"""SPADE: correspondences with the nearest normal images (Cohen, Hoshen 2020, arXiv 2005.02357)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.svm import OneClassSVM
+from torch import Tensor, nn
+
+from blemish.backbone.features import Features
+from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.ops.maps import smooth_upsample
+from blemish.ops.neighbours import nearest
+from blemish.types import InputError, Prediction
+
+TILE = 2**22  # squared distances, or feature values, held at a time
+BEAM = 16  # pairs of cells followed down to guess a distance
+
+
+class SPADE(OnePassDetector):
+    """Anomaly of an image = mean L2 distance to its `neighbors` nearest normal images (section 3.2), by the mean over `global_stage`.
+
+    Anomaly of a position = distance to the nearest among all positions of those images (section 3.3, κ = 1) in the concatenated `stages`,
+    resized to the finest; the map is upsampled and blurred by `sigma` pixels. `outlier_filter="ocsvm"` leaves out training images that a
+    one-class SVM with an RBF kernel calls outliers, at most a share `nu` of them.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        stages: Sequence[int | str],
+        global_stage: int | str,
+        weights: str,
+        neighbors: int,
+        outlier_filter: str | None,
+        nu: float,
+        sigma: float,
+        seed: int,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if neighbors < 1:
+            raise InputError(f"model.neighbors={neighbors}: expected a number of images from 1 upwards")
+        if outlier_filter not in ("none", "ocsvm", None):
+            raise InputError(f"model.outlier_filter={outlier_filter!r}: expected none or ocsvm")
+        if not 0 < nu < 1:
+            raise InputError(f"model.nu={nu}: expected a share of the training images in (0, 1)")
+        stages = list(stages)
+        self.backbone = Features(backbone, stages if global_stage in stages else [*stages, global_stage], weights, seed)
+        self.local = len(stages)
+        self.deep = stages.index(global_stage) if global_stage in stages else len(stages)
+        self.neighbors, self.outlier_filter, self.nu, self.sigma = neighbors, outlier_filter, nu, sigma
+        self.register_buffer("images", torch.empty(0))  # (N, C) float32 means of the global stage
+        for name in self.names:  # (N, P_s, C_s) float16, on the stage's own grid
+            self.register_buffer(name, torch.empty(0, dtype=torch.float16))
+
+    @property
+    def names(self) -> list[str]:
+        return [f"stage{s}" for s in range(self.local)]
+
+    def accumulator(self, images: int) -> "Gallery":
+        return Gallery(images, 1 + self.local)
+
+    def keep(self, maps: Maps) -> list[Tensor]:
+        return [describe(maps[self.deep])] + [rows(stage).half() for stage in maps[: self.local]]
+
+    def estimate(self, kept: "Gallery") -> None:
+        images, *stages = kept.compute()
+        for name, stage in zip(self.names, stages, strict=True):
+            if not stage.isfinite().all():
+                raise InputError(f"{name}: features beyond ±65504, the largest number of the gallery's float16; choose other stages")
+        if self.outlier_filter == "ocsvm":
+            normal = inliers(images, self.nu)
+            images, stages = images[normal], [stage[normal] for stage in stages]
+        for name, value in zip(["images", *self.names], [images, *stages], strict=True):
+            setattr(self, name, value)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        grids = tuple(tuple(stage.shape[-2:]) for stage in maps[: self.local])
+        gallery = [getattr(self, name) for name in self.names]
+        if any(h * w != stage.shape[1] for (h, w), stage in zip(grids, gallery, strict=True)):
+            raise InputError(
+                f"image_size: SPADE's gallery has {gallery[0].shape[1]} positions and now sees {grids[0]}; keep the image size"
+            )
+        distance, index = nearest(describe(maps[self.deep]), self.images, min(self.neighbors, len(self.images)))  # (B, K)
+        parts = [rows(stage) for stage in maps[: self.local]]
+        found = [correspondences([part[i] for part in parts], [stage[near] for stage in gallery], grids) for i, near in enumerate(index)]
+        return Prediction(distance.mean(1), smooth_upsample(torch.stack(found).unflatten(1, grids[0]), size, self.sigma))
+
+
+def describe(map: Tensor) -> Tensor:
+    """Global average pooling of (B, C, h, w)."""
+    return map.float().mean((2, 3))  # (B, C)
+
+
+def rows(map: Tensor) -> Tensor:
+    return map.float().flatten(2).transpose(1, 2).contiguous()  # (B, P, C)
+
+
+def inliers(features: Tensor, nu: float) -> Tensor:
+    """Which of features (N, C) a one-class SVM with an RBF kernel exp(-‖x - y‖² / (C · variance)) does not call outliers, (N,) bool.
+
+    Outliers are at most a share `nu`. Those on the boundary, whose decision value is 0 but for what the solver leaves open, are none.
+    """
+    x = features.double().cpu().numpy()
+    svm = OneClassSVM(kernel="rbf", gamma="scale", nu=nu, tol=1e-6).fit(x)
+    return torch.from_numpy(svm.decision_function(x) > -1e-5).to(features.device)
+
+
+class Gallery(nn.Module):
+    """A bank for each of several tensors a batch gives."""
+
+    def __init__(self, images: int, parts: int):
+        super().__init__()
+        self.banks = nn.ModuleList(Bank(images) for _ in range(parts))
+
+    def update(self, parts: list[Tensor]) -> None:
+        for bank, part in zip(self.banks, parts, strict=True):
+            bank.update(part)
+
+    def gather(self) -> None:
+        for bank in self.banks:
+            bank.gather()
+
+    def compute(self) -> list[Tensor]:
+        return [bank.compute() for bank in self.banks]
+
+
+@torch.no_grad()
+def correspondences(query: Sequence[Tensor], gallery: Sequence[Tensor], grids: tuple[tuple[int, int], ...]) -> Tensor:
+    """Distance (P,) of every position of an image to the nearest of all positions of K others, in the stages resized and concatenated.
+
+    query[s] is (P_s, C_s) and gallery[s] (K, P_s, C_s) on grids[s], the first of which is the finest. Coarse stages are resized by
+    `nearest` (the official code: bilinearly): squared distances then add up over the stages, those of a coarse stage are shared by all
+    positions it covers, and what is too far there need not be looked at any finer. The result is exact but for rounding.
+    """
+    with torch.autocast(query[0].device.type, enabled=False):
+        centres = [stage.float().mean((0, 1)) for stage in gallery]  # centred, less is lost to cancellation
+        query = [left(stage.float() - centre) for stage, centre in zip(query, centres, strict=True)]
+        gallery = [right(stage.float() - centre) for stage, centre in zip(gallery, centres, strict=True)]
+        return _Descent(query, gallery, levels(grids)).run().clamp_(min=0).sqrt_()
+
+
+class _Descent:
+    """Branch and bound over pairs of cells, one of the image and one of the gallery (numbered k·G + g), from the coarsest level down.
+
+    Squared distances grow from level to level. `_guess` follows the BEAM best pairs of every cell down to positions, which bounds
+    the true distances from above; `_refine` follows all pairs that are still below the bound of one of their positions.
+    """
+
+    def __init__(self, query: list[Tensor], gallery: list[Tensor], cells: list["Level"]):
+        self.cells = [Level(*(part.to(query[0].device) for part in level)) for level in cells]
+        self.query = [stage[level.at] for stage, level in zip(query, self.cells, strict=True)]  # (G, C+2) each
+        self.gallery = [stage[:, level.at] for stage, level in zip(gallery, self.cells, strict=True)]  # (K, G, C+2) each
+        self.best = [stage.new_full((len(stage),), torch.inf) for stage in self.query]  # (G,) a cell's is its positions' largest
+        for level, finer in enumerate(self.cells[:-1]):  # side by side what is fetched together: (G above, m, C+2), (K·G above, m, C+2)
+            self.query[level] = self.query[level][finer.children]
+            self.gallery[level] = self.gallery[level][:, finer.children].flatten(0, 1)
+
+    def run(self) -> Tensor:
+        top = len(self.cells) - 1
+        others = self.gallery[top].flatten(0, 1)  # (K·G, C+2)
+        for cells in torch.arange(len(self.query[top]), device=others.device).split(max(1, TILE // len(others))):
+            square = self.query[top][cells] @ others.T  # (a, K·G)
+            if top == 0:
+                self.best[0][cells] = square.amin(1)
+                continue
+            self._guess(cells, square)
+            own, other = (square < self.best[top][cells, None]).nonzero().unbind(1)
+            self._refine(top - 1, cells[own], other, square[own, other])
+        return self.best[0]
+
+    def _children(self, level: int, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells (n, m) of `level` below own (n,), and (n, w·m) below other (n, w), and their squared distances (n, m, w·m)."""
+        table, count = self.cells[level].children, len(self.best[level])
+        below = table[own]
+        image, cell = other // len(table), other % len(table)
+        under = (image[..., None] * count + table[cell]).flatten(1)
+        rows = self.gallery[level].index_select(0, other.flatten()).view(*under.shape, -1)  # (n, w·m, C+2)
+        return below, under, self.query[level].index_select(0, own) @ rows.mT
+
+    def _guess(self, cells: Tensor, square: Tensor) -> None:
+        top, own = len(self.cells) - 1, cells
+        value, other = square.topk(min(BEAM, square.shape[1]), dim=1, largest=False)  # (a, w)
+        for level in range(top - 1, -1, -1):
+            below, under, step = self._children(level, own, other)
+            value = (step + value.repeat_interleave(under.shape[1] // value.shape[1], 1)[:, None]).flatten(0, 1)  # (a·m, w·m)
+            value, order = value.topk(min(BEAM, value.shape[1]), dim=1, largest=False)
+            own, other = below.flatten(), under.repeat_interleave(below.shape[1], 0).gather(1, order)
+        self.best[0][own] = value[:, 0]
+        for level in range(top):
+            rows = cells
+            for finer in range(top - 1, level, -1):
+                rows = self.cells[finer].children[rows].flatten()
+            self.best[level + 1][rows] = self.best[level][self.cells[level].children[rows]].amax(1)
+
+    def _refine(self, level: int, own: Tensor, other: Tensor, value: Tensor) -> None:
+        step = max(1, TILE // self.query[level][0].numel())
+        for own_, other_, value_ in zip(own.split(step), other.split(step), value.split(step), strict=True):
+            below, under, square = self._children(level, own_, other_[:, None])
+            square = square + value_[:, None, None]  # (n, m, m)
+            if level == 0:
+                self.best[0].scatter_reduce_(0, below.flatten(), square.amin(2).flatten(), "amin")
+                continue
+            pair, i, j = (square < self.best[level][below][:, :, None]).nonzero().unbind(1)
+            self._refine(level - 1, below[pair, i], under[pair, j], square[pair, i, j])
+
+
+class Level(NamedTuple):
+    """Cells that share their position in a stage and in every coarser one."""
+
+    at: Tensor  # (G,) that position in the stage
+    children: Tensor  # (G of the next coarser level, m) the cells in each of its cells, the first repeated where there are fewer than m
+
+
+@lru_cache(maxsize=8)
+def levels(grids: tuple[tuple[int, int], ...]) -> list[Level]:
+    """The cells of every stage's level for `nearest` resizing to the first grid; the cells of the first level are its positions."""
+    index = [torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w) for h, w in grids]
+    places = torch.stack([F.interpolate(i, grids[0], mode="nearest").flatten().long() for i in index], 1)  # (P, S)
+    found = [places[:, s:].unique(dim=0, return_inverse=True) for s in range(len(grids))]  # cells (G, S-s), cell of a position (P,)
+    out = []
+    for s, (cells, cell) in enumerate(found):
+        if s + 1 == len(found):
+            out.append(Level(cells[:, 0], torch.empty(0, 0, dtype=torch.long)))
+            continue
+        parent = torch.empty(len(cells), dtype=torch.long).scatter_(0, cell, found[s + 1][1])
+        order, size = parent.argsort(stable=True), parent.bincount()
+        first = size.cumsum(0) - size
+        place = torch.arange(int(size.max())).expand(len(size), -1)
+        out.append(Level(cells[:, 0], order[first[:, None] + place.where(place < size[:, None], 0)]))
+    return out
+
+
+def left(x: Tensor) -> Tensor:
+    """Rows whose product with those of `right` is the squared distance."""
+    return torch.cat([-2 * x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
+
+
+def right(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1]), x.square().sum(-1, keepdim=True)], -1)

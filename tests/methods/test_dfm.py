@@ -1,0 +1,97 @@
+"""DFM against scikit-learn's PCA on the pooled features, its map, and its grid."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+
+from blemish.methods.dfm import DFM
+from blemish.types import InputError
+
+
+def dfm(score="fre", stages=(2,), pool=2, keep=0.9):
+    return DFM("test_resnet", list(stages), "random", pool, keep, score, seed=0)
+
+
+def images(n, seed=0, side=64):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def fitted(model, pictures, batch=5):
+    kept = model.accumulator(len(pictures))
+    for part in pictures.split(batch):
+        kept.update(model.keep(model.features(part)))
+    kept.gather()
+    model.estimate(kept)
+    return model
+
+
+def pooled(model, pictures, pool=2):
+    return F.avg_pool2d(model.features(pictures)[0].double(), pool)  # (B, C, h, w)
+
+
+def reduced(model, train, keep=0.9):
+    return PCA(keep, svd_solver="full").fit(pooled(model, train).flatten(1).numpy())
+
+
+def test_reconstruction_error_is_the_plain_chain():
+    model = fitted(dfm(), images(30))
+    x = pooled(model, images(4, seed=1))  # (B, C, h, w)
+    reduce = reduced(model, images(30))
+    rows = x.flatten(1).numpy()
+    residual = rows - reduce.inverse_transform(reduce.transform(rows))
+    cells = np.linalg.norm(residual.reshape(x.shape), axis=1)  # (B, h, w)
+    score, map = model(images(4, seed=1))
+    assert len(model.variance) == reduce.n_components_
+    np.testing.assert_allclose(score, np.linalg.norm(residual, axis=1), rtol=1e-4)
+    expected = F.interpolate(torch.from_numpy(cells)[:, None], (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    np.testing.assert_allclose(map, expected, rtol=1e-4)
+
+
+def test_the_cells_of_the_map_make_up_the_score():
+    """score² is the sum of the squared cells, so that a defect raises the score by what the map shows."""
+    model = fitted(dfm(), images(20))
+    score, map = model(images(3, seed=1))
+    side = pooled(model, images(1)).shape[-1]
+    cells = map[:, 64 // side // 2 :: 64 // side, 64 // side // 2 :: 64 // side]  # near the centre of each cell
+    torch.testing.assert_close(cells.flatten(1).norm(dim=1), score, rtol=0.05, atol=0.0)
+
+
+def test_likelihood_is_the_gaussian_of_the_components():
+    model = fitted(dfm("nll"), images(30))
+    reduce = reduced(model, images(30))
+    z = reduce.transform(pooled(model, images(4, seed=1)).flatten(1).numpy())
+    expected = 0.5 * (z**2 / reduce.explained_variance_ + np.log(2 * np.pi * reduce.explained_variance_)).sum(1)
+    score, map = model(images(4, seed=1))
+    assert map is None
+    np.testing.assert_allclose(score, expected, rtol=1e-3)
+
+
+def test_training_images_are_reconstructed():
+    """All of the variance kept: nothing of a training image is left over, much of another is."""
+    model = fitted(dfm(keep=1.0), images(10))
+    own, other = model(images(10)).score, model(images(10, seed=1)).score
+    assert own.max() < 1e-3 * other.min()
+
+
+@pytest.mark.parametrize(("side", "pool", "cells"), [(64, 2, 4), (64, 1, 8), (64, 4, 4), (80, 2, 5), (72, 2, 4), (128, 4, 4), (16, 4, 2)])
+def test_grid(side, pool, cells):
+    """Stage 2 has stride 8; pooling stops at four cells a side, and loses no border where it does not divide the grid."""
+    x = dfm(pool=pool).embed([torch.ones(1, 3, side // 8, side // 8)])
+    assert x.shape[2:] == (cells, cells)
+    torch.testing.assert_close(x, torch.ones_like(x))
+
+
+def test_stages_are_joined():
+    model = fitted(dfm(stages=(2, 3)), images(10))
+    assert model.embed(model.features(images(1))).shape[1] == sum(model.backbone.channels)
+    assert model(images(2, seed=1)).map.shape == (2, 64, 64)
+
+
+def test_another_image_size_or_score_is_refused():
+    with pytest.raises(InputError, match="image_size"):
+        fitted(dfm(), images(8))(images(1, side=96))
+    with pytest.raises(InputError, match="score"):
+        dfm("likelihood")

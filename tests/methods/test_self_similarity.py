@@ -1,0 +1,195 @@
+"""Self-similarity against its steps written plainly, tile by tile and pixel by pixel, and the bounds on what it holds."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+
+from blemish.data.images import prepare, read
+from blemish.methods import self_similarity
+from blemish.methods.self_similarity import SelfSimilarity, paint, starts, threshold_of
+from blemish.types import InputError
+
+
+def detector(neighbors=2, mode="cdf", value=0.95, validation=0.2, most_tiles=1000):
+    rule = {"mode": mode, "value": value}
+    return SelfSimilarity("test_resnet", [4], "random", 32, 8, 64, 0.95, 10, 10, neighbors, rule, validation, most_tiles, seed=0)
+
+
+def images(n, seed=0, height=56, width=72):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, height // 8, width // 8, generator=generator)
+    return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+@torch.no_grad()
+def fitted(model, batches):
+    kept = model.accumulator(sum(len(batch) for batch in batches))
+    for batch in batches:
+        kept.update(model.keep(model.features(batch)))
+    kept.gather()
+    model.estimate(kept)
+    return model, kept.compute()
+
+
+def tiles_of(image, tile=32, stride=8):
+    """Corners of all tiles by brute force: steps of the stride, and one flush with each border."""
+    height, width = image.shape[-2:]
+    rows, columns = ([*range(0, side - tile, stride), side - tile] for side in (height, width))
+    return [(y, x) for y in rows for x in columns]
+
+
+@torch.no_grad()
+def plain_features(model, image):
+    crops = [image[None, :, y : y + 32, x : x + 32] for y, x in tiles_of(image)]
+    resized = [F.interpolate(crop, (64, 64), mode="bilinear", align_corners=False) for crop in crops]
+    return np.stack([model.backbone(tile)[0].double().mean((2, 3))[0].numpy() for tile in resized])  # (P, D)
+
+
+def test_is_the_plain_chain():
+    train, image = images(5), images(1, seed=1, height=60, width=67)[0]
+    model, _ = fitted(detector(), train.split(2))
+    rows = np.concatenate([plain_features(model, one) for one in train[1:]])  # one of five is held out
+    reduce = PCA(0.95, svd_solver="full").fit(rows)
+    scale = StandardScaler().fit(reduce.transform(rows))
+    words = model.words.double().numpy() * np.sign(np.sum(model.axes.numpy() * reduce.components_, 1))  # axes may point either way
+    assert words.shape == (10, reduce.n_components_)
+
+    def standardised(x):
+        # scikit-learn's variance has n in the denominator, ours n − 1
+        return scale.transform(reduce.transform(x)) * np.sqrt(1 - 1 / len(rows))
+
+    z = standardised(rows)
+    inertia = ((z[:, None] - words) ** 2).sum(2).min(1).sum()
+    assert inertia <= 1.05 * KMeans(10, n_init=10, random_state=0).fit(z).inertia_
+
+    z = standardised(plain_features(model, image))
+    distance = np.sort(np.linalg.norm(z[:, None] - words, axis=2), 1)[:, :2].mean(1)
+    total, times = np.zeros(image.shape[1:]), np.zeros(image.shape[1:])
+    for (y, x), value in zip(tiles_of(image), distance, strict=True):
+        total[y : y + 32, x : x + 32] += value
+        times[y : y + 32, x : x + 32] += 1
+    score, map = model(image[None])
+    np.testing.assert_allclose(map[0], total / times, rtol=1e-3)
+    np.testing.assert_allclose(score[0], (total / times).max(), rtol=1e-3)
+
+
+@given(st.integers(1, 300), st.integers(1, 80), st.integers(1, 80))
+def test_tiles_cover_every_pixel(length, tile, stride):
+    first, stride = starts(length, tile, min(stride, tile)), min(stride, tile)
+    covered = {p for s in first.tolist() for p in range(s, s + min(tile, length))}
+    assert covered == set(range(length))
+    assert (first.diff() > 0).all()
+    assert (first.diff() <= stride).all()
+
+
+def test_equal_tiles_paint_a_flat_map():
+    flat = paint(torch.full((2, len(starts(77, 32, 8)), len(starts(20, 32, 8))), 3.0), (77, 20), 32, 8)
+    torch.testing.assert_close(flat, torch.full((2, 77, 20), 3.0))
+
+
+@torch.no_grad()
+def test_images_of_any_size():
+    model, _ = fitted(detector(), [images(1, i, *size) for i, size in enumerate([(64, 64), (40, 200), (33, 32), (16, 40)])])
+    for height, width in [(64, 64), (48, 100), (8, 8), (32, 33)]:
+        score, map = model(images(1, 9, height, width))
+        assert map.shape == (1, height, width)
+        assert map.isfinite().all()
+        assert score[0] == map.max()
+
+
+@torch.no_grad()
+def test_large_images_go_through_in_pieces(monkeypatch):
+    model, _ = fitted(detector(), [images(5)])
+    whole, seen = model(images(2, 1)), []
+    monkeypatch.setattr(self_similarity, "PIXELS", 64 * 64 * 7)
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(model(images(2, 1)).map, whole.map, rtol=1e-4, atol=1e-4)
+    assert max(seen) == 7
+
+
+@pytest.mark.parametrize("most", [1, 10, 30, 100, 10_000])
+@torch.no_grad()
+def test_remembers_no_more_than_allowed(most):
+    model = detector(most_tiles=most)
+    kept = model.accumulator(10)
+    for batch in images(10).split(3):
+        kept.update(model.keep(model.features(batch)))
+    rows = kept.compute()
+    assert (rows[:, 0] >= 0).sum() <= most
+    assert (rows[:, 0] < 0).sum() <= max(most, 8)  # one tile of each of the eight others at least
+    each = len(tiles_of(images(1)))
+    assert len(rows) == 10 * each or most < 10 * each
+    if most >= 10:
+        kept.gather()
+        model.estimate(kept)
+        assert model.threshold.isfinite()
+
+
+def test_validation_images_are_not_in_the_dictionary():
+    model, rows = fitted(detector(), images(10).split(4))
+    each = len(tiles_of(images(1)))
+    assert (rows[:, 0] >= 0).sum() == 2 * each
+    assert (rows[:, 0] < 0).sum() == 8 * each
+    seen = torch.cat([model.features(image[None])[0].flatten(2)[0].T for image in images(10)[:2]])
+    torch.testing.assert_close(rows[rows[:, 0] >= 0, 2:], seen, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "validation"), [(1, 0.2), (3, 0.0)])
+def test_without_images_to_hold_out_the_first_serves_for_both(n, validation):
+    model, rows = fitted(detector(validation=validation), [images(n)])
+    assert (rows[:, 0] < 0).sum() == n * len(tiles_of(images(1)))
+    assert (model(images(1)).map <= model.threshold).float().mean() >= 0.95
+
+
+def test_thresholds():
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert threshold_of(values, "cdf", 0.95) == pytest.approx(np.quantile(values, 0.95, method="inverted_cdf"))
+    assert threshold_of(values, "cdf", 1.0) == float(values.max())
+    assert threshold_of(values, "zscore", 1.645) == pytest.approx(values.mean() + 1.645 * values.std())
+    assert threshold_of(values, "fixed", 7.0) == 7.0
+
+
+def test_the_threshold_is_that_of_the_held_out_pixels():
+    """56×72 pixels are whole steps of tiles, so the kept tiles give the very maps of the images."""
+    model, _ = fitted(detector(), [images(10)])
+    pixels = model(images(10)[:2]).map
+    assert model.map_threshold == pytest.approx(np.quantile(pixels, 0.95, method="inverted_cdf"), rel=1e-5)
+    model.set_threshold(list(model(images(3, 5)).map))
+    assert model.map_threshold == pytest.approx(np.quantile(model(images(3, 5)).map, 0.95, method="inverted_cdf"), rel=1e-5)
+
+
+def test_a_fixed_threshold_holds_out_nothing():
+    model, rows = fitted(detector(mode="fixed", value=3.5), [images(4)])
+    assert model.map_threshold == 3.5
+    assert (rows[:, 0] < 0).all()
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "best"}, {"mode": "cdf", "value": 95}, {"mode": "cdf", "value": "high"}, {"neighbors": 11}])
+def test_wrong_values_are_refused(wrong):
+    with pytest.raises(InputError, match="model"):
+        detector(**wrong)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_foreign_script_among_hieroglyphs(real_data):
+    """The pasted section of cuneiform, columns 1041 to 1561 of the test drawing, where strokes are cut off on either side."""
+    folder = real_data / "hieroglyphs"
+    if not folder.is_dir():
+        pytest.skip("BLEMISH_DATA has no hieroglyphs/")
+    rule = {"mode": "cdf", "value": 0.99}
+    # 64 pixels, for a tile to show a whole sign
+    model = SelfSimilarity("tf_efficientnet_lite0", [3], "bundled", 64, 16, 128, 0.95, 10, 10, 1, rule, 0.0, 50_000, seed=0)
+    drawing = {path.stem: prepare(read(path), {}, None, None)[None] for path in sorted(folder.rglob("*.png"))}
+    fitted(model, [drawing["train1"], drawing["train2"]])
+    model.set_threshold([model(drawing[name]).map[0] for name in ("val1", "val2")])
+    marked = model(drawing["test1"]).map[0] > model.map_threshold  # (H, W)
+    inside = marked[:, 1041:1562]
+    assert inside.sum() >= 0.9 * marked.sum()
+    assert inside.float().mean() >= 0.8

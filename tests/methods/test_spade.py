@@ -1,0 +1,163 @@
+"""SPADE against its paper written plainly, the arithmetic of its correspondences, and its outlier filter."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import pairwise_distances
+
+from blemish.methods import spade
+from blemish.methods.spade import SPADE, correspondences, inliers, levels
+from blemish.types import InputError
+
+
+def detector(neighbors=3, outlier_filter="none", nu=0.1, stages=(1, 2, 3), global_stage=4):
+    return SPADE("test_resnet", list(stages), global_stage, "random", neighbors, outlier_filter, nu, sigma=4.0, seed=0)
+
+
+def images(n, seed=0, side=64):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def fitted(model, pictures, batch=5):
+    kept = model.accumulator(len(pictures))
+    for part in pictures.split(batch):
+        kept.update(model.keep(model.features(part)))
+    kept.gather()
+    model.estimate(kept)
+    return model
+
+
+def concatenated(maps):
+    """(B, h, w, ΣC): every stage resized to the first, the nearest sample by integer arithmetic."""
+    h, w = maps[0].shape[-2:]
+    parts = [m[:, :, [i * m.shape[2] // h for i in range(h)]][..., [j * m.shape[3] // w for j in range(w)]] for m in maps]
+    return torch.cat(parts, 1).permute(0, 2, 3, 1).double().numpy()
+
+
+def plain_map(query, gallery):
+    """Distance (h, w) of each position (h, w, C) to the nearest of all positions of the gallery (K, h, w, C)."""
+    others = gallery.reshape(-1, gallery.shape[-1])
+    return np.array([[np.linalg.norm(others - x, axis=1).min() for x in row] for row in query])
+
+
+@pytest.mark.parametrize(("stages", "global_stage"), [((1, 2, 3), 4), ((1, 2, 3), 3), ((2,), 3), ((1, 3), 1)])
+def test_is_the_paper(stages, global_stage):
+    model, test = fitted(detector(stages=stages, global_stage=global_stage), images(7)), images(2, seed=1)
+    train_maps, test_maps = model.features(images(7)), model.features(test)
+    at = list(dict.fromkeys([*stages, global_stage])).index(global_stage)
+    globals_ = [maps[at].double().mean((2, 3)).numpy() for maps in (train_maps, test_maps)]
+    gallery, query = (concatenated(maps[: len(stages)]) for maps in (train_maps, test_maps))
+    for b, (score, map) in enumerate(zip(*model(test), strict=True)):
+        away = np.linalg.norm(globals_[0] - globals_[1][b], axis=1)
+        near = away.argsort()[:3]
+        assert float(score) == pytest.approx(away[near].mean(), rel=1e-5)
+        distance = torch.from_numpy(plain_map(query[b], gallery[near]))
+        up = F.interpolate(distance[None, None], (64, 64), mode="bilinear", align_corners=False)[0, 0].numpy()
+        np.testing.assert_allclose(map, gaussian_filter(up, 4.0, mode="reflect", truncate=4), rtol=2e-3)
+
+
+@pytest.mark.parametrize("tile", [2**22, 300])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        ((8, 8),),
+        ((8, 8), (4, 4), (2, 2)),
+        ((8, 12), (2, 3)),
+        ((9, 7), (5, 4), (3, 2)),  # the cells of the two coarse stages overlap
+        ((6, 6), (6, 6), (3, 3)),
+        ((4, 4), (6, 6)),  # a finer stage behind the first: not every position of it is used
+    ],
+)
+def test_correspondences_are_the_distances_of_the_concatenation(grids, tile, monkeypatch):
+    monkeypatch.setattr(spade, "TILE", tile)
+    g = torch.Generator().manual_seed(0)
+    channels = [3, 5, 7][: len(grids)]
+    query = [5 + torch.randn(1, c, *grid, generator=g) for c, grid in zip(channels, grids, strict=True)]
+    gallery = [5 + torch.randn(4, c, *grid, generator=g) for c, grid in zip(channels, grids, strict=True)]
+    resized = [torch.cat([F.interpolate(m.double(), grids[0]) for m in maps], 1).flatten(2).mT for maps in (query, gallery)]
+    expected = pairwise_distances(resized[0][0].numpy(), resized[1].flatten(0, 1).numpy()).min(1)
+    found = correspondences([q.flatten(2)[0].T for q in query], [m.flatten(2).mT for m in gallery], grids)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grids", [((8, 8), (4, 4), (2, 2)), ((9, 7), (5, 4), (3, 2))])
+def test_levels_hold_every_cell(grids):
+    finest, middle, coarsest = levels(grids)
+    assert finest.at.tolist() == list(range(grids[0][0] * grids[0][1]))
+    assert set(finest.children.flatten().tolist()) == set(range(len(finest.at)))
+    assert set(middle.children.flatten().tolist()) == set(range(len(middle.at)))
+    assert coarsest.at.tolist() == list(range(6 if len(coarsest.at) == 6 else 4))
+
+
+def test_a_training_image_finds_itself():
+    model = fitted(detector(neighbors=1), images(4))
+    score, map = model(images(4))
+    largest = model(images(1, seed=1)).map.max()
+    assert score.abs().max() < 1e-4
+    assert map.max() < 0.02 * largest  # the gallery is held in float16
+
+
+def test_all_images_if_fewer_than_the_neighbours():
+    few, all_ = (fitted(detector(neighbors=n), images(4))(images(2, 1)) for n in (50, 4))
+    assert torch.equal(few.score, all_.score)
+    assert torch.equal(few.map, all_.map)
+
+
+def test_does_not_depend_on_the_batches():
+    a, b = (fitted(detector(), images(8), batch)(images(2, 1)) for batch in (8, 3))
+    torch.testing.assert_close(a.map, b.map, rtol=1e-3, atol=1e-3)
+
+
+def test_the_gallery_is_coarse_stages_as_they_are_in_float16():
+    model = fitted(detector(), images(6))
+    held = sum(getattr(model, name).nbytes for name in model.names)
+    c = model.backbone.channels
+    assert held == 6 * 2 * (c[0] * 16 * 16 + c[1] * 8 * 8 + c[2] * 4 * 4)
+
+
+def test_ocsvm_leaves_out_a_planted_outlier():
+    """Noise of a narrow range among which one image is black and white stripes."""
+    pictures = 0.5 + 0.1 * images(40)
+    pictures[17] = (torch.arange(64) % 8 < 4).float()
+    plain, filtered = (fitted(detector(1, name), pictures) for name in ("none", "ocsvm"))
+    assert len(plain.images) == len(plain.stage0) == 40
+    kept = len(filtered.images)
+    assert 36 <= kept < 40
+    assert all(len(getattr(filtered, name)) == kept for name in filtered.names)
+    assert plain(pictures[17:18]).score < 1e-4
+    assert filtered(pictures[17:18]).score > 10 * filtered(0.5 + 0.1 * images(5, 1)).score.max()
+
+
+def test_outliers_are_at_most_a_share_of_nu():
+    g = torch.Generator().manual_seed(0)
+    for x in (torch.randn(400, 5, generator=g), torch.randn(60, 300, generator=g), torch.rand(50, 8, generator=g)):
+        for nu in (0.05, 0.3):
+            assert (~inliers(x, nu)).float().mean() <= nu
+    far = torch.cat([torch.randn(95, 5, generator=g), 10 + 5 * torch.randn(5, 5, generator=g)])
+    assert not inliers(far, 0.1)[95:].any()
+
+
+def test_another_image_size_is_refused():
+    model = fitted(detector(), images(4))
+    with pytest.raises(InputError, match="image_size"):
+        model(images(1, side=96))
+
+
+def test_features_beyond_float16_are_refused():
+    model = detector()
+    kept = model.accumulator(2)
+    kept.update(model.keep([1e6 * m for m in model.features(images(2))]))
+    with pytest.raises(InputError, match="65504"):
+        model.estimate(kept)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"neighbors": 0}, "neighbors=0"), ({"outlier_filter": "svm"}, "none or ocsvm"), ({"nu": 1.0}, r"nu=1.0"), ({"nu": 0.0}, "nu=0.0")],
+)
+def test_refuses_what_means_nothing(changed, message):
+    with pytest.raises(InputError, match=message):
+        detector(**changed)
