@@ -30,7 +30,7 @@ def test_one_row_per_run_and_one_per_setting(runs):
 
 def test_writes_csv_and_between_the_markers(runs, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
+    readme.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
     assert write(runs[0], tmp_path / "measured.csv", readme) == 2
     text = readme.read_text()
     assert text.startswith("before\n")
