@@ -57,7 +57,7 @@ def test_float32_is_near_float64(n):
 
 def test_moments_do_not_cancel_far_from_zero():
     x = samples(50, 2, 5) + 1e4
-    count, mean, scatter = moments(x, 8)
+    count, _, scatter = moments(x, 8)
     expected = np.stack([np.cov(xs.T) for xs in x.double().numpy()])
     np.testing.assert_allclose(scatter / (count - 1), expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max())
 

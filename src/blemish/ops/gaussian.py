@@ -1,7 +1,8 @@
 """One Gaussian per position: its two exact forms, and the Mahalanobis distance to it.
 
-With N samples X (N, d) about their mean, Σ = XᵀX/(N-1) + ε·I. Where N > d the d×d inverse Cholesky factor is the smaller thing
-to keep; where N ≤ d Woodbury's identity turns the same inverse into an (N, d) factor: Σ⁻¹ = (I - WᵀW)/ε with W = L⁻¹X and LLᵀ = XXᵀ + ε(N-1)·I.
+With N samples X (N, d) about their mean, Σ = XᵀX/(N-1) + ε·I. Where N > d the d×d inverse Cholesky factor is the smaller thing to
+keep; where N ≤ d Woodbury's identity turns the same inverse into an (N, d) factor: Σ⁻¹ = (I - WᵀW)/ε with W = L⁻¹X and
+LLᵀ = XXᵀ + ε(N-1)·I.
 """
 
 import torch
