@@ -22,11 +22,14 @@ from rich.progress import track
 
 from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData
+from blemish.data.images import fit_window
 from blemish.data.module import ImageData
 from blemish.data.samples import write_manifest
+from blemish.deploy.detect import COLUMNS, detect
 from blemish.deploy.predict import View, images_at, output_names, write
 from blemish.deploy.predict import predict as apply
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
+from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.record import Record, claim, read_record, release, truth_kind, write_csv, write_json, write_text
 from blemish.records.tables import summary
@@ -100,17 +103,36 @@ def test(cfg: DictConfig) -> dict:
 
 
 def predict(cfg: DictConfig) -> int:
-    """Score the image or folder `cfg.input` by a run, write what is found under `cfg.output`; returns the number of images."""
-    run, output = Path(cfg.run), Path(cfg.output)
-    saved, model = load(run, cfg.device)
-    paths = images_at(cfg.input)
+    """Score the image or folder `cfg.input` by a run, or by a model that needs none, and write what is found under `cfg.output`.
+
+    Returns the number of images.
+    """
+    paths, output = images_at(cfg.input), Path(cfg.output)
     root = paths[0].parent if Path(cfg.input).expanduser().is_file() else Path(cfg.input).expanduser()
+    if cfg.run is None:
+        return predict_untrained(cfg, paths, root, output)
+    run = Path(cfg.run)
+    saved, model = load(run, cfg.device)
     window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()} if OmegaConf.is_dict(saved.data.window) else {}
     view = View(saved.data.image_size, saved.data.crop, window)
     scale = (read_record(run) or {}).get("scale")
     found = track(apply(model, paths, view, saved.batch_size), "predicting", len(paths), console=Console(stderr=True))
     level = getattr(model, "map_threshold", None)  # a method's own, from its paper
     rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level)
+    return len(rows)
+
+
+def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Path) -> int:
+    """Detections in each image by itself; deep images are shown by a window fitted to the input."""
+    if "model" not in cfg:
+        raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
+    model = build(cfg.model)
+    if not isinstance(model, NoiseResidual):
+        raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
+    model = model.eval().to(device_of(cfg.device))
+    found = detect(model, paths, fit_window(paths), output_names(paths, root), output)
+    rows = list(track(found, "detecting", len(paths), console=Console(stderr=True)))
+    write_csv(output / "scores.csv", COLUMNS, rows)
     return len(rows)
 
 

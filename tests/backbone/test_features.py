@@ -75,6 +75,13 @@ def test_layers_by_name():
     assert [tuple(m.shape) for m in features(images())] == [(2, 128, 32, 32), (2, 256, 16, 16)]
 
 
+def test_layers_by_name_with_batchnorm_are_the_stages():
+    named = Features("tf_efficientnet_lite0", ["blocks.1", "blocks.4"], "bundled", seed=0)
+    stages = Features("tf_efficientnet_lite0", [1, 3], "bundled", seed=0)
+    for got, want in zip(named(images()), stages(images()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_random_is_named_and_seeded():
     first, again, other = (Features("test_resnet", [1], "random", seed=s) for s in (0, 0, 1))
     assert first.digest() == again.digest() != other.digest()

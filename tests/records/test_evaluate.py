@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from blemish.data.samples import Sample
 from blemish.records import draw
-from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, choose, file_names
+from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names
 from blemish.records.record import write_csv, write_json
 from blemish.records.timing import StageTimes
 from blemish.types import NO_TRUTH, Batch, InputError, Prediction
@@ -380,3 +380,14 @@ def test_curves_are_written(tmp_path):
     file = tmp_path / "ordner ü" / "curves.png"
     assert evaluate.draw(tmp_path, file) == [file]
     assert size_of(file)[0] > 800
+
+
+def test_decisions_are_counted_at_the_calibrated_threshold():
+    evaluate = Evaluate(0, 1000, 0.5, None)
+    evaluate.calibration = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])  # alpha .5: the second of three
+    scores = {"a": (1, 3.0), "b": (1, 0.5), "c": (0, 1.5), "d": (0, 0.2), "e": (0, 1.0), "f": (-1, 9.0)}
+    evaluate.seen = {key: Seen(label, score, 0.0, 0.0) for key, (label, score) in scores.items()}
+    assert evaluate.threshold.value == 1.0
+    assert evaluate.decisions() == {"image_f1": 2 / 4, "image_recall": 1 / 2, "image_false_alarm_rate": 1 / 3}
+    evaluate.calibration = torch.empty(0, 2)
+    assert set(evaluate.decisions().values()) == {None}

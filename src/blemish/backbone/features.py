@@ -34,7 +34,7 @@ class Features(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         if named:
             try:
-                net = create_feature_extractor(net, return_nodes={name: name for name in stages})
+                net = create_feature_extractor(net, return_nodes={name: name for name in stages}).eval()
             except ValueError as error:
                 raise InputError(f"stages={stages}: {error}") from error
         side = config["input_size"][-1] if config.get("fixed_input_size") else 64
@@ -116,7 +116,7 @@ def stage_indices(backbone: str, stages: list[int]) -> list[int]:
 @torch.no_grad()
 def fold_batchnorm(net: nn.Module, probe: Tensor) -> nn.Module:
     """The network with every BatchNorm that directly follows a convolution folded into it; unchanged where that would alter its output."""
-    folded, made, pairs = copy.deepcopy(net), {}, []
+    folded, made, pairs = copy.deepcopy(net).eval(), {}, []  # copying a traced graph forgets the mode
 
     def convolved(module, _, output):
         made[id(output)] = (module, output)  # the tensor is kept so that its id stays its own

@@ -89,11 +89,13 @@ class Evaluate(Callback):
         self.seen: dict[str, Seen] = {}
         self.kept: dict[str, Picture] = {}
         self.calibration = torch.empty(0, 2)
+        self.level: float | None = None  # a method's own threshold of its maps
         self.computed = None
 
     def on_test_start(self, trainer, module) -> None:
         self._begin([sample for sample in trainer.datamodule.samples if sample.split == "test"])
         self.calibration = module.calibration.detach().cpu()
+        self.level = getattr(module, "map_threshold", None)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         with self.times.stage("metrics") if self.times else contextlib.nullcontext():
@@ -162,6 +164,11 @@ class Evaluate(Callback):
         return conformal_threshold(self.calibration[:, 1], self.alpha)
 
     @property
+    def contour(self) -> float | None:
+        """The map value that pictures draw a line at: the method's own threshold, else the calibrated one."""
+        return self.map_threshold.value if self.level is None else self.level
+
+    @property
     def scores(self) -> list[tuple]:
         """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
         value = self.threshold.value
@@ -184,6 +191,7 @@ class Evaluate(Callback):
                 images[self.samples[key].defect] = images.get(self.samples[key].defect, 0) + 1
         return {
             **{name: rows[POOLED].get(name) for name in names},
+            **self.decisions(),
             "fit_seconds": fit_seconds,
             "test_seconds": test_seconds,
             "images": len(labels),
@@ -199,6 +207,19 @@ class Evaluate(Callback):
             "pixel_bounds": {name: bounds[POOLED].get(name) for name in FIGURES if name in bounds[POOLED]},
         }
 
+    def decisions(self) -> dict[str, float | None]:
+        """F1, recall and false alarm rate of the decisions at the calibrated threshold, which no test image had a part in."""
+        value = self.threshold.value
+        known = [
+            (seen.label == ANOMALOUS, seen.score > value) for seen in self.seen.values() if seen.label != UNKNOWN and value is not None
+        ]
+        hits, misses, alarms, quiet = (known.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
+        return {
+            "image_f1": 2 * hits / (2 * hits + misses + alarms) if hits + misses else None,
+            "image_recall": hits / (hits + misses) if hits + misses else None,
+            "image_false_alarm_rate": alarms / (alarms + quiet) if alarms + quiet else None,
+        }
+
     def _tables(self) -> tuple[dict, dict, dict]:
         """Image figures, pixel figures and their bounds, computed once: every pixel of the test is sorted for them."""
         if self.computed is None:
@@ -211,7 +232,7 @@ class Evaluate(Callback):
         return {
             **threshold._asdict(),
             "reachable": threshold.reachable,
-            "map_value": self.map_threshold.value if self.has_maps else None,
+            "map_value": self.contour if self.has_maps else None,
             "explanation": threshold.explain(),
         }
 
@@ -230,13 +251,13 @@ class Evaluate(Callback):
             return None
         ends = np.array([(seen.low, seen.high) for seen in self.seen.values()], dtype=np.float64)
         low, high = np.median(ends[:, 0]), np.quantile(ends[:, 1], 0.95, method="lower")
-        marks = [low, high] if self.map_threshold.value is None else [low, high, self.map_threshold.value]
+        marks = [low, high] if self.contour is None else [low, high, self.contour]
         return float(min(marks)), float(max(marks))
 
     def draw(self, folder: str | Path, curves: str | Path | None) -> list[Path]:
         """Write a strip per kept image into `folder` and the curves to the file `curves`, and say which files there are now."""
         scale, value = self.scale, self.threshold.value
-        contour = self.map_threshold.value if scale else None
+        contour = self.contour if scale else None
         files = []
         names = file_names({key: self.samples[key].defect for key in self.seen if key in self.kept})
         screen = Console(stderr=True)

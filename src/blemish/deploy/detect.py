@@ -1,0 +1,48 @@
+"""The noise-residual detector on single images: no run and no training, each image in its own pixels."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from blemish.data.images import prepare, read
+from blemish.methods.noise_residual import NoiseResidual
+from blemish.noise.false_alarms import Detection, detections, overlay, strength
+from blemish.records.record import aside, write_csv, write_json
+
+COLUMNS = ("path", "score", "detections", "strength", "map_min", "map_max")
+
+
+@torch.inference_mode()
+def detect(model: NoiseResidual, paths: Sequence[Path], window: Mapping, names: Mapping[Path, Path], output: Path) -> Iterator[tuple]:
+    """Write what is found in each image, and yield its row of scores.csv, see COLUMNS; the score is −min log10 NFA.
+
+    `<name>_detections.csv` and `.json` list box, area, radius, scale and log10 NFA, strongest first; `_overlay.png` colours them by
+    strength; `_mask.png` is NFA ≤ ε; the 16 bits of `_map.png` run from map_min to map_max, values of −log10 NFA.
+    """
+    for path in paths:
+        image = prepare(read(path), dict(window), None, None)[None].to(model.device)  # (1, 3, H, W)
+        alarms = model.alarms(image)
+        (found,) = detections(alarms, model.epsilon)
+        map = -alarms.log10_nfa[0].double().cpu().numpy()  # (H, W)
+        low, high = float(map.min()), float(map.max())
+        stem = output / names[path]
+        rows = [(*detection, strength(detection.log10_nfa)) for detection in found]
+        write_csv(_beside(stem, "detections.csv"), (*Detection._fields, "strength"), rows)
+        write_json(_beside(stem, "detections.json"), [dict(zip((*Detection._fields, "strength"), row, strict=True)) for row in rows])
+        coloured = overlay(image[0], alarms.log10_nfa[0])  # (3, H, W)
+        pictures = {
+            "overlay": (coloured * 255).round().byte().permute(1, 2, 0).cpu().numpy(),
+            "mask": (-map <= np.log10(model.epsilon)).astype(np.uint8) * 255,
+            "map": ((map - low) / max(high - low, 1e-30) * 65535).round().astype(np.uint16),
+        }
+        for kind, picture in pictures.items():
+            with aside(_beside(stem, f"{kind}.png")) as temporary:
+                Image.fromarray(picture).save(temporary)
+        yield str(path), high, len(found), strength(-high), low, high
+
+
+def _beside(stem: Path, ending: str) -> Path:
+    return stem.with_name(f"{stem.name}_{ending}")
