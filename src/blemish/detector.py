@@ -133,7 +133,7 @@ class Bank(Metric):
     full_state_update = False
 
     def __init__(self, capacity: int):
-        super().__init__()
+        super().__init__(sync_on_compute=False, compute_with_cache=False)  # gather is asked for, once
         self.capacity = capacity
         self.add_state("rows", torch.empty(0), dist_reduce_fx="cat")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -162,7 +162,7 @@ class Moments(Metric):
     full_state_update = False
 
     def __init__(self):
-        super().__init__()
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("mean", torch.empty(0), dist_reduce_fx=None)
         self.add_state("scatter", torch.empty(0), dist_reduce_fx=None)

@@ -381,8 +381,9 @@ def expected_warnings() -> Iterator[None]:
 
 def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
-    # Lightning's notes on devices and its advertisements are not ours to repeat
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # notes on devices, advertisements and what was tried at import are not ours to repeat
+    for chatty in ("lightning.pytorch", "faiss"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return work(cfg)
     except InputError as error:

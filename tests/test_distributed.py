@@ -1,0 +1,47 @@
+"""Two processes that see half of the images each fit what one process fits that sees them all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import IMAGES, images, scores
+from support import CONFIGS, composed
+
+from blemish.detector import OnePassDetector
+from blemish.run import build
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def one_pass_methods() -> list[str]:
+    recipes = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+    built = {name: build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model) for name in recipes}
+    # self-similarity draws tiles image by image: another dealing of the images is another dictionary
+    return [name for name, model in built.items() if isinstance(model, OnePassDetector) and name != "self_similarity"]
+
+
+METHODS = one_pass_methods()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("gloo")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [[sys.executable, str(WORKER), str(rank), "2", str(folder), *METHODS] for rank in (0, 1)]
+    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in command]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_fit_what_one_fits(name, together):
+    assert together[0][name] == pytest.approx(together[1][name], rel=1e-6)
+    # in the order in which the two processes' images are put together
+    order = torch.cat([torch.arange(IMAGES)[0::2], torch.arange(IMAGES)[1::2]])
+    assert together[0][name] == pytest.approx(scores(name, images(IMAGES, 0)[order]), rel=1e-3)
