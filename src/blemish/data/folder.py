@@ -5,10 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from blemish.data.images import find_images
-from blemish.data.module import ImageData
+from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
@@ -74,7 +72,7 @@ class Folder(ImageData):
         abnormal = {path: name for name in self.abnormal for path in found[name]}
         if not abnormal:
             log.warning("data.abnormal names no folder: the test has normal images only, there will be no ranking metrics")
-        tested = set(normal_test or _share(normal, self.test_share, self.seed))
+        tested = set(normal_test or drawn(normal, self.test_share, self.seed))
         masks = self._masks(base, abnormal)
         good = [Sample(self.relative(path), "test" if path in tested else "train", NORMAL, "good") for path in normal + normal_test]
         bad = [
@@ -149,12 +147,6 @@ def _names(base: Path, folder: Path, image: Path) -> list[str]:
     """What the mask of an image may be called, the most telling name first."""
     inside = image.relative_to(folder).with_suffix("").as_posix()
     return [image.relative_to(base).with_suffix("").as_posix(), f"{folder.name}/{inside}", inside, image.stem]
-
-
-def _share(paths: Sequence[Path], share: float, seed: int) -> list[Path]:
-    # a stream of its own: the hold-out for calibration draws from the plain seed
-    order = np.random.default_rng([seed, 1]).permutation(len(paths))
-    return [paths[i] for i in order[: max(1, round(share * len(paths)))]]
 
 
 def _list(folders: str | Sequence[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage.measure import label, regionprops
 
 from blemish.data.images import read
-from blemish.data.module import ImageData, binary
+from blemish.data.module import ImageData, binary, drawn
 from blemish.data.samples import Sample
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
@@ -371,18 +371,12 @@ def _train_frames(numbers: list[int], rules: Rules) -> set[int]:
     if rules.train_frames:
         first, last = rules.train_frames
         return {number for number in numbers if first <= number <= last}
-    return set(_drawn(numbers, rules)) if rules.unit == "tile" else set()
+    return set(drawn(numbers, rules.train_share, rules.seed)) if rules.unit == "tile" else set()
 
 
 def _share_of_normals(found: list[Sample], rules: Rules) -> list[Sample]:
-    train = set(_drawn([sample.path for sample in found if sample.label == NORMAL], rules))
+    train = set(drawn([sample.path for sample in found if sample.label == NORMAL], rules.train_share, rules.seed))
     return [sample._replace(split="train") if sample.path in train else sample for sample in found]
-
-
-def _drawn(items: list, rules: Rules) -> list:
-    # a stream of its own: the hold-out for calibration draws from the plain seed
-    order = np.random.default_rng([rules.seed, 1]).permutation(len(items))
-    return [items[i] for i in order[: max(1, round(rules.train_share * len(items)))]]
 
 
 def _within(box: tuple[int, int, int, int], region: Region | None) -> tuple[int, int, int, int]:

@@ -253,6 +253,17 @@ def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:
     return {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]}
 
 
+def shuffled(items: Sequence, seed: int) -> list:
+    """The items in the seeded order in which a data set without an official split draws one."""
+    # a stream of its own: the hold-out for calibration draws from the plain seed
+    return [items[i] for i in np.random.default_rng([seed, 1]).permutation(len(items))]
+
+
+def drawn(items: Sequence, share: float, seed: int) -> list:
+    """A seeded share of the items, one at least."""
+    return shuffled(items, seed)[: max(1, round(share * len(items)))]
+
+
 class Images(Dataset):
     """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads."""
 

@@ -4,10 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from blemish.data.images import read
-from blemish.data.module import ImageData, threaded
+from blemish.data.module import ImageData, shuffled, threaded
 from blemish.data.samples import Sample
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
@@ -87,12 +85,10 @@ def samples(root: Path, train_share: float, split_by: str, seed: int) -> list[Sa
 def drawn(paths: list[str], share: float, split_by: str, seed: int) -> set[str]:
     """The seeded share of the images that trains; by "tile", whole tiles up to that share."""
     groups = [[path] for path in paths] if split_by == "image" else tiles(paths)
-    # a stream of its own: the hold-out for calibration draws from the plain seed
-    order = np.random.default_rng([seed, 1]).permutation(len(groups))
     wanted, chosen = round(share * len(paths)), set()
-    for i in order:
-        if len(chosen) + len(groups[i]) <= wanted:
-            chosen.update(groups[i])
+    for group in shuffled(groups, seed):
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
     return chosen
 
 
