@@ -107,6 +107,13 @@ def test_predicts_in_the_images_own_pixels(finished, tiny, tmp_path):
     assert values.max() == 1
 
 
+def test_too_few_calibration_images_are_said(finished, tiny, tmp_path, caplog):
+    train(tiny_run(tiny, tmp_path / "run", "save.pictures=0"))
+    assert "cannot be promised" in caplog.text  # 6 images, alpha 0.05
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["calibration"]["alpha"] == pytest.approx(1 / 7)
+
+
 def test_paper_protocol_trains_on_all_and_decides_nothing(tiny, tmp_path):
     train(tiny_run(tiny, tmp_path / "run", "protocol=paper"))
     record = json.loads((tmp_path / "run" / "record.json").read_text())

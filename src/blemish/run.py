@@ -261,6 +261,8 @@ def write_results(folder: Path, cfg: DictConfig, evaluate: Evaluate, metrics: di
     if not trainer.is_global_zero:
         return
     write_json(folder / "metrics.json", metrics)
+    if evaluate.threshold.n:
+        log.log(logging.INFO if evaluate.threshold.reachable else logging.WARNING, evaluate.threshold.explain())
     if cfg.save.scores:
         write_csv(folder / "scores.csv", SCORES, evaluate.scores)
     files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
