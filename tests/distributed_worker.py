@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from support import composed
+from support import composed, fitted, images
 
 from blemish.detector import OnePassDetector
 from blemish.run import build
@@ -13,20 +13,11 @@ from blemish.run import build
 IMAGES = 25  # an odd number: the halves differ in size
 
 
-def images(count: int, seed: int) -> torch.Tensor:
-    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
 def scores(name: str, pictures: torch.Tensor) -> list[float]:
     """Scores of three images by a method fitted on pictures, those of all processes if there are several."""
     model: OnePassDetector = build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model).eval()
     with torch.no_grad():
-        kept = model.accumulator(IMAGES)
-        for part in pictures.split(4):
-            kept.update(model.keep(model.features(part)))
-        kept.gather()
-        model.estimate(kept)
-        return model(images(3, 1)).score.tolist()
+        return fitted(model, pictures, batch=4)(images(3, 1)).score.tolist()
 
 
 def main(rank: int, world: int, folder: Path, names: list[str]) -> None:

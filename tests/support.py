@@ -1,9 +1,13 @@
-"""Configs composed as the tools do it."""
+"""Configs composed as the tools do it, and one-pass methods fitted without a trainer."""
 
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch import Tensor
+
+from blemish.detector import OnePassDetector
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -26,3 +30,25 @@ def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
     ]
     quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
     return composed(*data, *quick, "batch_size=8", "save.pictures=4", f"run_dir='{run_dir}'", *overrides)
+
+
+def images(n: int, seed: int = 0, side: int = 64) -> Tensor:
+    """Images (n, 3, side, side) of uniform noise."""
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def remembered(model: OnePassDetector, pictures: Tensor, batch: int = 5):
+    """What a method keeps of images (N, 3, H, W) that come in batches."""
+    kept = model.accumulator(len(pictures))
+    for part in pictures.split(batch):
+        kept.update(model.keep(model.features(part)))
+    kept.gather()
+    return kept
+
+
+@torch.no_grad()
+def fitted(model: OnePassDetector, pictures: Tensor, batch: int = 5) -> OnePassDetector:
+    """The method after its one look at the images."""
+    model.estimate(remembered(model, pictures, batch))
+    return model

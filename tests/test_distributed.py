@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import IMAGES, images, scores
-from support import CONFIGS, composed
+from distributed_worker import IMAGES, scores
+from support import CONFIGS, composed, images
 
 from blemish.detector import OnePassDetector
 from blemish.run import build

@@ -520,7 +520,7 @@ for pid in [forked(together) for _ in range(3)]:
 def written(tiny, tmp_path_factory):
     """(store that a dozen writers were killed at, store that three filled at once, what the script said)."""
     if not hasattr(os, "fork"):
-        pytest.skip("processes are forked")
+        pytest.skip("this system cannot fork, which is how the writers to be killed are made")
     killed, together = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("together")
     command = [sys.executable, "-c", WRITERS, str(CONFIGS.parent / "tests"), *map(str, (tiny, killed, together))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
+from support import fitted
 
 from blemish.methods.dfkde import DFKDE
 from blemish.types import InputError
@@ -17,16 +18,6 @@ def dfkde(components=16, bandwidth="scott"):
 def images(n, seed=0, side=64):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, 3, 1, 1, generator=generator) * torch.rand(n, 3, side, side, generator=generator)
-
-
-@torch.no_grad()
-def fitted(model, pictures, batch=5):
-    kept = model.accumulator(len(pictures))
-    for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
-    model.estimate(kept)
-    return model
 
 
 def pooled(model, pictures):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
+from support import fitted, images
 
 from blemish.methods.dfm import DFM
 from blemish.types import InputError
@@ -12,20 +13,6 @@ from blemish.types import InputError
 
 def dfm(score="fre", stages=(2,), pool=2, keep=0.9):
     return DFM("test_resnet", list(stages), "random", pool, keep, score, seed=0)
-
-
-def images(n, seed=0, side=64):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def fitted(model, pictures, batch=5):
-    kept = model.accumulator(len(pictures))
-    for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
-    model.estimate(kept)
-    return model
 
 
 def pooled(model, pictures, pool=2):

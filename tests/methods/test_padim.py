@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
+from support import images, remembered
 
 from blemish.detector import Bank, Moments
 from blemish.methods.padim import PaDiM
@@ -17,16 +18,9 @@ def padim(n_features=20, align="bilinear"):
     return PaDiM("test_resnet", [1, 2, 3], "random", n_features, EPSILON, sigma=4.0, align=align, seed=0)
 
 
-def images(n, seed=0, side=64):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def fitted(model, pictures, batch=5):
-    kept = model.accumulator(len(pictures))
-    for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
+    kept = remembered(model, pictures, batch)
     model.estimate(kept)
     return model, kept
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
+from support import fitted, images
 
 from blemish.methods import patchcore
 from blemish.methods.patchcore import PatchCore, available_memory, cgroup_memory, embed, forecast
@@ -14,20 +15,6 @@ from blemish.types import InputError
 
 def detector(ratio=0.05, embed_dim=None, projection=1000, reweight=True, seed=0, stages=(2, 3), sigma=4.0):
     return PatchCore("test_resnet", stages, "random", embed_dim, ratio, projection, reweight, sigma, seed)
-
-
-def images(n, seed=0, side=64):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def fitted(model, pictures, batch=5):
-    kept = model.accumulator(len(pictures))
-    for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
-    model.estimate(kept)
-    return model
 
 
 def mean_3x3(map):

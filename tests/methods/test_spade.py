@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import pairwise_distances
+from support import fitted, images
 
 from blemish.methods import spade
 from blemish.methods.spade import SPADE, correspondences, inliers, levels
@@ -14,20 +15,6 @@ from blemish.types import InputError
 
 def detector(neighbors=3, outlier_filter="none", nu=0.1, stages=(1, 2, 3), global_stage=4):
     return SPADE("test_resnet", list(stages), global_stage, "random", neighbors, outlier_filter, nu, sigma=4.0, seed=0)
-
-
-def images(n, seed=0, side=64):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def fitted(model, pictures, batch=5):
-    kept = model.accumulator(len(pictures))
-    for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
-    model.estimate(kept)
-    return model
 
 
 def concatenated(maps):
