@@ -1,6 +1,6 @@
 """The contract: what every method is (three bases), and what one-pass methods remember of the training images (two accumulators)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -10,6 +10,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from blemish.backbone.features import Features
 from blemish.ops.gaussian import merge_moments
+from blemish.ops.randomness import stream
 from blemish.types import Batch, InputError, Prediction
 
 Maps = Sequence[Tensor]
@@ -112,19 +113,57 @@ class OnePassDetector(Detector):
 class TrainedDetector(Detector):
     """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them.
 
-    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else says `looks_at_images = False`.
+    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else says `looks_at_images = False`. `prepare`
+    and `conclude` look at all training images before the first step and after the last. `seed` is a constructor argument.
     """
 
     looks_at_images = True
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """What has to be known of the training images before the optimiser is made; done anew when a training is resumed."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The paper's training loss, a scalar."""
         raise NotImplementedError
 
+    def conclude(self, batches: Iterable[Batch]) -> None:
+        """What the trained network, in eval mode, has to remember of the training images."""
+
+    def generator(self) -> torch.Generator:
+        """The randomness of one step on this device, of seed, step and process alone, so that a resumed training draws the same."""
+        step = self.trainer.fit_loop.total_batch_idx if self._trainer else 0
+        return stream(self.hparams.seed, step, self.global_rank, device=self.device)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.to(self.trainer.strategy.root_device)
+            self.trainer.fit_loop.setup_data()
+            with torch.no_grad():
+                self.prepare(self._batches())
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        self.eval()
+        self.conclude(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self.trainer.train_dataloader:
+            yield self.trainer.strategy.batch_to_device(batch)
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch.image), on_step=False, on_epoch=True)
+        self.watch(loss, batch)
         return loss
+
+    def watch(self, loss: Tensor, batch: Batch) -> None:
+        """Log a step's loss; InputError unless it is finite."""
+        if not torch.isfinite(loss):
+            trainer = self.trainer
+            raise InputError(
+                f"the loss is {float(loss.detach())} in epoch {trainer.current_epoch}, step {trainer.fit_loop.total_batch_idx}; choose a smaller "
+                "model.learning_rate, trainer.gradient_clip_val=1, or trainer.precision=32-true if it is another"
+            )
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch.image), on_step=False, on_epoch=True)
 
 
 class Bank(Metric):

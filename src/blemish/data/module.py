@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -17,10 +17,11 @@ from lightning import LightningDataModule
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
 from blemish.data.images import UINT16, fit_window, place_mask, prepare, read
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
+from blemish.ops.randomness import stream
 from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
 
 PROTOCOLS = ("clean", "paper")
@@ -220,8 +221,8 @@ class ImageData(LightningDataModule):
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.seed),
+            sampler=Shuffled(len(dataset), self.seed) if shuffle else SequentialSampler(dataset),
+            generator=torch.Generator().manual_seed(self.seed),  # or each epoch would draw from the global stream
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -262,6 +263,23 @@ def shuffled(items: Sequence, seed: int) -> list:
 def drawn(items: Sequence, share: float, seed: int) -> list:
     """A seeded share of the items, one at least."""
     return shuffled(items, seed)[: max(1, round(share * len(items)))]
+
+
+class Shuffled(Sampler):
+    """An order of `count` rows drawn anew each epoch from seed and epoch alone, so that a resumed training sees what it would have seen."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=stream(self.seed, self.epoch)).tolist())
 
 
 class Images(Dataset):

@@ -1,0 +1,20 @@
+"""Randomness with a name: streams that depend on numbers given, never on what was drawn elsewhere."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for these non-negative numbers: the seed, then for instance a step and a process."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which torch's global CPU stream, from which layers draw their first weights, starts at `seed`; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
