@@ -158,10 +158,9 @@ class TrainedDetector(Detector):
     def watch(self, loss: Tensor, batch: Batch) -> None:
         """Log a step's loss; InputError unless it is finite."""
         if not torch.isfinite(loss):
-            trainer = self.trainer
             raise InputError(
-                f"the loss is {float(loss.detach())} in epoch {trainer.current_epoch}, step {trainer.fit_loop.total_batch_idx}; choose a smaller "
-                "model.learning_rate, trainer.gradient_clip_val=1, or trainer.precision=32-true if it is another"
+                f"the loss is {float(loss.detach())} in epoch {self.current_epoch}, step {self.trainer.fit_loop.total_batch_idx}; choose a "
+                "smaller model.learning_rate, trainer.gradient_clip_val=1, or trainer.precision=32-true if it is another"
             )
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch.image), on_step=False, on_epoch=True)
 

@@ -272,14 +272,16 @@ class Shuffled(Sampler):
         self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Called by Lightning before each epoch; who iterates by hand gets one epoch after the other."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.count, generator=stream(self.seed, self.epoch)).tolist())
+        order = torch.randperm(self.count, generator=stream(self.seed, self.epoch))
+        self.epoch += 1
+        return iter(order.tolist())
 
 
 class Images(Dataset):

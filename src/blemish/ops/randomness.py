@@ -14,7 +14,7 @@ def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block in which torch's global CPU stream, from which layers draw their first weights, starts at `seed`; afterwards it is as before."""
+    """A block in which layers draw their first weights from `seed`: torch's global CPU stream starts there, and is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
