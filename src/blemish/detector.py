@@ -75,6 +75,8 @@ class OnePassDetector(Detector):
         super().__init__()
         # automatic optimisation of one idle scalar: DDP wants a parameter, and global_step must move for a checkpoint to be written
         self.idle = nn.Parameter(torch.zeros(()))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.long))  # training images so far
+        self.updating = False
 
     def accumulator(self, images: int) -> "Bank | Moments":
         """An empty memory for what `keep` gives of `images` training images."""
@@ -88,13 +90,34 @@ class OnePassDetector(Detector):
         """Turn the memory of all training images into buffers."""
         raise NotImplementedError
 
+    def recall(self, kept: "Bank | Moments") -> None:
+        """Give an empty memory what the fitted images left in it, from the buffers alone."""
+        raise InputError(f"update: {type(self).__name__} cannot take in more images; fit it again on all of them")
+
+    def update(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
+        """Add the training images of `data` to a fitted method in one pass of `trainer`; those it was fitted to are not needed.
+
+        The result is a fit to all images, but for PatchCore, whose bank keeps what it has and grows by a coreset of the new patches.
+        InputError if the method cannot. Calibration scores of before belong to another detector and are dropped.
+        """
+        self.updating = True
+        try:
+            trainer.fit(self, datamodule=data)
+        finally:
+            self.updating = False
+        self.calibration = self.calibration.new_empty(0, 2)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.idle], lr=0.0)
 
     def on_train_start(self) -> None:
         if self.trainer.max_epochs != 1:
             raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} looks at every image once; use 1")
-        self.kept = self.accumulator(len(self.trainer.train_dataloader.dataset)).to(self.device)
+        self.total = len(self.trainer.train_dataloader.dataset) + (int(self.fitted) if self.updating else 0)
+        self.kept = self.accumulator(self.total).to(self.device)
+        if self.updating and self.global_rank == 0:
+            with torch.no_grad():
+                self.recall(self.kept)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         with torch.inference_mode():
@@ -107,6 +130,7 @@ class OnePassDetector(Detector):
     def on_train_end(self) -> None:
         self.kept.gather()
         self.estimate(self.kept)
+        self.fitted.fill_(self.total)
         del self.kept
 
 
@@ -210,6 +234,10 @@ class Moments(Metric):
             positions, dim = samples.shape[1:]
             self.mean, self.scatter = samples.new_zeros(positions, dim), samples.new_zeros(positions, dim, dim)
         self.count += merge_moments(int(self.count), self.mean, self.scatter, samples.transpose(0, 1)) - self.count
+
+    def restore(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Take over moments that were computed earlier."""
+        self.count, self.mean, self.scatter = torch.full_like(self.count, count), mean.clone(), scatter
 
     def gather(self) -> None:
         """Let every process hold the moments of all (Chan's formula for two sets)."""

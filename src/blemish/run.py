@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
@@ -19,19 +20,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import DataLoader
 
 from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData
 from blemish.data.images import fit_window
 from blemish.data.module import ImageData
-from blemish.data.samples import write_manifest
+from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.deploy.detect import COLUMNS, detect
 from blemish.deploy.predict import View, images_at, output_names, write
 from blemish.deploy.predict import predict as apply
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
-from blemish.records.record import Record, claim, read_record, release, truth_kind, write_csv, write_json, write_text
+from blemish.records.record import Record, claim, read_record, release, stopped, truth_kind, write_csv, write_json, write_text
 from blemish.records.tables import summary
 from blemish.records.timing import StageTimes
 from blemish.types import InputError
@@ -48,23 +50,38 @@ ALLOWED = {
 
 
 def train(cfg: DictConfig) -> dict:
-    """Fit if the method needs it, calibrate, save, test and record; returns what metrics.json holds. `cfg.run_dir` gets the folder."""
+    """Fit if the method needs it, calibrate, save, test and record; returns what metrics.json holds. `cfg.run_dir` gets the folder.
+
+    With `update`, the folder of a run, its model takes in the training images that it has not seen, and nothing is fitted again.
+    """
+    past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
+    model = adopt(cfg, past) if past else None
     folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
+    if past and folder.resolve() == past.resolve():
+        raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
     with recorded(folder, cfg, overwrite=cfg.overwrite) as record:
-        data, model = data_of(cfg), build(cfg.model)
+        data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, calibrate, evaluate])
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
         data = stored(cfg, data, model, trainer, times)
         started = time.perf_counter()
-        if isinstance(model, OnePassDetector | TrainedDetector):
+        if past:
+            model.update(trainer, data)
+        elif isinstance(model, OnePassDetector | TrainedDetector):
             trainer.fit(model, datamodule=data)
         fitted = time.perf_counter()
-        if any(sample.split == "calibrate" for sample in data.samples):
-            trainer.predict(model, dataloaders=data.calibrate_dataloader(), return_predictions=False)
-            model.calibration = calibrate.values.to(model.device)
+        loaders = [data.calibrate_dataloader()] if any(sample.split == "calibrate" for sample in data.samples) else []
+        if past and cfg.protocol == "clean":
+            loaders += calibration_of(past, data.samples)
+        found = []
+        for loader in loaders:
+            trainer.predict(model, dataloaders=loader, return_predictions=False)
+            found.append(calibrate.values)
+        if found:
+            model.calibration = torch.cat(found).to(model.device)
         if cfg.save.checkpoint:
             save_checkpoint(trainer, model, folder / "model.ckpt")
         metrics = measured(trainer, model, data, evaluate, times, fitted - started)
@@ -211,9 +228,67 @@ def build(part: DictConfig, **more: Any) -> Any:
         raise InputError(str(error)) from error
 
 
-def data_of(cfg: DictConfig) -> ImageData:
-    """The data module, set up, with what it fitted to the training images written back into the config."""
+def adopt(cfg: DictConfig, past: Path) -> Detector:
+    """The fitted model of a run that is to be updated; the config takes over what belongs to it, and its data where none are chosen."""
+    saved, model = load(past)
+    if not isinstance(model, OnePassDetector):
+        raise InputError(
+            f"update={past}: {type(model).__name__} learns nothing by one look at images; expected the run of a one-pass method"
+        )
+    keys = ("model", "backbone", "weights", "image_size", "crop", "seed")
+    chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
+    if wrong := [text for text in chosen if text.lstrip("+~").partition("=")[0].partition(".")[0] in (*keys, "recipe")]:
+        raise InputError(
+            f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
+        )
+    data = cfg.data if any(text.startswith("data=") for text in chosen) else saved.data
+    for text in chosen:
+        if text.startswith("data.") and data is saved.data:
+            key = text.partition("=")[0]
+            OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
+    OmegaConf.set_struct(cfg, False)
+    for key in keys:
+        cfg[key] = saved[key]
+    for key in ("image_size", "crop", "window", "seed"):
+        data[key] = saved.data[key]
+    cfg.data, cfg.batch_size = data, data.batch_size
+    return model
+
+
+def unseen(samples: list[Sample], past: Path) -> list[Sample]:
+    """The samples with those of a run's manifest in the part they had there: `fitted` where they were trained on, now or before.
+
+    A file is known by its content, whatever its name and its folder. InputError if nothing is left to train on.
+    """
+    known = {(sample.digest, sample.region): sample.split for sample in read_manifest(past / "manifest.csv")}
+    roles = [known.get((sample.digest, sample.region), sample.split) for sample in samples]
+    seen = [(sample.digest, sample.region) in known for sample in samples]
+    if not any(role == "train" and not old for role, old in zip(roles, seen, strict=True)):
+        raise InputError(f"update={past}: all {seen.count(True)} images here that could be trained on are known to it; expected new ones")
+    return [
+        sample._replace(split="fitted" if old and role == "train" else role) for sample, role, old in zip(samples, roles, seen, strict=True)
+    ]
+
+
+def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
+    """A loader of the calibration images of a run that are not among the samples; none, with a warning, where they are gone."""
+    cfg = OmegaConf.load(past / "config.yaml")
+    cfg.data.manifest = str(past / "manifest.csv")
+    known = {(sample.digest, sample.region) for sample in samples}
     data = build(cfg.data)
+    try:
+        data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.region) not in known]
+    except InputError as error:
+        log.warning("the calibration images of %s cannot be read, the threshold comes from the new ones alone: %s", past, error)
+        return []
+    return [data.calibrate_dataloader()] if data.samples else []
+
+
+def data_of(cfg: DictConfig, past: Path | None = None) -> ImageData:
+    """The data module, set up, with what it fitted to the training images written back into the config; `past` is the run to update."""
+    data = build(cfg.data)
+    if past:
+        data.samples = unseen(data.listed(), past)
     data.setup()
     if isinstance(data.window, dict) and data.window:
         cfg.data.window = {dtype: list(ends) for dtype, ends in data.window.items()}
@@ -389,13 +464,16 @@ def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     try:
         return work(cfg)
     except InputError as error:
+        if stopped(error):
+            sys.exit(130)
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         sys.exit(2)
     except SystemExit as error:
-        # Lightning turns Ctrl-C into status 1
-        sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130 if stopped(error) else error.code)
+    except BaseException as error:
+        if stopped(error):
+            sys.exit(130)
+        raise
 
 
 def report(metrics: dict, folder: str) -> None:

@@ -38,7 +38,7 @@ def test_both_forms_are_the_definition(n, d):
     expected = by_definition(x, query)
     count, mean, scatter = moments(x.double(), 3)
     cholesky = mahalanobis_cholesky(query.double(), mean, cholesky_factor(scatter, count, EPSILON))
-    mean, factor = woodbury_factor(x.double().transpose(0, 1).clone(), EPSILON)
+    mean, factor, _ = woodbury_factor(x.double().transpose(0, 1).clone(), EPSILON)
     woodbury = mahalanobis_woodbury(query.double(), mean, factor, EPSILON)
     np.testing.assert_allclose(cholesky, expected, rtol=1e-8)
     np.testing.assert_allclose(woodbury, expected, rtol=1e-7)
@@ -51,7 +51,7 @@ def test_float32_is_near_float64(n):
     count, mean, scatter = moments(x, 7)
     np.testing.assert_allclose(mahalanobis_cholesky(query, mean, cholesky_factor(scatter, count, EPSILON)), expected, rtol=2e-3)
     if n <= 24:
-        mean, factor = woodbury_factor(x.transpose(0, 1).clone(), EPSILON)
+        mean, factor, _ = woodbury_factor(x.transpose(0, 1).clone(), EPSILON)
         np.testing.assert_allclose(mahalanobis_woodbury(query, mean, factor, EPSILON), expected, rtol=2e-3)
 
 
@@ -64,6 +64,6 @@ def test_moments_do_not_cancel_far_from_zero():
 
 def test_one_sample_is_a_gaussian_of_width_epsilon():
     x = samples(1, 3, 4)
-    mean, factor = woodbury_factor(x.transpose(0, 1).clone(), EPSILON)
+    mean, factor, _ = woodbury_factor(x.transpose(0, 1).clone(), EPSILON)
     distance = mahalanobis_woodbury(x + 1, mean, factor, EPSILON)
     torch.testing.assert_close(distance, torch.full((3, 1), (4 / EPSILON) ** 0.5))

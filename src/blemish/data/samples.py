@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
-SPLITS = ("train", "calibrate", "test", "unlabelled", "skipped")
+SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
 REQUIRED = ("path", "split", "label", "defect")  # the other columns of a manifest may be absent
 
 

@@ -27,7 +27,7 @@ class DFKDE(OnePassDetector):
         self.components, self.bandwidth = components, bandwidth
         for name in ("mean", "axes", "variance", "length"):  # (D,), (k, D), (k,), (): float64, as all that follows
             self.register_buffer(name, torch.empty(0))
-        for name in ("points", "factor", "centre"):  # (N, k), (k, k), (k,)
+        for name in ("points", "factor", "centre", "rows"):  # (N, k), (k, k), (k,), and the features (N, D) for an update
             self.register_buffer(name, torch.empty(0))
 
     @property
@@ -45,11 +45,14 @@ class DFKDE(OnePassDetector):
         return self.embed(maps)
 
     def estimate(self, kept: Bank) -> None:
-        rows = kept.compute()  # (N, D)
+        rows = self.rows = kept.compute()  # (N, D)
         self.mean, self.axes, self.variance = principal(rows, self.components)
         coordinates = pca.transform(self.space, rows)  # (N, k)
         self.length = coordinates.norm(dim=1).amax()
         self.points, self.factor, self.centre = kde.fit(coordinates / self.length, self.bandwidth)
+
+    def recall(self, kept: Bank) -> None:
+        kept.update(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         coordinates = pca.transform(self.space, self.embed(maps)) / self.length  # (B, k)

@@ -29,7 +29,7 @@ class DFM(OnePassDetector):
         self.save_hyperparameters()
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.rule = pool, keep, score
-        for name in ("mean", "axes", "variance"):  # (D,), (k, D), (k,) with D = C·h·w of the pooled map
+        for name in ("mean", "axes", "variance", "rows"):  # (D,), (k, D), (k,), (N, D) for an update; D = C·h·w of the pooled map
             self.register_buffer(name, torch.empty(0))
 
     def embed(self, maps: Maps) -> Tensor:
@@ -45,7 +45,11 @@ class DFM(OnePassDetector):
         return self.embed(maps).flatten(1)  # (B, D)
 
     def estimate(self, kept: Bank) -> None:
-        self.mean, self.axes, self.variance = pca.fit(kept.compute(), self.share)
+        self.rows = kept.compute()
+        self.mean, self.axes, self.variance = pca.fit(self.rows, self.share)
+
+    def recall(self, kept: Bank) -> None:
+        kept.update(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         x = self.embed(maps)  # (B, C, h, w)

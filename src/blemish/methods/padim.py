@@ -7,7 +7,14 @@ from torch import Tensor
 
 from blemish.backbone.features import Features
 from blemish.detector import Bank, Maps, Moments, OnePassDetector
-from blemish.ops.gaussian import cholesky_factor, mahalanobis_cholesky, mahalanobis_woodbury, woodbury_factor
+from blemish.ops.gaussian import (
+    cholesky_factor,
+    mahalanobis_cholesky,
+    mahalanobis_woodbury,
+    samples_of,
+    scatter_of,
+    woodbury_factor,
+)
 from blemish.ops.maps import align, smooth_upsample
 from blemish.types import InputError, Prediction
 
@@ -30,7 +37,8 @@ class PaDiM(OnePassDetector):
         order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
         self.register_buffer("drawn", order[:n_features].sort().values)  # (d,)
         self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
-        for name in ("mean", "cholesky", "woodbury"):  # (P, d), (P, d, d), (N, P, d): one of the last two stays empty
+        # (P, d), then either (P, d, d) or (N, P, d) and (P, N, N): the others stay empty
+        for name in ("mean", "cholesky", "woodbury", "lower"):
             self.register_buffer(name, torch.empty(0))
         if align not in ("bilinear", "nearest"):
             raise InputError(f"model.align={align}: expected bilinear or nearest")
@@ -56,10 +64,17 @@ class PaDiM(OnePassDetector):
 
     def estimate(self, kept: Bank | Moments) -> None:
         if isinstance(kept, Bank):
-            self.mean, self.woodbury = woodbury_factor(kept.compute(), self.epsilon)
+            self.mean, self.woodbury, self.lower = woodbury_factor(kept.compute(), self.epsilon)
         else:
             count, self.mean, scatter = kept.compute()
             self.cholesky = cholesky_factor(scatter, int(count), self.epsilon)
+            self.woodbury, self.lower = self.mean[:0], self.mean[:0]
+
+    def recall(self, kept: Bank | Moments) -> None:
+        if len(self.cholesky):
+            kept.restore(int(self.fitted), self.mean, scatter_of(self.cholesky, int(self.fitted), self.epsilon))
+        else:
+            kept.update(samples_of(self.mean, self.woodbury, self.lower))
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         grid = maps[0].shape[-2:]

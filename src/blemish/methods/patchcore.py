@@ -27,7 +27,8 @@ class PatchCore(OnePassDetector):
 
     A patch is the 3×3 means of the stages (section 3.1), pooled to `embed_dim` channels. The coreset is
     `coreset_ratio` of all patches, chosen farthest first after a sparse random projection to `projection` dimensions drawn from `seed`;
-    `bank` keeps the order of choice, and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows.
+    `bank` keeps the order of choice, and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows
+    (after an update, which adds `coreset_ratio` of the new patches, a bound on it).
     The image's score is its largest distance, re-weighted by eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all);
     the map is upsampled and blurred by `sigma` pixels.
     """
@@ -60,9 +61,11 @@ class PatchCore(OnePassDetector):
         self.register_buffer("bank", torch.empty(0))  # (M, D)
         self.register_buffer("radius", torch.empty(0))  # (M,)
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # of all training images
+        self.register_buffer("nested", torch.tensor(True))  # the bank is in one order of choice
 
     def accumulator(self, images: int) -> Bank:
-        return PatchBank(images, self.projection)
+        # of images fitted before there is nothing to keep but the bank
+        return PatchBank(images - int(self.fitted) if self.updating else images, self.projection)
 
     def keep(self, maps: Maps) -> Tensor:
         return embed(maps, self.embed_dim)
@@ -71,15 +74,31 @@ class PatchCore(OnePassDetector):
         patches = kept.compute().flatten(0, 1)  # (N·P, D)
         generator = torch.Generator().manual_seed(self.seed)
         count = coreset_size(len(patches), self.coreset_ratio)
-        indices, self.radius = farthest_first(project(patches, self.projection, generator), count, generator)
-        self.bank, self.patches = patches[indices], torch.full_like(self.patches, len(patches))
-        log.info("coreset: %d of %d patches, covering radius %.4g", count, len(patches), self.radius[-1])
+        projected = project(patches, self.projection, generator)
+        if self.updating:  # farthest first goes on among the new patches, from the centres there are
+            start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed))
+            indices, radius = farthest_first(projected, count, start)
+            # what the first patches keep, though new centres may have come nearer to them
+            self.radius = torch.cat([self.radius, radius.clamp_min(self.radius[-1])])
+            self.bank, self.nested = torch.cat([self.bank, patches[indices]]), torch.full_like(self.nested, False)
+        else:
+            indices, self.radius = farthest_first(projected, count, generator)
+            self.bank, self.nested = patches[indices], torch.full_like(self.nested, True)
+            self.patches.zero_()
+        self.patches += len(patches)
+        log.info("coreset: %d of %d patches, covering radius %.4g", len(self.bank), self.patches, self.radius[-1])
+
+    def recall(self, kept: Bank) -> None:
+        """Nothing: `estimate` has the bank, and of the patches it was chosen from none is left."""
 
     def cut(self, ratio: float) -> None:
         """Keep the coreset of a smaller `coreset_ratio`: what a fit with it would have given, as greedy choices are nested.
 
-        Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one].
+        Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one], or if
+        the bank was updated: its second part was chosen knowing the first.
         """
+        if not self.nested:
+            raise InputError(f"ratio={ratio}: an updated bank cannot be cut; cut the run before its update")
         count = coreset_size(int(self.patches), ratio) if ratio > 0 else 0
         if not 1 <= count <= len(self.bank):
             present = len(self.bank) / max(1, int(self.patches))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from blemish.ops.neighbours import distances, product_dtype, rounding
+from blemish.ops.neighbours import distances, nearest, product_dtype, rounding
 from blemish.types import InputError
 
 POOL = 2048  # candidates among which centres are chosen between two refreshes
@@ -21,14 +21,18 @@ class Coreset(NamedTuple):
 
 
 @torch.no_grad()
-def farthest_first(bank: Tensor, count: int, start: int | Generator) -> Coreset:
+def farthest_first(bank: Tensor, count: int, start: int | Generator | Tensor) -> Coreset:
     """Greedy k-center of bank (M, D): each centre is the row farthest (L2) from those before it, the lowest index among equals.
 
     The result is that of the plain algorithm, which looks at every row for every centre; distances are compared in float64.
-    `start` is the first centre or draws it. InputError if count is not in 1…M, start not in 0…M−1, or a value is not finite.
+    `start` is the first centre, draws it, or holds centres (G, D) chosen earlier, which the new ones go on from.
+    InputError if count is not in 1…M, start not in 0…M−1, or a value is not finite.
     """
     if bank.ndim != 2 or not 1 <= count <= len(bank):
         raise InputError(f"count: {count} centres of a bank of shape {tuple(bank.shape)}, allowed are 1…M of a bank (M, D)")
+    if isinstance(start, Tensor):
+        with torch.autocast(bank.device.type, enabled=False):
+            return _Search(bank if bank.dtype == torch.float64 else bank.float(), count).go_on(start.to(bank))
     if isinstance(start, Generator):
         start = int(torch.randint(len(bank), (1,), generator=start, device=start.device))
     if not 0 <= start < len(bank):
@@ -62,6 +66,15 @@ class _Search:
     def run(self, start: int) -> Coreset:
         self._take(start, torch.inf)
         self.distance[start] = -1  # never chosen twice
+        return self._finish()
+
+    def go_on(self, centres: Tensor) -> Coreset:
+        _, index = nearest(self.bank, centres, 1)
+        for rows, at in zip(torch.arange(len(self.bank), device=index.device).split(TILE), index[:, 0].split(TILE), strict=True):
+            self.distance[rows] = distances(self.bank[rows].double(), centres[at, None].double())[:, 0]
+        return self._finish()
+
+    def _finish(self) -> Coreset:
         while self.found <= self.count:
             farthest = self.distance.max()
             if farthest <= 0:  # what is left are copies of centres, or nothing

@@ -39,17 +39,35 @@ def cholesky_factor(scatter: Tensor, count: int, epsilon: float) -> Tensor:
     return scatter
 
 
-def woodbury_factor(rows: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Overwrite samples (N, P, d) by W; returns (means (P, d), W (N, P, d))."""
-    count = rows.shape[0]
+def scatter_of(factor: Tensor, count: int, epsilon: float) -> Tensor:
+    """The scatters (P, d, d) that `cholesky_factor` overwrote, from L⁻¹ (P, d, d)."""
+    scatter = torch.empty_like(factor)
+    for chunk, out in zip(factor.split(CHUNK), scatter.split(CHUNK), strict=True):
+        wide = chunk.double()  # the difference below would lose what float32 holds of small variances
+        eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+        lower = torch.linalg.solve_triangular(wide, eye.expand_as(wide).contiguous(), upper=False)
+        out.copy_((lower @ lower.mT - epsilon * eye) * max(count - 1, 1))
+    return scatter
+
+
+def woodbury_factor(rows: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite samples (N, P, d) by W; returns (means (P, d), W (N, P, d), L (P, N, N))."""
+    count, positions = rows.shape[:2]
     mean = rows.mean(0)  # (P, d)
     rows -= mean
-    for chunk in rows.split(CHUNK, dim=1):
+    lower = rows.new_empty(positions, count, count)
+    for chunk, out in zip(rows.split(CHUNK, dim=1), lower.split(CHUNK), strict=True):
         x = chunk.transpose(0, 1)  # (p, N, d)
         gram = x @ x.mT  # (p, N, N)
         gram.diagonal(dim1=1, dim2=2).add_(epsilon * max(count - 1, 1))
-        chunk.copy_(torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x, upper=False).transpose(0, 1))
-    return mean, rows
+        out.copy_(torch.linalg.cholesky(gram))
+        chunk.copy_(torch.linalg.solve_triangular(out, x, upper=False).transpose(0, 1))
+    return mean, rows, lower
+
+
+def samples_of(mean: Tensor, factor: Tensor, lower: Tensor) -> Tensor:
+    """The samples (N, P, d) that `woodbury_factor` overwrote."""
+    return (lower @ factor.transpose(0, 1)).transpose(0, 1) + mean
 
 
 def mahalanobis_cholesky(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:

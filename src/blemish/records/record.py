@@ -357,6 +357,15 @@ def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def stopped(error: BaseException | None) -> bool:
+    """Whether an error is an interruption, or came of one: Lightning turns Ctrl-C into SystemExit, OmegaConf into errors of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | SIGTERMException):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Record:
     """The life of one run as record.json tells it: "running", then "finished", "failed" or "interrupted".
 
@@ -388,8 +397,8 @@ class Record:
         self.note(facts)
 
     def fail(self, error: BaseException) -> None:
-        """The run ended with this error; an interruption in disguise (Lightning turns Ctrl-C into SystemExit) is told as one."""
-        if isinstance(error, KeyboardInterrupt | SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+        """The run ended with this error; an interruption in disguise is told as one."""
+        if stopped(error):
             self.interrupt()
         else:
             self._end("failed", {"type": type(error).__name__, "message": str(error), "time": now()})
