@@ -125,11 +125,13 @@ def strip(
     scale: tuple[float, float] | None,
     threshold: float | None,
     title: str,
+    reconstruction: np.ndarray | None = None,
 ) -> Image.Image:
     """One image of the record: input, ground truth, map with its colour bar, overlay, under a title of one or two lines.
 
-    image (H, W, 3) uint8; mask (H, W) uint8 or None; map (H, W) or None for an image-level method; scale is the map's value at the two
-    ends of the colours, the same for every strip of a run; threshold is the map's, None for no contour.
+    image and, where there is one, reconstruction (H, W, 3) uint8; mask (H, W) uint8 or None; map (H, W) or None for an image-level
+    method; scale is the map's value at the two ends of the colours, the same for every strip of a run; threshold is the map's, None for
+    no contour.
     """
     width, height = size = panel_size(*image.shape[:2])
     text = int(np.clip(width // 20, 12, 17))
@@ -138,7 +140,8 @@ def strip(
     bar = 0 if values is None else GAP // 2 + BAR + 5 + max(int(font(text - 1).getlength(words)) for _, words in numbers)
     head = MARGIN + 2 * round(1.6 * text) + 6
     top = head + round(1.6 * text)
-    sheet = Image.new("RGB", (2 * MARGIN + 4 * cell + 3 * GAP + bar, top + height + MARGIN), PAPER)
+    count = 4 if reconstruction is None else 5
+    sheet = Image.new("RGB", (2 * MARGIN + count * cell + (count - 1) * GAP + bar, top + height + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     for line, words in enumerate(title.split("\n")[:2]):
         face, ink = (font(text + 1, bold=True), INK) if line == 0 else (font(text + 1), QUIET)
@@ -149,12 +152,13 @@ def strip(
     both = None if values is None else overlay(image, values, scale, threshold, mask, size)
     panels = [
         ("input", _sized(image, size), ""),
+        *([] if reconstruction is None else [("reconstruction", _sized(reconstruction, size), "")]),
         ("ground truth", truth, "no ground truth"),
         ("map", painted, "no map"),
         ("overlay", both, "no map"),
     ]
     for index, (name, picture, absent) in enumerate(panels):
-        left = MARGIN + index * (cell + GAP) + (bar if index == 3 else 0)
+        left = MARGIN + index * (cell + GAP) + (bar if name == "overlay" else 0)
         box = (left + (cell - width) // 2, top)
         pen.text((left, head), name, INK, font(text))
         if picture is None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -28,27 +28,48 @@ ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds tha
 
 
 class Calibrate(Callback):
-    """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards."""
+    """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards.
 
-    def __init__(self) -> None:
+    For a method that sets a threshold of its own, `maps` are there as well, thinned to at most `limit` pixels on a process.
+    """
+
+    def __init__(self, limit: int = 2**24) -> None:
         self.values = torch.empty(0, 2)  # (n, 2) float32; an image-level method's score stands in both columns
-        self.seen: dict[str, Tensor] = {}
+        self.maps: list[Tensor] = []  # each (H, W) float32
+        self.limit = limit
+        self._begin()
+
+    def _begin(self) -> None:
+        self.seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.step = 1  # every so many rows and columns of a map are kept
 
     def on_predict_start(self, trainer, module) -> None:
-        self.seen = {}
+        self._begin()
 
     def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         peak = outputs.score if outputs.map is None else outputs.map.amax((1, 2))  # (B,)
         pairs = torch.stack([outputs.score, peak], 1).detach().float().cpu()  # (B, 2)
-        self.seen.update(zip(batch.path, pairs, strict=True))
+        wanted = outputs.map is not None and hasattr(module, "set_threshold")
+        maps = [self._thinned(map, self.step) for map in outputs.map] if wanted else [None] * len(pairs)
+        self.seen.update(zip(batch.path, zip(pairs, maps, strict=True), strict=True))
+        while sum(map.numel() for _, map in self.seen.values() if map is not None) > self.limit:
+            self.step *= 2
+            self.seen = {key: (pair, map if map is None else self._thinned(map, 2)) for key, (pair, map) in self.seen.items()}
+
+    @staticmethod
+    def _thinned(map: Tensor, step: int) -> Tensor:
+        return map[::step, ::step].detach().float().cpu().clone()
 
     def on_predict_end(self, trainer, module) -> None:
         parts = [self.seen]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             all_gather_object(parts, self.seen)
-        seen = {key: pair for part in parts for key, pair in part.items()}
-        self.values = torch.stack([seen[key] for key in sorted(seen)]) if seen else torch.empty(0, 2)
+        seen = {key: found for part in parts for key, found in part.items()}
+        found = [seen[key] for key in sorted(seen)]
+        self.values = torch.stack([pair for pair, _ in found]) if found else torch.empty(0, 2)
+        self.maps = [map for _, map in found if map is not None]
+        self._begin()
 
 
 class Seen(NamedTuple):
@@ -66,6 +87,7 @@ class Picture(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) uint8
     map: np.ndarray | None  # (H, W) float16 from 0 at Seen.low to 1 at Seen.high: raw values may leave the range of float16
+    reconstruction: np.ndarray | None  # (H, W, 3) uint8, of methods that make one
 
 
 class Evaluate(Callback):
@@ -101,7 +123,7 @@ class Evaluate(Callback):
         with self.times.stage("metrics") if self.times else contextlib.nullcontext():
             rows = self._mine(trainer, batch.path)
             if rows:
-                self._add(trainer, outputs, batch, rows)
+                self._add(trainer, getattr(module, "reconstruct", None), outputs, batch, rows)
 
     def _mine(self, trainer, paths: list[str]) -> list[int]:
         """The rows of this batch that this process counts: a distributed sampler repeats images to give every process as many."""
@@ -118,7 +140,7 @@ class Evaluate(Callback):
                         rows.append(row)
         return rows
 
-    def _add(self, trainer, outputs: Prediction, batch: Batch, rows: list[int]) -> None:
+    def _add(self, trainer, reconstruct: Callable[[Tensor], Tensor] | None, outputs: Prediction, batch: Batch, rows: list[int]) -> None:
         keys = [batch.path[row] for row in rows]
         score, label, mask = (tensor.detach()[rows].cpu() for tensor in (outputs.score.float(), batch.label, batch.mask))
         map = None if outputs.map is None else outputs.map.detach()[rows].float().cpu()  # (B, H, W)
@@ -135,9 +157,9 @@ class Evaluate(Callback):
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if key in self.wanted:
                 image = batch.image[row].detach() if batch.image.shape[1] else trainer.datamodule.image(key)  # stored maps bring no image
-                image = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                again = None if reconstruct is None else bytes_of(reconstruct(image[None])[0])
                 unit = None if map is None else ((map[i] - low[i]) / (high[i] - low[i]).clamp_min(1e-30)).half().numpy()
-                self.kept[key] = Picture(image, mask[i].numpy(), unit)
+                self.kept[key] = Picture(bytes_of(image), mask[i].numpy(), unit, again)
 
     def on_test_end(self, trainer, module) -> None:
         if trainer.world_size > 1:
@@ -268,7 +290,7 @@ class Evaluate(Callback):
             title = draw.caption(key, sample.defect, seen.label, seen.score, value)
             files.append(Path(folder) / name)
             with aside(files[-1]) as temporary:
-                draw.strip(picture.image, mask, map, scale, contour, title).save(temporary, compress_level=1)
+                draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(temporary, compress_level=1)
         if curves and self.seen:
             score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
             figure = draw.curves(self.image.curves(), self.pixel.curves(), self.metrics(None, None), score, label, value)
@@ -276,6 +298,11 @@ class Evaluate(Callback):
             with aside(curves) as temporary:
                 figure.savefig(temporary)
         return files
+
+
+def bytes_of(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) in [0, 1] as (H, W, 3) uint8."""
+    return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def choose(samples: Iterable[Sample], pictures: int) -> set[str]:
