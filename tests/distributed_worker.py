@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from support import composed, fitted, images
+from support import composed, images
 
 from blemish.detector import OnePassDetector
 from blemish.run import build
@@ -14,10 +14,15 @@ IMAGES = 25  # an odd number: the halves differ in size
 
 
 def scores(name: str, pictures: torch.Tensor) -> list[float]:
-    """Scores of three images by a method fitted on pictures, those of all processes if there are several."""
+    """Scores of three images by a method fitted on pictures, which are this process's share of IMAGES."""
     model: OnePassDetector = build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model).eval()
     with torch.no_grad():
-        return fitted(model, pictures, batch=4)(images(3, 1)).score.tolist()
+        kept = model.accumulator(IMAGES)
+        for part in pictures.split(4):
+            kept.update(model.keep(model.features(part)))
+        kept.gather()
+        model.estimate(kept)
+        return model(images(3, 1)).score.tolist()
 
 
 def main(rank: int, world: int, folder: Path, names: list[str]) -> None:

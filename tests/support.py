@@ -12,7 +12,24 @@ from blemish.detector import OnePassDetector
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 # what a method that trains changes of its paper's recipe to learn 24 small images in seconds
-QUICK: dict[str, list[str]] = {}
+QUICK: dict[str, list[str]] = {
+    "cflow": ["trainer.max_epochs=4", "model.learning_rate=0.002", "model.blocks=4"],
+    "dfr": ["trainer.max_epochs=20", "model.learning_rate=0.01"],
+    "ganomaly": ["trainer.max_epochs=30", "model.channels=8"],
+    "lake": ["trainer.max_epochs=10", "model.learning_rate=0.002"],
+    "vae": ["trainer.max_epochs=15", "model.learning_rate=0.002"],
+    "autoencoder": ["trainer.max_epochs=15", "model.learning_rate=0.002"],
+    "reverse_distillation": [
+        "trainer.max_epochs=40",
+        "model.learning_rate=0.02",
+        "model.stages=[1]",
+        "model.loss=position",
+        "batch_size=6",
+    ],
+    "patch_svdd": ["trainer.max_epochs=10", "model.learning_rate=0.002", "model.dim=16", "image_size=128"],
+    "riad": ["trainer.max_epochs=15", "model.learning_rate=0.003", "model.channels=8", "model.smooth=5"],
+    "stfpm": ["trainer.max_epochs=8"],
+}
 
 
 def composed(*overrides: str, config: str = "train") -> DictConfig:

@@ -60,11 +60,11 @@ class Detector(pl.LightningModule):
     predict_step = test_step
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # a fitted buffer's size is known only after fit: an empty one takes the shape that was saved
+        # a fitted buffer's size is known only after fit: an empty one becomes what was saved, and stays mapped from disk if that is
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if saved is not None and buffer is not None and buffer.numel() == 0:
-                self._buffers[name] = torch.empty_like(saved, device=buffer.device)
+                self._buffers[name] = saved.to(buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

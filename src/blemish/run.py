@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -33,7 +35,19 @@ from blemish.deploy.predict import predict as apply
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
-from blemish.records.record import Record, claim, read_record, release, stopped, truth_kind, write_csv, write_json, write_text
+from blemish.records.record import (
+    FINISHED,
+    STATE,
+    Record,
+    claim,
+    read_record,
+    release,
+    stopped,
+    truth_kind,
+    write_csv,
+    write_json,
+    write_text,
+)
 from blemish.records.tables import summary
 from blemish.records.timing import StageTimes
 from blemish.types import InputError
@@ -53,37 +67,48 @@ def train(cfg: DictConfig) -> dict:
     """Fit if the method needs it, calibrate, save, test and record; returns what metrics.json holds. `cfg.run_dir` gets the folder.
 
     With `update`, the folder of a run, its model takes in the training images that it has not seen, and nothing is fitted again.
+    With `resume`, the folder of a run that was stopped, that run goes on from its last epoch, with its own config and split.
     """
+    if resumed := Path(cfg.resume) if cfg.get("resume") else None:
+        cfg = continued(cfg, resumed)
     past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
     model = adopt(cfg, past) if past else None
     folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
-    with recorded(folder, cfg, overwrite=cfg.overwrite) as record:
+    with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, "manifest.csv"] if resumed else []) as record:
         data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
-        trainer = trainer_of(cfg, [times, calibrate, evaluate])
+        trainer = trainer_of(cfg, [times, calibrate, evaluate, *states(cfg, model, folder)])
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
         data = stored(cfg, data, model, trainer, times)
+        if hasattr(model, "set_threshold") and any(sample.split == "calibrate" for sample in data.samples):
+            model.validation = 0.0  # its threshold will come from these images: none need be kept from its training
         started = time.perf_counter()
         if past:
             model.update(trainer, data)
         elif isinstance(model, OnePassDetector | TrainedDetector):
-            trainer.fit(model, datamodule=data)
+            state = folder / STATE
+            trainer.fit(model, datamodule=data, ckpt_path=str(state) if resumed and state.is_file() else None, weights_only=True)
         fitted = time.perf_counter()
         loaders = [data.calibrate_dataloader()] if any(sample.split == "calibrate" for sample in data.samples) else []
         if past and cfg.protocol == "clean":
             loaders += calibration_of(past, data.samples)
-        found = []
+        found, maps = [], []
         for loader in loaders:
             trainer.predict(model, dataloaders=loader, return_predictions=False)
             found.append(calibrate.values)
+            maps += calibrate.maps
         if found:
             model.calibration = torch.cat(found).to(model.device)
+        if maps:
+            model.set_threshold(maps)
         if cfg.save.checkpoint:
             save_checkpoint(trainer, model, folder / "model.ckpt")
+        if trainer.is_global_zero:
+            (folder / STATE).unlink(missing_ok=True)
         metrics = measured(trainer, model, data, evaluate, times, fitted - started)
         write_results(folder, cfg, evaluate, metrics, record, trainer)
         record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
@@ -161,16 +186,10 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
             record = read_record(run) or {}
             status = f"; its record says {record['status']!r}" if record else ""
             raise InputError(f"run={run}: no {path.name} there{status}; expected the folder of a finished run")
+    cfg = read_config(run)
+    target = str(cfg.model._target_)
     try:
-        cfg = OmegaConf.load(config)
-        target = str(cfg.model._target_)
-    except Exception as error:
-        raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
-    for place, name in targets(OmegaConf.to_container(cfg)):
-        if not name.startswith(ALLOWED.get(place, "-")):
-            raise InputError(f"{config}: {place}._target_={name}; a run's config may call {ALLOWED} and nothing else")
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         if "weights" in cfg.model:
             cfg.model.weights = "checkpoint"
         model = build(cfg.model)
@@ -180,6 +199,20 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     except Exception as error:
         raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
     return cfg, model.eval().to(device_of(device))
+
+
+def read_config(run: Path) -> DictConfig:
+    """The config of a run folder; InputError if it is none, or calls what no config of blemish calls."""
+    config = run / "config.yaml"
+    try:
+        cfg = OmegaConf.load(config)
+        str(cfg.model._target_)
+    except Exception as error:
+        raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
+    for place, name in targets(OmegaConf.to_container(cfg)):
+        if not name.startswith(ALLOWED.get(place, "-")):
+            raise InputError(f"{config}: {place}._target_={name}; a run's config may call {ALLOWED} and nothing else")
+    return cfg
 
 
 def targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -228,6 +261,25 @@ def build(part: DictConfig, **more: Any) -> Any:
         raise InputError(str(error)) from error
 
 
+def continued(cfg: DictConfig, run: Path) -> DictConfig:
+    """The config of a run that was stopped, with what the command line says of trainer, logger, workers and save."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"resume={run}: no config.yaml there; expected the folder of a run")
+    if (read_record(run) or {}).get("status") == FINISHED:
+        raise InputError(f"resume={run}: that run is finished; expected one that was stopped")
+    saved = read_config(run)
+    for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else []:
+        key = text.partition("=")[0]
+        if key.partition(".")[0] in ("trainer", "logger", "workers", "save"):
+            OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
+        elif key != "resume":
+            raise InputError(f"{text}: a resumed run keeps its own; expected overrides of trainer, logger, workers or save")
+    saved.run_dir, saved.overwrite = str(run), False
+    if (run / "manifest.csv").is_file():
+        saved.data.manifest = str(run / "manifest.csv")
+    return saved
+
+
 def adopt(cfg: DictConfig, past: Path) -> Detector:
     """The fitted model of a run that is to be updated; the config takes over what belongs to it, and its data where none are chosen."""
     saved, model = load(past)
@@ -272,7 +324,7 @@ def unseen(samples: list[Sample], past: Path) -> list[Sample]:
 
 def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     """A loader of the calibration images of a run that are not among the samples; none, with a warning, where they are gone."""
-    cfg = OmegaConf.load(past / "config.yaml")
+    cfg = read_config(past)
     cfg.data.manifest = str(past / "manifest.csv")
     known = {(sample.digest, sample.region) for sample in samples}
     data = build(cfg.data)
@@ -301,11 +353,19 @@ def observers(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
     return times, Calibrate(), Evaluate(cfg.save.pictures, cfg.pixel_limit, cfg.alpha, times)
 
 
+def states(cfg: DictConfig, model: Detector, folder: Path) -> list[ModelCheckpoint]:
+    """What keeps the state of a training after every epoch, for `resume`; nothing for methods that do not train."""
+    if not (isinstance(model, TrainedDetector) and cfg.save.get("state")):
+        return []
+    return [ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)]
+
+
 def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
-    """Lightning's trainer without validation, sanity checks and automatic checkpoints: a run saves once, when it is fitted."""
+    """Lightning's trainer without validation and sanity checks; the fitted model is saved once, by `save_checkpoint`."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     logger = build(cfg.logger) if cfg.get("logger") and cfg.logger.get("_target_") else False
-    fixed = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False, "enable_model_summary": False}
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    fixed = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": checkpoints, "enable_model_summary": False}
     return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
 
 
@@ -380,13 +440,21 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(resolved))
 
 
+class Streamed(TorchCheckpointIO):
+    """Writes tensors from where they are: Lightning's own copies the whole checkpoint in memory first, galleries on disk included."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
+
 def save_checkpoint(trainer: Trainer, model: Detector, path: Path) -> None:
     """A checkpoint that is whole or absent: written beside its place by all processes together, then renamed by one."""
     part = path.with_name(path.name + ".part")
     trainer.strategy.connect(model)
+    trainer.strategy.checkpoint_io = Streamed()
     try:
         trainer.save_checkpoint(part, weights_only=not isinstance(model, TrainedDetector))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer has no errors of its own
         part.unlink(missing_ok=True)
         raise InputError(
             f"{path}: cannot be written ({error}); choose another folder with run_dir=PATH or save.checkpoint=false"
@@ -404,6 +472,8 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         counts[name] = counts.get(name, 0) + 1
     return {
         "method": module_of(cfg.model),
+        "variant": cfg.get("variant"),
+        "epochs": cfg.trainer.max_epochs if isinstance(model, TrainedDetector) else None,
         "dataset": module_of(cfg.data),
         "category": cfg.data.get("category"),
         "seed": cfg.seed,
@@ -421,9 +491,9 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, cfg: DictConfig, overwrite: bool) -> Iterator[Record]:
-    """A claimed run folder whose record tells how the block ended."""
-    claim(folder, overwrite)
+def recorded(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = ()) -> Iterator[Record]:
+    """A claimed run folder whose record tells how the block ended; files to `keep` are not cleared before."""
+    claim(folder, overwrite, keep)
     record = None
     try:
         record = Record.start(folder, {})
@@ -451,6 +521,8 @@ def expected_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
         # small data sets have fewer batches than the logging interval
         warnings.filterwarnings("ignore", message=".*The number of training batches.*smaller than the logging interval.*")
+        # the state of a training lies beside the other files of its run
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         # logs of an earlier run in this folder are overwritten on purpose
         warnings.filterwarnings("ignore", message=".*Experiment logs directory.*exists and is not empty.*")
         yield

@@ -64,6 +64,19 @@ def test_normal_test_several_folders_and_category(root):
     ]
 
 
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_validation_images_are_for_the_threshold_alone(root, protocol):
+    make(root, *(f"val/{i}.png" for i in range(3)), "val2/deep/0.png")
+    data = folder(root, validation=["val", "val2"], abnormal="crack", protocol=protocol, test_share=0)
+    data.setup()
+    splits = {s.path: s.split for s in data.samples}
+    assert [path for path in splits if splits[path] == "calibrate"] == ["val/0.png", "val/1.png", "val/2.png", "val2/deep/0.png"]
+    assert [path for path in splits if splits[path] == "train"] == [f"normal/{i}.png" for i in range(10)]
+    assert {path for path in splits if splits[path] == "test"} == {"crack/a.png", "crack/deep er/b.PNG"}
+    with pytest.raises(InputError, match=r"two of the folders of .*data\.validation"):
+        folder(root, validation="normal").setup()
+
+
 def test_symlinked_folder(root, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("else where")
     make(elsewhere, "1.png", "2.png")

@@ -1,5 +1,7 @@
 """SPADE against its paper written plainly, the arithmetic of its correspondences, and its outlier filter."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,43 @@ def test_the_gallery_is_coarse_stages_as_they_are_in_float16():
     held = sum(getattr(model, name).nbytes for name in model.names)
     c = model.backbone.channels
     assert held == 6 * 2 * (c[0] * 16 * 16 + c[1] * 8 * 8 + c[2] * 4 * 4)
+
+
+def file_backed(tensor):
+    """Whether the first byte lies in a mapping of a file, by the kernel's list."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return len(line.split()) > 5 and "/" in line.split()[5]
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to ask where memory comes from")
+@pytest.mark.parametrize("outlier_filter", ["none", "ocsvm"])
+def test_the_gallery_stays_on_disk(tmp_path, outlier_filter):
+    model = fitted(detector(outlier_filter=outlier_filter), images(12))
+    torch.save(model.state_dict(), tmp_path / "model.ckpt")
+    loaded = detector(outlier_filter=outlier_filter)
+    loaded.load_state_dict(torch.load(tmp_path / "model.ckpt", weights_only=True, mmap=True))
+    for name in model.names:
+        assert file_backed(getattr(model, name)) and file_backed(getattr(loaded, name))
+        assert torch.equal(getattr(model, name), getattr(loaded, name))
+    for a, b in zip(model(images(2, 1)), loaded(images(2, 1)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_updated_is_fitted_to_all():
+    old, new = detector(), detector()
+    fitted(old, images(7))
+    kept = new.accumulator(12)
+    old.recall(kept)
+    kept.update(new.keep(new.features(images(12)[7:])))
+    kept.gather()
+    new.estimate(kept)
+    whole = fitted(detector(), images(12))
+    torch.testing.assert_close(new(images(2, 1)).map, whole(images(2, 1)).map, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="ocsvm"):
+        fitted(detector(outlier_filter="ocsvm"), images(7)).recall(kept)
 
 
 def test_ocsvm_leaves_out_a_planted_outlier():

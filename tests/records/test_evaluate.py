@@ -135,6 +135,23 @@ def test_calibrate_collects_score_and_peak_of_every_image():
     np.testing.assert_allclose(values.values.numpy(), np.stack([score, score], 1), rtol=1e-6)
 
 
+class Thresholded(Brightness):
+    def set_threshold(self, maps):
+        pass
+
+
+def test_calibrate_keeps_the_maps_of_a_method_that_wants_them_within_bounds():
+    samples = samples_of(2, 2, 0)
+    _, _, map, _ = direct(samples, Thresholded(), "calibrate")
+    n, height, width = map.shape
+    for limit, step in ((n * height * width, 1), (n * height * width - 1, 2), (n * height * width // 4 - 1, 4)):
+        values = Calibrate(limit)
+        trainer_of(values).predict(Thresholded(), Data(samples), return_predictions=False)
+        np.testing.assert_allclose(torch.stack(values.maps), map[:, ::step, ::step], rtol=1e-6)
+    trainer_of(values).predict(Brightness(), Data(samples), return_predictions=False)
+    assert values.maps == []
+
+
 def test_figures_are_those_of_sklearn():
     samples, model = samples_of(9, 13, 3), Brightness()
     metrics = evaluated(samples, model).metrics(1.5, 2.5)

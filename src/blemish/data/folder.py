@@ -16,8 +16,9 @@ log = logging.getLogger(__name__)
 class Folder(ImageData):
     """Images of your own; folders are named relative to root/category and searched at any depth.
 
-    normal: folder or folders of normal training images. normal_test: the same for the test; without it a seeded share
-    `test_share` of `normal` is kept for it. abnormal: folders of test images with defects, each folder's own name is the defect
+    normal: folder or folders of normal training images. validation: the same for the decision threshold, never trained on; without
+    it `protocol` says what is held out. normal_test: the same for the test; without it a seeded share `test_share` of `normal` is
+    kept for it, one image at least, none for 0. abnormal: folders of test images with defects, each folder's own name is the defect
     type. masks: folder of masks, found by the image's relative path or by its stem, with or without "_mask" behind it; without
     it, or for an image without a mask, there are image-level results only. InputError for a folder that is absent or empty, for
     an image that is in two of them, and for a mask that belongs to no image.
@@ -28,6 +29,7 @@ class Folder(ImageData):
     layout = """
 <root>/[<category>/]
   <normal>/       normal images                  data.normal=<folder>
+  <validation>/   normal images to calibrate    data.validation=<folder> (optional)
   <normal_test>/  normal images for the test     data.normal_test=<folder> (optional)
   <defect>/       images with one defect type    data.abnormal=[<folder>,…]
   <masks>/        masks, white on the defects    data.masks=<folder> (optional)
@@ -38,6 +40,7 @@ class Folder(ImageData):
         root: str,
         category: str | None,
         normal: str | Sequence[str],
+        validation: str | Sequence[str] | None,
         normal_test: str | Sequence[str] | None,
         abnormal: str | Sequence[str] | None,
         masks: str | None,
@@ -54,32 +57,40 @@ class Folder(ImageData):
         manifest: str | None = None,
     ):
         super().__init__(root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest)
-        if not 0 < test_share < 1:
-            raise InputError(f"data.test_share={test_share}: expected a share between 0 and 1")
+        if not 0 <= test_share < 1:
+            raise InputError(f"data.test_share={test_share}: expected a share from 0 to below 1")
         self.normal, self.normal_test, self.abnormal = _list(normal), _list(normal_test), _list(abnormal)
+        self.validation = _list(validation)
         if not self.normal:
             raise InputError("data.normal: no folder named; expected the folder of the normal training images")
         self.masks, self.test_share = masks, test_share
 
     def scan(self) -> list[Sample]:
         base = self.folder()
-        names = self.normal + self.normal_test + self.abnormal
+        names = self.normal + self.validation + self.normal_test + self.abnormal
         found = {name: self._images(base, name) for name in names}
         twice = [path for path, count in Counter(path for name in names for path in found[name]).items() if count > 1]
         if twice:
-            raise InputError(f"{some(twice)}: in two of the folders of data.normal, data.normal_test, data.abnormal; expected one")
-        normal, normal_test = ([path for name in names for path in found[name]] for names in (self.normal, self.normal_test))
+            raise InputError(
+                f"{some(twice)}: in two of the folders of data.normal, data.validation, data.normal_test, data.abnormal; expected one"
+            )
+        groups = (self.normal, self.validation, self.normal_test)
+        normal, validation, normal_test = ([path for name in names for path in found[name]] for names in groups)
         abnormal = {path: name for name in self.abnormal for path in found[name]}
         if not abnormal:
             log.warning("data.abnormal names no folder: the test has normal images only, there will be no ranking metrics")
-        tested = set(normal_test or drawn(normal, self.test_share, self.seed))
+        tested = set(normal_test or (drawn(normal, self.test_share, self.seed) if self.test_share else []))
         masks = self._masks(base, abnormal)
-        good = [Sample(self.relative(path), "test" if path in tested else "train", NORMAL, "good") for path in normal + normal_test]
+        split = dict.fromkeys(normal, "train") | dict.fromkeys(validation, "calibrate") | dict.fromkeys(tested, "test")
+        good = [Sample(self.relative(path), split[path], NORMAL, "good") for path in normal + validation + normal_test]
         bad = [
             Sample(self.relative(path), "test", ANOMALOUS, (base / name).name, masks[path] and self.relative(masks[path]))
             for path, name in abnormal.items()
         ]
         return good + bad
+
+    def _held_out(self, samples: list[Sample]) -> list[Sample]:
+        return samples if self.validation else super()._held_out(samples)  # validation images are for no protocol to train on
 
     def _images(self, base: Path, name: str) -> list[Path]:
         if not (base / name).is_dir():

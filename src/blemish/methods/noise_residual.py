@@ -22,7 +22,8 @@ class NoiseResidual(Detector):
 
     The score is −min log10 NFA and the map −log10 NFA; `detect` gives the components of NFA ≤ `epsilon`, of which noise alone has no more
     than `epsilon` on average, with nothing to train. `residual_of` is the folder of a trained reconstruction method's run: image minus
-    reconstruction then takes the place of the patch model. `mode: reference` repeats the authors' program, its known slips included.
+    reconstruction then takes the place of the patch model. `mode: measured` measures the tails of the discs' means too, which leaves fewer
+    and weaker detections on real pictures; `mode: reference` repeats the authors' program, its known slips included.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class NoiseResidual(Detector):
         choose("source", source, ("pixels", "features"))
         choose("search", search, ("trees", "exact"))
         choose("bound", bound, ("tests", "map"))
-        choose("mode", mode, ("calibrated", "reference"))
+        choose("mode", mode, ("calibrated", "measured", "reference"))
         choose("channels", channels, (1, 3))
         if scales < 1 or patch < 2 or neighbors < 1 or not 2 * patch < tile <= 16383 or not radii or min(radii) < 1:
             raise InputError(
@@ -62,7 +63,7 @@ class NoiseResidual(Detector):
         self.backbone = Features(backbone, [stage], weights, seed) if source == "features" and residual_of is None else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
-        self.reference, self.bound = mode == "reference", bound
+        self.reference, self.measured, self.bound = mode == "reference", mode == "measured", bound
         self.patch, self.neighbors = patch, neighbors
         self.similarity = {
             "patch": patch,
@@ -96,7 +97,7 @@ class NoiseResidual(Detector):
             if self.reference:
                 alarms = reference_false_alarms(x, self.radii, cells.numel())
             else:
-                alarms = false_alarms(x, self.radii, tests, self.margin(level))
+                alarms = false_alarms(x, self.radii, tests, self.margin(level), self.measured)
             side = (-(-height // 2**level), -(-width // 2**level))
             found.append([grow(from_cells(a, *side), height, width, level) for a in alarms])
         return least(found)

@@ -10,6 +10,8 @@ from torch import Tensor
 from blemish.backbone.features import Features
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops import kmeans, pca
+from blemish.ops.maps import paint, starts
+from blemish.ops.randomness import stream
 from blemish.types import InputError, Prediction
 
 PIXELS = 2**20  # of tiles resized for the backbone that go through it at a time
@@ -79,43 +81,47 @@ class SelfSimilarity(OnePassDetector):
 
     def accumulator(self, images: int) -> Bank:
         # validation images are the first that come, in the order the loader draws; a single image serves for both
+        self.images = images
         self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(self.validation * images))
         self.held = 0 if self.validation == 0 else min(self.validating, images - 1)
         self.each = max(1, self.most_tiles // (images - self.held))  # tiles of an image for the dictionary
-        self.seen, self.room = 0, self.most_tiles
-        self.draw = torch.Generator().manual_seed(self.seed)
-        return Bank(self.each * images + self.most_tiles)
+        self.room = max(1, self.most_tiles // max(1, self.validating))  # and for the threshold
+        self.seen = 0
+        return Bank(self.each * images + self.room * self.validating)
 
     def keep(self, maps: Maps) -> Tensor:
-        """Tiles of each image, (n, 2 + D): the number of a validation image or −1, the width of its grid, then the feature."""
-        return torch.cat([self.keep_image(grid) for grid in maps[0]])
+        """Tiles of each image, (n, 2 + D): the image's number, its grid's width for validation or 0 for the dictionary, the feature."""
+        return torch.cat([self.keep_image(grid, self.number()) for grid in maps[0]])
 
-    def keep_image(self, grid: Tensor) -> Tensor:
+    def number(self) -> int:
+        """Where the next image stands in the order that is dealt out to all processes."""
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        number = self.seen * torch.distributed.get_world_size() + torch.distributed.get_rank() if several else self.seen
         self.seen += 1
-        parts = []
+        return (self.seen - 1) * torch.distributed.get_world_size() + torch.distributed.get_rank() if several else self.seen - 1
+
+    def keep_image(self, grid: Tensor, number: int) -> Tensor:
+        """What `keep` says of one image (D, h, w); what is drawn depends on its number alone, whichever process sees it."""
+        parts = [grid.new_empty(0, 2 + len(grid))]
         if number < self.validating:
-            width = min(grid.shape[2], max(self.room, 1))
-            corner = grid[:, : self.room // width, :width].flatten(1).T  # all of the image, or what there is room for
-            self.room -= len(corner)
-            parts.append(torch.cat([grid.new_tensor([number, width]).expand(len(corner), 2), corner], 1))
-        if number >= self.held:
-            tiles = grid.flatten(1).T  # (P, D)
-            drawn = tiles[torch.randperm(len(tiles), generator=self.draw)[: self.each].to(tiles.device)]
-            parts.append(torch.cat([grid.new_tensor([-1, 0]).expand(len(drawn), 2), drawn], 1))
+            width = min(grid.shape[2], self.room)
+            parts.append(labelled(grid[:, : self.room // width, :width], number, width))  # all of it, or what there is room for
+        if self.held <= number < self.images:  # further ones are repeats, for every process to have as many
+            drawn = torch.randperm(grid[0].numel(), generator=stream(self.seed, number))[: self.each].to(grid.device)
+            parts.append(labelled(grid.flatten(1)[:, drawn], number, 0))
         return torch.cat(parts)
 
     def estimate(self, kept: Bank) -> None:
         rows = kept.compute()
-        number, normal = rows[:, 0], rows[rows[:, 0] < 0, 2:]  # (N, D)
+        rows = rows[rows[:, 0].argsort(stable=True)]  # the order that one process would have seen
+        number, width, tiles = rows[:, 0], rows[:, 1], rows[:, 2:]
+        normal = tiles[width == 0]  # (N, D)
         self.mean, self.axes, self.variance = pca.fit(normal, self.share)
         x = pca.transform(self.space, normal, whiten=True)  # (N, k)
-        self.words = kmeans.fit(x, min(self.count, len(x)), torch.Generator().manual_seed(self.seed), self.restarts).centres
+        self.words = kmeans.fit(x, min(self.count, len(x)), stream(self.seed), self.restarts).centres
         maps = []
-        for image in number[number >= 0].unique():
-            tiles, width = rows[number == image, 2:], int(rows[number == image, 1][0])
-            grid = tiles.T.unflatten(1, (-1, width))  # (D, h, w)
+        for image in number[width > 0].unique():
+            which = (number == image) & (width > 0)
+            grid = tiles[which].T.unflatten(1, (-1, int(width[which][0])))  # (D, h, w)
             # as if no tile had been moved to be flush with the border: the image's own size is not kept
             size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
             maps.append(self.score([grid[None]], size).map[0])
@@ -123,7 +129,7 @@ class SelfSimilarity(OnePassDetector):
 
     def set_threshold(self, maps: Sequence[Tensor]) -> None:
         """The threshold from maps (H, W) of normal images that are not in the dictionary; `fixed` needs none."""
-        pixels = torch.cat([self.mean[:0], *(map.flatten() for map in maps)])
+        pixels = torch.cat([self.mean[:0], *(map.flatten().to(self.mean) for map in maps)])
         self.threshold = pixels.new_tensor(threshold_of(pixels, self.rule["mode"], self.rule["value"]))
 
     @property
@@ -138,21 +144,10 @@ class SelfSimilarity(OnePassDetector):
         return Prediction(map.amax((1, 2)), map)
 
 
-def starts(length: int, tile: int, stride: int) -> Tensor:
-    """First pixels of tiles that cover `length` pixels; the last tile is flush with the end, a tile longer than it is cut."""
-    last = max(length - tile, 0)
-    return torch.tensor([*range(0, last, stride), last])
-
-
-def paint(tiles: Tensor, size: tuple[int, int], tile: int, stride: int) -> Tensor:
-    """The mean over the tiles on each pixel, (B, H, W), of the scores (B, h, w) of tiles."""
-    covers = []
-    for length in size:
-        offset = torch.arange(length, device=tiles.device)[:, None] - starts(length, tile, stride).to(tiles.device)  # (length, h)
-        cover = ((offset >= 0) & (offset < tile)).to(tiles.dtype)
-        covers.append(cover / cover.sum(1, keepdim=True))
-    # the tiles are a grid, so the mean over both axes is a mean over one of means over the other
-    return covers[0] @ tiles @ covers[1].T
+def labelled(tiles: Tensor, number: int, width: int) -> Tensor:
+    """Tiles (D, …) as rows (n, 2 + D) behind their image's number and grid width."""
+    rows = tiles.flatten(1).T
+    return torch.cat([rows.new_tensor([number, width]).expand(len(rows), 2), rows], 1)
 
 
 def threshold_of(values: Tensor, mode: str, value: float) -> float:

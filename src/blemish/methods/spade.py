@@ -1,5 +1,7 @@
 """SPADE: correspondences with the nearest normal images (Cohen, Hoshen 2020, arXiv 2005.02357)."""
 
+import math
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from blemish.ops.neighbours import nearest
 from blemish.types import InputError, Prediction
 
 TILE = 2**22  # squared distances, or feature values, held at a time
+BLOCK = 32  # images of the gallery moved at a time
 BEAM = 16  # pairs of cells followed down to guess a distance
 
 
@@ -24,7 +27,8 @@ class SPADE(OnePassDetector):
 
     Anomaly of a position = distance to the nearest among all positions of those images (section 3.3, κ = 1) in the concatenated `stages`,
     resized to the finest; the map is upsampled and blurred by `sigma` pixels. `outlier_filter="ocsvm"` leaves out training images that a
-    one-class SVM with an RBF kernel calls outliers, at most a share `nu` of them.
+    one-class SVM with an RBF kernel calls outliers, at most a share `nu` of them. The gallery of stages is mapped from a temporary
+    file after the fit and from the checkpoint later, so that only the images looked at need be in memory.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class SPADE(OnePassDetector):
         self.deep = stages.index(global_stage) if global_stage in stages else len(stages)
         self.neighbors, self.outlier_filter, self.nu, self.sigma = neighbors, outlier_filter, nu, sigma
         self.register_buffer("images", torch.empty(0))  # (N, C) float32 means of the global stage
-        for name in self.names:  # (N, P_s, C_s) float16, on the stage's own grid
+        for name in self.names:  # (N, P_s, C_s) float16, on the stage's own grid, mapped from disk
             self.register_buffer(name, torch.empty(0, dtype=torch.float16))
 
     @property
@@ -61,7 +65,13 @@ class SPADE(OnePassDetector):
         return [f"stage{s}" for s in range(self.local)]
 
     def accumulator(self, images: int) -> "Gallery":
-        return Gallery(images, 1 + self.local)
+        return Gallery(images, self.local)
+
+    def recall(self, kept: "Gallery") -> None:
+        if self.outlier_filter == "ocsvm":
+            raise InputError("update: model.outlier_filter=ocsvm has to see all images at once; fit them together, or use none")
+        for start in range(0, len(self.images), BLOCK):
+            kept.update([getattr(self, name)[start : start + BLOCK] for name in ("images", *self.names)])
 
     def keep(self, maps: Maps) -> list[Tensor]:
         return [describe(maps[self.deep])] + [rows(stage).half() for stage in maps[: self.local]]
@@ -69,11 +79,11 @@ class SPADE(OnePassDetector):
     def estimate(self, kept: "Gallery") -> None:
         images, *stages = kept.compute()
         for name, stage in zip(self.names, stages, strict=True):
-            if not stage.isfinite().all():
+            if not all(image.isfinite().all() for image in stage):
                 raise InputError(f"{name}: features beyond ±65504, the largest number of the gallery's float16; choose other stages")
         if self.outlier_filter == "ocsvm":
             normal = inliers(images, self.nu)
-            images, stages = images[normal], [stage[normal] for stage in stages]
+            images, stages = images[normal], [chosen(stage, normal) for stage in stages]
         for name, value in zip(["images", *self.names], [images, *stages], strict=True):
             setattr(self, name, value)
 
@@ -109,23 +119,77 @@ def inliers(features: Tensor, nu: float) -> Tensor:
     return torch.from_numpy(svm.decision_function(x) > -1e-5).to(features.device)
 
 
+def chosen(rows: Tensor, which: Tensor) -> Tensor:
+    """The rows where `which` (N,) is True, on disk as the others."""
+    file = Rows()
+    for i in which.nonzero()[:, 0].tolist():
+        file.append(rows[i : i + 1])
+    return file.mapped()
+
+
 class Gallery(nn.Module):
-    """A bank for each of several tensors a batch gives."""
+    """The images' descriptions in memory, and the rows of their stages on disk: only what a batch brings is ever in memory."""
 
-    def __init__(self, images: int, parts: int):
+    def __init__(self, images: int, stages: int):
         super().__init__()
-        self.banks = nn.ModuleList(Bank(images) for _ in range(parts))
+        self.images = Bank(images)
+        self.files = [Rows() for _ in range(stages)]
 
-    def update(self, parts: list[Tensor]) -> None:
-        for bank, part in zip(self.banks, parts, strict=True):
-            bank.update(part)
+    def update(self, parts: Sequence[Tensor]) -> None:
+        self.images.update(parts[0])
+        for file, part in zip(self.files, parts[1:], strict=True):
+            file.append(part)
 
     def gather(self) -> None:
-        for bank in self.banks:
-            bank.gather()
+        self.images.gather()
+        for file in self.files:
+            file.gather(self.images.device)
 
     def compute(self) -> list[Tensor]:
-        return [bank.compute() for bank in self.banks]
+        return [self.images.compute(), *(file.mapped() for file in self.files)]
+
+
+class Rows:
+    """Tensors of one shape (…) and type one behind the other in a temporary file, which goes when nothing maps it any more."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.file = tempfile.NamedTemporaryFile(prefix="blemish-")  # noqa: SIM115 it outlives every block
+        self.count, self.like = 0, torch.empty(0, 0)  # rows, and none of them
+
+    def append(self, rows: Tensor) -> None:
+        """Write rows (n, …)."""
+        rows.cpu().contiguous().numpy().tofile(self.file)
+        self.count, self.like = self.count + len(rows), rows[:0].cpu()
+
+    def mapped(self) -> Tensor:
+        """All rows (count, …), read from the file where they are touched."""
+        self.file.flush()
+        if not self.count:
+            return self.like
+        shape = (self.count, *self.like.shape[1:])
+        # private: whoever writes to the tensor gets pages of his own
+        return torch.from_file(self.file.name, shared=False, size=math.prod(shape), dtype=self.like.dtype).view(shape)
+
+    def gather(self, device: torch.device) -> None:
+        """Let every process hold the rows of all, a block at a time."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        own, before = self.mapped(), self.file
+        facts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(facts, (len(own), own.shape[1:], own.dtype))
+        shape, dtype = next((shape, dtype) for count, shape, dtype in facts if count)
+        self._begin()
+        for rank, (count, *_) in enumerate(facts):
+            for start in range(0, count, BLOCK):
+                stop = min(start + BLOCK, count)
+                mine = rank == torch.distributed.get_rank()
+                block = own[start:stop].to(device) if mine else torch.empty(stop - start, *shape, dtype=dtype, device=device)
+                torch.distributed.broadcast(block, rank)
+                self.append(block)
+        before.close()
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-# name, log10 NFA up to which a detection is at least that strong, RGB; the ranges in which the authors colour their figures
+from blemish.noise.gaussianise import gaussianise
+
+# name, log10 NFA up to which a detection is at least that strong, RGB: the ranges and colours of the figures in Davy et al., ICIP 2018
 STRENGTHS = (
     ("weak", -2.0, (1.0, 1.0, 1.0)),
     ("mild", -3.0, (0.0, 1.0, 1.0)),
@@ -87,13 +89,16 @@ def log10_tail(t: Tensor) -> Tensor:
     return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
 
 
-def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: int = 0) -> tuple[Tensor, Tensor]:
+def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: int = 0, measured: bool = False) -> tuple[Tensor, Tensor]:
     """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are Gaussian where there is no anomaly.
 
     NFA = tests · P(|N| ≥ |m|/σ), m the mean over a disc and σ² its variance over the image; the least over discs and channels. Outside the
     image the residual counts as zero, and σ² is that of a whole disc: a disc that leaves the image is then compared with more noise than it
     holds, so the border can lose a detection but not add a false one (reflecting the residual would: the border's means vary more).
     `margin` pixels at every side are not tested at all.
+
+    `measured` takes the smaller of |m|/σ and what `gaussianise` makes of m: the values that a texture leaves depend on one another, and
+    their means have heavier tails than Gauss. Alarms can only become fewer.
     """
     height, width = noise.shape[2:]
     x = noise[:, :, margin : height - margin, margin : width - margin].double()
@@ -102,7 +107,9 @@ def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: in
     which = torch.full_like(highest, radii[0], dtype=torch.int64)
     for radius, m, share in zip(radii, filter_discs(x, radii, max(radii)), filter_discs(ones, radii, max(radii)), strict=True):
         sigma = (m.square().mean((2, 3), keepdim=True) / share.mean()).sqrt()  # (B, C, 1, 1)
-        t = (m.abs() / sigma.clamp_min(1e-30)).amax(1)  # the largest deviation is the least probable
+        t = m.abs() / sigma.clamp_min(1e-30)
+        t = torch.minimum(t, gaussianise(m).abs()) if measured else t
+        t = t.amax(1)  # the largest deviation is the least probable
         which = torch.where(t > highest, radius, which)
         highest = torch.maximum(highest, t)
     lowest = log10_tail(highest)

@@ -46,3 +46,20 @@ def reflect(index: Tensor, length: int) -> Tensor:
     """Indices folded back into [0, length) with the border sample repeated (… 1 0 | 0 1 2 …), as scipy's `reflect`."""
     folded = index.remainder(2 * length)
     return torch.where(folded < length, folded, 2 * length - 1 - folded)
+
+
+def starts(length: int, tile: int, stride: int) -> Tensor:
+    """First pixels of tiles that cover `length` pixels; the last tile is flush with the end, a tile longer than it is cut."""
+    last = max(length - tile, 0)
+    return torch.tensor([*range(0, last, stride), last])
+
+
+def paint(tiles: Tensor, size: tuple[int, int], tile: int, stride: int) -> Tensor:
+    """The mean over the tiles on each pixel, (B, H, W), of the scores (B, h, w) of tiles."""
+    covers = []
+    for length in size:
+        offset = torch.arange(length, device=tiles.device)[:, None] - starts(length, tile, stride).to(tiles.device)  # (length, h)
+        cover = ((offset >= 0) & (offset < tile)).to(tiles.dtype)
+        covers.append(cover / cover.sum(1, keepdim=True))
+    # the tiles are a grid, so the mean over both axes is a mean over one of means over the other
+    return covers[0] @ tiles @ covers[1].T

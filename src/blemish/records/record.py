@@ -33,12 +33,15 @@ except ImportError:  # Windows has neither
 log = logging.getLogger(__name__)
 
 CHOOSE = "choose another folder with run_dir=PATH"
-FILES = ("config.yaml", "model.ckpt", "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json")
+STATE = "last.ckpt"  # of a training that is not finished
+FILES = ("config.yaml", "model.ckpt", STATE, "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json")
 LOCK = ".lock"
 FINISHED = "finished"
 # what a record holds beside its status, times, error, command and environment; None until noted
 FIELDS = (
     "method",
+    "variant",  # a name for settings that are not the method's own, as a recipe gives it
+    "epochs",  # of a method that trains
     "dataset",
     "category",
     "seed",

@@ -12,7 +12,7 @@ from blemish.types import InputError
 
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
-SETTING = ("method", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
+SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
 
@@ -42,7 +42,7 @@ def collect(folder: str | Path) -> list[dict]:
         machine, git = record["environment"], record["environment"]["git"] or {}
         rows.append(
             {
-                **{name: record[name] for name in (*SETTING, "seed")},
+                **{name: record.get(name) for name in (*SETTING, "seed")},  # earlier versions recorded less
                 **{name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")},
                 "peak_memory_mb": record["peak_memory_mb"]["host"],
                 "cpu": machine["cpu"],
@@ -89,7 +89,8 @@ def markdown(rows: Iterable[Mapping]) -> str:
         size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
         backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
         seeds = ",".join(str(seed) for seed in group["seeds"])
-        cells = [group["method"], data, backbone, size, group["protocol"], seeds]
+        epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
+        cells = [", ".join(filter(None, (group["method"], group["variant"], epochs))), data, backbone, size, group["protocol"], seeds]
         cells += [spread([run[name] for run in runs]) for name in FIGURES]
         cells += ["–" if runs[0][name] is None else f"{statistics.median(run[name] for run in runs):.0f}" for name in COSTS]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,0 +1,105 @@
+"""Seconds and memory of an epoch of every trained method: python benchmarks/trained.py [METHOD…]
+
+On 90 training images of screw at 256 px, batch as in the method's recipe: an epoch is half of what three epochs take longer than one, each
+fit in a process of its own, and scoring is the test of 38 normal images. Methods with a frozen teacher alone are measured with a filled
+store too. Writes results/performance/trained.json and docs/performance.md.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from blemish.data.samples import write_manifest
+from blemish.records.record import environment, read_record, write_json
+from blemish.records.tables import between
+from blemish.run import build
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = ["backbone=tf_efficientnet_lite0", "weights=bundled"]
+METHODS = {
+    "stfpm": [*BUNDLED, "batch_size=16"],
+    "reverse_distillation": ["backbone=resnet18", "weights=random", "batch_size=16"],
+    "cflow": BUNDLED,
+    "dfr": BUNDLED,
+    "autoencoder": [],
+    "vae": [],
+    "lake": [],
+    "ganomaly": [],
+    "riad": ["model.channels=16"],
+    "patch_svdd": ["model.strides={64: 16, 32: 8}"],
+}
+STORED = ("stfpm", "reverse_distillation", "cflow", "dfr")
+TRAIN, TEST = 90, 38
+FIXED = ["data=mvtec", "data.category=screw", "protocol=paper", "image_size=256", "trainer=cpu", "trainer.enable_progress_bar=false"]
+FIXED += ["logger=none", "save.pictures=0", "save.curves=false", "save.state=false", "save.checkpoint=false"]
+
+
+def once(method: str, epochs: int, options: list[str], folder: Path) -> dict:
+    """metrics.json and peak memory of one run."""
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), f"model={method}", *FIXED, *METHODS[method], *options]
+    command += [f"trainer.max_epochs={epochs}", f"run_dir='{folder}'"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {**{name: metrics[name] for name in ("fit_seconds", "test_seconds")}, "MB": read_record(folder)["peak_memory_mb"]["host"]}
+
+
+def measure(method: str, manifest: Path, scratch: Path) -> dict:
+    """Seconds of an epoch without and with a filled store, of the test, and peak memory."""
+    row = {"method": method}
+    for name, options in {"epoch": [], "epoch, store": ["store=on", f"store.root='{scratch}/store'"]}.items():
+        if options and method not in STORED:
+            row[name] = None
+            continue
+        options = [*options, f"data.manifest='{manifest}'"]
+        one, three = (once(method, epochs, options, scratch / f"{method}-{len(options)}-{epochs}") for epochs in (1, 3))
+        row[name] = (three["fit_seconds"] - one["fit_seconds"]) / 2
+        if name == "epoch":
+            row |= {"score": one["test_seconds"], "MB": max(one["MB"], three["MB"])}
+    return row
+
+
+def cell(value: object) -> str:
+    return value if isinstance(value, str) else "–" if value is None else f"{value:.0f}" if value > 100 else f"{value:.1f}"
+
+
+def page(result: dict) -> str:
+    names = ["method", "epoch", "epoch, store", "score", "MB"]
+    lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
+    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in result["rows"]]
+    machine = result["environment"]
+    return "\n".join(lines) + f"\n\nSeconds; {machine['cpu']}, {machine['cores']} cores, torch {machine['packages']['torch']}.\n"
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(METHODS)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        data = build(compose("train", overrides=FIXED).data)
+    data.setup()
+    train = [sample for sample in data.samples if sample.split == "train"][:TRAIN]
+    good = [sample for sample in data.samples if sample.split == "test" and sample.label == 0][:TEST]
+    table = Table(title=f"{TRAIN} training images, {TEST} to score, 256 px, seconds")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = Path(scratch, "manifest.csv")
+        write_manifest(manifest, train + good)
+        for method in chosen:
+            rows.append(measure(method, manifest, Path(scratch)))
+            Console().print({name: cell(value) for name, value in rows[-1].items()})
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
+    Console().print(table)
+    result = {"rows": rows, "options": METHODS, "environment": environment()}
+    write_json(ROOT / "results" / "performance" / "trained.json", result)
+    between(ROOT / "docs" / "performance.md", "trained", page(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""CFlow: the likelihood of every feature vector given its place, by normalising flows (Gudovskiy et al. 2021, arXiv 2107.12571)."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.backbone.features import Features
+from blemish.detector import Maps, TrainedDetector
+from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
+from blemish.ops.maps import smooth_upsample
+from blemish.ops.randomness import seeded
+from blemish.types import Batch, InputError, Prediction
+
+META_EPOCHS, WARM_UP = 25, 2  # the official code's: the learning rate falls in so many steps, and rises during so many first ones
+ROWS = 4096  # vectors scored at a time: their hidden units stay in a processor's cache
+
+
+class CFlow(TrainedDetector):
+    """Anomaly = −log of the likelihoods of a position's feature vectors, summed over the stages.
+
+    Each stage has a flow of `blocks` couplings, clamped at `clamp`, whose condition is a sinusoidal encoding of the position in `condition`
+    numbers. A step of the optimiser takes `fibres` vectors of one stage, of all positions and images of a batch in random order, and a
+    batch takes as many steps as that needs. The score is the map's maximum.
+    """
+
+    looks_at_images = False
+
+    def __init__(
+        self,
+        backbone: str,
+        stages: Sequence[int | str],
+        weights: str,
+        blocks: int,
+        condition: int,
+        clamp: float,
+        fibres: int,
+        learning_rate: float,
+        seed: int,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if condition % 4:
+            raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
+        if fibres < 1:
+            raise InputError(f"model.fibres={fibres}: expected at least 1")
+        self.backbone = Features(backbone, stages, weights, seed)
+        with seeded(seed):
+            self.flows = nn.ModuleList(ConditionalFlow(channels, condition, blocks, clamp) for channels in self.backbone.channels)
+        self.register_buffer("highest", torch.zeros(len(self.flows)))  # log-likelihood per dimension, of the training images
+        self.condition, self.fibres, self.learning_rate = condition, fibres, learning_rate
+        self.queue: list[tuple[int, Tensor, Tensor]] = []  # the fibre batches of the current batch, last first
+
+    def loss(self, batch: Batch) -> Tensor:
+        """That of the fibre batch whose turn it is; when none is left, the batch's maps make new ones."""
+        if not self.queue:
+            self.queue = list(self.fibre_batches(self.maps(batch)))[::-1]
+        stage, x, encoding = self.queue.pop()
+        flow = self.flows[stage]
+        likelihood = log_likelihood(*flow(x, flow.project(encoding)))  # (n,)
+        # the official code's loss: the paper's eq. 6 is the mean of −log p itself, which has no lower bound
+        return -F.logsigmoid(likelihood / x.shape[-1]).mean()
+
+    def fibre_batches(self, maps: Maps) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(stage, vectors (n, C), encodings (n, condition)), n ≥ `fibres` where there are as many; every position once."""
+        generator = self.generator()
+        for stage, map in enumerate(maps):
+            rows, encoding = self.rows(map).flatten(0, 1), self.encoding(map)  # (B·P, C), (P, condition)
+            order = torch.randperm(len(rows), generator=generator, device=rows.device)
+            # the official code leaves out what does not fill a batch; here it is spread over the others
+            for drawn in order.tensor_split(max(1, len(rows) // self.fibres)):
+                yield stage, rows[drawn], encoding[drawn % len(encoding)]
+
+    def rows(self, map: Tensor) -> Tensor:
+        return map.flatten(2).mT.float()  # (B, P, C)
+
+    def encoding(self, map: Tensor) -> Tensor:
+        return positional_encoding(self.condition, *map.shape[-2:], device=map.device)  # (P, condition)
+
+    def configure_optimizers(self) -> dict:
+        if self.trainer.accumulate_grad_batches != 1:
+            raise InputError(f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: CFlow steps within a batch; use 1")
+        optimizer = torch.optim.Adam(self.flows.parameters(), self.learning_rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @staticmethod
+    def schedule(batches: float) -> Callable[[int], float]:
+        """The factor of the learning rate at a batch, of so many in the whole training."""
+        return lambda batch: learning_rate_factor(batch / batches)
+
+    def optimizer_step(self, epoch: int, index: int, optimizer: torch.optim.Optimizer, closure: Callable) -> None:
+        optimizer.step(closure)  # its closure takes the loss, and with it the first fibre batch
+        while self.queue:
+            optimizer.step(closure)
+
+    def likelihood(self, maps: Maps) -> list[Tensor]:
+        """Log-likelihood of every position divided by the number of dimensions, (B, h, w) per stage."""
+        found = []
+        for flow, map in zip(self.flows, maps, strict=True):
+            parts = zip(*(part.split(max(1, ROWS // len(map)), -2) for part in (self.rows(map), self.encoding(map))), strict=True)
+            logs = [log_likelihood(*flow(x, flow.project(encoding))) for x, encoding in parts]  # (B, p) each
+            found.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
+        return found
+
+    def conclude(self, batches: Iterable[Batch]) -> None:
+        peaks = [torch.stack([logs.amax() for logs in self.likelihood(self.maps(batch))]) for batch in batches]  # (S,) each
+        # the official code subtracts the test images' maximum, which no image may depend on here
+        self.highest = torch.stack(peaks).amax(0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.highest, torch.distributed.ReduceOp.MAX)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        relative = [
+            (logs - top).exp() for logs, top in zip(self.likelihood(maps), self.highest, strict=True)
+        ]  # 1: the likeliest in training
+        # with half-pixel centres, where the official code aligns corners
+        normal = sum(smooth_upsample(stage, size, 0.0) for stage in relative)  # (B, H, W)
+        # the official map is the maximum of all sums less the sum: the same order, but float32 would not tell small sums apart
+        map = -normal.clamp_min(torch.finfo(torch.float32).tiny).log()  # (B, H, W)
+        return Prediction(map.amax((1, 2)), map)
+
+
+def learning_rate_factor(progress: float) -> float:
+    """The factor of the learning rate at a share of the training in [0, 1], as the official code has it.
+
+    A cosine from 1 to 10⁻³ in META_EPOCHS steps; in the first WARM_UP of them a straight line from 1/10 to where the cosine then is.
+    """
+
+    def cosine(epoch: float) -> float:
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * epoch / META_EPOCHS)) / 2
+
+    epoch = progress * META_EPOCHS
+    return 0.1 + epoch / WARM_UP * (cosine(WARM_UP) - 0.1) if epoch < WARM_UP else cosine(math.floor(epoch))

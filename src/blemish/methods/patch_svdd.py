@@ -1,0 +1,159 @@
+"""Patch SVDD: patches unlike all normal ones in an embedding learned from where patches lie (Yi, Yoon 2020, arXiv 2006.16067)."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.detector import TrainedDetector
+from blemish.ops.maps import paint, starts
+from blemish.ops.neighbours import nearest
+from blemish.ops.randomness import seeded
+from blemish.types import Batch, InputError, Prediction
+
+SIZES = (64, 32)  # sides of the patches, pixels
+STEP = 4  # stride of the small encoder, pixels
+SLOPE = 0.1  # of the leaky rectifiers
+SHAKE = 0.02  # deviation of the noise and of the shift of each colour channel, against guessing a place from colours
+OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+
+
+class PatchSVDD(TrainedDetector):
+    """Anomaly = distance of a patch to the nearest normal patch; a pixel's is the product of the means over its patches of two sizes.
+
+    Encoders for patches of 64 and 32 px, the large built on the small (section 3.3), are trained by `weight` × the distance of patches
+    that nearly coincide (eq. 3) + cross-entropy of telling in which of 8 directions a second patch lies (eq. 4); `pairs` of each are
+    drawn from every image a step. `strides` {64: s, 32: s} are those of inference, multiples of 4.
+    """
+
+    def __init__(
+        self, dim: int, weight: float, pairs: int, strides: Mapping[int, int], learning_rate: float, weight_decay: float, seed: int
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        strides = {int(size): int(stride) for size, stride in strides.items()}
+        if set(strides) != set(SIZES) or any(stride % STEP or not 0 < stride <= size for size, stride in strides.items()):
+            raise InputError(f"model.strides={strides}: expected {{64: s, 32: s}} with multiples of {STEP} up to the patch's side")
+        self.weight, self.pairs, self.strides = weight, pairs, strides
+        with seeded(seed):
+            self.small = small_encoder(dim)
+            # the four quarters of a large patch lie 32 px, so many cells of the small encoder, apart
+            self.large = nn.Sequential(
+                nn.Conv2d(dim, 2 * dim, 2, dilation=32 // STEP), nn.LeakyReLU(SLOPE), nn.Conv2d(2 * dim, dim, 1), nn.Tanh()
+            )
+            self.compass = nn.ModuleDict({str(size): compass(dim) for size in SIZES})
+        for size in SIZES:
+            self.register_buffer(f"bank{size}", torch.empty(0))  # (M, D) patches of all training images
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, 1, 1, 1))
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        count = total = square = 0
+        for batch in batches:
+            total = total + batch.image.double().sum((0, 2, 3))
+            square = square + batch.image.double().square().sum()
+            count += batch.image[:, 0].numel()
+        mean = total / count  # (3,)
+        self.mean.copy_(mean.view(1, 3, 1, 1))
+        self.deviation.fill_(float((square / count / 3 - mean.square().mean()).clamp_min(1e-12).sqrt()))
+
+    def embed(self, x: Tensor, size: int) -> Tensor:
+        """Embeddings (B, D, h, w) in [−1, 1] of the patches of `size` px at every 4th pixel of standardised images (B, 3, H, W)."""
+        x = self.small(x)
+        return x if size == 32 else self.large(x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        generator = self.generator()
+        x = (batch.image - self.mean) / self.deviation
+        if min(x.shape[-2:]) < 2 * SIZES[0]:
+            raise InputError(f"image_size: {tuple(x.shape[-2:])}; Patch SVDD compares patches that lie 64 px apart: expected 128 or more")
+        total = 0
+        for size in SIZES:
+            first, near, far, direction = draw(x.shape[-2:], size, len(x) * self.pairs, generator)
+            owner = torch.arange(len(x), device=x.device).repeat(self.pairs)
+            patches = torch.cat([cut(x, owner, corner, size) for corner in (first, near)])
+            codes = self.embed(patches, size).flatten(1)  # (2n, D)
+            close = (codes[: len(owner)] - codes[len(owner) :]).norm(dim=1).mean()
+            pairs = torch.cat([cut(x, owner, corner, size) for corner in (first, far)])
+            shift = torch.randn(len(pairs), 3, 1, 1, generator=generator, device=x.device)
+            noise = torch.randn(pairs.shape, generator=generator, device=x.device)
+            codes = self.embed(pairs + SHAKE / self.deviation * (shift + noise), size).flatten(1)
+            guess = self.compass[str(size)](codes[len(owner) :] - codes[: len(owner)])  # (n, 8)
+            total = total + self.weight * close + F.cross_entropy(guess, direction)
+        return total
+
+    def patches(self, image: Tensor, size: int) -> Tensor:
+        """Embeddings (B, h, w, D) of the patches that cover images (B, 3, H, W), at the stride of inference."""
+        if min(image.shape[-2:]) < SIZES[0]:
+            raise InputError(f"image_size: {tuple(image.shape[-2:])}; Patch SVDD needs 64 px or more")
+        dense = self.embed((image - self.mean) / self.deviation, size)
+        stride = self.strides[size]
+        # the last patch is flush with the border as far as the encoder's own stride allows
+        rows, columns = (starts(side - (side - size) % STEP, size, stride).to(image.device) // STEP for side in image.shape[-2:])
+        return dense[:, :, rows[:, None], columns].movedim(1, -1)
+
+    def conclude(self, batches: Iterable[Batch]) -> None:
+        found = {size: [] for size in SIZES}
+        for batch in batches:
+            for size in SIZES:
+                found[size].append(self.patches(batch.image, size).flatten(0, 2))
+        for size in SIZES:
+            setattr(self, f"bank{size}", torch.cat(found[size]))
+
+    def forward(self, image: Tensor) -> Prediction:
+        map = 1
+        for size in SIZES:
+            codes = self.patches(image, size)  # (B, h, w, D)
+            distance, _ = nearest(codes.flatten(0, 2), getattr(self, f"bank{size}"), 1)
+            map = map * paint(distance.view(codes.shape[:3]), tuple(image.shape[-2:]), size, self.strides[size])  # (B, H, W)
+        return Prediction(map.amax((1, 2)), map)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
+
+
+def small_encoder(dim: int) -> nn.Sequential:
+    """Sees 32 px at a stride of 4 without padding: on a whole image it gives what it gives of each patch. Deviates from the official
+    encoder, of the same number of layers, whose strides do not line up from patch to patch."""
+    widths = [(3, dim // 2, 4, 2), (dim // 2, dim, 3, 2), (dim, 2 * dim, 3, 1), (2 * dim, 2 * dim, 3, 1), (2 * dim, dim, 3, 1)]
+    parts = []
+    for inputs, outputs, kernel, stride in widths:
+        parts += [nn.Conv2d(inputs, outputs, kernel, stride), nn.LeakyReLU(SLOPE)]
+    return nn.Sequential(*parts[:-1], nn.Tanh())
+
+
+def compass(dim: int) -> nn.Sequential:
+    """Logits (n, 8) of the direction from the difference (n, D) of two patches."""
+    return nn.Sequential(nn.Linear(dim, 128), nn.LeakyReLU(SLOPE), nn.Linear(128, 128), nn.LeakyReLU(SLOPE), nn.Linear(128, len(OFFSETS)))
+
+
+def draw(image: tuple[int, int], size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Corners (n, 2) of a patch, of one that nearly coincides and of one beside it, and the latter's direction (n,), all within the image.
+
+    The near one is shifted by up to size/32 px, not by 0; the far one by 3/4 of the size and up to 1/4 more, in its direction.
+    """
+    device, span = generator.device, torch.tensor([side - size for side in image], device=generator.device)
+
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (count, 2), generator=generator, device=device)
+
+    direction = torch.randint(len(OFFSETS), (count,), generator=generator, device=device)
+    way = torch.tensor(OFFSETS, device=device)[direction] * (3 * size // 4 + integers(0, size // 4 + 1))  # (n, 2)
+    # the first patch anywhere, as far as the second stays inside
+    low, high = (-way).clamp_min(0), torch.minimum(span, span - way)
+    first = low + (torch.rand(count, 2, generator=generator, device=device) * (high - low + 1)).long()
+    most = size // 32
+    shift = integers(-most, most + 1)
+    shift[(shift == 0).all(1), 0] = 1
+    near = first + shift
+    near = torch.where((near < 0) | (near > span), first - shift, near)  # mirrored back inside
+    return first, near, first + way, direction
+
+
+def cut(x: Tensor, owner: Tensor, corner: Tensor, size: int) -> Tensor:
+    """Patches (n, 3, size, size) at `corner` (n, 2) of images x (B, 3, H, W) number `owner` (n,)."""
+    reach = torch.arange(size, device=x.device)
+    rows, columns = corner[:, 0, None] + reach, corner[:, 1, None] + reach  # (n, size)
+    return x[owner[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

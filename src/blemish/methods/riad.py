@@ -1,0 +1,142 @@
+"""RIAD: what cannot be inpainted from its surroundings (Zavrtanik, Kristan, Skočaj 2021, Pattern Recognition 112, 107706)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.detector import TrainedDetector
+from blemish.ops.losses import dissimilarity
+from blemish.ops.randomness import seeded, stream
+from blemish.types import Batch, InputError, Prediction
+
+WINDOW = 11  # side of SSIM's window, pixels
+SCALES = 4  # of the gradient magnitude similarity
+FLAT = 0.0026  # c of eq. 4, for images in [0, 1]
+HALVINGS = 4  # of the U-Net
+
+
+class RIAD(TrainedDetector):
+    """Anomaly = gradient dissimilarity of an image and its inpainting, averaged over the sides of the masked cells.
+
+    The image's cells of k×k pixels are dealt at random to `sets` disjoint masks; a U-Net fills in each set from the others, and what it
+    filled in is put together (section 3.1). `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM
+    (eq. 8). The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels (eq. 9), the image's score its maximum.
+    """
+
+    def __init__(
+        self, channels: int, cells: Sequence[int], sets: int, smooth: int, learning_rate: float, milestones: Sequence[int], seed: int
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if sets < 2:
+            raise InputError(f"model.sets={sets}: expected 2 or more, an image masked as a whole shows nothing")
+        if smooth < 1 or smooth % 2 == 0:
+            raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
+        self.cells, self.sets, self.smooth = list(cells), sets, smooth
+        with seeded(seed):
+            self.net = UNet(channels).to(memory_format=torch.channels_last)
+
+    def inpaint(self, image: Tensor, cell: int, generator: torch.Generator) -> Tensor:
+        """Images (B, 3, H, W) of which every pixel was filled in without having been seen."""
+        multiple = max(2**HALVINGS, cell)
+        if any(side % multiple for side in image.shape[-2:]):
+            raise InputError(f"image_size: sides {tuple(image.shape[-2:])}; RIAD with cells of {cell} px needs multiples of {multiple}")
+        masks = deal(image.shape[-2:], cell, self.sets, generator)[:, None, None]  # (n, 1, 1, H, W), 1 where hidden
+        hidden = (image * (1 - masks)).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (n·B, 3, H, W)
+        return (self.net(hidden).unflatten(0, (self.sets, -1)) * masks).sum(0)
+
+    def loss(self, batch: Batch) -> Tensor:
+        generator = self.generator()
+        pick = int(torch.randint(len(self.cells), (1,), generator=generator, device=generator.device))
+        again = self.inpaint(batch.image, self.cells[pick], generator)
+        gradient = sum(1 - level.mean() for level in similarities(batch.image, again)) / SCALES
+        return F.mse_loss(again, batch.image) + gradient + dissimilarity(batch.image, again, WINDOW).mean()
+
+    def inpaintings(self, image: Tensor) -> list[Tensor]:
+        """One for each k, with masks that are the same for every image."""
+        return [self.inpaint(image, cell, stream(self.hparams.seed, cell, device=image.device)) for cell in self.cells]
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The mean of the inpaintings (B, 3, H, W), in [0, 1]."""
+        return torch.stack(self.inpaintings(image)).mean(0)
+
+    def forward(self, image: Tensor) -> Prediction:
+        map = torch.stack([1 - similarity(image, again) for again in self.inpaintings(image)]).mean(0)  # (B, H, W)
+        map = F.avg_pool2d(F.pad(map[:, None], [self.smooth // 2] * 4, mode="replicate"), self.smooth, stride=1)[:, 0]
+        return Prediction(map.amax((1, 2)), map)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.hparams.milestones), 0.1)}
+
+
+def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) -> Tensor:
+    """Masks (sets, H, W) of zeros and ones: every cell of `cell`×`cell` pixels is in exactly one, drawn at random."""
+    grid = [side // cell for side in size]
+    order = torch.randperm(grid[0] * grid[1], generator=generator, device=generator.device)
+    owner = (order % sets).view(grid).repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (H, W)
+    return F.one_hot(owner, sets).movedim(-1, 0).float()
+
+
+def similarity(image: Tensor, other: Tensor) -> Tensor:
+    """Multi-scale gradient magnitude similarity (B, H, W) of images (B, C, H, W): the mean over the scales, resized (eq. 6)."""
+    levels = [F.interpolate(level[:, None], image.shape[-2:], mode="bilinear")[:, 0] for level in similarities(image, other)]
+    return torch.stack(levels).mean(0)
+
+
+def similarities(image: Tensor, other: Tensor) -> list[Tensor]:
+    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on SCALES scales, each half the one before (eq. 4 and 5)."""
+    grey = torch.stack([image.mean(1), other.mean(1)])  # (2, B, H, W): of the channels' mean, which the paper leaves open
+    found = []
+    for level in range(SCALES):
+        if level:
+            grey = F.avg_pool2d(grey, 2)
+        first, second = gradient_magnitude(grey)
+        found.append((2 * first * second + FLAT) / (first.square() + second.square() + FLAT))
+    return found
+
+
+def gradient_magnitude(grey: Tensor) -> Tensor:
+    """Length of the Prewitt gradient (…, h, w), thirds as weights, borders repeated."""
+    x = F.pad(grey, [1] * 4, mode="replicate")
+    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    dx = (across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]) / 3
+    dy = (down[..., :-2] + down[..., 1:-1] + down[..., 2:]) / 3
+    # the root has no derivative where the image is flat
+    return (dx.square() + dy.square() + 1e-12).sqrt()
+
+
+class UNet(nn.Module):
+    """Images (B, 3, H, W) to images in [0, 1], with a skip at each of HALVINGS scales; `channels` on the finest, at most 8 times as many.
+
+    The paper gives the sigmoid no mention; it keeps what is filled in among the values of images.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        widths = [channels * min(2**level, 8) for level in range(HALVINGS + 1)]
+        self.down = nn.ModuleList(
+            pair(3 if level == 0 else widths[level - 1], width, 1 + (level > 0)) for level, width in enumerate(widths)
+        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i + 1], widths[i], 2, stride=2) for i in range(HALVINGS))
+        self.join = nn.ModuleList(pair(2 * widths[i], widths[i], 1) for i in range(HALVINGS))
+        self.last = nn.Conv2d(channels, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        for block in self.down:
+            x = block(x)
+            seen.append(x)
+        for level in reversed(range(HALVINGS)):
+            x = self.join[level](torch.cat([seen[level], self.up[level](x)], 1))
+        return self.last(x).float().sigmoid()
+
+
+def pair(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Two convolutions of 3×3 with BatchNorm and ReLU, the first with a stride."""
+    parts = []
+    for width, step in ((inputs, stride), (outputs, 1)):
+        parts += [nn.Conv2d(width, outputs, 3, step, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*parts)

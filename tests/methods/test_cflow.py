@@ -1,0 +1,193 @@
+"""CFlow: its fibre batches, loss, schedule and map against plain versions, and that it learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from sklearn.metrics import roc_auc_score
+from support import composed, images
+from torch.utils.data import DataLoader
+
+from blemish.methods.cflow import CFlow, learning_rate_factor
+from blemish.ops.flow import log_likelihood, positional_encoding
+from blemish.run import build
+from blemish.types import Batch, InputError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Found .* in eval mode",  # the frozen teacher
+    "ignore:.*does not have many workers",  # eight small images
+)
+
+
+def cflow(stages=(1, 2), blocks=2, condition=16, fibres=64, learning_rate=2e-3, seed=0) -> CFlow:
+    return CFlow("test_resnet", list(stages), "random", blocks, condition, 1.9, fibres, learning_rate, seed)
+
+
+def batch(n: int, seed: int = 0, side: int = 64) -> Batch:
+    return Batch(images(n, seed, side), torch.zeros(n).long(), torch.zeros(n, side, side).byte(), [str(i) for i in range(n)])
+
+
+def smooth(n: int, seed: int) -> torch.Tensor:
+    """Images (n, 3, 64, 64) of coarse noise."""
+    return F.interpolate(images(n, seed, 16), 64, mode="bilinear")
+
+
+def trained(model: CFlow, pictures: torch.Tensor, epochs: int, **options) -> tuple[CFlow, Trainer]:
+    def collate(rows: list[torch.Tensor]) -> Batch:
+        image = torch.stack(rows)
+        return batch(len(rows))._replace(image=image)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, **quiet, **options)
+    trainer.fit(model, DataLoader(list(pictures), batch_size=8, collate_fn=collate))
+    return model.eval(), trainer
+
+
+def test_fibre_batches_hold_every_position_once_with_its_own_encoding():
+    model = cflow(fibres=100)
+    maps = model.features(images(3))
+    found = list(model.fibre_batches(maps))
+    for stage, map in enumerate(maps):
+        parts = [(x, encoding) for s, x, encoding in found if s == stage]
+        assert len(parts) == len(map) * map[0, 0].numel() // 100
+        assert all(100 <= len(x) < 200 for x, _ in parts)
+        got = torch.cat([torch.cat(part, 1) for part in parts])
+        places = positional_encoding(16, *map.shape[-2:]).repeat(3, 1)
+        expected = torch.cat([map.permute(0, 2, 3, 1).flatten(0, 2), places], 1)
+        assert not torch.equal(got, expected)  # in another order
+        assert {tuple(row) for row in got.tolist()} == {tuple(row) for row in expected.tolist()}
+    assert [s for s, _, _ in found] == sorted(s for s, _, _ in found)
+
+
+def test_loss_takes_the_fibre_batches_one_by_one():
+    model, one = cflow(), batch(2)
+    expected = []
+    with torch.no_grad():
+        for stage, x, encoding in model.fibre_batches(model.maps(one)):
+            z, log_det = (part.double().numpy() for part in model.flows[stage](x, model.flows[stage].project(encoding)))
+            channels = z.shape[1]
+            log_p = -0.5 * (z**2).sum(1) - channels * 0.5 * np.log(2 * np.pi) + log_det
+            expected.append(np.log1p(np.exp(-log_p / channels)).mean())
+        got = [float(model.loss(one)) for _ in expected]
+    assert not model.queue
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_schedule_is_that_of_the_official_code():
+    """25 meta epochs of 8 passes over 5 batches, as its nested loops set the rate."""
+    t = 0
+    for epoch in range(25):
+        for sub in range(8):
+            for i in range(5):
+                rate = 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * epoch / 25)) / 2
+                if epoch < 2:
+                    target = 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * 2 / 25)) / 2
+                    rate = 0.1 + (sub * 5 + i + epoch * 40) / 80 * (target - 0.1)
+                assert learning_rate_factor((t + 1e-9) / 1000) == pytest.approx(rate, rel=1e-6)
+                t += 1
+
+
+def test_a_training_steps_once_per_fibre_batch_and_follows_the_schedule():
+    model, rates, steps = cflow(), [], 0
+
+    class Watched(CFlow):
+        def optimizer_step(self, epoch, index, optimizer, closure):
+            nonlocal steps
+            rates.append(optimizer.param_groups[0]["lr"])
+            super().optimizer_step(epoch, index, optimizer, closure)
+            steps = int(next(iter(optimizer.state.values()))["step"])
+
+    model.__class__ = Watched
+    trained(model, images(16), epochs=3)
+    assert steps == 6 * 8 * 16 * 16 // 64  # of the first stage's flow: 16×16 positions
+    np.testing.assert_allclose(rates, [2e-3 * learning_rate_factor(t / 6) for t in range(6)])
+
+
+def test_the_scale_is_the_likeliest_training_vector():
+    model, train = cflow(), [batch(4), batch(3, seed=1)]
+    with torch.no_grad():
+        model.conclude(train)
+        logs = [model.likelihood(model.maps(part)) for part in train]
+    expected = [max(float(part[stage].max()) for part in logs) for stage in range(2)]
+    np.testing.assert_allclose(model.highest, expected)
+
+
+@torch.no_grad()
+def test_map_is_in_the_order_of_the_official_one():
+    model = cflow().eval()
+    model.conclude([batch(6)])
+    score, map = model(images(2, seed=1))
+    maps, total = model.features(images(2, seed=1)), 0
+    for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
+        height, width = map_s.shape[-2:]
+        x = map_s.permute(0, 2, 3, 1).flatten(1, 2)
+        logs = torch.stack([log_likelihood(*flow(one, flow.project(positional_encoding(16, height, width)))) for one in x]) / map_s.shape[1]
+        relative = (logs.double() - top).exp().view(2, 1, height, width)
+        total = total + F.interpolate(relative, (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close((-map.double()).exp(), total, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(score, map.amax((1, 2)))
+
+
+@torch.no_grad()
+def test_other_images_do_not_change_a_score_and_other_sizes_are_taken():
+    model = cflow().eval()
+    model.conclude([batch(4)])
+    alone, beside = model(images(2)).score[0], model(torch.cat([images(1), images(1, seed=5) * 0]))[0][0]
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
+    assert model(images(1, side=96)).map.shape == (1, 96, 96)
+
+
+@torch.no_grad()
+def test_the_unthinkable_has_a_finite_score():
+    model = cflow().eval()
+    model.highest += 1e4
+    score, map = model(images(1))
+    assert score.isfinite().all()
+    assert map.isfinite().all()
+
+
+def test_it_learns():
+    normal = smooth(24, 0)
+    test = smooth(16, 1)
+    test[8:, :, 20:36, 20:36] = images(8, 2, 16)  # fine noise on coarse
+    label = [0] * 8 + [1] * 8
+    untrained = cflow(fibres=256).eval()
+    with torch.no_grad():
+        untrained.conclude([batch(24)._replace(image=normal)])
+        before = roc_auc_score(label, untrained(test).score)
+    first, _ = trained(cflow(fibres=256), normal, epochs=1)
+    model, _ = trained(cflow(fibres=256), normal, epochs=6)
+    with torch.no_grad():
+        losses = [-F.logsigmoid(logs).mean() for m in (first, model) for logs in m.likelihood(m.features(smooth(4, 3)))]
+        after = roc_auc_score(label, model(test).score)
+    assert losses[2] < losses[0]
+    assert losses[3] < losses[1]
+    assert after >= 0.9
+    assert after > before + 0.1 or before >= 0.9
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}])
+def test_trainer_options(options):
+    model, trainer = trained(cflow(), images(16), epochs=2, **options)
+    score, map = model(images(2, seed=1))
+    assert torch.isfinite(trainer.callback_metrics["loss"])
+    assert score.dtype == map.dtype == torch.float32
+    assert score.isfinite().all()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InputError, match="condition"):
+        cflow(condition=6)
+    with pytest.raises(InputError, match="fibres"):
+        cflow(fibres=0)
+    with pytest.raises(InputError, match="accumulate_grad_batches"):
+        trained(cflow(), images(8), epochs=1, accumulate_grad_batches=2)
+
+
+def test_recipe():
+    cfg = composed("model=cflow", "backbone=test_resnet", "weights=random")
+    model = build(cfg.model)
+    assert (len(model.flows), model.fibres, cfg.trainer.max_epochs) == (3, 256, 200)

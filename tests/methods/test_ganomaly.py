@@ -1,0 +1,181 @@
+"""GANomaly's step against a plain one with separate passes, its networks against the paper's sizes, and what it learns."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from support import images
+from torch.utils.data import DataLoader
+
+from blemish.methods.ganomaly import COLLAPSED, GANomaly, pyramid
+from blemish.types import Batch, InputError
+
+# a list of batches in memory needs no workers
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+
+
+def ganomaly(side=32, channels=8, most=512, latent=10, clip=None, rate=2e-4, seed=0):
+    return GANomaly(side, None, latent, channels, most, 1.0, 50.0, 1.0, learning_rate=rate, beta1=0.5, clip=clip, seed=seed)
+
+
+def batch(pictures):
+    n = len(pictures)
+    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n)
+
+
+def stripes(n, seed, side=32):
+    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
+    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
+
+
+def fitted(model, pictures, epochs=1, size=8):
+    """The method after a training by Lightning on batches of `size`, in eval mode."""
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, log_every_n_steps=1, **options)
+    trainer.fit(model, DataLoader([batch(part) for part in pictures.split(size)], batch_size=None))
+    return model.eval()
+
+
+def plain_step(model, image):
+    """One step with a pass of the discriminator for every use of it: generator first, then discriminator from its old weights."""
+    generator, discriminator = model.networks["generator"].train(), model.networks["discriminator"].train()
+    first, second = model.configure_optimizers()
+    x = 2 * image - 1
+    fake, code, again = generator(x)
+    real_logit, fake_logit = discriminator(x)[0], discriminator(fake.detach())[0]
+    adversarial = (discriminator(x)[1] - discriminator(fake)[1]).pow(2).mean()
+    loss = adversarial + 50 * (fake - x).abs().mean() + (code - again).pow(2).mean()
+    first.zero_grad()
+    loss.backward()
+    second.zero_grad()  # the generator's loss has reached it too
+    judged = F.binary_cross_entropy(real_logit.sigmoid(), torch.ones(len(x))) + F.binary_cross_entropy(
+        fake_logit.sigmoid(), torch.zeros(len(x))
+    )
+    (0.5 * judged).backward()
+    first.step()
+    second.step()
+
+
+def test_a_step_is_the_plain_one():
+    model = ganomaly(rate=1e-3)
+    before, plain = copy.deepcopy(model.networks), copy.deepcopy(model)
+    pictures = images(4, side=32)
+    plain_step(plain, pictures)
+    fitted(model, pictures)
+    moved = 0
+    for (name, ours), theirs, old in zip(model.networks.named_parameters(), plain.networks.parameters(), before.parameters(), strict=True):
+        # Adam's first step is the sign of the gradient: rounding decides where that is nearly 0
+        same = torch.isclose(ours, theirs, atol=1e-5).float().mean()
+        assert same > 0.99, name
+        moved += int((ours != old).sum())
+    assert moved > 0.9 * sum(p.numel() for p in before.parameters())
+
+
+@torch.no_grad()
+def test_the_loss_is_the_papers():
+    model, x = ganomaly().eval(), images(3, side=32)
+    fake, code, again = model.networks["generator"](2 * x - 1)
+    discriminator = model.networks["discriminator"]
+    expected = F.mse_loss(discriminator(fake)[1], discriminator(2 * x - 1)[1]) + 50 * F.l1_loss(fake, 2 * x - 1) + F.mse_loss(code, again)
+    torch.testing.assert_close(model.loss(batch(x)), expected)
+
+
+@torch.no_grad()
+def test_the_score_is_the_codes_mean_squared_difference():
+    model, x = ganomaly().eval(), images(3, side=32)
+    fake, code, again = model.networks["generator"](2 * x - 1)
+    score, map = model(x)
+    assert map is None
+    torch.testing.assert_close(score, (code - again).pow(2).mean(1))
+    torch.testing.assert_close(model.reconstruct(x), (fake + 1) / 2)
+    assert 0 <= model.reconstruct(x).min() <= model.reconstruct(x).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("side", "widths", "grid"),
+    [
+        (32, [64, 128, 256], 4),
+        (64, [64, 128, 256, 512], 4),
+        (256, [64, 128, 256, 512, 512, 512], 4),
+        (48, [64, 128, 256, 512], 3),
+        (16, [64, 128], 4),
+    ],
+)
+def test_widths_double_up_to_the_bound(side, widths, grid):
+    assert pyramid(side, 64, 512) == (widths, grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [16, 48, 80, 128])
+def test_other_sides(side):
+    model = ganomaly(side).eval()
+    assert model.reconstruct(images(1, side=side)).shape == (1, 3, side, side)
+    assert model(images(2, side=side)).score.shape == (2,)
+
+
+def test_a_collapsed_discriminator_is_drawn_anew():
+    """A discriminator that is always right has a loss below the limit."""
+    model = ganomaly(rate=1e-12)
+    with torch.no_grad():
+        model.networks["discriminator"].classifier.weight.zero_()
+    seen = copy.deepcopy(model.networks["discriminator"].classifier.weight)
+    fitted(model, images(4, side=32))
+    assert torch.allclose(model.networks["discriminator"].classifier.weight, seen)  # loss log 2: left alone
+    right = ganomaly(rate=1e-12)
+    hook = right.networks["discriminator"].register_forward_hook(once_real_then_fake())
+    fitted(right, images(4, side=32))
+    hook.remove()
+    weight = right.networks["discriminator"].classifier.weight.detach()
+    assert not torch.allclose(weight, ganomaly().networks["discriminator"].classifier.weight)
+    assert weight.std() == pytest.approx(0.02, rel=0.2)
+
+
+def once_real_then_fake():
+    """A forward hook that says of the first input that it is an image and of the second that it is not, both beyond doubt."""
+    answers = iter([30.0, -30.0])
+
+    def hook(module, inputs, outputs):
+        return outputs[0] * 0 + next(answers), outputs[1]
+
+    assert F.softplus(torch.tensor(-30.0)) < COLLAPSED
+    return hook
+
+
+@torch.no_grad()
+def test_first_weights_are_dcgans():
+    model = ganomaly(channels=32)
+    weights = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)])
+    assert weights.std() == pytest.approx(0.02, rel=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ganomaly(channels=32).parameters(), strict=True))
+    assert not torch.equal(next(model.parameters()), next(ganomaly(channels=32, seed=1).parameters()))
+
+
+def test_clip_bounds_the_step():
+    """With a tiny bound the gradients of all steps are tiny, and Adam's ε then shortens the steps."""
+    start = ganomaly()
+    free, clipped = fitted(ganomaly(), images(4, side=32)), fitted(ganomaly(clip=1e-9), images(4, side=32))
+
+    def way(model):
+        return sum(float((a - b).detach().abs().sum()) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+    assert way(clipped) < 0.1 * way(free)
+
+
+def test_learns_what_is_normal():
+    normal, square = stripes(8, seed=1), stripes(8, seed=2)
+    square[:, :, 10:18, 10:18] = 1
+    model = fitted(ganomaly(rate=1e-3), stripes(32, seed=0), epochs=40)
+    with torch.no_grad():
+        error = (model.reconstruct(normal) - normal).abs().mean()
+        assert error < 0.6 * (normal - 0.5).abs().mean()  # untrained it paints grey
+        assert model(square).score.mean() > 1.2 * model(normal).score.mean()
+
+
+@pytest.mark.parametrize(("change", "message"), [({"side": 40}, "image_size=40"), ({"clip": 0.0}, "model.clip")])
+def test_wrong_choices(change, message):
+    with pytest.raises(InputError, match=message):
+        ganomaly(**change)

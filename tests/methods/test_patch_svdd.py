@@ -1,0 +1,107 @@
+"""Patch SVDD: dense embeddings equal those of single patches, draws that stay inside, the search, and learning."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import composed, images
+
+from blemish.methods.patch_svdd import OFFSETS, cut, draw
+from blemish.run import build
+from blemish.types import NORMAL, Batch, InputError
+
+
+def model_of(*overrides: str):
+    return build(composed("model=patch_svdd", "model.dim=16", *overrides).model)
+
+
+def batch_of(image: torch.Tensor) -> Batch:
+    return Batch(image, torch.full((len(image),), NORMAL), torch.zeros(len(image), *image.shape[-2:]), [str(i) for i in range(len(image))])
+
+
+@pytest.mark.parametrize("size", [64, 32])
+@torch.no_grad()
+def test_a_whole_image_is_embedded_as_its_patches_are(size):
+    model = model_of().eval()
+    image = images(1, side=136)
+    dense = model.embed(image, size)
+    side = (136 - size) // 4 + 1
+    assert dense.shape[-2:] == (side, side)
+    for y, x in ((0, 0), (3, 7), (side - 1, side - 1)):
+        patch = image[..., 4 * y : 4 * y + size, 4 * x : 4 * x + size]
+        torch.testing.assert_close(model.embed(patch, size)[0, :, 0, 0], dense[0, :, y, x], rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(128, 200), st.integers(128, 200), st.sampled_from([32, 64]), st.integers(0, 99))
+def test_draws_stay_inside_and_keep_their_distances(height, width, size, seed):
+    first, near, far, direction = draw((height, width), size, 40, torch.Generator().manual_seed(seed))
+    for corner in (first, near, far):
+        assert (corner >= 0).all()
+        assert (corner + size <= torch.tensor([height, width])).all()
+    shift = (near - first).abs()
+    assert ((shift <= size // 32).all(1) & (shift > 0).any(1)).all()
+    way = (far - first) * torch.tensor(OFFSETS)[direction]
+    moved = torch.tensor(OFFSETS)[direction] != 0
+    assert ((far - first)[~moved] == 0).all()
+    assert ((way[moved] >= 3 * size // 4) & (way[moved] <= size)).all()
+
+
+def test_every_direction_is_drawn():
+    assert draw((128, 128), 64, 400, torch.Generator().manual_seed(0))[3].unique().tolist() == list(range(8))
+
+
+def test_cut_is_slicing():
+    x = images(3, side=80)
+    owner, corner = torch.tensor([2, 0]), torch.tensor([[5, 7], [48, 0]])
+    patches = cut(x, owner, corner, 32)
+    assert torch.equal(patches[0], x[2, :, 5:37, 7:39])
+    assert torch.equal(patches[1], x[0, :, 48:80, :32])
+
+
+@torch.no_grad()
+def test_scores_are_those_of_a_plain_search():
+    model = model_of("model.strides={64: 16, 32: 8}").eval()
+    train, query = images(3, 0, side=96), images(2, 1, side=96)
+    model.prepare([batch_of(train)])
+    assert torch.allclose(model.mean.flatten(), train.mean((0, 2, 3)), atol=1e-5)
+    model.conclude([batch_of(train[:2]), batch_of(train[2:])])
+    maps = []
+    for size, stride in ((64, 16), (32, 8)):
+        bank, own = (model.patches(x, size) for x in (train, query))
+        distance = np.linalg.norm(own.numpy()[..., None, :] - bank.flatten(0, 2).numpy(), axis=-1).min(-1)  # (B, h, w)
+        total, count = np.zeros((2, 96, 96)), np.zeros((96, 96))
+        for i, y in enumerate(range(0, 96 - size + 1, stride)):
+            for j, x in enumerate(range(0, 96 - size + 1, stride)):
+                total[:, y : y + size, x : x + size] += distance[:, i, j, None, None]
+                count[y : y + size, x : x + size] += 1
+        maps.append(total / count)
+    found = model(query)
+    np.testing.assert_allclose(found.map.numpy(), maps[0] * maps[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.score.numpy(), found.map.amax((1, 2)).numpy())
+
+
+def test_errors():
+    with pytest.raises(InputError, match=r"model\.strides"):
+        model_of("model.strides={64: 16, 32: 3}")
+    with pytest.raises(InputError, match="128 or more"):
+        model_of().loss(batch_of(images(1, side=100)))
+    with pytest.raises(InputError, match="64 px or more"):
+        model_of()(images(1, side=48))
+
+
+def test_it_learns_where_patches_lie():
+    model = model_of("model.learning_rate=0.003", "model.pairs=16").train()
+    ramp = torch.linspace(0, 1, 128)
+    batch = batch_of(torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), torch.zeros(128, 128)])[None].repeat(2, 1, 1, 1))
+    model.prepare([batch])
+    optimizer = model.configure_optimizers()
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(2 * np.log(8), rel=0.1)
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]

@@ -1,0 +1,222 @@
+"""Reverse distillation against its equations written plainly, its networks against the paper's, and what the decoder learns."""
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import roc_auc_score
+from support import images
+
+from blemish.methods.reverse_distillation import Decoder, Embedding, ReverseDistillation, Shape, cosine_distance, shapes_of
+from blemish.types import Batch, InputError
+
+
+def reverse(backbone="test_resnet", stages=(1, 2, 3), loss="flattened", sigma=4.0, seed=0):
+    return ReverseDistillation(backbone, list(stages), "random", loss, sigma, learning_rate=0.02, betas=[0.5, 0.999], seed=seed)
+
+
+def batch(maps):
+    n = len(maps[0])
+    return Batch(torch.empty(n, 0, 64, 64), torch.zeros(n, dtype=torch.long), torch.zeros(n, 64, 64, dtype=torch.uint8), [""] * n, maps)
+
+
+def bricks(count, seed):
+    """Crops (count, 3, 64, 64) of one photograph."""
+    photo, generator = skimage.data.brick(), np.random.default_rng(seed)
+    corners = generator.integers(0, np.array(photo.shape) - 64, (count, 2))
+    crops = np.stack([photo[y : y + 64, x : x + 64] for y, x in corners])
+    return torch.from_numpy(crops).float().div(255)[:, None].repeat(1, 3, 1, 1)
+
+
+def trained(model, pictures, steps):
+    """(model in eval mode, its losses) after plain steps of its own optimiser."""
+    optimizer, losses, maps = model.configure_optimizers(), [], model.features(pictures)
+    model.train()
+    for _ in range(steps):
+        loss = model.loss(batch(maps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model.eval(), losses
+
+
+def cosine(a, b):
+    return np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def both(model, pictures):
+    """Teacher's and decoder's maps as float64 arrays (B, C, h, w)."""
+    with torch.no_grad():
+        taught = model.features(pictures)
+        return [[m.double().numpy() for m in maps] for maps in (taught, model.restored(taught))]
+
+
+def plain_maps(model, pictures):
+    """Eq. 1 position by position."""
+    found = []
+    for t, r in zip(*both(model, pictures), strict=True):
+        distance = np.zeros((len(t), *t.shape[2:]))
+        for b, i, j in np.ndindex(distance.shape):
+            distance[b, i, j] = 1 - cosine(t[b, :, i, j], r[b, :, i, j])
+        found.append(distance)
+    return found
+
+
+def test_position_loss_is_the_papers():
+    model = reverse(loss="position").eval()
+    expected = sum(distance.mean() for distance in plain_maps(model, images(3)))  # eq. 2
+    assert model.loss(batch(model.features(images(3)))).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_flattened_loss_takes_one_cosine_a_stage():
+    model = reverse().eval()
+    expected = sum(
+        np.mean([1 - cosine(t[b].ravel(), r[b].ravel()) for b in range(3)]) for t, r in zip(*both(model, images(3)), strict=True)
+    )
+    assert model.loss(batch(model.features(images(3)))).item() == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_map_is_the_blurred_sum_of_the_upsampled_stages():
+    model, pictures = reverse().eval(), images(2, seed=1)
+    up = [F.interpolate(torch.from_numpy(m)[:, None], (64, 64), mode="bilinear", align_corners=False) for m in plain_maps(model, pictures)]
+    expected = np.stack([gaussian_filter(m, 4.0, mode="reflect", truncate=4) for m in sum(up)[:, 0].numpy()])
+    score, map = model(pictures)
+    np.testing.assert_allclose(map, expected, rtol=1e-3)
+    np.testing.assert_allclose(score, expected.max((1, 2)), rtol=1e-3)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100))
+@settings(max_examples=30)
+def test_distance_knows_directions_only(seed, a):
+    x, y = torch.randn(2, 2, 5, 3, 4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(cosine_distance(a * x, y), cosine_distance(x, y), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cosine_distance(x, 2 * x), torch.zeros(2, 3, 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cosine_distance(x, -x), torch.full((2, 3, 4), 2.0))
+    assert cosine_distance(x, torch.zeros_like(x)).isfinite().all()
+
+
+# weights of conv k×k from a to b, and the 2·b of its BatchNorm
+def weights(k, a, b):
+    return k * k * a * b + 2 * b
+
+
+def test_networks_are_the_papers_for_resnet18():
+    """Counted layer by layer from the description: two blocks a stage, 64, 128, 256 and 512 channels."""
+    model = reverse("resnet18")
+    fusion = weights(3, 64, 128) + 2 * weights(3, 128, 256)
+    bottleneck = weights(3, 768, 512) + 3 * weights(3, 512, 512) + weights(1, 768, 512)
+    decoder = sum(2 * weights(2, a, b) + 3 * weights(3, b, b) for a, b in ((512, 256), (256, 128), (128, 64)))
+    assert sum(p.numel() for p in model.embedding.parameters()) == fusion + bottleneck
+    assert sum(p.numel() for p in model.decoder.parameters()) == decoder
+
+
+def test_networks_are_the_papers_for_wide_resnet50():
+    shapes, beyond = shapes_of("wide_resnet50_2", [1, 2, 3])
+    assert shapes == [Shape(256, 3, 128), Shape(512, 4, 256), Shape(1024, 6, 512)]
+    assert beyond == Shape(2048, 3, 512)
+    fusion = weights(3, 256, 512) + 2 * weights(3, 512, 1024)
+    inside = weights(3, 512, 512) + weights(1, 512, 2048)
+    bottleneck = weights(1, 3072, 512) + inside + weights(1, 3072, 2048) + 2 * (weights(1, 2048, 512) + inside)
+    decoder = 0
+    for blocks, into, hidden, width in ((3, 2048, 512, 1024), (4, 1024, 256, 512), (6, 512, 128, 256)):
+        first = weights(1, into, hidden) + weights(2, hidden, hidden) + weights(1, hidden, width) + weights(2, into, width)
+        decoder += first + (blocks - 1) * (weights(1, width, hidden) + weights(3, hidden, hidden) + weights(1, hidden, width))
+    with torch.device("meta"):
+        embedding, mirror = Embedding(shapes, beyond), Decoder(shapes, beyond, [False] * 3)
+    assert sum(p.numel() for p in embedding.parameters()) == fusion + bottleneck
+    assert sum(p.numel() for p in mirror.parameters()) == decoder
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto"])
+def test_decoder_gives_the_maps_of_any_network(backbone):
+    model = reverse(backbone)
+    maps = model.features(images(2))
+    restored = model.restored(maps)
+    assert [m.shape for m in restored] == [m.shape for m in maps]
+    for taught, learnt in zip(maps, restored, strict=True):
+        assert bool((learnt < 0).any()) == bool((taught < 0).any())  # a ReLU where the network has one
+    model.loss(batch(maps)).backward()
+    learning = [*model.embedding.parameters(), *model.decoder.parameters()]
+    assert all(p.grad is not None for p in learning)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in learning}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["test_resnet", "convnext_atto"])  # one rounds odd grids up, the other down
+def test_any_size(backbone):
+    model = reverse(backbone).eval()
+    for size in ((64, 64), (65, 97), (33, 40), (71, 100)):
+        score, map = model(torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)))
+        assert map.shape == (1, *size)
+        assert score.isfinite().all()
+
+
+@pytest.mark.parametrize("stages", [[2, 3], [1, 2], [3]])
+def test_fewer_stages(stages):
+    model = reverse(stages=stages)
+    assert model(images(2)).map.shape == (2, 64, 64)
+    assert len(model.embedding.descents) == len(stages) - 1
+
+
+def test_a_network_that_ends_at_the_last_stage():
+    shapes, beyond = shapes_of("test_resnet", [3, 4])
+    assert shapes == [Shape(192, 1, 48), Shape(96, 1, None)]
+    assert beyond == Shape(192, 1, None)
+
+
+def test_weights_come_from_the_seed():
+    one, same, other = (torch.cat([p.detach().flatten() for p in reverse(seed=seed).decoder.parameters()]) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_needs_only_maps():
+    model, pictures = reverse().eval(), images(3)
+    assert model.reads("train") == model.reads("test") == (True, False)
+    stored = [m.half() for m in model.features(pictures)]
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(stored, (64, 64)).map, model(pictures).map, rtol=1e-2, atol=1e-3)
+    assert model.loss(batch(stored)).dtype == torch.float32
+
+
+def test_wrong_choices():
+    with pytest.raises(InputError, match="model.loss=mean: expected flattened or position"):
+        reverse(loss="mean")
+    with pytest.raises(InputError, match="strides \\[4, 16\\]"):
+        reverse(stages=[1, 3])
+    with pytest.raises(InputError, match="stages"):
+        reverse(stages=["layer1"])
+    with pytest.raises(InputError, match="image_size"):
+        model = reverse()
+        model.loss(batch(model.features(images(1, side=32))))
+    model.loss(batch(model.features(images(2, side=32))))
+
+
+def test_bfloat16_comes_near():
+    model, maps = (model := reverse().eval()), model.features(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.loss(batch(maps))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, model.loss(batch(maps)), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["flattened", "position"])
+def test_learns_normal_images_and_sees_a_defect(loss):
+    model, losses = trained(reverse(stages=[1, 2], loss=loss), bricks(16, seed=0), steps=60)
+    assert losses[-1] < 0.4 * losses[0]
+    defect = bricks(8, seed=2)
+    defect[:, :, 20:36, 30:46] = torch.arange(16) % 4 // 2  # columns of black and white
+    truth = torch.zeros(8, 64, 64, dtype=torch.long)
+    truth[:, 20:36, 30:46] = 1
+    with torch.no_grad():
+        before, after = (
+            roc_auc_score(truth.flatten(), judge(defect).map.flatten()) for judge in (reverse(stages=[1, 2], loss=loss).eval(), model)
+        )
+    assert after >= 0.85
+    assert after > before + 0.1

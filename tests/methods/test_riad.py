@@ -1,0 +1,114 @@
+"""RIAD: its similarity against a plain one, masks that are a partition, pixels that are not seen, and learning."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage.metrics import structural_similarity
+from support import composed, images
+
+from blemish.methods.riad import deal, gradient_magnitude, similarities, similarity
+from blemish.run import build
+from blemish.types import NORMAL, Batch, InputError
+
+
+def model_of(*overrides: str):
+    return build(composed("model=riad", "model.channels=4", "image_size=64", *overrides).model)
+
+
+def batch_of(image: torch.Tensor) -> Batch:
+    return Batch(image, torch.full((len(image),), NORMAL), torch.zeros(len(image), *image.shape[-2:]), [str(i) for i in range(len(image))])
+
+
+def plain_gms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Gradient magnitude similarity of two grey images with scipy's Prewitt filter."""
+
+    def magnitude(x):
+        return np.hypot(ndimage.prewitt(x, 0, mode="nearest") / 3, ndimage.prewitt(x, 1, mode="nearest") / 3)
+
+    g, h = magnitude(a), magnitude(b)
+    return (2 * g * h + 0.0026) / (g**2 + h**2 + 0.0026)
+
+
+def test_similarity_is_that_of_scipy():
+    image, other = images(2, 0).double(), images(2, 1).double()
+    found = similarities(image, other)
+    for level in range(4):
+        for i in range(2):
+            a, b = (x[i].mean(0).numpy().reshape(64 >> level, 1 << level, 64 >> level, 1 << level).mean((1, 3)) for x in (image, other))
+            np.testing.assert_allclose(found[level][i].numpy(), plain_gms(a, b), atol=1e-6)
+
+
+def test_equal_images_are_similar_everywhere():
+    image = images(2)
+    torch.testing.assert_close(similarity(image, image), torch.ones(2, 64, 64))
+    assert similarity(image, 1 - image.flip(3)).min() < 0.9
+
+
+def test_gradients_are_finite_on_a_flat_image():
+    flat = torch.full((1, 1, 8, 8), 0.5, requires_grad=True)
+    gradient_magnitude(flat[:, 0]).sum().backward()
+    assert flat.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("cell", "sets"), [(2, 3), (16, 3), (8, 2)])
+def test_masks_are_a_partition_into_cells(cell, sets):
+    masks = deal((64, 48), cell, sets, torch.Generator().manual_seed(0))
+    assert torch.equal(masks.sum(0), torch.ones(64, 48))
+    cells = masks.unfold(1, cell, cell).unfold(2, cell, cell)
+    assert ((cells.mean((-1, -2)) == 0) | (cells.mean((-1, -2)) == 1)).all()
+    counts = cells[..., 0, 0].sum((1, 2))
+    assert counts.max() - counts.min() <= 1
+
+
+def test_no_pixel_sees_itself():
+    model = model_of().eval()
+    image = images(1).requires_grad_()
+    again = model.inpaint(image, 8, torch.Generator().manual_seed(0))
+    masks = deal((64, 64), 8, 3, torch.Generator().manual_seed(0))
+    for mask in masks:
+        (gradient,) = torch.autograd.grad((again * mask).sum(), image, retain_graph=True)
+        assert gradient[0, :, mask.bool()].abs().max() == 0
+        assert gradient.abs().max() > 0
+
+
+def test_loss_is_its_three_parts():
+    model = model_of("model.cells=[8]").train()
+    batch = batch_of(images(2))
+    loss = model.loss(batch)
+    again = model.inpaint(batch.image, 8, rewound(model)).detach()
+    gradient = np.mean([1 - float(level.mean()) for level in similarities(batch.image, again)])
+    pairs = zip(batch.image.flatten(0, 1).numpy(), again.flatten(0, 1).numpy(), strict=True)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "win_size": 11}
+    ssim = np.mean([structural_similarity(a.astype(float), b.astype(float), **options) for a, b in pairs])
+    squared = float((again - batch.image).square().mean())
+    assert float(loss.detach()) == pytest.approx(squared + gradient + 1 - ssim, abs=0.02)  # windows differ at the borders
+
+
+def rewound(model) -> torch.Generator:
+    """The step's generator as it is after the draw of k."""
+    generator = model.generator()
+    torch.randint(1, (1,), generator=generator)
+    return generator
+
+
+def test_images_of_a_size_that_cannot_be_halved_are_refused():
+    with pytest.raises(InputError, match="image_size"):
+        model_of()(images(1, side=72))
+    with pytest.raises(InputError, match=r"model\.smooth=4"):
+        model_of("model.smooth=4")
+
+
+def test_it_learns_to_inpaint():
+    model = model_of("model.learning_rate=0.003").train()
+    texture = torch.sin(torch.arange(64) / 3)[:, None] * torch.cos(torch.arange(64) / 4) / 2 + 0.5
+    batch = batch_of(texture.expand(4, 3, 64, 64).contiguous())
+    optimizer = model.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])

@@ -1,0 +1,156 @@
+"""STFPM against its equations written plainly, and what its student learns."""
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import images
+from torch import nn
+
+from blemish.backbone.features import create
+from blemish.methods.stfpm import STFPM, matching_error
+from blemish.types import Batch, InputError
+
+
+def stfpm(backbone="test_resnet", stages=(1, 2, 3), seed=0):
+    return STFPM(backbone, list(stages), "random", learning_rate=0.4, momentum=0.9, weight_decay=1e-4, seed=seed)
+
+
+def batch(pictures, maps=None):
+    n = len(pictures)
+    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n, maps)
+
+
+def bricks(count, seed):
+    """Crops (count, 3, 64, 64) of one photograph."""
+    photo, generator = skimage.data.brick(), np.random.default_rng(seed)
+    corners = generator.integers(0, np.array(photo.shape) - 64, (count, 2))
+    crops = np.stack([photo[y : y + 64, x : x + 64] for y, x in corners])
+    return torch.from_numpy(crops).float().div(255)[:, None].repeat(1, 3, 1, 1)
+
+
+def trained(model, pictures, steps, rate):
+    """(model in eval mode, its losses) after plain steps of its own optimiser."""
+    optimizer, losses = model.configure_optimizers(), []
+    optimizer.param_groups[0]["lr"] = rate
+    model.train()
+    for _ in range(steps):
+        loss = model.loss(batch(pictures))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model.eval(), losses
+
+
+def plain_errors(model, pictures):
+    """Eq. 1 position by position in float64, from the two networks called by hand."""
+    x = (pictures - 0.5) / 0.5  # the test network's own normalisation
+    with torch.no_grad():
+        teacher, student = create("test_resnet", [1, 2, 3], "random", 0, named=False)(x), model.student(x)
+    found = []
+    for t, s in zip(teacher, student, strict=True):
+        t, s = (m.permute(0, 2, 3, 1).double().numpy() for m in (t, s))  # (B, h, w, C)
+        error = np.zeros(t.shape[:3])
+        for at in np.ndindex(error.shape):
+            error[at] = 0.5 * np.sum((t[at] / np.linalg.norm(t[at]) - s[at] / np.linalg.norm(s[at])) ** 2)
+        found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_is_the_papers(training):
+    model = stfpm().train(training)
+    expected = sum(error.mean((1, 2)).mean() for error in plain_errors(model, images(4)))  # eq. 2, eq. 3, mean over the batch
+    assert model.loss(batch(images(4))).item() == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_map_is_the_product_of_the_upsampled_stages():
+    model, pictures = stfpm().eval(), images(3, seed=1)
+    expected = 1
+    for error in plain_errors(model, pictures):
+        expected = expected * F.interpolate(torch.from_numpy(error)[:, None], (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    score, map = model(pictures)
+    np.testing.assert_allclose(map, expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(score, expected.amax((1, 2)), rtol=1e-3)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100), st.floats(0.01, 100))
+@settings(max_examples=30)
+def test_error_knows_directions_only(seed, a, b):
+    t, s = torch.randn(2, 2, 5, 3, 4, generator=torch.Generator().manual_seed(seed))
+    error = matching_error(t, s)
+    torch.testing.assert_close(matching_error(a * t, b * s), error, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(error, 1 - F.cosine_similarity(t, s, dim=1), rtol=1e-4, atol=1e-6)
+    assert matching_error(t, 3 * t).abs().max() < 1e-12
+    torch.testing.assert_close(matching_error(t, -t), torch.full((2, 3, 4), 2.0))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "tf_efficientnet_lite0"])
+def test_student_is_the_teachers_network_with_weights_of_its_own(backbone):
+    model = stfpm(backbone)
+    assert all(parameter.requires_grad for parameter in model.student.parameters())
+    assert any(isinstance(part, nn.BatchNorm2d) for part in model.student.modules())
+    taught, learnt = model.features(images(2)), model.student(images(2))
+    assert [m.shape for m in taught] == [m.shape for m in learnt]
+    errors = model.errors(images(2), taught)
+    assert all(error.min() > 0 for error in errors)  # nowhere the same network by accident
+    sum(error.mean() for error in errors).backward()
+    assert all(parameter.grad is not None for parameter in model.student.parameters())
+    assert not any(m.requires_grad for m in taught)
+
+
+def test_weights_come_from_the_seed():
+    one, same, other = (stfpm(seed=seed).student.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(next(iter(one.values())), next(iter(other.values())))
+
+
+def test_stored_maps_teach_the_same():
+    model, pictures = stfpm().eval(), images(3)
+    maps = [m.half() for m in model.features(pictures)]
+    torch.testing.assert_close(model.loss(batch(pictures, maps)), model.loss(batch(pictures)), rtol=1e-3, atol=1e-4)
+    assert model.reads("train") == (True, True)
+    assert model.reads("test") == (False, True)
+
+
+@torch.no_grad()
+def test_any_size():
+    model = stfpm().eval()
+    for size in ((64, 64), (65, 97), (33, 40)):
+        score, map = model(torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)))
+        assert map.shape == (1, *size)
+        assert score.isfinite().all()
+
+
+def test_layers_by_name_are_refused():
+    with pytest.raises(InputError, match="stages"):
+        stfpm(stages=["layer1"])
+
+
+def test_bfloat16_comes_near():
+    model, pictures = stfpm().eval(), images(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.loss(batch(pictures))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, model.loss(batch(pictures)), rtol=0.05, atol=0)
+
+
+def test_learns_normal_images_and_sees_a_defect():
+    model, losses = trained(stfpm(), bricks(16, seed=0), steps=40, rate=0.4)
+    assert losses[-1] < 0.3 * losses[0]
+    normal, defect = bricks(8, seed=1), bricks(8, seed=2)
+    defect[:, :, 20:36, 30:46] = torch.arange(16) % 4 // 2  # columns of black and white
+    with torch.no_grad():
+        of_normal, of_defect = model(normal), model(defect)
+        untrained = stfpm().eval()
+        before = (untrained(defect).score[:, None] > untrained(normal).score).float().mean()
+    after = (of_defect.score[:, None] > of_normal.score).float().mean()  # AUROC without ties
+    assert after >= 0.95
+    assert after > before + 0.1
+    inside = of_defect.map[:, 20:36, 30:46].mean()
+    assert inside > 5 * of_normal.map.mean()

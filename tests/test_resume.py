@@ -1,0 +1,85 @@
+"""A training that was killed goes on to the weights of one that was not; one that diverges says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_run
+
+from blemish.run import load, train
+from blemish.types import InputError
+
+ROOT = Path(__file__).parents[1]
+# gradient descent on images, on stored maps with a schedule, and with two optimisers
+METHODS = {
+    "autoencoder": ["model.learning_rate=0.002", "batch_size=8"],
+    "cflow": ["backbone=test_resnet", "weights=random", "model.stages=[1,2]", "model.blocks=2", "batch_size=8"],
+    "ganomaly": ["model.channels=4", "batch_size=8"],
+}
+
+
+def overrides(tiny: Path, run_dir: Path, method: str) -> list[str]:
+    data = ["data=folder", f"data.root='{tiny}'", "data.normal_test=normal_test", "data.abnormal=[square]", "image_size=64"]
+    quiet = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "save.pictures=0", "save.curves=false"]
+    return [f"model={method}", *data, *quiet, *METHODS[method], "trainer.max_epochs=8", f"run_dir='{run_dir}'"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "model.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_training_resumes_to_the_same_weights(method, tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, *overrides(tiny, whole, method)], check=True, cwd=ROOT, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        [*command, *overrides(tiny, cut, method)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not (cut / "last.ckpt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "model.ckpt").exists()
+    assert 1 <= torch.load(cut / "last.ckpt", weights_only=True)["epoch"] + 1 < 8
+    done = subprocess.run([*command, f"resume='{cut}'"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (cut / "last.ckpt").exists()
+    expected, found = weights(whole), weights(cut)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    names = ("image_auroc", "image_ap", "image_f1_max")
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in (whole, cut))
+    assert [first[name] for name in names] == [second[name] for name in names]
+
+
+def test_a_finished_run_and_a_missing_one_are_refused(tiny, tmp_path):
+    cfg = tiny_run(tiny, tmp_path / "run", "model=autoencoder", "trainer.max_epochs=1")
+    train(cfg)
+    for folder, words in ((tmp_path / "run", "is finished"), (tmp_path / "none", "no config.yaml there")):
+        with pytest.raises(InputError, match=words):
+            train(tiny_run(tiny, tmp_path / "other", "model=autoencoder", f"resume='{folder}'"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
+    cfg = tiny_run(tiny, tmp_path / "run", "model=autoencoder", "model.loss=l2", "model.learning_rate=1e30", "trainer.max_epochs=3")
+    with pytest.raises(InputError, match=r"epoch \d, step \d.*model\.learning_rate"):
+        train(cfg)
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "run" / "model.ckpt").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precision_and_clipping_by_config(precision, tiny, tmp_path):
+    options = [f"trainer.precision={precision}", "+trainer.gradient_clip_val=0.5", "trainer.max_epochs=2"]
+    metrics = train(tiny_run(tiny, tmp_path / "run", "model=autoencoder", *options))
+    assert metrics["image_auroc"] is not None
+    with torch.inference_mode():
+        assert load(tmp_path / "run", "cpu")[1](torch.rand(1, 3, 64, 64)).score.isfinite().all()
