@@ -11,7 +11,7 @@ from blemish.run import load, train
 from blemish.types import InputError
 
 # what an update must reproduce of a fit to all images; PatchCore's bank is another coreset by design
-EXACT = ["padim", "padim-woodbury", "dfkde", "dfkdm", "dfm"]
+EXACT = ["padim", "padim-woodbury", "dfkde", "dfkdm", "dfm", "spade"]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def root(tmp_path):
 
 def folder(root):
     common = (32, None, 4, 0, 0, "paper", 0.1, "auto", "stop")
-    return Folder(root, None, "normal", None, "crack", "truth", 0.25, *common)
+    return Folder(root, None, "normal", None, None, "crack", "truth", 0.25, *common)
 
 
 def test_rows_count_what_is_there(root):

@@ -202,3 +202,11 @@ def test_curves_of_odd_scores(tmp_path, score):
     figure.savefig(tmp_path / "curves.png")
     assert (np.diff(draw.bins(score)) > 0).all()
     assert draw.bins(score)[0] <= score.min() <= score.max() <= draw.bins(score)[-1]
+
+
+def test_a_reconstruction_stands_behind_the_input():
+    image = np.zeros((40, 60, 3), np.uint8)
+    values = np.zeros((40, 60))
+    plain, more = (draw.strip(image, None, values, (0.0, 1.0), None, "a.png", again) for again in (None, image + 200))
+    assert more.width > plain.width
+    assert (np.asarray(more) == 200).all(2).sum() >= 40 * 60
