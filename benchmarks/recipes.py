@@ -17,6 +17,8 @@ from rich.console import Console
 from blemish.backbone.features import Features
 from blemish.data.images import find_images, prepare, read
 from blemish.detector import OnePassDetector
+from blemish.methods.spade import SPADE, describe
+from blemish.ops.neighbours import nearest
 from blemish.run import build
 from blemish.scoring.metrics import auroc
 
@@ -28,7 +30,7 @@ CANDIDATES = {
     "dfm": ["", "model.stages=[2]", "model.stages=[4]", "model.stages=[2,3]", "model.pool=2", "model.keep=0.9", "model.keep=0.995"],
     "dfkde": ["", "model.stages=[3]", "model.stages=[2]", "model.stages=[2,3]", "model.stages=[2,3,4]", "model.components=64"],
     "dfkdm": ["model.density=gaussian", "model.density=gaussian model.stages=[2,3]", "model.density=gaussian model.components=64"],
-    "spade": ["", "model.neighbors=5", "model.global_stage=3", "model.global_stage=3 model.neighbors=5"],
+    "spade": ["", "model.neighbors=5", "model.global_stage=3", "model.global_stage=3 model.neighbors=5", "model.neighbors=1"],
 }
 BATCH = 16
 
@@ -39,6 +41,10 @@ def maps_of(features: Features, paths: list[Path], size: int) -> list[list[torch
     batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
     images = (torch.stack([prepare(read(path), {}, size, None) for path in batch]) for batch in batches)
     return [[stage.half() for stage in features(image)] for image in images]
+
+
+def near(model: SPADE, maps: list[torch.Tensor]) -> torch.Tensor:
+    return nearest(describe(maps[model.deep]), model.images, min(model.neighbors, len(model.images)))[0].mean(1)
 
 
 @torch.inference_mode()
@@ -54,7 +60,8 @@ def rank(model: OnePassDetector, train: list, good: list, bad: list, size: int) 
         kept.update(model.keep(chosen(batch)))
     kept.gather()
     model.estimate(kept)
-    scores = [torch.cat([model.score(chosen(batch), (size, size)).score for batch in part]) for part in (good, bad)]
+    score = near if isinstance(model, SPADE) else lambda model, maps: model.score(maps, (size, size)).score
+    scores = [torch.cat([score(model, chosen(batch)) for batch in part]) for part in (good, bad)]
     label = torch.cat([torch.full((len(score),), value) for value, score in enumerate(scores)])
     return auroc(torch.cat(scores), label)
 
@@ -64,7 +71,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
     parser.add_argument("--backbones", nargs="+", default=["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
-    parser.add_argument("--methods", nargs="+", default=[name for name in CANDIDATES if name != "spade"])
+    parser.add_argument("--methods", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--output", type=Path, default=Path("results/recipes.csv"))
     args = parser.parse_args()
 

@@ -9,7 +9,7 @@ import torch
 
 def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for these non-negative numbers: the seed, then for instance a step and a process."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1))
 
 
 @contextlib.contextmanager
