@@ -22,8 +22,8 @@ OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 class PatchSVDD(TrainedDetector):
     """Anomaly = distance of a patch to the nearest normal patch; a pixel's is the product of the means over its patches of two sizes.
 
-    Encoders for patches of 64 and 32 px, the large built on the small (section 3.3), are trained by `weight` × the distance of patches
-    that nearly coincide (eq. 3) + cross-entropy of telling in which of 8 directions a second patch lies (eq. 4); `pairs` of each are
+    Encoders for patches of 64 and 32 px, the large built on the small, are trained by `weight` × the distance of patches
+    that nearly coincide + cross-entropy of telling in which of 8 directions a second patch lies; `pairs` of each are
     drawn from every image a step. `strides` {64: s, 32: s} are those of inference, multiples of 4.
     """
 

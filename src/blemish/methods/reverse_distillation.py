@@ -58,7 +58,7 @@ class ReverseDistillation(TrainedDetector):
         if len(taught[-1]) == 1 and max(taught[-1].shape[-2:]) <= 2:
             raise InputError("image_size: one image of this size in a batch gives BatchNorm a single value; use a larger image_size")
         pairs = zip(taught, self.restored(taught), strict=True)
-        # eq. 2 averages the cosines of the positions, the official code takes one over the flattened maps, and its tables come from it
+        # eq. 2 averages the cosines of the positions, the official code takes one over the flattened maps
         return sum(cosine_distance(*((t.flatten(1), r.flatten(1)) if self.flattened else (t, r))).mean() for t, r in pairs)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:

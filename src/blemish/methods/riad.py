@@ -13,7 +13,7 @@ from blemish.types import Batch, InputError, Prediction
 
 WINDOW = 11  # side of SSIM's window, pixels
 SCALES = 4  # of the gradient magnitude similarity
-FLAT = 0.0026  # c of eq. 4, for images in [0, 1]
+FLAT = 0.0026  # c of the similarity, for images in [0, 1]
 HALVINGS = 4  # of the U-Net
 
 
@@ -21,8 +21,8 @@ class RIAD(TrainedDetector):
     """Anomaly = gradient dissimilarity of an image and its inpainting, averaged over the sides of the masked cells.
 
     The image's cells of k×k pixels are dealt at random to `sets` disjoint masks; a U-Net fills in each set from the others, and what it
-    filled in is put together (section 3.1). `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM
-    (eq. 8). The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels (eq. 9), the image's score its maximum.
+    filled in is put together. `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM. The map is
+    1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, and the image's score its maximum.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) 
 
 
 def similarity(image: Tensor, other: Tensor) -> Tensor:
-    """Multi-scale gradient magnitude similarity (B, H, W) of images (B, C, H, W): the mean over the scales, resized (eq. 6)."""
+    """Multi-scale gradient magnitude similarity (B, H, W) of images (B, C, H, W): the mean over the scales, resized."""
     levels = [F.interpolate(level[:, None], image.shape[-2:], mode="bilinear")[:, 0] for level in similarities(image, other)]
     return torch.stack(levels).mean(0)
 
 
 def similarities(image: Tensor, other: Tensor) -> list[Tensor]:
-    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on SCALES scales, each half the one before (eq. 4 and 5)."""
+    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on SCALES scales, each half the one before."""
     grey = torch.stack([image.mean(1), other.mean(1)])  # (2, B, H, W): of the channels' mean, which the paper leaves open
     found = []
     for level in range(SCALES):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blemish.noise.gaussianise import gaussianise
 
-# name, log10 NFA up to which a detection is at least that strong, RGB: the ranges and colours of the figures in Davy et al., ICIP 2018
+# name, log10 NFA up to which a detection is at least that strong, RGB; nothing but colours and names depends on it
 STRENGTHS = (
     ("weak", -2.0, (1.0, 1.0, 1.0)),
     ("mild", -3.0, (0.0, 1.0, 1.0)),
