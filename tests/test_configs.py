@@ -6,7 +6,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from support import CONFIGS, composed
 
-from blemish.run import build
+from blemish.run import build, module_of
 from blemish.types import InputError
 
 
@@ -56,6 +56,9 @@ def test_recipe(name):
     cfg = composed(f"recipe={name}")
     cfg.run_dir = "out"
     OmegaConf.to_container(cfg, resolve=True)  # nothing it interpolates is missing
+    if name != "bundled":
+        assert module_of(cfg.model) == name  # a recipe brings its method along
+        build(cfg.model)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
