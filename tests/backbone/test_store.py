@@ -564,3 +564,16 @@ def test_processes_fill_one_store_together(tiny, written):
 def test_the_sample_is_known_by_its_content_and_its_tile():
     sample = Sample("a.png", "train", 0, "good", digest="0123456789abcdef")
     assert name_of(sample) == name_of(sample._replace(path="b.png", split="test", label=1)) != name_of(sample._replace(region="0,0,9,9"))
+
+
+def test_tiles_are_stored_as_a_map(tiny, tmp_path):
+    options = ["model=self_similarity", "model.stages=[3]", "batch_size=8", "save.pictures=0"]
+    off = train(tiny_run(tiny, tmp_path / "off", *options))
+    store = ["store=on", f"store.root='{tmp_path / 'store'}'"]
+    records = []
+    for name, more in (("first", []), ("second", ["model.neighbors=2"]), ("third", ["model.stride=16"])):
+        on = train(tiny_run(tiny, tmp_path / name, *options, *store, *more))
+        records.append(read_record(tmp_path / name)["store"])
+        if not more:
+            assert on["pixel_auroc"] == pytest.approx(off["pixel_auroc"], abs=2e-3)
+    assert [record["computed"] for record in records] == [36, 0, 36]  # other words read them, other tiles do not

@@ -13,9 +13,10 @@ from sklearn.preprocessing import StandardScaler
 from support import composed
 
 from blemish import run
+from blemish.backbone import tiles
+from blemish.backbone.features import Features
 from blemish.data.images import prepare, read
 from blemish.data.samples import read_manifest
-from blemish.methods import self_similarity
 from blemish.methods.self_similarity import SelfSimilarity, threshold_of
 from blemish.ops.maps import paint, starts
 from blemish.types import InputError
@@ -53,7 +54,7 @@ def tiles_of(image, tile=32, stride=8):
 def plain_features(model, image):
     crops = [image[None, :, y : y + 32, x : x + 32] for y, x in tiles_of(image)]
     resized = [F.interpolate(crop, (64, 64), mode="bilinear", align_corners=False) for crop in crops]
-    return np.stack([model.backbone(tile)[0].double().mean((2, 3))[0].numpy() for tile in resized])  # (P, D)
+    return np.stack([Features.forward(model.backbone, tile)[0].double().mean((2, 3))[0].numpy() for tile in resized])  # (P, D)
 
 
 def test_is_the_plain_chain():
@@ -112,8 +113,8 @@ def test_images_of_any_size():
 def test_large_images_go_through_in_pieces(monkeypatch):
     model, _ = fitted(detector(), [images(5)])
     whole, seen = model(images(2, 1)), []
-    monkeypatch.setattr(self_similarity, "PIXELS", 64 * 64 * 7)
-    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(tiles, "PIXELS", 64 * 64 * 7)
+    model.backbone.net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     torch.testing.assert_close(model(images(2, 1)).map, whole.map, rtol=1e-4, atol=1e-4)
     assert max(seen) == 7
 

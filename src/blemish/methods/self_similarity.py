@@ -4,17 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.backbone.features import Features
+from blemish.backbone.tiles import TileFeatures
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops import kmeans, pca
-from blemish.ops.maps import paint, starts
+from blemish.ops.maps import paint
 from blemish.ops.randomness import stream
 from blemish.types import InputError, Prediction
-
-PIXELS = 2**20  # of tiles resized for the backbone that go through it at a time
 
 
 class SelfSimilarity(OnePassDetector):
@@ -54,8 +51,8 @@ class SelfSimilarity(OnePassDetector):
             raise InputError(f"model.most_tiles={most_tiles}: expected 1 or more")
         check_rule(threshold)
         self.save_hyperparameters()
-        self.backbone = Features(backbone, stages, weights, seed)
-        self.tile, self.stride, self.tile_input = tile, stride, tile_input
+        self.backbone = TileFeatures(backbone, stages, weights, seed, tile, stride, tile_input)
+        self.tile, self.stride = tile, stride
         self.share, self.count, self.restarts, self.neighbors = variance, words, restarts, neighbors
         self.rule, self.validation, self.most_tiles, self.seed = dict(threshold), validation, most_tiles, seed
         for name in ("mean", "axes", "variance", "words", "threshold"):  # (D,), (k, D), (k,), (words, k), ()
@@ -65,19 +62,6 @@ class SelfSimilarity(OnePassDetector):
     def map_threshold(self) -> float | None:
         """Map values above this are anomalous; None before the fit."""
         return float(self.threshold) if self.threshold.numel() else None
-
-    def features(self, image: Tensor) -> Maps:
-        """The feature of every tile, (B, D, h, w)."""
-        height, width = image.shape[-2:]
-        every = image.unfold(2, min(self.tile, height), 1).unfold(3, min(self.tile, width), 1).permute(0, 2, 3, 1, 4, 5)
-        y, x = starts(height, self.tile, self.stride), starts(width, self.tile, self.stride)
-        places = torch.cartesian_prod(torch.arange(len(image)), y, x)  # (B·h·w, 3)
-        rows = []
-        for some in places.to(image.device).split(max(1, PIXELS // self.tile_input**2)):
-            tiles = every[tuple(some.T)]  # (n, 3, tile, tile), the only copy
-            tiles = F.interpolate(tiles, [self.tile_input] * 2, mode="bilinear", antialias=True, align_corners=False)
-            rows.append(torch.cat([stage.mean((2, 3)) for stage in self.backbone(tiles)], 1))  # (n, D)
-        return [torch.cat(rows).unflatten(0, (len(image), len(y), len(x))).movedim(-1, 1)]
 
     def accumulator(self, images: int) -> Bank:
         # validation images are the first that come, in the order the loader draws; a single image serves for both
