@@ -73,14 +73,14 @@ def test_reconstruction_score_is_the_maps_largest_value():
 def test_learns_what_is_normal(score):
     normal, square = stripes(8, seed=1), stripes(8, seed=2)
     square[:, :, 10:18, 10:18] = 1
-    model, losses = trained(vae(score, kl_weight=0.1), stripes(16, seed=0), steps=100, rate=3e-3)
+    model, losses = trained(vae(score, kl_weight=0.1), stripes(32, seed=0), steps=180, rate=3e-3)
     assert losses[-1] < 0.5 * losses[0]
     with torch.no_grad():
         assert model(square).score.mean() > 1.2 * model(normal).score.mean()
 
 
 def test_a_large_weight_gives_the_prior():
-    model, _ = trained(vae(kl_weight=1e4), stripes(16, seed=0), steps=100, rate=3e-3)
+    model, _ = trained(vae(kl_weight=1e4), stripes(32, seed=0), steps=180, rate=3e-3)
     with torch.no_grad():
         mean, log_variance = model.posterior(stripes(16, seed=0))
     assert mean.square().mean() < 0.05
