@@ -1,13 +1,16 @@
-"""Configs composed as the tools do it, and one-pass methods fitted without a trainer."""
+"""Configs composed as the tools do it, images made on the spot, and methods fitted without a trainer."""
 
 from pathlib import Path
 
+import numpy as np
+import skimage.data
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from blemish.detector import OnePassDetector
+from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.types import NORMAL, Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -56,6 +59,42 @@ def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
 def images(n: int, seed: int = 0, side: int = 64) -> Tensor:
     """Images (n, 3, side, side) of uniform noise."""
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def stripes(n: int, seed: int, side: int = 32) -> Tensor:
+    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
+    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
+
+
+def bricks(count: int, seed: int) -> Tensor:
+    """Crops (count, 3, 64, 64) of one photograph."""
+    photo, generator = skimage.data.brick(), np.random.default_rng(seed)
+    corners = generator.integers(0, np.array(photo.shape) - 64, (count, 2))
+    crops = np.stack([photo[y : y + 64, x : x + 64] for y, x in corners])
+    return torch.from_numpy(crops).float().div(255)[:, None].repeat(1, 3, 1, 1)
+
+
+def batch(pictures: Tensor, maps: list[Tensor] | None = None) -> Batch:
+    """Normal images (n, 3, H, W) on their way to a detector."""
+    n = len(pictures)
+    mask = torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8)
+    return Batch(pictures, torch.full((n,), NORMAL), mask, [str(i) for i in range(n)], maps)
+
+
+def trained(model: TrainedDetector, pictures: Tensor, steps: int, rate: float) -> tuple[TrainedDetector, list[float]]:
+    """The method in eval mode, and its losses, after plain steps of its own optimiser on all pictures."""
+    optimizer, losses = model.configure_optimizers(), []
+    optimizer.param_groups[0]["lr"] = rate
+    model.train()
+    for _ in range(steps):
+        loss = model.loss(batch(pictures))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model.eval(), losses
 
 
 @torch.no_grad()

@@ -3,41 +3,14 @@
 import pytest
 import torch
 from kornia.losses import ssim_loss
-from support import images
+from support import batch, images, stripes, trained
 
 from blemish.methods.autoencoder import Autoencoder
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 
 def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11):
     return Autoencoder(side, None, latent, loss, window, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed)
-
-
-def batch(pictures):
-    n = len(pictures)
-    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n)
-
-
-def stripes(n, seed, side=32):
-    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=generator)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
-
-
-def trained(model, pictures, steps, rate):
-    """(model in eval mode, its losses) after plain steps of its own optimiser."""
-    optimizer, losses = model.configure_optimizers(), []
-    optimizer.param_groups[0]["lr"] = rate
-    model.train()
-    for _ in range(steps):
-        loss = model.loss(batch(pictures))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return model.eval(), losses
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
-from support import images
+from support import batch, images
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 def dfr(stages=(1, 2), region=4, latent=0.9, batch_norm=True, learning_rate=1e-3, seed=0) -> DFR:
     return DFR("test_resnet", list(stages), "random", region, latent, batch_norm, learning_rate, seed)
-
-
-def batch(image: torch.Tensor) -> Batch:
-    n, _, *size = image.shape
-    return Batch(image, torch.zeros(n).long(), torch.zeros(n, *size).byte(), [str(i) for i in range(n)])
 
 
 def prepared(model: DFR, pictures: torch.Tensor) -> DFR:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from support import images
+from support import batch, images, stripes
 from torch.utils.data import DataLoader
 
 from blemish.methods.ganomaly import COLLAPSED, GANomaly, pyramid
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 # a list of batches in memory needs no workers
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -18,18 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
 def ganomaly(side=32, channels=8, most=512, latent=10, clip=None, rate=2e-4, seed=0):
     return GANomaly(side, None, latent, channels, most, 1.0, 50.0, 1.0, learning_rate=rate, beta1=0.5, clip=clip, seed=seed)
-
-
-def batch(pictures):
-    n = len(pictures)
-    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n)
-
-
-def stripes(n, seed, side=32):
-    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
-    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
 
 
 def fitted(model, pictures, epochs=1, size=8):

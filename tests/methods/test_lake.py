@@ -7,26 +7,14 @@ import torch.nn.functional as F
 from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
-from support import images
+from support import batch, images, stripes
 
 from blemish.methods.lake import LAKE
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 
 def lake(density="kde", components=4, layer_weight=1.0, latent=6, bandwidth="scott", seed=0):
     return LAKE(32, None, latent, layer_weight, 1.0, density, components, bandwidth, learning_rate=1e-4, weight_decay=0.0, seed=seed)
-
-
-def batch(pictures):
-    n = len(pictures)
-    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n)
-
-
-def stripes(n, seed, side=32):
-    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
-    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
 
 
 @torch.no_grad()

@@ -5,19 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import composed, images
+from support import batch, composed, images
 
 from blemish.methods.patch_svdd import OFFSETS, cut, draw
 from blemish.run import build
-from blemish.types import NORMAL, Batch, InputError
+from blemish.types import InputError
 
 
 def model_of(*overrides: str):
     return build(composed("model=patch_svdd", "model.dim=16", *overrides).model)
-
-
-def batch_of(image: torch.Tensor) -> Batch:
-    return Batch(image, torch.full((len(image),), NORMAL), torch.zeros(len(image), *image.shape[-2:]), [str(i) for i in range(len(image))])
 
 
 @pytest.mark.parametrize("size", [64, 32])
@@ -63,9 +59,9 @@ def test_cut_is_slicing():
 def test_scores_are_those_of_a_plain_search():
     model = model_of("model.strides={64: 16, 32: 8}").eval()
     train, query = images(3, 0, side=96), images(2, 1, side=96)
-    model.prepare([batch_of(train)])
+    model.prepare([batch(train)])
     assert torch.allclose(model.mean.flatten(), train.mean((0, 2, 3)), atol=1e-5)
-    model.conclude([batch_of(train[:2]), batch_of(train[2:])])
+    model.conclude([batch(train[:2]), batch(train[2:])])
     maps = []
     for size, stride in ((64, 16), (32, 8)):
         bank, own = (model.patches(x, size) for x in (train, query))
@@ -85,7 +81,7 @@ def test_errors():
     with pytest.raises(InputError, match=r"model\.strides"):
         model_of("model.strides={64: 16, 32: 3}")
     with pytest.raises(InputError, match="128 or more"):
-        model_of().loss(batch_of(images(1, side=100)))
+        model_of().loss(batch(images(1, side=100)))
     with pytest.raises(InputError, match="64 px or more"):
         model_of()(images(1, side=48))
 
@@ -93,13 +89,13 @@ def test_errors():
 def test_it_learns_where_patches_lie():
     model = model_of("model.learning_rate=0.003", "model.pairs=16").train()
     ramp = torch.linspace(0, 1, 128)
-    batch = batch_of(torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), torch.zeros(128, 128)])[None].repeat(2, 1, 1, 1))
-    model.prepare([batch])
+    seen = batch(torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), torch.zeros(128, 128)])[None].repeat(2, 1, 1, 1))
+    model.prepare([seen])
     optimizer = model.configure_optimizers()
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss = model.loss(batch)
+        loss = model.loss(seen)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
-from support import images
+from support import bricks, images
 
 from blemish.methods.reverse_distillation import Decoder, Embedding, ReverseDistillation, Shape, cosine_distance, shapes_of
 from blemish.types import Batch, InputError
@@ -22,14 +21,6 @@ def reverse(backbone="test_resnet", stages=(1, 2, 3), loss="flattened", sigma=4.
 def batch(maps):
     n = len(maps[0])
     return Batch(torch.empty(n, 0, 64, 64), torch.zeros(n, dtype=torch.long), torch.zeros(n, 64, 64, dtype=torch.uint8), [""] * n, maps)
-
-
-def bricks(count, seed):
-    """Crops (count, 3, 64, 64) of one photograph."""
-    photo, generator = skimage.data.brick(), np.random.default_rng(seed)
-    corners = generator.integers(0, np.array(photo.shape) - 64, (count, 2))
-    crops = np.stack([photo[y : y + 64, x : x + 64] for y, x in corners])
-    return torch.from_numpy(crops).float().div(255)[:, None].repeat(1, 3, 1, 1)
 
 
 def trained(model, pictures, steps):

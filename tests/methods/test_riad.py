@@ -5,19 +5,15 @@ import pytest
 import torch
 from scipy import ndimage
 from skimage.metrics import structural_similarity
-from support import composed, images
+from support import batch, composed, images
 
 from blemish.methods.riad import deal, gradient_magnitude, similarities, similarity
 from blemish.run import build
-from blemish.types import NORMAL, Batch, InputError
+from blemish.types import InputError
 
 
 def model_of(*overrides: str):
     return build(composed("model=riad", "model.channels=4", "image_size=64", *overrides).model)
-
-
-def batch_of(image: torch.Tensor) -> Batch:
-    return Batch(image, torch.full((len(image),), NORMAL), torch.zeros(len(image), *image.shape[-2:]), [str(i) for i in range(len(image))])
 
 
 def plain_gms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -74,14 +70,14 @@ def test_no_pixel_sees_itself():
 
 def test_loss_is_its_three_parts():
     model = model_of("model.cells=[8]").train()
-    batch = batch_of(images(2))
-    loss = model.loss(batch)
-    again = model.inpaint(batch.image, 8, rewound(model)).detach()
-    gradient = np.mean([1 - float(level.mean()) for level in similarities(batch.image, again)])
-    pairs = zip(batch.image.flatten(0, 1).numpy(), again.flatten(0, 1).numpy(), strict=True)
+    seen = batch(images(2))
+    loss = model.loss(seen)
+    again = model.inpaint(seen.image, 8, rewound(model)).detach()
+    gradient = np.mean([1 - float(level.mean()) for level in similarities(seen.image, again)])
+    pairs = zip(seen.image.flatten(0, 1).numpy(), again.flatten(0, 1).numpy(), strict=True)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "win_size": 11}
     ssim = np.mean([structural_similarity(a.astype(float), b.astype(float), **options) for a, b in pairs])
-    squared = float((again - batch.image).square().mean())
+    squared = float((again - seen.image).square().mean())
     assert float(loss.detach()) == pytest.approx(squared + gradient + 1 - ssim, abs=0.02)  # windows differ at the borders
 
 
@@ -102,12 +98,12 @@ def test_images_of_a_size_that_cannot_be_halved_are_refused():
 def test_it_learns_to_inpaint():
     model = model_of("model.learning_rate=0.003").train()
     texture = torch.sin(torch.arange(64) / 3)[:, None] * torch.cos(torch.arange(64) / 4) / 2 + 0.5
-    batch = batch_of(texture.expand(4, 3, 64, 64).contiguous())
+    seen = batch(texture.expand(4, 3, 64, 64).contiguous())
     optimizer = model.configure_optimizers()["optimizer"]
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = model.loss(batch)
+        loss = model.loss(seen)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -2,48 +2,20 @@
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import images
+from support import batch, bricks, images, trained
 from torch import nn
 
 from blemish.backbone.features import create
 from blemish.methods.stfpm import STFPM, matching_error
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 
 def stfpm(backbone="test_resnet", stages=(1, 2, 3), seed=0):
     return STFPM(backbone, list(stages), "random", learning_rate=0.4, momentum=0.9, weight_decay=1e-4, seed=seed)
-
-
-def batch(pictures, maps=None):
-    n = len(pictures)
-    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n, maps)
-
-
-def bricks(count, seed):
-    """Crops (count, 3, 64, 64) of one photograph."""
-    photo, generator = skimage.data.brick(), np.random.default_rng(seed)
-    corners = generator.integers(0, np.array(photo.shape) - 64, (count, 2))
-    crops = np.stack([photo[y : y + 64, x : x + 64] for y, x in corners])
-    return torch.from_numpy(crops).float().div(255)[:, None].repeat(1, 3, 1, 1)
-
-
-def trained(model, pictures, steps, rate):
-    """(model in eval mode, its losses) after plain steps of its own optimiser."""
-    optimizer, losses = model.configure_optimizers(), []
-    optimizer.param_groups[0]["lr"] = rate
-    model.train()
-    for _ in range(steps):
-        loss = model.loss(batch(pictures))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return model.eval(), losses
 
 
 def plain_errors(model, pictures):

@@ -2,40 +2,15 @@
 
 import pytest
 import torch
-from support import images
+from support import batch, images, stripes, trained
 from torch.distributions import Normal, kl_divergence
 
 from blemish.methods.vae import VAE
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 
 def vae(score="reconstruction", kl_weight=1.0, latent=8, seed=0):
     return VAE(32, None, latent, kl_weight, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed)
-
-
-def batch(pictures):
-    n = len(pictures)
-    return Batch(pictures, torch.zeros(n, dtype=torch.long), torch.zeros(n, *pictures.shape[-2:], dtype=torch.uint8), [""] * n)
-
-
-def stripes(n, seed, side=32):
-    """Grey waves (n, 3, side, side) of one length and direction, each with a phase of its own."""
-    phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
-
-
-def trained(model, pictures, steps, rate):
-    """(model in eval mode, its losses) after plain steps of its own optimiser."""
-    optimizer, losses = model.configure_optimizers(), []
-    optimizer.param_groups[0]["lr"] = rate
-    for _ in range(steps):
-        loss = model.loss(batch(pictures))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return model.eval(), losses
 
 
 @torch.no_grad()
