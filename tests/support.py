@@ -41,19 +41,17 @@ def composed(*overrides: str, config: str = "train") -> DictConfig:
         return compose(config, overrides=list(overrides))
 
 
-def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
-    """The config of a quick run on `tiny` with timm's test network."""
-    data = [
-        "data=folder",
-        f"data.root='{root}'",
-        "data.normal_test=normal_test",
-        "data.abnormal=[square]",
-        "data.masks=masks",
-        "data.calibration=0.2",
-    ]
+def tiny_overrides(root: Path) -> list[str]:
+    """What makes a quick run on `tiny` with timm's test network."""
+    data = ["data=folder", f"data.root='{root}'", "data.normal_test=normal_test", "data.abnormal=[square]", "data.masks=masks"]
     quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
+    return [*data, "data.calibration=0.2", *quick, "batch_size=8", "save.pictures=4"]
+
+
+def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
+    """The config of a quick run on `tiny`."""
     method = next((override.removeprefix("model=") for override in overrides if override.startswith("model=")), "")
-    return composed(*data, *quick, "batch_size=8", "save.pictures=4", f"run_dir='{run_dir}'", *QUICK.get(method, []), *overrides)
+    return composed(*tiny_overrides(root), f"run_dir='{run_dir}'", *QUICK.get(method, []), *overrides)
 
 
 def images(n: int, seed: int = 0, side: int = 64) -> Tensor:

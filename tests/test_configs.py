@@ -15,7 +15,7 @@ def names(group: str) -> list[str]:
 
 
 def test_every_group_is_known():
-    known = {"data", "hydra", "logger", "model", "recipe", "store", "sweep", "trainer"}
+    known = {"data", "launch", "logger", "model", "paper", "recipe", "store", "sweep", "trainer"}
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= known
 
 

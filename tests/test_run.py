@@ -47,7 +47,18 @@ def finished(tiny, tmp_path_factory):
 
 def test_leaves_every_file(finished):
     folder, metrics = finished
-    names = {"config.yaml", "model.ckpt", "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json", "images", "logs"}
+    names = {
+        "config.yaml",
+        "model.ckpt",
+        "metrics.json",
+        "scores.csv",
+        "manifest.csv",
+        "curves.png",
+        "curves.json",
+        "record.json",
+        "images",
+        "logs",
+    }
     assert {path.name for path in folder.iterdir()} == names
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "fit_seconds", "test_seconds"} <= metrics.keys()

@@ -234,6 +234,12 @@ def device_of(name: str) -> torch.device:
         raise InputError(f"device={name}: not available here; choose auto, cpu, gpu or mps ({error})") from error
 
 
+def configs() -> Path:
+    """The folder of the yaml files: inside the package where it is installed, beside src/ in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
 def default_folder(cfg: DictConfig) -> Path:
     """results/runs/<model>/<dataset>/<category>/<seed>-<time>, with a number behind it if that exists."""
     category = str(cfg.data.get("category") or "all").replace("/", "-")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from blemish.data.samples import Sample
 from blemish.records import draw
-from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names
+from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names, simplified
 from blemish.records.record import write_csv, write_json
 from blemish.records.timing import StageTimes
 from blemish.types import NO_TRUTH, Batch, InputError, Prediction
@@ -397,6 +397,44 @@ def test_curves_are_written(tmp_path):
     file = tmp_path / "ordner ü" / "curves.png"
     assert evaluate.draw(tmp_path, file) == [file]
     assert size_of(file)[0] > 800
+
+
+def test_the_numbers_behind_the_curves_are_written(tmp_path):
+    samples, model = samples_of(40, 40, 3), Brightness()
+    evaluate = evaluated(samples, model)
+    evaluate.draw(tmp_path, tmp_path / "curves.png")
+    lines = json.loads((tmp_path / "curves.json").read_text())
+    assert {kind: list(of) for kind, of in lines.items()} == {"image": ["roc", "pr"], "pixel": ["roc", "pr", "pro"]}
+    assert all(2 <= len(line) <= 200 for of in lines.values() for line in of.values())
+    score, label, map, mask = direct(samples, model, "test")
+    known = label >= 0
+    for kind, truth, found in (("image", label[known], score[known]), ("pixel", mask[known].ravel(), map[known].ravel())):
+        x, y = np.array(lines[kind]["roc"]).T
+        assert abs(np.trapezoid(y, x) - roc_auc_score(truth, found)) < 1e-3
+    x, y = np.array(lines["pixel"]["pro"]).T
+    assert x[-1] == pytest.approx(0.3)
+    assert abs(np.trapezoid(y, x) / 0.3 - evaluate.metrics(None, None)["aupro"]) < 1e-3
+    evaluated(samples_of(3, 0, 0), model).draw(tmp_path, tmp_path / "curves.png")
+    assert json.loads((tmp_path / "curves.json").read_text())["image"] == {"roc": [], "pr": []}
+
+
+@pytest.mark.parametrize("kind", ["arc", "stairs", "walk", "flat"])
+def test_a_simplified_line_looks_the_same(kind):
+    random, x = np.random.default_rng(0), np.linspace(0, 1, 1000)
+    stairs = np.repeat(np.sort(random.random((60, 2)), axis=0), 2, axis=0).ravel()[1:-1].reshape(-1, 2)
+    walk = np.abs(np.cumsum(random.normal(size=1000)))
+    line = {"arc": np.c_[x, x**0.2], "stairs": stairs, "walk": np.c_[x, walk / walk.max()], "flat": np.c_[x, 0 * x]}[kind]
+    few = simplified(line, 200)
+    assert len(few) <= 200
+    np.testing.assert_array_equal(few[[0, -1]], line[[0, -1]])
+    assert set(map(tuple, few)) <= set(map(tuple, line))
+    # the distance of every vertex left out from the nearest side, by brute force
+    start, side = few[:-1], np.diff(few, axis=0)
+    offset = line[:, None] - start
+    along = ((offset * side).sum(-1) / (side**2).sum(-1).clip(1e-30)).clip(0, 1)
+    gap = np.linalg.norm(offset - along[..., None] * side, axis=-1).min(1)
+    assert gap.max() < (0.03 if kind == "walk" else 0.0006)
+    assert len(simplified(line, 5)) <= 5
 
 
 def test_decisions_are_counted_at_the_calibrated_threshold():

@@ -228,6 +228,14 @@ def test_a_failed_run_says_so(tmp_path):
     assert told["error"]["time"] == told["ended"]
 
 
+def test_errors_that_go_round_in_a_circle_come_to_an_end():
+    first, second = ValueError("a"), ValueError("b")
+    first.__context__, second.__cause__ = second, first
+    assert not record.stopped(first)
+    second.__cause__ = KeyboardInterrupt()
+    assert record.stopped(first)
+
+
 @pytest.mark.parametrize("how", ["directly", "told to fail", "as Lightning hands it on"])
 def test_an_interrupted_run_says_so(tmp_path, how):
     run = Record.start(tmp_path, {})

@@ -1,6 +1,8 @@
 """The callbacks of a run: scores of calibration images before, figures, rows and pictures of the test."""
 
 import contextlib
+import heapq
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,7 +18,7 @@ from torch.distributed import all_gather_object, gather_object
 
 from blemish.data.samples import Sample
 from blemish.records import draw
-from blemish.records.record import aside
+from blemish.records.record import aside, write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
 from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
@@ -24,6 +26,7 @@ from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, Batch, Prediction
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
+CURVE_POINTS = 200  # of each curve in curves.json, at most
 ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds that the truth was looked at for
 
 
@@ -112,7 +115,7 @@ class Evaluate(Callback):
         self.kept: dict[str, Picture] = {}
         self.calibration = torch.empty(0, 2)
         self.level: float | None = None  # a method's own threshold of its maps
-        self.computed = None
+        self.computed = self.lines = None
 
     def on_test_start(self, trainer, module) -> None:
         self._begin([sample for sample in trainer.datamodule.samples if sample.split == "test"])
@@ -248,6 +251,12 @@ class Evaluate(Callback):
             self.computed = self.image.compute(), self.pixel.compute(), self.pixel.bounds()
         return self.computed
 
+    def curves(self) -> dict[str, dict[str, np.ndarray]]:
+        """{"image": {"roc", "pr"}, "pixel": {"roc", "pr", "pro"}} of vertices (K, 2), computed once; K = 0 where there is no curve."""
+        if self.lines is None:
+            self.lines = {"image": self.image.curves(), "pixel": self.pixel.curves()}
+        return self.lines
+
     def calibration_facts(self) -> dict:
         """What a record says of the threshold."""
         threshold = self.threshold
@@ -277,7 +286,10 @@ class Evaluate(Callback):
         return float(min(marks)), float(max(marks))
 
     def draw(self, folder: str | Path, curves: str | Path | None) -> list[Path]:
-        """Write a strip per kept image into `folder` and the curves to the file `curves`, and say which files there are now."""
+        """Write a strip per kept image into `folder` and the curves to the file `curves`, and say which pictures there are now.
+
+        Beside `curves` the same name with .json holds its lines as `curves` gives them, at most CURVE_POINTS points each.
+        """
         scale, value = self.scale, self.threshold.value
         contour = self.contour if scale else None
         files = []
@@ -293,11 +305,46 @@ class Evaluate(Callback):
                 draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(temporary, compress_level=1)
         if curves and self.seen:
             score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
-            figure = draw.curves(self.image.curves(), self.pixel.curves(), self.metrics(None, None), score, label, value)
+            lines = self.curves()
+            figure = draw.curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, value)
             files.append(Path(curves))
             with aside(curves) as temporary:
                 figure.savefig(temporary)
+            thinned = {
+                kind: {name: simplified(line, CURVE_POINTS).round(6).tolist() for name, line in of.items()} for kind, of in lines.items()
+            }
+            write_text(Path(curves).with_suffix(".json"), json.dumps(thinned) + "\n")
         return files
+
+
+def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.ndarray:
+    """At most `most` of the vertices (K, 2) of a line, its ends among them, from which the others are as near as can be.
+
+    The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973).
+    """
+    if len(line) <= 2:
+        return line
+    extent = np.ptp(line, axis=0)
+    unit = line / np.where(extent > 0, extent, 1)
+
+    def worst(first: int, last: int) -> tuple[float, int, int, int]:
+        offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
+        if len(offset) == 0:
+            return 0.0, first, first, last
+        along = (offset @ chord / max(chord @ chord, 1e-30)).clip(0, 1)
+        distance = np.hypot(*(offset - along[:, None] * chord).T)
+        index = int(distance.argmax())
+        return -float(distance[index]), first, first + 1 + index, last
+
+    kept, gaps = {0, len(line) - 1}, [worst(0, len(line) - 1)]
+    while gaps and len(kept) < most:
+        distance, first, middle, last = heapq.heappop(gaps)
+        if -distance <= tolerance:
+            break
+        kept.add(middle)
+        heapq.heappush(gaps, worst(first, middle))
+        heapq.heappush(gaps, worst(middle, last))
+    return line[sorted(kept)]
 
 
 def bytes_of(image: Tensor) -> np.ndarray:

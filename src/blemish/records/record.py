@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CHOOSE = "choose another folder with run_dir=PATH"
 STATE = "last.ckpt"  # of a training that is not finished
-FILES = ("config.yaml", "model.ckpt", STATE, "metrics.json", "scores.csv", "manifest.csv", "curves.png", "record.json")
+FILES = ("config.yaml", "model.ckpt", STATE, "metrics.json", "scores.csv", "manifest.csv", "curves.png", "curves.json", "record.json")
 LOCK = ".lock"
 FINISHED = "finished"
 # what a record holds beside its status, times, error, command and environment; None until noted
@@ -360,11 +360,21 @@ def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | None = None) -> None:
+    """Tell in a run's record how it ended, for a process that could not do so itself."""
+    known = read_record(run_dir) or Record(run_dir, {}).content
+    error = {"type": status, "message": message, "time": now()}
+    known |= {"status": status, "ended": now(), "wall_seconds": seconds, "error": error, "peak_memory_mb": None}
+    write_json(Path(run_dir) / "record.json", known)
+
+
 def stopped(error: BaseException | None) -> bool:
     """Whether an error is an interruption, or came of one: Lightning turns Ctrl-C into SystemExit, OmegaConf into errors of its own."""
-    while error is not None:
+    seen = set()  # an error that is raised again from what it caused closes a circle
+    while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt | SIGTERMException):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
