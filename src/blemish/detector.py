@@ -171,13 +171,22 @@ class TrainedDetector(Detector):
         self.conclude(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        for batch in self.trainer.train_dataloader:
+        # every process looks at all images, so that all come to the same
+        shared = self.trainer.world_size > 1
+        for batch in self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader:
             yield self.trainer.strategy.batch_to_device(batch)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.loss(batch)
         self.watch(loss, batch)
-        return loss
+        return loss * self.share(batch)
+
+    def share(self, batch: Batch) -> float:
+        """What a process's loss counts in the mean over all processes, so that this is the mean over all images of the batch."""
+        if not self._trainer or self.trainer.world_size == 1:
+            return 1.0
+        count = torch.tensor(float(len(batch.image)), device=self.device)
+        return float(count * self.trainer.world_size / self.trainer.strategy.reduce(count.clone(), reduce_op="sum"))
 
     def watch(self, loss: Tensor, batch: Batch) -> None:
         """Log a step's loss; InputError unless it is finite."""
@@ -186,7 +195,8 @@ class TrainedDetector(Detector):
                 f"the loss is {float(loss.detach())} in epoch {self.current_epoch}, step {self.trainer.fit_loop.total_batch_idx}; choose a "
                 "smaller model.learning_rate, trainer.gradient_clip_val=1, or trainer.precision=32-true if it is another"
             )
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch.image), on_step=False, on_epoch=True)
+        shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("loss", loss.detach(), batch_size=len(batch.image), **shown)
 
 
 class Bank(Metric):

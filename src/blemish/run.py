@@ -1,6 +1,7 @@
 """One run from a composed config to a folder with its record, and the way back: the only file that knows Hydra's config."""
 
 import contextlib
+import ctypes
 import logging
 import sys
 import time
@@ -81,6 +82,7 @@ def train(cfg: DictConfig) -> dict:
         data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, calibrate, evaluate, *states(cfg, model, folder)])
+        data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
         data = stored(cfg, data, model, trainer, times)
@@ -135,6 +137,7 @@ def test(cfg: DictConfig) -> dict:
         times, _, evaluate = observers(saved)
         saved.logger = None
         trainer = trainer_of(saved, [times, evaluate])
+        data.process, data.processes = trainer.global_rank, trainer.world_size
         save_config(saved, folder)
         record.note(facts(saved, data, model))
         data = stored(saved, data, model, trainer, times)
@@ -369,10 +372,26 @@ def states(cfg: DictConfig, model: Detector, folder: Path) -> list[ModelCheckpoi
 def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     """Lightning's trainer without validation and sanity checks; the fitted model is saved once, by `save_checkpoint`."""
     seed_everything(cfg.seed, workers=True, verbose=False)
+    keep_pages()
     logger = build(cfg.logger) if cfg.get("logger") and cfg.logger.get("_target_") else False
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     fixed = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": checkpoints, "enable_model_summary": False}
+    fixed["use_distributed_sampler"] = False  # it repeats images to make shares of one size; the data module deals them out itself
+    if cfg.trainer.get("sync_batchnorm") and device_of({"auto": "auto", "gpu": "gpu"}.get(cfg.trainer.accelerator, "cpu")).type != "cuda":
+        fixed["sync_batchnorm"] = False  # torch has it for CUDA alone
     return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
+
+
+def keep_pages() -> None:
+    """Let glibc keep the memory that torch frees; elsewhere nothing happens.
+
+    It would give the pages of every large tensor back at once, to have them cleared and mapped again a moment later: on a CPU that can
+    be as much time as the arithmetic of a training.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors up to 1 GiB come from the heap
+        libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: of which at most 512 MiB stay unused at the end
 
 
 def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, times: StageTimes) -> ImageData | StoredData:
@@ -554,6 +573,7 @@ def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         raise
 
 
+@rank_zero_only
 def report(metrics: dict, folder: str) -> None:
     """The table a person wants to see at the end of a run, and where the rest is."""
     console = Console(soft_wrap=True)

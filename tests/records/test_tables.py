@@ -1,11 +1,33 @@
 """Tables hold what runs recorded, pooled over seeds, and nothing else."""
 
 import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from support import tiny_run
+import yaml
+from support import CONFIGS, tiny_run
 
-from blemish.records.tables import collect, pooled, spread, write
+from blemish.records.tables import (
+    FIGURES,
+    Grid,
+    by_category,
+    by_run,
+    collect,
+    in_latex,
+    in_markdown,
+    latex,
+    markdown,
+    pooled,
+    signed,
+    spread,
+    write,
+)
 from blemish.run import train
 from blemish.types import InputError
 
@@ -17,6 +39,40 @@ def runs(tiny, tmp_path_factory):
     (folder / "failed").mkdir()
     (folder / "failed" / "record.json").write_text('{"status": "failed"}')
     return folder, metrics
+
+
+def recorded(folder: Path, method: str, category: str, seed: int, value: float, **facts) -> None:
+    """A folder as a run of these facts leaves it, without one."""
+    folder.mkdir(parents=True)
+    setting = {"method": method, "dataset": "mvtec", "category": category, "seed": seed, "unit": "image", "backbone": "resnet18"}
+    setting |= {"weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper", "manifest_digest": "d", "started": f"{seed}"}
+    machine = {"cpu": "Tester 3000", "cores_usable": 4, "packages": {"torch": "9.9"}, "git": None, "gpus": []}
+    record = {"status": "finished", **setting, "peak_memory_mb": {"host": 100 + seed, "gpu": None}, "environment": machine, **facts}
+    (folder / "record.json").write_text(json.dumps(record))
+    metrics = {**dict.fromkeys(FIGURES, value), "fit_seconds": 10 * seed, "test_seconds": 5}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    config = {"backbone": "resnet18", "weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper"}
+    (folder / "config.yaml").write_text(yaml.dump(config))
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Two methods: padim on two categories with two seeds, spade on one with one; and four runs that must not count."""
+    values = {
+        ("padim", "a|b", 0): 0.9,
+        ("padim", "a|b", 1): 0.8,
+        ("padim", "wood", 0): 0.7,
+        ("padim", "wood", 1): 0.7,
+        ("spade", "wood", 0): 0.75,
+    }
+    for (method, category, seed), value in values.items():
+        recorded(tmp_path / f"{method}-{category[0]}-{seed}", method, category, seed, value)
+    recorded(tmp_path / "failed", "spade", "a|b", 0, 0.99, status="failed")
+    recorded(tmp_path / "running", "spade", "a|b", 1, 0.99, status="running")
+    recorded(tmp_path / "torn", "spade", "a|b", 2, 0.99)
+    (tmp_path / "torn" / "metrics.json").write_text('{"image_auroc": 0.9')
+    recorded(tmp_path / "padim-a-0" / "retest", "spade", "a|b", 3, 0.99)
+    return tmp_path
 
 
 def test_one_row_per_run_and_one_per_setting(runs):
@@ -50,7 +106,135 @@ def test_nothing_measured_is_an_error(tmp_path):
         collect(tmp_path)
 
 
+def test_only_finished_runs_count(several, caplog):
+    assert len(collect(several)) == 5
+    assert "torn: left out" in caplog.text
+    assert "0.99" not in markdown(by_category(collect(several), "image_auroc")[0], bold=True)
+
+
+def test_matrix_of_methods_and_categories(several):
+    (grid,) = by_category(collect(several), "aupro")
+    assert grid.columns[5:8] == ["a|b", "wood", "mean (categories)"]
+    assert [row[0] for row in grid.rows] == ["padim", "spade"]
+    per_seed = np.array([[0.9, 0.7], [0.8, 0.7]]).mean(axis=1)
+    deviation = np.std([0.9, 0.8], ddof=1)
+    assert grid.rows[0][5:8] == [f"0.850 ± {deviation:.3f}", "0.700 ± 0.000", f"{per_seed.mean():.3f} ± {per_seed.std(ddof=1):.3f} (2)"]
+    assert grid.rows[1][5:8] == ["–", "0.750", "0.750 (1)"]
+    assert grid.rows[0][8:] == ["5", "5", "100"]  # medians of the cost over seeds and categories
+    assert grid.best == {(1, 6)}  # alone in a|b, and spade's mean is over fewer categories
+    assert "Tester 3000, 4 cores, torch 9.9" in grid.notes[0]
+    text = markdown(grid, bold=True)
+    assert "| a\\|b |" in text
+    assert "**0.750**" in text
+    assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {12}
+
+
+def test_a_category_without_a_seed_is_said(several):
+    shutil.rmtree(several / "padim-w-1")
+    (grid,) = by_category(collect(several), "aupro")
+    assert grid.rows[0][4:8] == ["0,1 (not everywhere)", f"0.850 ± {np.std([0.9, 0.8], ddof=1):.3f}", "0.700", "0.800 (2)"]
+
+
+def test_published_figures_stand_below_with_the_difference(several, tmp_path):
+    table = {
+        "variant": "v_1",
+        "dataset": "MVTec AD",
+        "data": "mvtec",
+        "metric": "image_auroc",
+        "origin": "paper",
+        "own": True,
+        "source": "Table 1",
+    }
+    table |= {"backbone": "resnet18", "setting": {"backbone": "resnet18", "crop": None}, "per_category": {"wood": 0.72}, "mean": 0.72}
+    (several / "paper").mkdir()
+    (several / "paper" / "padim.yaml").write_text(yaml.dump({"paper": "padim", "name": "PaDiM", "method": "padim", "tables": [table]}))
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", tmp_path / "m.tex", "category", "image_auroc", several / "paper")
+    text = (tmp_path / "m.md").read_text()
+    assert "| published [1] | resnet18 | – | – | – | – | 0.720 | 0.720 (1) |" in text
+    assert "| difference | – | – | – | – | – | −0.020 | −0.020 (1) |" in text
+    assert "[1] PaDiM, v_1, Table 1 (paper). Ours: crop 224 for None." in text
+    with (tmp_path / "m.csv").open() as file:
+        found = [(row["method"], row["category"], row["paper"], row["paper_differs"]) for row in csv.DictReader(file)]
+    assert ("padim", "wood", "0.72", "crop 224 for None") in found
+    assert ("spade", "wood", "", "") in found
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "image_auroc", several / "paper")
+    assert "| 0.720 [1] | −0.020 |" in (tmp_path / "m.md").read_text()
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "aupro", several / "paper")
+    assert "[1]" not in (tmp_path / "m.md").read_text()
+
+
+def test_tool(several, tmp_path):
+    tool = CONFIGS.parent / "tools" / "table.py"
+    options = [f"runs={several}", "output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper"]
+    done = subprocess.run([sys.executable, tool, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *said, last = done.stdout.splitlines()
+    assert last == "5 runs: m.csv, m.md, m.tex"
+    assert "torn: left out" in said[0]
+    page = (tmp_path / "m.md").read_text()
+    assert "| published [1] | resnet18 | 256 -> crop 224 | – | – | – | 0.903 |" in page  # R18-Rd100, wood
+    assert "PaDiM, R18-Rd100, Defard et al. 2020" in page
+    assert r"\textbf{0.750}" in (tmp_path / "m.tex").read_text()
+
+
+def test_wrong_choices_name_the_right_ones(several, tmp_path):
+    with pytest.raises(InputError, match="by=method: expected one of run, category"):
+        write(several, tmp_path / "m.csv", None, by="method")
+    with pytest.raises(InputError, match="metric=auroc: expected one of image_auroc"):
+        write(several, tmp_path / "m.csv", None, metric="auroc")
+
+
+def test_by_run_marks_the_best_on_the_same_data(several):
+    grid = by_run(collect(several), "image_auroc")
+    assert grid.best == {(2, column) for column in range(6, 12)}  # spade on wood, where padim is as well
+    assert "**" not in markdown(grid, bold=False)
+
+
+NASTY = "[a&b] 50% $x$ #1 _u_ {c} ~t ^h \\n <i> |p| ± → – −"
+
+
+def test_latex_is_escaped_and_whole():
+    grid = Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
+    text = latex(grid)
+    for name in ("table", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
+    assert r"\begin{tabular}{lr}" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert r"\textbf{2}" in text
+    assert r"note \& more" in text
+    assert "[1] second" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [1, 1, 1]
+    bare = in_latex(NASTY)
+    for sign in "&%$#_{}":
+        assert f"\\{sign}" in bare
+    # nothing that LaTeX reads as a command is left but what was put there
+    assert not re.search(r"(?<!\\)[%#_&]", bare)
+    assert bare.isascii()
+    assert not set("<>|") & set(bare)
+    depth = np.cumsum([{"{": 1, "}": -1}.get(sign, 0) for sign in re.sub(r"\\[{}]", "", text)])
+    assert depth.min() >= 0
+    assert depth[-1] == 0
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
+def test_latex_compiles(several, tmp_path):
+    grid = by_category(collect(several), "aupro")[0]._replace(title=NASTY)
+    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + latex(grid) + "\\end{document}\n"
+    (tmp_path / "t.tex").write_text(page)
+    subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_markdown_cells_stay_in_their_column():
+    assert in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
+    assert in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
+
+
 def test_spread():
     assert spread([0.5]) == "0.500"
     assert spread([0.4, 0.6]) == "0.500 ± 0.141"
     assert spread([0.4, None]) == "–"
+    assert spread([]) == "–"
+
+
+def test_signed():
+    assert [signed(value) for value in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "+0.000"]

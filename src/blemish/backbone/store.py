@@ -284,14 +284,14 @@ class StoredData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.loader("test")
 
-    def loader(self, split: str, shuffle: bool = False) -> DataLoader:
+    def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
         """As the data module's, with stored maps, stored images or both in its batches."""
         samples = [sample for sample in self.samples if sample.split == split]
         bring_maps, bring_images = self.reads(split)
         maps = self.maps if bring_maps else []
         images = self.images if bring_images else None
         if not (maps or images) or not self.useful:
-            return self.data.loader(split, shuffle)
+            return self.data.loader(split, shuffle, dealt)
         try:
             self.fill(samples, maps, images)
         except (NoRoom, OSError) as error:
@@ -299,10 +299,10 @@ class StoredData(LightningDataModule):
             self.useful = False
             for shelf in (*maps, images) if images else maps:
                 shelf.pending.clear()
-            return self.data.loader(split, shuffle)
+            return self.data.loader(split, shuffle, dealt)
         rows = self.data.images(samples)
         stored = Stored(rows, [shelf.found for shelf in maps], images and images.found, bring_images, self.side)
-        return self.data.batches(stored, shuffle, as_it_is, 0)  # reading pages takes no processes
+        return self.data.batches(stored, shuffle, as_it_is, 0, dealt)  # reading pages takes no processes
 
     def fill(self, samples: list[Sample], maps: list[Shelf], images: Shelf | None) -> None:
         """Compute and write what is not there of `samples`; NoRoom or OSError if it cannot be written."""
@@ -319,7 +319,7 @@ class StoredData(LightningDataModule):
         # processes that fill the same store go through it in different orders and leave out what another has done
         order = torch.randperm(len(missing), generator=torch.Generator().manual_seed(os.getpid()))
         todo = [by_name[missing[i]] for i in order]
-        batches = self.data.batches(self.data.images(todo), False, collate, self.data.workers if todo else 0)
+        batches = self.data.batches(self.data.images(todo), False, collate, self.data.workers if todo else 0, dealt=False)
         bar = track(batches, "storing maps", console=Console(stderr=True), disable=not self.progress or not todo)
         for count, batch in enumerate(self._timed(bar)):
             chosen = todo[count * self.data.batch_size :][: len(batch.image)]

@@ -84,6 +84,7 @@ class ImageData(LightningDataModule):
         self.skipped: dict[str, str] = {}
         self.digest = ""
         self._by_key: dict[str, Sample] = {}
+        self.process, self.processes = 0, 1  # the number of this process, and how many share the batches
 
     def scan(self) -> list[Sample]:
         """Every sample found under self.folder(), paths relative to self.root; splits "train", "test" or "unlabelled"."""
@@ -204,9 +205,12 @@ class ImageData(LightningDataModule):
         """The manifest row behind an entry of Batch.path; KeyError if there is none."""
         return self._by_key[key]
 
-    def loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        """Batches of one split in the manifest's order, or in an order drawn anew each epoch from the seed."""
-        return self.batches(self.images([s for s in self.samples if s.split == split]), shuffle, collate, self.workers)
+    def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
+        """Batches of one split in the manifest's order, or in an order drawn anew each epoch from the seed.
+
+        `dealt`: this process's share of them, where there are several, instead of all.
+        """
+        return self.batches(self.images([s for s in self.samples if s.split == split]), shuffle, collate, self.workers, dealt)
 
     def images(self, samples: list[Sample]) -> "Images":
         """The samples, decoded when asked for."""
@@ -216,12 +220,18 @@ class ImageData(LightningDataModule):
         """The image (3, h, w) behind an entry of Batch.path."""
         return self.images([self.sample(key)])[0][0]
 
-    def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int) -> DataLoader:
-        """A loader of a data set in the order and the batches of this module."""
+    def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int, dealt: bool = True) -> DataLoader:
+        """A loader of a data set in the order and the batches of this module; batch_size is that of all processes together."""
+        sampler: Sampler = Shuffled(len(dataset), self.seed) if shuffle else SequentialSampler(dataset)
+        order = {"sampler": sampler, "batch_size": self.batch_size}
+        if dealt and self.processes > 1 and shuffle:
+            order = {"batch_sampler": Dealt(sampler, self.batch_size, self.process, self.processes)}
+        elif dealt and self.processes > 1:
+            order["sampler"] = range(self.process, len(dataset), self.processes)
+            order["batch_size"] = max(1, self.batch_size // self.processes)
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=Shuffled(len(dataset), self.seed) if shuffle else SequentialSampler(dataset),
+            **order,
             generator=torch.Generator().manual_seed(self.seed),  # or each epoch would draw from the global stream
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -282,6 +292,30 @@ class Shuffled(Sampler):
         order = torch.randperm(self.count, generator=stream(self.seed, self.epoch))
         self.epoch += 1
         return iter(order.tolist())
+
+
+class Dealt(Sampler):
+    """One process's share of every batch, so that all processes together see the batches that one alone would see, each image once.
+
+    A last batch of fewer images than processes joins the one before. InputError if there are fewer images than processes.
+    """
+
+    def __init__(self, sampler: Shuffled, batch_size: int, process: int, processes: int):
+        if len(sampler) < processes or batch_size < processes:
+            found = f"{len(sampler)} images in batches of {batch_size} for {processes} processes"
+            raise InputError(f"trainer.devices: {found}; expected an image of every batch for each")
+        self.sampler, self.process, self.processes = sampler, process, processes
+        self.starts = list(range(0, len(sampler), batch_size))  # of the batches of all processes
+        if len(sampler) - self.starts[-1] < processes:
+            self.starts.pop()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start, end in zip(self.starts, [*self.starts[1:], len(order)], strict=True):
+            yield order[start:end][self.process :: self.processes]
 
 
 class Images(Dataset):

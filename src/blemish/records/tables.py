@@ -1,20 +1,41 @@
 """Tables made from what runs recorded: never a number that no run has measured."""
 
 import json
+import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import yaml
 from rich.table import Table
 
+from blemish.records.paper import Figure, published, read
 from blemish.records.record import FINISHED, read_record, write_csv, write_text
 from blemish.types import InputError
+
+log = logging.getLogger(__name__)
 
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
 SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
+PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
+PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
+COST_NAMES = ["fit s", "test s", "MB"]
+LAYOUTS = ("run", "category")
+
+
+class Grid(NamedTuple):
+    """A table as text, whatever it is written in."""
+
+    title: str
+    columns: list[str]
+    words: int  # columns at the left that hold words; the others hold numbers
+    rows: list[list[str]]
+    best: set[tuple[int, int]]  # cells (row, column) to be marked
+    notes: list[str]
 
 
 def summary(metrics: Mapping) -> Table:
@@ -32,80 +53,336 @@ def summary(metrics: Mapping) -> Table:
 
 
 def collect(folder: str | Path) -> list[dict]:
-    """One dict with the keys RUN per finished run below `folder`, sorted; InputError if there is none."""
-    rows = []
-    for path in sorted(Path(folder).rglob("record.json")):
-        record = read_record(path.parent)
-        if not record or record["status"] != FINISHED or path.parent.name == "retest":
-            continue
-        metrics = json.loads((path.parent / "metrics.json").read_text(encoding="utf-8"))
-        machine, git = record["environment"], record["environment"]["git"] or {}
-        rows.append(
-            {
-                **{name: record.get(name) for name in (*SETTING, "seed")},  # earlier versions recorded less
-                **{name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")},
-                "peak_memory_mb": record["peak_memory_mb"]["host"],
-                "cpu": machine["cpu"],
-                "cores": machine["cores_usable"],
-                "torch": machine["packages"]["torch"],
-                "git": git.get("commit", "")[:12] + ("+" if git.get("dirty") else ""),
-                "manifest_digest": record["manifest_digest"],
-                "started": record["started"],
-            }
-        )
+    """One dict with the keys RUN, `gpu` and `folder` per finished run below `folder`, sorted; InputError if there is none."""
+    rows = [row for path in sorted(Path(folder).rglob("record.json")) if path.parent.name != "retest" and (row := row_of(path.parent))]
     if not rows:
         raise InputError(f"runs={folder}: no finished run below this folder; expected the run folders that tools/train.py leaves")
     return sorted(rows, key=lambda row: [str(row[name]) for name in (*SETTING, "seed", "started")])
 
 
-def pooled(rows: Iterable[Mapping]) -> list[dict]:
+def row_of(folder: Path) -> dict | None:
+    """What a run's folder says of it, None for one that is not finished or whose metrics cannot be read."""
+    record = read_record(folder)
+    if not record or record["status"] != FINISHED:
+        return None
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        figures = {name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: left out, its metrics.json cannot be read (%s: %s)", folder, type(error).__name__, error)
+        return None
+    machine, git, memory = record["environment"], record["environment"]["git"] or {}, record["peak_memory_mb"]
+    return {
+        **{name: record.get(name) for name in (*SETTING, "seed")},  # earlier versions recorded less
+        **figures,
+        "peak_memory_mb": memory["host"],
+        "cpu": machine["cpu"],
+        "cores": machine["cores_usable"],
+        "torch": machine["packages"]["torch"],
+        "git": git.get("commit", "")[:12] + ("+" if git.get("dirty") else ""),
+        "manifest_digest": record["manifest_digest"],
+        "started": record["started"],
+        "gpu": ", ".join(machine["gpus"]) if memory.get("gpu") else None,
+        "folder": folder,
+    }
+
+
+def config_of(folder: Path) -> dict:
+    """The resolved config of a run as plain values; {} where it cannot be read."""
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def pooled(rows: Iterable[Mapping], setting: Sequence[str] = SETTING) -> list[dict]:
     """Runs that differ in the seed alone as one row: {figure: values}; of two runs of one seed the later counts."""
     groups: dict[tuple, dict] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in SETTING), {})[row["seed"]] = row
+        groups.setdefault(tuple(row[name] for name in setting), {})[row["seed"]] = row
     return [
-        {**dict(zip(SETTING, setting, strict=True)), "seeds": sorted(by_seed), "runs": list(by_seed.values())}
-        for setting, by_seed in groups.items()
+        {**dict(zip(setting, values, strict=True)), "seeds": sorted(by_seed), "runs": list(by_seed.values())}
+        for values, by_seed in groups.items()
     ]
 
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Mean, and behind ± the standard deviation over the seeds when there are several."""
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return "–"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def markdown(rows: Iterable[Mapping]) -> str:
-    """The pooled runs as a Markdown table, and a line on where they were measured."""
-    figures = [name.replace("_", " ") for name in FIGURES]
-    columns = ["method", "data", "backbone", "px", "protocol", "seeds", *figures, "fit s", "test s", "MB"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * 6 + " ---: |" * (len(columns) - 6)]
-    rows = list(rows)
-    for group in pooled(rows):
-        runs = group["runs"]
-        data = " ".join(str(part) for part in (group["dataset"], group["category"]) if part) + (" tiles" if group["unit"] == "tile" else "")
-        size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
-        backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
-        seeds = ",".join(str(seed) for seed in group["seeds"])
-        epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
-        cells = [", ".join(filter(None, (group["method"], group["variant"], epochs))), data, backbone, size, group["protocol"], seeds]
-        cells += [spread([run[name] for run in runs]) for name in FIGURES]
-        cells += ["–" if runs[0][name] is None else f"{statistics.median(run[name] for run in runs):.0f}" for name in COSTS]
-        lines.append("| " + " | ".join(cells) + " |")
-    machines = sorted({f"{row['cpu']}, {row['cores']} cores, torch {row['torch']}" for row in rows})
-    costs = "Seconds and peak memory: medians over the seeds, of the whole process."
-    return "\n".join(lines) + f"\n\nMeasured on {'; '.join(machines)}. {costs}\n"
+def signed(value: float) -> str:
+    """A difference with its sign, a minus as long as the plus."""
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
 
 
-def write(folder: str | Path, output: str | Path, readme: str | Path | None) -> int:
-    """Write every run below `folder` to `output` (.csv) and their table between the markers of `readme`; returns how many runs."""
-    rows = collect(folder)
-    write_csv(output, RUN, [[row[name] for name in RUN] for row in rows])
+def figure_of(tables: Sequence[Mapping], group: Mapping, metric: str) -> Figure | None:
+    """The published figure beside a row of runs, by the config of the last of them."""
+    run = {**{name: group[name] for name in ("method", "dataset", "category")}, "config": config_of(group["runs"][-1]["folder"])}
+    return published(tables, run, metric)
+
+
+def label(group: Mapping) -> list[str]:
+    """Method, backbone, size and protocol of a row, as a reader wants them."""
+    epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
+    method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
+    backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
+    return [method, backbone, f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else ""), str(group["protocol"])]
+
+
+def costs(runs: Sequence[Mapping]) -> list[str]:
+    """The median of each of COSTS, a dash where a run has none."""
+    return ["–" if any(r[name] is None for r in runs) else f"{statistics.median(r[name] for r in runs):.0f}" for name in COSTS]
+
+
+def machines(rows: Iterable[Mapping]) -> str:
+    """On what runs were measured, in one sentence."""
+    found = sorted({", ".join(filter(None, (f"{r['cpu']}, {r['cores']} cores", r.get("gpu"), f"torch {r['torch']}"))) for r in rows})
+    return f"Measured on {'; '.join(found)}."
+
+
+def place(group: Mapping) -> str:
+    """The data of a row in words."""
+    return " ".join(str(part) for part in (group["dataset"], group["category"]) if part) + (" tiles" if group["unit"] == "tile" else "")
+
+
+def by_run(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ()) -> Grid:
+    """A row per setting and category with all figures; with published tables the figure of `metric`, our difference, and its setting."""
+    groups, at = pooled(rows), FIGURES.index(metric)
+    columns = ["method", "data", "backbone", "px", "protocol", "seeds", *(name.replace("_", " ") for name in FIGURES), *COST_NAMES]
+    lines, notes = [], []
+    for group in groups:
+        (method, *rest), runs = label(group), group["runs"]
+        lines.append([method, place(group), *rest, ",".join(str(seed) for seed in group["seeds"])])
+        lines[-1] += [spread([run[name] for run in runs]) for name in FIGURES] + costs(runs)
+    best = marked(groups, lines, range(6, 6 + len(FIGURES)))
+    if tables:
+        columns += [f"published {columns[6 + at]}", "difference"]
+        for group, line in zip(groups, lines, strict=True):
+            line += beside(group, metric, figure_of(tables, group, metric), notes)
+    return Grid(
+        "", columns, 6, lines, best, [f"{machines(rows)} Seconds and peak memory: medians over the seeds, of the whole process.", *notes]
+    )
+
+
+def beside(group: Mapping, metric: str, figure: Figure | None, notes: list[str]) -> list[str]:
+    """A published figure and our difference from it; what it is and in what its setting differs becomes a note with a number."""
+    ours = [run[metric] for run in group["runs"]]
+    if figure is None or None in ours:
+        return ["–", "–"]
+    text = explained(figure)
+    if text not in notes:
+        notes.append(text)
+    return [f"{figure.value:.3f} [{notes.index(text) + 1}]", signed(statistics.mean(ours) - figure.value)]
+
+
+def explained(figure: Figure) -> str:
+    """Which table a published figure stands in, and what the run beside it has otherwise."""
+    differs = "; ".join(figure.differs) or "the same setting"
+    return f"{figure.table['name']}, {figure.table['variant']}, {figure.table['source']} ({figure.table['origin']}). Ours: {differs}."
+
+
+def marked(groups: Sequence[Mapping], lines: Sequence[Sequence[str]], columns: Iterable[int]) -> set[tuple[int, int]]:
+    """The best cells of each column among the rows on the same data, ties as printed; none where a row stands alone."""
+    best = set()
+    for column in columns:
+        for data in {place(group) for group in groups}:
+            among = [i for i, group in enumerate(groups) if place(group) == data and lines[i][column] != "–"]
+            shown = {i: float(lines[i][column].split(" ")[0]) for i in among}
+            best |= {(i, column) for i in among if len(among) > 1 and shown[i] == max(shown.values())}
+    return best
+
+
+def by_category(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ()) -> list[Grid]:
+    """For each data set a matrix, methods × categories, of one metric; with published tables their rows and our differences below ours.
+
+    The mean of a row is over the categories it has, whose number stands behind it; the best mean is marked among rows that have all.
+    """
+    grids = []
+    for dataset, unit in sorted({(row["dataset"], row["unit"] or "image") for row in rows}):
+        part = [row for row in rows if (row["dataset"], row["unit"] or "image") == (dataset, unit) and row[metric] is not None]
+        if part:
+            grids.append(matrix(part, f"{metric.replace('_', ' ')}, {dataset}{' tiles' * (unit == 'tile')}", metric, tables))
+    if not grids:
+        raise InputError(f"metric={metric}: no run has it; expected one of {', '.join(FIGURES)} that the runs' methods and data give")
+    return grids
+
+
+def matrix(rows: Sequence[Mapping], title: str, metric: str, tables: Sequence[Mapping]) -> Grid:
+    how = [name for name in SETTING if name not in PLACE]
+    categories = sorted({row["category"] for row in rows}, key=str)
+    columns = ["method", "backbone", "px", "protocol", "seeds", *(str(c or "all") for c in categories), "mean (categories)", *COST_NAMES]
+    lines, ours, notes = [], [], []
+    for key in dict.fromkeys(tuple(row[name] for name in how) for row in rows):
+        mine = [row for row in rows if tuple(row[name] for name in how) == key]
+        groups = {group["category"]: group for group in pooled(mine)}
+        values = {c: [run[metric] for run in group["runs"]] for c, group in groups.items()}
+        seeds = {tuple(group["seeds"]) for group in groups.values()}
+        shown = ",".join(str(seed) for seed in sorted(set().union(*seeds))) + " (not everywhere)" * (len(seeds) > 1)
+        ours.append(len(lines))
+        lines.append([*label(mine[0]), shown, *(spread(values.get(c, [])) for c in categories)])
+        lines[-1] += [
+            f"{spread(averages(groups, metric))} ({len(groups)})",
+            *costs([run for group in groups.values() for run in group["runs"]]),
+        ]
+        figures = {c: figure_of(tables, group, metric) for c, group in groups.items()} if tables else {}
+        lines += published_lines(figures, values, categories, notes)
+    best = set()
+    for column in range(5, 6 + len(categories)):
+        among = [i for i in ours if lines[i][column] != "–" and (column < 5 + len(categories) or "–" not in lines[i][5:column])]
+        shown = {i: float(lines[i][column].split(" ")[0]) for i in among}
+        best |= {(i, column) for i in among if len(among) > 1 and shown[i] == max(shown.values())}
+    legend = f"{machines(rows)} Seconds and peak memory: medians over categories and seeds, of the whole process."
+    return Grid(title, columns, 5, lines, best, [legend, *notes])
+
+
+def averages(groups: Mapping[str, Mapping], metric: str) -> list[float]:
+    """The mean over the categories for each seed that all of them have, or of their means where they share none."""
+    shared = set.intersection(*(set(group["seeds"]) for group in groups.values()))
+    if not shared:
+        return [statistics.mean(statistics.mean(run[metric] for run in group["runs"]) for group in groups.values())]
+    return [
+        statistics.mean(next(run[metric] for run in g["runs"] if run["seed"] == seed) for g in groups.values()) for seed in sorted(shared)
+    ]
+
+
+def published_lines(figures: Mapping, values: Mapping, categories: Sequence[str | None], notes: list[str]) -> list[list[str]]:
+    """A row for every table that the figures stand in, and one of our differences from them; none without any figure."""
+    lines, gaps = [], ["–"] * len(categories)
+    texts = dict.fromkeys(explained(figure) for figure in figures.values() if figure)
+    for text in texts:
+        here = {c: figure for c, figure in figures.items() if figure and explained(figure) == text}
+        table = next(iter(here.values())).table
+        if text not in notes:
+            notes.append(text)
+        words = [f"published [{notes.index(text) + 1}]", str(table.get("backbone", "–")), str(table.get("image_size", "–")), "–", "–"]
+        lines.append(
+            words + [f"{here[c].value:.3f}" if c in here else "–" for c in categories] + [mean_of([f.value for f in here.values()])]
+        )
+        lines[-1] += ["–"] * len(COSTS)
+        for i, c in enumerate(categories):
+            gaps[i] = signed(statistics.mean(values[c]) - here[c].value) if c in here else gaps[i]
+    if lines:
+        mean = statistics.mean(statistics.mean(values[c]) - figure.value for c, figure in figures.items() if figure)
+        count = sum(figure is not None for figure in figures.values())
+        lines.append(["difference", "–", "–", "–", "–", *gaps, f"{signed(mean)} ({count})", *["–"] * len(COSTS)])
+    return lines
+
+
+def mean_of(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({len(values)})"
+
+
+def markdown(grid: Grid, bold: bool) -> str:
+    """A grid as a Markdown table with its notes; numbered ones as the cells cite them."""
+    lines = [f"**{in_markdown(grid.title)}**\n"] if grid.title else []
+    lines.append("| " + " | ".join(in_markdown(name) for name in grid.columns) + " |")
+    lines.append("|" + " --- |" * grid.words + " ---: |" * (len(grid.columns) - grid.words))
+    for i, row in enumerate(grid.rows):
+        cells = [in_markdown(cell) for cell in row]
+        lines.append("| " + " | ".join(f"**{cell}**" if bold and (i, j) in grid.best else cell for j, cell in enumerate(cells)) + " |")
+    return "\n".join(lines) + "\n\n" + "".join(f"{note}\n\n" for note in noted(grid, in_markdown))[:-1]
+
+
+def noted(grid: Grid, written) -> list[str]:
+    """The notes, all but the first with their numbers."""
+    return [written(note) if i == 0 else f"[{i}] {written(note)}" for i, note in enumerate(grid.notes)]
+
+
+def in_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line of a table."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join("\\" + sign if sign in "\\`*|" else sign for sign in text)
+
+
+TEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: "\\" + sign for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # at the start of a row it would be an option of the line break
+    "]": "{]}",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "≤": r"$\le$",
+}
+
+
+def in_latex(text: str) -> str:
+    """Text that LaTeX sets as it is."""
+    return "".join(TEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def latex(grid: Grid) -> str:
+    """A grid as a table environment that needs the packages booktabs and graphicx; the best in bold, the notes below."""
+    form = "l" * grid.words + "r" * (len(grid.columns) - grid.words)
+    lines = [r"\begin{table}", r"  \centering"]
+    lines += [rf"  \caption{{{in_latex(grid.title)}}}"] if grid.title else []
+    lines += [r"  \resizebox{\linewidth}{!}{%", rf"  \begin{{tabular}}{{{form}}}", r"    \toprule"]
+    lines += ["    " + " & ".join(in_latex(name) for name in grid.columns) + r" \\", r"    \midrule"]
+    for i, row in enumerate(grid.rows):
+        cells = [rf"\textbf{{{in_latex(cell)}}}" if (i, j) in grid.best else in_latex(cell) for j, cell in enumerate(row)]
+        lines.append("    " + " & ".join(cells) + r" \\")
+    lines += [r"    \bottomrule", r"  \end{tabular}}", r"  \par\footnotesize"]
+    lines += [f"  {note}\\par" for note in noted(grid, in_latex)]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def grids_of(rows: Sequence[Mapping], by: str, metric: str, tables: Sequence[Mapping]) -> list[Grid]:
+    """The runs in one of LAYOUTS; InputError for another, or a metric that is none of FIGURES."""
+    for key, value, choices in (("by", by, LAYOUTS), ("metric", metric, FIGURES)):
+        if value not in choices:
+            raise InputError(f"{key}={value}: expected one of {', '.join(choices)}")
+    return by_category(rows, metric, tables) if by == "category" else [by_run(rows, metric, tables)]
+
+
+def write(
+    folder: str | Path,
+    output: str | Path,
+    readme: str | Path | None,
+    page: str | Path | None = None,
+    tex: str | Path | None = None,
+    by: str = "run",
+    metric: str = "image_auroc",
+    papers: str | Path | None = None,
+) -> int:
+    """Write every run below `folder` to `output` (.csv) and their table between the markers of `readme`; returns how many runs.
+
+    page, tex: the table as a file of Markdown, of LaTeX. by: one of LAYOUTS. metric: the one of a matrix, and the one that is set beside
+    published figures where `papers`, the folder of the published tables, is given; the CSV then has the columns PAPER as well.
+    """
+    rows, tables = collect(folder), read(papers) if papers else []
+    grids = grids_of(rows, by, metric, tables)
+    more = [paper_columns(row, tables, metric) for row in rows] if tables else [()] * len(rows)
+    write_csv(
+        output, RUN + (PAPER if tables else ()), [[*(row[name] for name in RUN), *cells] for row, cells in zip(rows, more, strict=True)]
+    )
+    text = "\n".join(markdown(grid, bold=by == "category") for grid in grids)
     if readme:
-        between(readme, "runs", markdown(rows))
+        between(readme, "runs", text)
+    if page:
+        write_text(page, text)
+    if tex:
+        write_text(tex, "\n".join(latex(grid) for grid in grids))
     return len(rows)
+
+
+def paper_columns(row: Mapping, tables: Sequence[Mapping], metric: str) -> list:
+    """The columns PAPER of one run."""
+    figure = figure_of(tables, {**row, "runs": [row]}, metric)
+    if figure is None or row[metric] is None:
+        return [None] * len(PAPER)
+    name = f"{figure.table['paper']}: {figure.table['variant']} ({figure.table['origin']})"
+    return [figure.value, row[metric] - figure.value, name, "; ".join(figure.differs)]
 
 
 def between(page: str | Path, name: str, text: str) -> None:

@@ -1,0 +1,72 @@
+"""trainer=ddp as a user starts it: two processes give what one gives."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import CONFIGS, tiny_overrides, tiny_run
+
+from blemish.data.module import Dealt, Shuffled
+from blemish.run import train
+from blemish.types import InputError
+
+# one of each base: nothing to fit, one pass, and training, here without randomness of its own; 24 images, of which 6 are held out
+METHODS = {
+    "noise_residual": ["model.neighbors=4", "model.scales=1"],
+    "padim": [],
+    "autoencoder": ["trainer.max_epochs=2", "model.learning_rate=0.001", "batch_size=9"],
+}
+
+
+def scores(folder: Path) -> dict[str, tuple[float, ...]]:
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {row["path"]: (float(row["score"]), float(row["threshold"]), float(row["p_value"])) for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
+    options = [f"model={name}", *METHODS[name]]
+    train(tiny_run(tiny, tmp_path / "one", *options))
+    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
+    place = tmp_path / "two processes"
+    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options, *more, f"run_dir='{place}'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder") == 1
+    one, two = scores(tmp_path / "one"), scores(place)
+    assert list(one) == list(two)
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=2e-4)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "one", place)]
+    for figure in ("image_auroc", "pixel_auroc", "aupro", "images", "image_false_alarm_rate"):
+        assert metrics[0][figure] == pytest.approx(metrics[1][figure], abs=2e-3), figure
+    assert {path.name for path in place.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.parametrize(("count", "size", "processes"), [(10, 4, 2), (9, 4, 2), (9, 4, 3), (4, 4, 4), (101, 8, 3)])
+def test_every_image_goes_to_one_process(count, size, processes):
+    samplers = [Shuffled(count, 5) for _ in range(processes)]
+    shares = [list(Dealt(sampler, size, i, processes)) for i, sampler in enumerate(samplers)]
+    assert len({len(share) for share in shares}) == 1, "processes wait for each other at every batch"
+    together = [sorted(index for share in shares for index in share[b]) for b in range(len(shares[0]))]
+    assert sorted(index for batch in together for index in batch) == list(range(count))
+    alone = list(Shuffled(count, 5))
+    whole = [sorted(alone[i : i + size]) for i in range(0, count, size)]
+    rest = count % size or size
+    assert together == (whole if rest >= processes else [*whole[:-2], sorted(whole[-2] + whole[-1])])
+    assert [list(share) for share in shares] != [list(Dealt(sampler, size, i, processes)) for i, sampler in enumerate(samplers)], (
+        "epochs differ"
+    )
+
+
+def test_too_many_processes():
+    with pytest.raises(InputError, match=r"trainer\.devices: 3 images in batches of 8 for 4 processes"):
+        Dealt(Shuffled(3, 0), 8, 0, 4)
