@@ -144,10 +144,17 @@ def test_everything_can_be_switched_off(tiny, tmp_path):
 def test_loggers(logger, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    extra = ["logger.offline=true"] if logger == "wandb" else []
+    extra = ["logger.offline=true", "sweep.name=cells-of-one-sweep"] if logger == "wandb" else []
     train(tiny_run(tiny, tmp_path / "run", f"logger={logger}", *extra))
     written = [path.name for path in (tmp_path / "run").rglob("*")]
     assert any(name.startswith("events.out") if logger == "tensorboard" else name.endswith(".wandb") for name in written)
+    if logger == "wandb":
+        (log,) = (tmp_path / "run").rglob("*.wandb")
+        assert b"cells-of-one-sweep" in log.read_bytes()
+        assert b"image_auroc" in log.read_bytes()
+        kinds = [path.name.partition("_")[0] for path in (tmp_path / "run").rglob("media/images/*.png")]
+        assert kinds.count("curves") == 1
+        assert kinds.count("images") == 4
 
 
 def test_a_finished_run_is_not_overwritten(finished, tiny):
