@@ -210,6 +210,22 @@ def test_a_strangers_config_calls_nothing_else(place, finished, tmp_path):
         load(tmp_path)
 
 
+def test_a_path_below_our_modules_may_lead_out_of_them_again(finished, tmp_path):
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    for target in (
+        "blemish.methods.noise_residual.torch.load",
+        "blemish.data.module.os.system",
+        "lightning.pytorch.loggers.csv_logs.os.system",
+    ):
+        place = "model" if "methods" in target else "data" if "data" in target else "logger"
+        OmegaConf.update(config, place, {"_target_": target}, force_add=True)
+        OmegaConf.save(config, tmp_path / "config.yaml")
+        (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes())
+        with pytest.raises(InputError, match=target):
+            load(tmp_path)
+        config = OmegaConf.load(finished[0] / "config.yaml")
+
+
 def test_tools_say_what_is_wrong_in_one_message(tmp_path):
     done = tool("train", "model=padim", "data=mvtec", f"data.root={tmp_path / 'none'}", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 2

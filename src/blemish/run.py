@@ -3,11 +3,13 @@
 import contextlib
 import ctypes
 import logging
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,8 @@ from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
-# a run's config may come from a stranger: it chooses among these and calls nothing else
-ALLOWED = {
-    "model": "blemish.methods.",
-    "data": "blemish.data.",
-    "trainer": "lightning.pytorch.Trainer",
-    "logger": "lightning.pytorch.loggers.",
-}
+# a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
+GROUPS = ("model", "data", "trainer", "logger")
 
 
 def train(cfg: DictConfig) -> dict:
@@ -213,9 +210,18 @@ def read_config(run: Path) -> DictConfig:
     except Exception as error:
         raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
     for place, name in targets(OmegaConf.to_container(cfg)):
-        if not name.startswith(ALLOWED.get(place, "-")):
-            raise InputError(f"{config}: {place}._target_={name}; a run's config may call {ALLOWED} and nothing else")
+        if name not in known_targets(place):
+            choices = ", ".join(known_targets(place)) or "nothing"
+            raise InputError(f"{config}: {place}._target_={name}; a run's config may call there {choices}")
     return cfg
+
+
+@cache
+def known_targets(place: str) -> list[str]:
+    """What the files of a config group call."""
+    files = sorted((configs() / place).glob("*.yaml")) if place in GROUPS else []
+    found = [re.findall(r"^\s*_target_: *(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE) for file in files]
+    return sorted({name for names in found for name in names} - {"null"})
 
 
 def targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -212,7 +212,12 @@ def enter(command: list[str], overrides: list[str], log: str, threads: int | Non
     os.dup2(file, 1)
     os.dup2(file, 2)
     threading.Thread(target=follow, daemon=True).start()
-    sys.argv = [*command, *overrides]
+
+    def single(cfg: DictConfig) -> None:
+        sys.argv = [*command, *overrides]  # what the record tells, and what further processes of a training are started as
+        report(guarded(train, cfg), cfg.run_dir)
+
+    sys.argv = [command[0], *overrides]
     with threadpool_limits(threads):
         hydra.main(config_path=str(configs()), config_name="train", version_base="1.3")(single)()
 
@@ -221,10 +226,6 @@ def follow() -> None:
     """End with the process that started this one, however that ended."""
     wait([multiprocessing.parent_process().sentinel])
     os.killpg(0, signal.SIGTERM)
-
-
-def single(cfg: DictConfig) -> None:
-    report(guarded(train, cfg), cfg.run_dir)
 
 
 def stop(process: multiprocessing.Process) -> None:

@@ -1,0 +1,356 @@
+"""`AnomalyDetector`: training, test and prediction from Python, with neither config nor run folder."""
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from scipy import ndimage
+
+from blemish.backbone.weights import BUNDLED
+from blemish.compose import DictConfig, composed, names, plain
+from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
+from blemish.data.images import UINT16, prepare, to_unit, unplace
+from blemish.deploy.predict import Found, images_at, output_names, write
+from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.methods.noise_residual import NoiseResidual
+from blemish.records.evaluate import Calibrate
+from blemish.records.record import aside
+from blemish.run import build, device_of, expected_warnings, load, module_of, trainer_of
+from blemish.scoring.calibration import Threshold, conformal_threshold, exact, p_values
+from blemish.types import InputError
+
+log = logging.getLogger(__name__)
+
+SETTINGS = ("backbone", "weights", "image_size", "crop", "batch_size", "workers", "seed", "alpha")  # as train.yaml has them
+OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
+FORMAT = "blemish detector 1"
+WHOLE = ("dfkde", "dfkdm", "dfm", "lake")  # methods with a density of images, not of their patches
+
+
+class Result(NamedTuple):
+    """What is said of one image, in its own pixels."""
+
+    score: float  # larger is more anomalous
+    p_value: float | None  # share of held-out normal images that score at least as high; None without any
+    decision: bool | None  # anomalous? True for at most a share alpha of normal images; None without a threshold
+    map: np.ndarray | None  # (H, W) float32; None for a method that judges whole images
+    boxes: list[tuple[int, int, int, int]]  # (x, y, w, h) of what is above the map's threshold, the most anomalous first
+    path: Path | None = None  # of a file
+
+
+class AnomalyDetector:
+    """A method by its name, with the settings of its recipe but for `options`; see docs/python.md.
+
+    Options are backbone, weights, image_size, crop, batch_size, workers, seed, alpha (bound on false alarms), recipe (False: the paper's
+    settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep images), device, progress,
+    and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken, which need no network.
+    Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
+    InputError for an option, a value or an image that cannot be used.
+    """
+
+    def __init__(self, method: str = "self_similarity", **options: Any):
+        self._begin(configured(method, options), options.get("device", "auto"))
+        if "epochs" in options and not isinstance(self.model, TrainedDetector):
+            raise InputError(f"epochs={options['epochs']}: {method} looks at every image once, or not at all; leave epochs out")
+
+    def _begin(self, cfg: DictConfig, device: str, weights: str | None = None) -> None:
+        self.cfg, self.device, self.low = cfg, device_of(device), None
+        self.model = self._built(weights).eval().to(self.device)
+        self.ready = not isinstance(self.model, OnePassDetector | TrainedDetector)
+
+    def _built(self, weights: str | None = None):
+        part = plain(self.cfg)["model"]
+        if weights and "weights" in part:
+            part["weights"] = weights
+        return build(part, _recursive_=False)
+
+    @property
+    def method(self) -> str:
+        return module_of(self.cfg.model)
+
+    @property
+    def threshold(self) -> Threshold:
+        """Of scores, from the held-out normal images; its `explain()` says what it promises."""
+        return conformal_threshold(self.model.calibration[:, 0].cpu(), self.cfg.alpha)
+
+    @property
+    def map_threshold(self) -> float | None:
+        """Of maps: the method's own, else from the largest map values of the held-out normal images; None without any."""
+        if isinstance(self.model, NoiseResidual):
+            return -math.log10(self.model.epsilon)
+        own = getattr(self.model, "map_threshold", None)
+        return conformal_threshold(self.model.calibration[:, 1].cpu(), self.cfg.alpha).value if own is None else own
+
+    def train(self, train: Any, val: Any = None) -> "AnomalyDetector":
+        """Fit to normal images, anew each time, with thresholds from those in `val`, else from a share of `train`; returns itself."""
+        normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
+        model = self._built()
+        fits = isinstance(model, OnePassDetector | TrainedDetector)
+        data = given(self.cfg, normal, held_out) if fits else given(self.cfg, [], normal + held_out)
+        if self.method in WHOLE and data.count("train") < 2:
+            raise InputError(
+                f"train: {self.method} compares whole images and takes 2 at least; found {len(normal)}, of which {data.count('calibrate')} "
+                "held out for the threshold"
+            )
+        data.check("calibrate")
+        calibrate, lowest = Calibrate(), Lowest()
+        with expected_warnings(), quiet(), isolate_rng():
+            trainer = trainer_of(self.cfg, [calibrate, lowest])
+            if hasattr(model, "set_threshold") and data.count("calibrate"):
+                model.validation = 0.0  # its threshold will come from these images
+            if fits:
+                trainer.fit(model, datamodule=data)
+            if data.count("calibrate"):
+                trainer.predict(model, dataloaders=data.calibrate_dataloader(), return_predictions=False)
+                model.calibration = calibrate.values
+                if calibrate.maps:
+                    model.set_threshold(calibrate.maps)
+        self.model, self.ready, self.low = model.eval().to(self.device), True, lowest.value
+        log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
+        return self
+
+    def predict(self, images: Any) -> Result | list[Result]:
+        """The Result of one file or array; of a folder (its paths sorted, at any depth), a batch or a list their list."""
+        found, several = gather(images)
+        results = [self._result(one) for one in self._found(found)]
+        return results if several else results[0]
+
+    def test(self, folder: str | Path, output: str | Path) -> list[Result]:
+        """Write `<name>_overlay.png`, `_mask.png`, `_map.png` (16 bit) of every image of a folder, or of one file, and scores.csv.
+
+        Pictures need a map and masks a threshold. The results come without their maps, which may be more than the memory holds.
+        """
+        folder, output = Path(folder).expanduser(), Path(output).expanduser()
+        paths = [path for path in images_at(folder) if not path.resolve().is_relative_to(output.resolve())]
+        if not paths:
+            raise InputError(f"output={output}: holds all images of {folder}; choose another folder")
+        results = []
+
+        def noted() -> Iterator[Found]:
+            for found in self._found(paths):
+                results.append(self._result(found)._replace(map=None))
+                yield found
+
+        names = output_names(paths, folder.parent if folder.is_file() else folder)
+        write(noted(), names, output, self.model.calibration, self.cfg.alpha, self._scale(), self.map_threshold)
+        return results
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file with all weights and settings, whole or absent."""
+        self._check_ready("save")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        facts = {"method": self.method, "options": options_of(self.cfg), "low": self.low}
+        metadata = {"format": FORMAT, "version": version("blemish"), "detector": json.dumps(facts)}
+        path = Path(path).expanduser()
+        try:
+            with aside(path) as temporary:
+                save_file(state, temporary, metadata)
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be written ({error}); choose another place") from error
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> "AnomalyDetector":
+        """What `save` wrote, or the detector of a run's folder; no code of either is run. InputError for anything else."""
+        path = Path(path).expanduser()
+        try:
+            facts, state = contents(path)
+            detector = cls.__new__(cls)
+            detector._begin(configured(facts["method"], {**facts["options"], "recipe": False}), device, weights="checkpoint")
+            detector.model.load_state_dict(state)
+            detector.model.eval().to(detector.device)  # loading may have made layers
+            detector.ready, detector.low = True, None if facts["low"] is None else float(facts["low"])
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except Exception as error:
+            raise InputError(f"{path}: not whole, or not from AnomalyDetector.save ({type(error).__name__}: {error})") from error
+        return detector
+
+    def _check_ready(self, what: str) -> None:
+        if not self.ready:
+            raise InputError(f"{what}: {self.method} has not seen normal images yet; call train(...) first, or AnomalyDetector.load(path)")
+
+    def _scale(self) -> tuple[float, float] | None:
+        """Map values at the ends of the overlays' colours, with the threshold in their middle; None leaves it to each image."""
+        low = 0.0 if isinstance(self.model, NoiseResidual) else self.low
+        return None if low is None or self.map_threshold is None else (low, 2 * self.map_threshold - low)
+
+    @torch.inference_mode()
+    def _found(self, images: Sequence[Image]) -> Iterator[Found]:
+        """What the method says of images, read a batch at a time."""
+        self._check_ready("predict")
+        size, crop, window = self.cfg.image_size, self.cfg.crop, window_in(self.cfg)
+        step = self.cfg.batch_size if size else 1  # images of their own sizes do not stack
+        for begin in range(0, len(images), step):
+            chosen = images[begin : begin + step]
+            arrays = [array_of(image, window) for image in chosen]
+            score, map = self.model(torch.stack([prepare(array, window, size, crop) for array in arrays]).to(self.device))
+            for i, (image, array) in enumerate(zip(chosen, arrays, strict=True)):
+                own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], size, crop)  # (H, W)
+                shown = (to_unit(array, window) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
+                yield Found(image if isinstance(image, Path) else None, shown, float(score[i]), own)
+
+    def _result(self, found: Found) -> Result:
+        value, level = self.threshold.value, self.map_threshold
+        p = decision = None
+        if value is not None:
+            p = float(p_values(torch.tensor([found.score]), self.model.calibration[:, 0].cpu()))
+            decision = found.score > value
+        elif isinstance(self.model, NoiseResidual):
+            decision = found.score > level
+        map = None if found.map is None else found.map.numpy()
+        return Result(found.score, p, decision, map, [] if map is None or level is None else boxes_of(map, level), found.path)
+
+
+class Lowest(Callback):
+    """The median of the smallest map values of the images of `trainer.predict`, None without any."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, index: int, loader: int = 0) -> None:
+        self.values += [] if outputs.map is None else outputs.map.amin((1, 2)).tolist()
+
+    @property
+    def value(self) -> float | None:
+        return float(np.median(self.values)) if self.values else None
+
+
+def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
+    """The config of a method, from its recipe or with recipe=False the paper's, changed by the options; InputError for unknown ones."""
+    if method not in names("model"):
+        raise InputError(f"method={method!r}: {near(method, names('model'))}")
+    recipe = options.get("recipe", True)
+    bundled = "backbone" not in options and "weights" not in options
+    chosen = method if recipe and method in names("recipe") else "bundled" if bundled else None
+    cfg = composed(f"model={method}", "logger=none", "data=folder", *([f"recipe={chosen}"] if chosen else []))
+    own = [name for name in cfg.model if name not in ("_target_", *SETTINGS)]
+    for name in options:
+        if name not in (*SETTINGS, *OTHERS, *own):
+            raise InputError(f"{name}: no option of {method}; {near(name, [*SETTINGS, *OTHERS, *own])}")
+    values = {name: vetted(name, value) for name, value in options.items()}
+    if "backbone" in values and "weights" not in values:
+        values["weights"] = "bundled" if values["backbone"] in BUNDLED else "pretrained"
+    if method == "noise_residual":
+        cfg.image_size, cfg.batch_size = None, 1  # what is to be trained needs one size; here every image is judged by itself
+    for name, value in values.items():
+        if name in SETTINGS:
+            cfg[name] = value
+        elif name in own:
+            cfg.model[name] = value
+    cfg.data.root, cfg.data.window = ".", {dtype: list(ends) for dtype, ends in window_of(values.get("value_range")).items()}
+    cfg.data.calibration = values.get("calibration", cfg.data.calibration)
+    cfg.trainer.max_epochs = values.get("epochs", cfg.trainer.max_epochs)
+    cfg.trainer.enable_progress_bar = bool(values.get("progress", True))
+    device = device_of(values.get("device", "auto"))
+    cfg.trainer.accelerator = {"cuda": "gpu"}.get(device.type, device.type)
+    cfg.trainer.devices = 1 if device.index is None or device.type == "cpu" else [device.index]
+    if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
+        raise InputError(f"epochs={cfg.trainer.max_epochs}: expected 1 or more")
+    try:
+        exact(cfg.alpha)
+        given(cfg, [], [])
+    except TypeError as error:
+        raise InputError(
+            f"{', '.join(f'{name}={values[name]}' for name in values)}: a text where a number is expected ({error})"
+        ) from error
+    return cfg
+
+
+def options_of(cfg: DictConfig) -> dict[str, Any]:
+    """Every option of a detector with its value, so that `configured` gives its config again."""
+    values = plain(cfg)
+    window = values["data"]["window"]
+    more = {"epochs": values["trainer"]["max_epochs"], "calibration": values["data"]["calibration"]}
+    own = {name: value for name, value in values["model"].items() if name not in ("_target_", *SETTINGS)}
+    return {name: values[name] for name in SETTINGS} | more | {"value_range": window if isinstance(window, dict) else None} | own
+
+
+def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Method, options and state dict of a saved detector or a run's folder."""
+    if path.is_dir():
+        cfg, model = load(path, "cpu")
+        return {"method": module_of(cfg.model), "options": options_of(cfg), "low": None}, model.state_dict()
+    if not path.is_file():
+        raise InputError("no such file; expected what AnomalyDetector.save wrote, or the folder of a run")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"its format is {metadata.get('format')!r}; expected {FORMAT!r}, as AnomalyDetector.save writes it")
+        return json.loads(metadata["detector"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+
+
+def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
+    window = cfg.data.window if hasattr(cfg.data.window, "items") else {}  # a run on bytes alone has none
+    return {"uint16": UINT16, "float32": UNIT} | {dtype: tuple(ends) for dtype, ends in window.items()}
+
+
+def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image]) -> Given:
+    """The data module of a detector's config; InputError for a setting that no data can be read by."""
+    return Given(train, val, cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg))
+
+
+def gather(images: Any) -> tuple[list[Image], bool]:
+    """The images of a file, a folder, an array, a batch or a list of these, and whether there may be several; InputError for none."""
+    if isinstance(images, str | os.PathLike):
+        return images_at(images), Path(images).expanduser().is_dir()
+    if not isinstance(images, list | tuple):
+        return images_of(images)
+    if not images:
+        raise InputError("an empty list; expected at least one image")
+    return [image for one in images for image in gather(one)[0]], True
+
+
+def vetted(name: str, value: Any) -> Any:
+    """An option's value as a config holds it; InputError for what could be more than a value."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [vetted(name, item) for item in value]
+    if isinstance(value, Mapping) and not any(str(key).startswith("_") for key in value):
+        # JSON has made text of numbers
+        return {int(key) if str(key).isdigit() else vetted(name, key): vetted(name, item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value):
+        return value
+    raise InputError(f"{name}={value!r}: expected a number, a text, None, or a list or dict of these")
+
+
+def near(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), allowed, 1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {', '.join(allowed)}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's notes on devices and its advertisements are left out."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def boxes_of(map: np.ndarray, level: float) -> list[tuple[int, int, int, int]]:
+    """(x, y, w, h) of every part of a map (H, W) above a level, corners connect, the part with the largest value first."""
+    label, count = ndimage.label(map > level, structure=np.ones((3, 3)))
+    if not count:
+        return []
+    peaks = ndimage.maximum(map, label, range(1, count + 1))
+    places = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in ndimage.find_objects(label)]
+    return [places[i] for i in np.argsort(-peaks, kind="stable")]

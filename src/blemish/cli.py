@@ -1,0 +1,169 @@
+"""The command `blemish`: every tool under one name, from any folder, with the configs of the installed package."""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+# a tool imports what it needs when it is called: help and errors of the command need no torch
+
+
+class Command(NamedTuple):
+    """What a name of the command line stands for."""
+
+    line: str  # of help
+    config: str  # the yaml in configs/ that its overrides are of
+    work: Callable[[Any], Any]  # what is done with the composed config
+    needs: str = "blemish.run"  # the module without which there is no such command
+    actions: tuple[str, ...] = ()  # what its first word may be, which is then action=<word>
+
+
+def train(cfg: Any) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from blemish import run, sweep
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.cell(cfg)
+    return run.report(run.guarded(run.train, cfg), cfg.run_dir)
+
+
+def test(cfg: Any) -> None:
+    from blemish import run
+
+    run.report(run.guarded(run.test, cfg), cfg.output or f"{cfg.run}/retest")
+
+
+def predict(cfg: Any) -> None:
+    from blemish import run
+
+    say(f"{run.guarded(run.predict, cfg)} images scored: {cfg.output}/scores.csv")
+
+
+def data(cfg: Any) -> None:
+    from blemish import run
+    from blemish.data import check, synthetic
+
+    def work(cfg: Any) -> None:
+        images = run.build(cfg.data)
+        if cfg.action == "check":
+            sys.exit(check.report(images, cfg.output or "manifest.csv"))
+        images.setup()
+        say(f"{synthetic.write(images, cfg.output or 'synthetic', cfg.share, cfg.seed)} images drawn on: {cfg.output or 'synthetic'}")
+
+    run.guarded(work, cfg)
+
+
+def table(cfg: Any) -> None:
+    from blemish import run
+    from blemish.records.tables import write
+
+    def work(c: Any) -> int:
+        return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published)
+
+    files = filter(None, (cfg.output, cfg.readme, cfg.markdown, cfg.latex))
+    say(f"{run.guarded(work, cfg)} runs: {', '.join(files)}")
+
+
+def report(cfg: Any) -> None:
+    from blemish import run
+    from blemish.records.report import write
+
+    say(f"{run.guarded(lambda c: write(c.runs, c.output, c.max_mb, c.images, c.picture_px), cfg)} runs: {cfg.output}")
+
+
+def reproduce(cfg: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from blemish import compose, run
+    from blemish.records import reproduce
+
+    name, typed = HydraConfig.get().runtime.choices.paper, HydraConfig.get().overrides.task
+    if not name:
+        refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
+
+    def work(c: Any) -> Any:
+        return reproduce.reproduce(c, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=run.train)
+
+    sys.exit(run.guarded(work, cfg))
+
+
+COMMANDS = {
+    "train": Command("fit, test and record one detector, with -m several: blemish train model=padim data=mvtec", "train", train),
+    "test": Command("load a run and test it again: blemish test run=results/runs/…", "test", test),
+    "predict": Command("score images with a run: blemish predict run=results/runs/… input=FILE|FOLDER output=FOLDER", "predict", predict),
+    "data": Command(
+        "look at a data set, or draw defects on one: blemish data check|synthesize data=mvtec data.root=FOLDER",
+        "data",
+        data,
+        "blemish.data.check",
+        ("check", "synthesize"),
+    ),
+    "table": Command("collect finished runs into a table: blemish table runs=results/runs", "table", table, "blemish.records.tables"),
+    "report": Command("show runs on one page: blemish report runs=results/runs", "report", report, "blemish.records.report"),
+    "reproduce": Command(
+        "run a paper's own protocol and compare with its tables: blemish reproduce paper=padim categories=[screw]",
+        "reproduce",
+        reproduce,
+        "blemish.records.reproduce",
+    ),
+}
+
+
+def available() -> dict[str, Command]:
+    return {name: command for name, command in COMMANDS.items() if find_spec(command.needs)}
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def usage() -> str:
+    lines = [f"  {name:10}{command.line}" for name, command in available().items()]
+    return "\n".join(["usage: blemish COMMAND [KEY=VALUE …]", "", *lines, "", "blemish COMMAND --help lists the keys of a command."])
+
+
+def refuse(problem: str) -> None:
+    sys.stderr.write(f"error: {problem}\n")
+    sys.exit(2)
+
+
+def main() -> None:
+    """`sys.argv` is the command, its name and Hydra's overrides."""
+    name, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
+    if name in ("-h", "--help"):
+        return say(usage())
+    if name == "--version":
+        return say(f"blemish {version('blemish')}")
+    if name not in available():
+        refuse(f"{name}: no command of blemish; choose {', '.join(available())}")
+    command = COMMANDS[name]
+    if command.actions and not set(rest) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
+        if not rest or rest[0] not in command.actions:
+            refuse(f"blemish {name}: found {rest[0] if rest else 'nothing'}; choose {' or '.join(command.actions)}, before all KEY=VALUE")
+        rest = [f"action={rest[0]}", *rest[1:]]
+    return call(name, command, rest)
+
+
+def call(name: str, command: Command, overrides: list[str]) -> None:
+    """Let Hydra read the overrides and do the command's work with the config that it composes, once for each job of a sweep."""
+    import hydra
+
+    from blemish.run import configs
+    from blemish.sweep import launch
+
+    whole = list(sys.argv)
+
+    def task(cfg: Any) -> Any:
+        sys.argv = whole  # a record tells how it was called, and further processes of a training are called so too
+        return command.work(cfg)
+
+    task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
+    main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
+    sys.argv = [whole[0], *overrides]
+    if name == "train":
+        launch(main, whole[:2])
+    else:
+        main()

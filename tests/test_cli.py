@@ -1,0 +1,111 @@
+"""The command `blemish`, in this process: its words, its exits, and that each stands for the tool of its name."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from support import CONFIGS, tiny_overrides
+
+from blemish import cli
+from blemish.data.samples import read_manifest
+
+
+@pytest.fixture
+def blemish(tmp_path, monkeypatch, capsys):
+    """The command with these arguments: (exit status, what it printed, what it complained of)."""
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/blemish", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            status = done.code or 0
+        return status, *capsys.readouterr()
+
+    yield run
+    HydraConfig.instance().cfg = None  # its help leaves one behind, and each job its way of logging
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_help_has_a_line_for_every_command(blemish):
+    status, out, _ = blemish("--help")
+    assert status == 0
+    assert blemish("-h")[1] == blemish()[1] == out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name:10}{command.line}\n" in out
+        assert len(f"  {name:10}{command.line}") <= 120
+
+
+def test_every_tool_is_a_command():
+    tools = {path.stem for path in (CONFIGS.parent / "tools").glob("*.py")}
+    assert tools == set(cli.available())
+    assert all((CONFIGS / f"{command.config}.yaml").is_file() for command in cli.COMMANDS.values())
+
+
+def test_a_command_whose_module_is_not_there_is_none(blemish, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "later", cli.COMMANDS["table"]._replace(needs="blemish.later"))
+    assert "later" not in blemish("--help")[1]
+    status, _, err = blemish("later")
+    assert status == 2
+    assert err.startswith("error: later: no command of blemish; choose train, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "trian: no command of blemish; choose train, test"),
+        (["data"], "found nothing; choose check or synthesize"),
+        (["data", "data=folder"], "found data=folder; choose check or synthesize"),
+        (["data", "check", "data=folder", "data.root=nowhere"], "nowhere: no such folder"),
+        (["test", "run=nowhere"], "run=nowhere: no config.yaml there"),
+        (["predict", "input=nowhere"], "nowhere: no such file"),
+        (["train", "data=folder", "data.root=nowhere", "trainer=cpu", "logger=none"], "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
+    status, _, err = blemish(*arguments)
+    assert status == 2
+    assert says in err
+
+
+@pytest.mark.parametrize("name", ["train", "data"])
+def test_a_commands_help_is_hydras(blemish, name):
+    status, out, _ = blemish(name, "--help")
+    assert status == 0
+    assert out.startswith(f"blemish {name} is powered by Hydra.")
+    assert "data: folder, gdxray, mtd, mvtec, textures" in out
+
+
+def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
+    assert blemish("data", "check", *tiny_overrides(tiny)[:5])[0] == 0
+    assert len(read_manifest(tmp_path / "manifest.csv")) == 36
+    status, out, _ = blemish("train", "model=padim", *tiny_overrides(tiny), "run_dir=runs/one")
+    assert status == 0
+    assert "run folder: runs/one" in out
+    record = json.loads(Path("runs/one/record.json").read_text())
+    assert record["command"].startswith("/somewhere/blemish train model=padim ")
+    assert blemish("test", "run=runs/one", "device=cpu")[0] == 0
+    assert Path("runs/one/retest/metrics.json").is_file()
+    assert (
+        "6 images scored: out/scores.csv" in blemish("predict", "run=runs/one", f"input={tiny / 'square'}", "output=out", "device=cpu")[1]
+    )
+    assert "runs: table.csv" in blemish("table", "runs=runs", "output=table.csv")[1]
+    assert "runs: runs/report.html" in blemish("report", "runs=runs")[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.csv", "runs", "out", "table.csv"}  # nothing of Hydra's own
+
+
+@pytest.mark.slow
+def test_a_sweep_is_the_tools_sweep(blemish, tiny, monkeypatch):
+    monkeypatch.setenv("BLEMISH_COMMAND", "")  # is as before afterwards
+    status, _, err = blemish("train", "-m", "model=padim", "seed=1", *tiny_overrides(tiny), "sweep.name=one")
+    assert status == 0, err
+    assert "1 cells, 1 finished" in err
+    assert len(list(Path("results/runs/sweeps/one").glob("*/metrics.json"))) == 1
