@@ -1,9 +1,9 @@
 """Seconds and memory of an epoch of every trained method: python benchmarks/trained.py [METHOD…]
 
-On 90 training images of screw at 256 px, batch as in the method's recipe: an epoch is what a longer fit takes more, for each epoch, than one of one epoch, each
-fit in a process of its own, and scoring is the test of 38 normal images. Methods with a frozen teacher alone are measured with a filled
-store too. Processor time, of all threads, hardly depends on what else the machine does. Writes results/performance/trained.json, where the
-rows of methods that are not named stay, and docs/performance.md.
+On 90 training images of screw at 256 px, batch as in the method's recipe: an epoch is what each further epoch adds to a fit of one, each fit
+in a process of its own, and scoring is the test of 38 normal images. Methods with a frozen teacher alone are measured with a filled store
+too. Processor time, of all threads, hardly depends on what else the machine does. Writes results/performance/trained.json, where the rows
+of methods that are not named stay, and docs/performance.md.
 """
 
 import json
@@ -73,10 +73,8 @@ def measure(method: str, manifest: Path, scratch: Path) -> dict:
             row |= {name: None, f"{name}, CPU": None}
             continue
         options = [*options, f"data.manifest='{manifest}'"]
-        many = LONGER.get(method, 3)
-        one, more = (
-            once(method, epochs, options, scratch / f"{method.replace(', ', '-')}-{len(options)}-{epochs}") for epochs in (1, many)
-        )
+        many, name_of_run = LONGER.get(method, 3), f"{method.replace(', ', '-')}-{len(options)}"
+        one, more = (once(method, epochs, options, scratch / f"{name_of_run}-{epochs}") for epochs in (1, many))
         row |= {name: (more["wall"] - one["wall"]) / (many - 1), f"{name}, CPU": (more["cpu"] - one["cpu"]) / (many - 1)}
         if name == "epoch":
             row |= {"score": one["test"], "MB": max(one["MB"], more["MB"])}
