@@ -155,7 +155,8 @@ def pooling_root(channels: tuple[int, ...], embed_dim: int) -> Tensor:
 def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int) -> Tensor:
     """The factor (B,) of eq. 7 for patches x (B, D) at `distance` (B,) from their nearest bank rows `index` (B,).
 
-    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, itself among them: smallest where the bank is dense, near 1 where it is sparse.
+    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, itself among them: smallest
+    where the bank is dense, near 1 where it is sparse.
     """
     _, around = nearest(bank[index], bank, min(count, len(bank)))  # (B, b)
     return 1 - torch.exp(distance - distances(x, bank[around]).logsumexp(1))
