@@ -5,6 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "blemish"
 ROOMS = [
+    "runtime",
     "types",
     "ops",
     "noise",

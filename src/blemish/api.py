@@ -22,8 +22,10 @@ from scipy import ndimage
 from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
-from blemish.data.images import UINT16, prepare, to_unit, unplace
+from blemish.data.images import UINT16, prepare, unplace
+from blemish.data.tiles import bytes_of
 from blemish.deploy.predict import Found, images_at, output_names, write
+from blemish.deploy.tiling import score_image, whole
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
@@ -34,7 +36,8 @@ from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
-SETTINGS = ("backbone", "weights", "image_size", "crop", "batch_size", "workers", "seed", "alpha")  # as train.yaml has them
+# as train.yaml has them
+SETTINGS = ("backbone", "weights", "image_size", "crop", "tiling", "overlap", "batch_size", "workers", "seed", "alpha")
 OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
 FORMAT = "blemish detector 1"
 WHOLE = ("dfkde", "dfkdm", "dfm", "lake")  # methods with a density of images, not of their patches
@@ -54,9 +57,10 @@ class Result(NamedTuple):
 class AnomalyDetector:
     """A method by its name, with the settings of its recipe but for `options`; see docs/python.md.
 
-    Options are backbone, weights, image_size, crop, batch_size, workers, seed, alpha (bound on false alarms), recipe (False: the paper's
-    settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep images), device, progress,
-    and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken, which need no network.
+    Options are backbone, weights, image_size, crop, tiling, overlap, batch_size, workers, seed, alpha (bound on false alarms), recipe
+    (False: the paper's settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep images),
+    device, progress, and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken, which
+    need no network.
     Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
     InputError for an option, a value or an image that cannot be used.
     """
@@ -108,7 +112,7 @@ class AnomalyDetector:
         data.check("calibrate")
         calibrate, lowest = Calibrate(), Lowest()
         with expected_warnings(), quiet(), isolate_rng():
-            trainer = trainer_of(self.cfg, [calibrate, lowest])
+            trainer = trainer_of(self.cfg, [*whole(data, calibrate, lowest)])
             if hasattr(model, "set_threshold") and data.count("calibrate"):
                 model.validation = 0.0  # its threshold will come from these images
             if fits:
@@ -192,6 +196,13 @@ class AnomalyDetector:
         """What the method says of images, read a batch at a time."""
         self._check_ready("predict")
         size, crop, window = self.cfg.image_size, self.cfg.crop, window_in(self.cfg)
+        if self.cfg.tiling is not None:
+            for image in images:
+                array = array_of(image, window)
+                tiles = (crop or size, self.cfg.tiling, self.cfg.overlap, self.cfg.batch_size)
+                score, own = score_image(self.model, array, window, *tiles, None)
+                yield Found(image if isinstance(image, Path) else None, bytes_of(array, window), score, own)
+            return
         step = self.cfg.batch_size if size else 1  # images of their own sizes do not stack
         for begin in range(0, len(images), step):
             chosen = images[begin : begin + step]
@@ -199,8 +210,7 @@ class AnomalyDetector:
             score, map = self.model(torch.stack([prepare(array, window, size, crop) for array in arrays]).to(self.device))
             for i, (image, array) in enumerate(zip(chosen, arrays, strict=True)):
                 own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], size, crop)  # (H, W)
-                shown = (to_unit(array, window) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
-                yield Found(image if isinstance(image, Path) else None, shown, float(score[i]), own)
+                yield Found(image if isinstance(image, Path) else None, bytes_of(array, window), float(score[i]), own)
 
     def _result(self, found: Found) -> Result:
         value, level = self.threshold.value, self.map_threshold
@@ -210,7 +220,7 @@ class AnomalyDetector:
             decision = found.score > value
         elif isinstance(self.model, NoiseResidual):
             decision = found.score > level
-        map = None if found.map is None else found.map.numpy()
+        map = None if found.map is None else np.asarray(found.map[:])
         return Result(found.score, p, decision, map, [] if map is None or level is None else boxes_of(map, level), found.path)
 
 
@@ -275,7 +285,8 @@ def options_of(cfg: DictConfig) -> dict[str, Any]:
     window = values["data"]["window"]
     more = {"epochs": values["trainer"]["max_epochs"], "calibration": values["data"]["calibration"]}
     own = {name: value for name, value in values["model"].items() if name not in ("_target_", *SETTINGS)}
-    return {name: values[name] for name in SETTINGS} | more | {"value_range": window if isinstance(window, dict) else None} | own
+    more["value_range"] = window if isinstance(window, dict) else None
+    return {name: values[name] for name in SETTINGS if name in values} | more | own  # runs of earlier versions know no tiling
 
 
 def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -299,7 +310,9 @@ def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
 
 def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image]) -> Given:
     """The data module of a detector's config; InputError for a setting that no data can be read by."""
-    return Given(train, val, cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg))
+    data = Given(train, val, cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg))
+    data.tiled(cfg.tiling, cfg.overlap)
+    return data
 
 
 def gather(images: Any) -> tuple[list[Image], bool]:

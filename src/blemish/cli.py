@@ -90,6 +90,31 @@ def reproduce(cfg: Any) -> None:
     sys.exit(run.guarded(work, cfg))
 
 
+def export(cfg: Any) -> None:
+    from blemish import run
+
+    def work(c: Any) -> tuple:
+        from blemish.deploy.export import export_run
+
+        return export_run(c, run.load, run.build)
+
+    path, parity = run.guarded(work, cfg)
+    say(f"{path}: {parity}")
+
+
+def bench(cfg: Any) -> None:
+    from rich.console import Console
+
+    from blemish import run
+
+    def work(c: Any) -> Any:
+        from blemish.deploy import bench
+
+        return bench.table(bench.bench_run(c, run.load, run.build))
+
+    Console(soft_wrap=True).print(run.guarded(work, cfg))
+
+
 COMMANDS = {
     "train": Command("fit, test and record one detector, with -m several: blemish train model=padim data=mvtec", "train", train),
     "test": Command("load a run and test it again: blemish test run=results/runs/…", "test", test),
@@ -101,6 +126,13 @@ COMMANDS = {
         "blemish.data.check",
         ("check", "synthesize"),
     ),
+    "export": Command(
+        "write a run as one file without blemish: blemish export run=results/runs/… format=onnx|torch_export|openvino",
+        "export",
+        export,
+        "blemish.deploy.export",
+    ),
+    "bench": Command("time a run by stage and engine: blemish bench run=results/runs/…", "bench", bench, "blemish.deploy.bench"),
     "table": Command("collect finished runs into a table: blemish table runs=results/runs", "table", table, "blemish.records.tables"),
     "report": Command("show runs on one page: blemish report runs=results/runs", "report", report, "blemish.records.report"),
     "reproduce": Command(

@@ -33,8 +33,10 @@ from blemish.data.images import fit_window
 from blemish.data.module import ImageData
 from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.deploy.detect import COLUMNS, detect
+from blemish.deploy.monitor import Monitor
 from blemish.deploy.predict import View, images_at, output_names, write
 from blemish.deploy.predict import predict as apply
+from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
@@ -78,7 +80,7 @@ def train(cfg: DictConfig) -> dict:
     with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, "manifest.csv"] if resumed else []) as record:
         data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
-        trainer = trainer_of(cfg, [times, calibrate, evaluate, *states(cfg, model, folder)])
+        trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
@@ -133,7 +135,7 @@ def test(cfg: DictConfig) -> dict:
         data = data_of(saved)
         times, _, evaluate = observers(saved)
         saved.logger = None
-        trainer = trainer_of(saved, [times, evaluate])
+        trainer = trainer_of(saved, [times, *whole(data, evaluate)])
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_config(saved, folder)
         record.note(facts(saved, data, model))
@@ -156,12 +158,23 @@ def predict(cfg: DictConfig) -> int:
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
     window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()} if OmegaConf.is_dict(saved.data.window) else {}
-    view = View(saved.data.image_size, saved.data.crop, window)
+    view = View(saved.data.image_size, saved.data.crop, window, saved.get("tiling"), saved.get("overlap", 0))
     scale = (read_record(run) or {}).get("scale")
-    found = track(apply(model, paths, view, saved.batch_size), "predicting", len(paths), console=Console(stderr=True))
+    found = track(apply(model, paths, view, saved.batch_size, output), "predicting", len(paths), console=Console(stderr=True))
     level = getattr(model, "map_threshold", None)  # a method's own, from its paper
-    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level)
+    monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
+    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level, monitor)
+    if monitor.on:
+        log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
     return len(rows)
+
+
+def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed: int) -> Monitor:
+    """What is remembered of the stream of images that this prediction goes on with."""
+    if cfg.monitor not in ("on", "off", True, False):  # YAML takes a bare on for true
+        raise InputError(f"monitor={cfg.monitor}: expected on or off")
+    path = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
+    return Monitor(path, cfg.monitor in ("on", True), cfg.monitor_rate, calibration, seed)
 
 
 def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Path) -> int:
@@ -172,9 +185,12 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     if not isinstance(model, NoiseResidual):
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
     model = model.eval().to(device_of(cfg.device))
+    monitor = monitor_of(cfg, output, [], cfg.seed)
     found = detect(model, paths, fit_window(paths), output_names(paths, root), output)
     rows = list(track(found, "detecting", len(paths), console=Console(stderr=True)))
     write_csv(output / "scores.csv", COLUMNS, rows)
+    monitor.take([row[1] for row in rows])
+    monitor.save()
     return len(rows)
 
 
@@ -303,8 +319,9 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
             f"update={past}: {type(model).__name__} learns nothing by one look at images; expected the run of a one-pass method"
         )
     keys = ("model", "backbone", "weights", "image_size", "crop", "seed")
+    kept = (*keys, "tiling", "overlap", "recipe")
     chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
-    if wrong := [text for text in chosen if text.lstrip("+~").partition("=")[0].partition(".")[0] in (*keys, "recipe")]:
+    if wrong := [text for text in chosen if text.lstrip("+~").partition("=")[0].partition(".")[0] in kept]:
         raise InputError(
             f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
         )
@@ -318,6 +335,8 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
         cfg[key] = saved[key]
     for key in ("image_size", "crop", "window", "seed"):
         data[key] = saved.data[key]
+    for key in ("tiling", "overlap"):
+        cfg[key] = saved.get(key)
     cfg.data, cfg.batch_size = data, data.batch_size
     return model
 
@@ -343,6 +362,7 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     cfg.data.manifest = str(past / "manifest.csv")
     known = {(sample.digest, sample.region) for sample in samples}
     data = build(cfg.data)
+    data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))
     try:
         data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.region) not in known]
     except InputError as error:
@@ -354,6 +374,10 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
 def data_of(cfg: DictConfig, past: Path | None = None) -> ImageData:
     """The data module, set up, with what it fitted to the training images written back into the config; `past` is the run to update."""
     data = build(cfg.data)
+    data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
+    side = data.crop or data.image_size or data.tile
+    if data.tile not in (None, side):
+        log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)
     if past:
         data.samples = unseen(data.listed(), past)
     data.setup()
@@ -404,6 +428,8 @@ def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, 
     """The data as they are or, with store=on, with maps and images from the store in their batches as far as the method can use them."""
     if not cfg.get("store") or not cfg.store.enabled:  # runs of earlier versions have no store
         return data
+    if data.tile is not None:
+        raise InputError(f"store=on with tiling={data.tile}: maps of tiles are not stored; expected store=off, or tiling=null")
     store = Store(cfg.store.root, cfg.store.dtype, cfg.store.max_gb)
     shown = trainer.progress_bar_callback is not None
     return StoredData(

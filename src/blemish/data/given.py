@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blemish.data.images import SMALLEST, UINT16, prepare, read
-from blemish.data.module import ImageData, threaded
+from blemish.data.module import ImageData, Recent, Tiles, threaded
 from blemish.data.samples import Sample
+from blemish.data.tiles import size_of
 from blemish.types import NORMAL, InputError
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given
@@ -63,6 +64,28 @@ class Given(ImageData):
 
     def images(self, samples: list[Sample]) -> "Rows":
         return Rows([(sample.key, self.given[sample.path]) for sample in samples], self.window, self.image_size, self.crop)
+
+    def tiles(self, samples: list[Sample]) -> Tiles:
+        images = {sample.path: self.given[sample.path] for sample in samples}
+        sizes = {key: size_of(one) if isinstance(one, Path) else one.shape[1::-1] for key, one in images.items()}
+        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.crop or self.image_size)
+        tiles.recent = RecentGiven(tiles.recent, images, self.window)
+        return tiles
+
+
+class RecentGiven(Recent):
+    """What `Recent` does for files, with given images in place of the files of a root."""
+
+    def __init__(self, like: Recent, images: dict[str, Image], window: dict):
+        super().__init__(like.most, like.fewest)
+        self.images, self.window = images, window
+
+    def read(self, path: Path) -> np.ndarray:
+        image = self.images[path.name]
+        return array_of(super().read(image) if isinstance(image, Path) else image, self.window)
+
+    def __getstate__(self) -> dict:
+        return {"like": Recent(self.most, self.fewest), "images": self.images, "window": self.window}
 
 
 class Rows(Dataset):

@@ -108,7 +108,16 @@ def _pillow(image: Image.Image) -> np.ndarray:
         return np.array(image.convert("L"))
     if mode in ("P", "PA"):
         return np.array(image.convert("RGBA").convert("RGB"))  # the short way warns of transparency
-    return np.array(image if mode in ("L", "RGB") else image.convert("RGB"))
+    return _copied(image if mode in ("L", "RGB") else image.convert("RGB"))
+
+
+def _copied(image: Image.Image) -> np.ndarray:
+    """np.array(image) of an L or RGB image, by bands of rows: Pillow's own way makes a third copy of all pixels in between."""
+    width, height = image.size
+    array, step = np.empty((height, width, 3) if image.mode == "RGB" else (height, width), np.uint8), max(1, 2**24 // width)
+    for row in range(0, height, step):
+        array[row : row + step] = np.asarray(image.crop((0, row, width, min(row + step, height))) if step < height else image)
+    return array
 
 
 def _colour_png16(data: bytes) -> np.ndarray:

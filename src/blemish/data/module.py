@@ -8,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, ge
 
 from blemish.data.images import UINT16, fit_window, place_mask, prepare, read
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
+from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, mirrored, reduction, size_of, tiles_of
 from blemish.ops.randomness import stream
 from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
 
@@ -85,6 +87,16 @@ class ImageData(LightningDataModule):
         self.digest = ""
         self._by_key: dict[str, Sample] = {}
         self.process, self.processes = 0, 1  # the number of this process, and how many share the batches
+        self.tile: int | None = None  # side of the tiles that loaders cut images into, None for whole images
+        self.overlap = 0
+
+    def tiled(self, tile: int | None, overlap: int) -> None:
+        """Let the loaders give tiles, each resized to what the network's input would be of a whole image; None for whole images.
+
+        The samples stay the whole images. InputError for a side or an overlap that cannot be used.
+        """
+        check_tiling(tile, overlap)
+        self.tile, self.overlap = tile, overlap
 
     def scan(self) -> list[Sample]:
         """Every sample found under self.folder(), paths relative to self.root; splits "train", "test" or "unlabelled"."""
@@ -210,14 +222,36 @@ class ImageData(LightningDataModule):
 
         `dealt`: this process's share of them, where there are several, instead of all.
         """
-        return self.batches(self.images([s for s in self.samples if s.split == split]), shuffle, collate, self.workers, dealt)
+        samples = [s for s in self.samples if s.split == split]
+        if self.tile is not None:
+            return self._tile_loader(samples, shuffle)
+        return self.batches(self.images(samples), shuffle, collate, self.workers, dealt)
+
+    def _tile_loader(self, samples: list[Sample], shuffle: bool) -> DataLoader:
+        """Batches of tiles; unless they are shuffled, those of an image follow one another and a batch has tiles of one image."""
+        if self.processes > 1:
+            raise InputError(f"tiling={self.tile}: {self.processes} processes would share an image; expected trainer.devices=1")
+        dataset = self.tiles(samples)
+        counts, pixels = zip(*dataset.extents, strict=True) if dataset.extents else ((), ())
+        if not shuffle:
+            batches = Batches(dataset, by_image(counts, self.batch_size))
+            return self._loader(batches, {"batch_size": 1}, itemgetter(0), self.workers)
+        order = {"sampler": ShuffledTiles(counts, pixels, self.seed), "batch_size": self.batch_size}
+        return self._loader(dataset, order, collate, self.workers)
+
+    def tiles(self, samples: list[Sample]) -> "Tiles":
+        """The tiles of the samples, decoded when asked for."""
+        sizes = dict(zip((s.path for s in samples), threaded(lambda s: size_of(self.root / s.path), samples), strict=True))
+        return Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.crop or self.image_size)
 
     def images(self, samples: list[Sample]) -> "Images":
         """The samples, decoded when asked for."""
         return Images(samples, self.root, self.window, self.image_size, self.crop)
 
     def image(self, key: str) -> Tensor:
-        """The image (3, h, w) behind an entry of Batch.path."""
+        """The image (3, h, w) behind an entry of Batch.path; where tiles are cut, in its own pixels and reduced as its map is."""
+        if self.tile is not None:
+            return self.tiles([self.sample(key)]).whole(key)
         return self.images([self.sample(key)])[0][0]
 
     def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int, dealt: bool = True) -> DataLoader:
@@ -229,6 +263,9 @@ class ImageData(LightningDataModule):
         elif dealt and self.processes > 1:
             order["sampler"] = range(self.process, len(dataset), self.processes)
             order["batch_size"] = max(1, self.batch_size // self.processes)
+        return self._loader(dataset, order, collate, workers)
+
+    def _loader(self, dataset: Dataset, order: dict, collate: Callable[[list], Batch], workers: int) -> DataLoader:
         return DataLoader(
             dataset,
             **order,
@@ -325,6 +362,7 @@ class Images(Dataset):
         self.samples, self.root = samples, root
         self.window, self.size, self.crop = window, size, crop
         self.recent = Recent(RECENT)
+        self.tile: int | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -335,6 +373,8 @@ class Images(Dataset):
         whole = load(self.root / sample.path)
         array = cut(self.root, sample, whole)
         mask = truth(self.root, sample, whole.shape[:2], load)
+        if self.tile is not None:
+            array, mask = mirrored(array, self.tile), mirrored(mask, self.tile)
         try:
             image = prepare(array, self.window, self.size, self.crop)
         except InputError as error:
@@ -352,11 +392,49 @@ class Images(Dataset):
         return [by_index[index] for index in indices]
 
 
-class Recent:
-    """The images read last, up to a number of bytes and one at least, so that tiles of one image do not decode it each time."""
+class Tiles(Images):
+    """Rows as `Images` has them, one for each tile of the samples, which are whole images; a batch's `path` holds the tiles' keys.
 
-    def __init__(self, most: int):
-        self.most = most
+    A side below `tile` is continued by its mirror image. sizes: (width, height) by path.
+    """
+
+    def __init__(self, samples: list[Sample], sizes: dict, tile: int, overlap: int, root: Path, window: dict, size: int | None):
+        cut_up = [tiles_of(sample, sizes[sample.path], tile, overlap) for sample in samples]
+        super().__init__([one for tiles in cut_up for one in tiles], root, window, size, None)
+        self.tile, self.overlap, self.sizes = tile, overlap, sizes
+        self.parents = {sample.path: sample for sample in samples}
+        self.extents = [(len(tiles), math.prod(sizes[s.path])) for tiles, s in zip(cut_up, samples, strict=True)]  # tiles and pixels
+        # as many images as ShuffledTiles mixes, and at least one with its mask
+        self.recent = Recent(4 * MIXED, 2)
+
+    def truth(self, path: str) -> np.ndarray:
+        """The mask (H, W) of a whole image, see the function `truth`."""
+        return truth(self.root, self.parents[path], self.sizes[path][::-1], self.recent.read)
+
+    def whole(self, path: str) -> Tensor:
+        """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block, `reduction` a side."""
+        shown = bytes_of(self.recent.read(self.root / path), self.window)
+        return torch.from_numpy(mean_blocks(shown, reduction(self.sizes[path]))).permute(2, 0, 1).float() / 255
+
+
+class Batches(Dataset):
+    """Whole batches, each of some rows of the tiles: where Lightning predicts, it takes no sampler of batches but its own."""
+
+    def __init__(self, tiles: Tiles, rows: list[list[int]]):
+        self.tiles, self.rows = tiles, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate(self.tiles.__getitems__(self.rows[index]))
+
+
+class Recent:
+    """The images read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time."""
+
+    def __init__(self, most: int, fewest: int = 1):
+        self.most, self.fewest = most, fewest
         self.arrays: OrderedDict[Path, np.ndarray] = OrderedDict()
         self.lock = Lock()
 
@@ -368,12 +446,12 @@ class Recent:
         array = read(path)
         with self.lock:
             self.arrays[path] = array
-            while len(self.arrays) > 1 and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
+            while len(self.arrays) > self.fewest and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
                 self.arrays.popitem(last=False)
         return array
 
     def __getstate__(self) -> dict:  # to a worker process go neither the lock nor the images
-        return {"most": self.most}
+        return {"most": self.most, "fewest": self.fewest}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)

@@ -7,17 +7,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from blemish.data.images import find_images, prepare, read, to_unit, unplace
+from blemish.data.images import find_images, prepare, read, unplace
+from blemish.data.tiles import bands, bytes_of, largest_blocks, mean_blocks, reduction
+from blemish.deploy.monitor import Monitor
+from blemish.deploy.tiling import RowsOnDisk, score_image, write_png
 from blemish.detector import Detector
 from blemish.records.draw import overlay
 from blemish.records.record import aside, write_csv
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
+LARGEST = 4096  # pixels of the longer side of an overlay; that of a larger image is reduced
 COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max")
+BOUND = "bound"  # whether the bound on false alarms is claimed for an image, a column where a monitor is on
 
 
 class Found(NamedTuple):
@@ -26,7 +30,7 @@ class Found(NamedTuple):
     path: Path
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
     score: float
-    map: Tensor | None  # (H, W) float32
+    map: Tensor | RowsOnDisk | None  # (H, W) float32
 
 
 class View(NamedTuple):
@@ -35,6 +39,8 @@ class View(NamedTuple):
     image_size: int | None
     crop: int | None
     window: dict  # dtype name to (lo, hi)
+    tile: int | None = None  # side of the tiles that an image is cut into, None for the image as a whole
+    overlap: int = 0
 
 
 def images_at(path: str | Path) -> list[Path]:
@@ -56,8 +62,20 @@ def output_names(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
 
 
 @torch.inference_mode()
-def predict(model: Detector, paths: Sequence[Path], view: View, batch_size: int) -> Iterator[Found]:
-    """Scores of image files in their order, read `batch_size` at a time; InputError names a file that cannot be used."""
+def predict(model: Detector, paths: Sequence[Path], view: View, batch_size: int, folder: Path | None = None) -> Iterator[Found]:
+    """Scores of image files in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
+
+    Maps made of tiles are kept on disk in `folder`, None for the system's place for such files, until they are let go.
+    """
+    if view.tile is not None:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            array, size = read(path), view.crop or view.image_size
+            score, map = score_image(model, array, view.window, size, view.tile, view.overlap, batch_size, folder)
+            yield Found(path, bytes_of(array, view.window), score, map)
+            del array, map  # before the next image is read
+        return
     size = batch_size if view.image_size else 1  # images of their own sizes do not stack
     for begin in range(0, len(paths), size):
         chosen = paths[begin : begin + size]
@@ -66,8 +84,7 @@ def predict(model: Detector, paths: Sequence[Path], view: View, batch_size: int)
         score, map = model(batch.to(model.device))
         for i, (path, array) in enumerate(zip(chosen, arrays, strict=True)):
             own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], view.image_size, view.crop)  # (H, W)
-            shown = (to_unit(array, view.window) * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, 3)
-            yield Found(path, shown, float(score[i]), own)
+            yield Found(path, bytes_of(array, view.window), float(score[i]), own)
 
 
 def write(
@@ -78,12 +95,14 @@ def write(
     alpha: float,
     scale: tuple[float, float] | None,
     level: float | None = None,
+    monitor: Monitor | None = None,
 ) -> list[tuple]:
     """Write `<name>_overlay.png`, `_map.png` (16 bit) and `_mask.png` per image and scores.csv; returns its rows, see COLUMNS.
 
     `calibration` (n, 2) gives the thresholds of score and map at `alpha`; without it there is no decision and no mask. `level` is a
     method's own threshold of its maps, which then takes the place of the calibration's. A map's 16 bits run from its map_min to its map_max
-    in scores.csv. `scale` are the map values at the ends of the overlay's colours.
+    in scores.csv. `scale` are the map values at the ends of the overlay's colours. A `monitor` is shown all scores at the end and saved;
+    one that is on adds the column BOUND.
     """
     threshold = conformal_threshold(calibration[:, 0].cpu(), alpha).value
     level = conformal_threshold(calibration[:, 1].cpu(), alpha).value if level is None else level
@@ -96,17 +115,40 @@ def write(
             p = float(p_values(torch.tensor([score]), calibration[:, 0].cpu()))
         low = high = None
         if map is not None:
-            low, high = float(map.min()), float(map.max())
-            deep = ((map - low) / max(high - low, 1e-30) * 65535).round().to(torch.int32).numpy().astype(np.uint16)
-            _save(Image.fromarray(deep), stem, "map")
-            if level is not None:
-                _save(Image.fromarray((map > level).numpy().astype(np.uint8) * 255), stem, "mask")
-            _save(overlay(image, map.numpy(), scale or (low, high), level), stem, "overlay")
+            low, high = draw(image, map, scale, level, stem)
         rows.append((str(path), score, threshold, decision, p, low, high))
-    write_csv(output / "scores.csv", COLUMNS, rows)
+    header = COLUMNS
+    if monitor:
+        said = monitor.take([row[1] for row in rows])
+        if monitor.on:
+            header, rows = (*COLUMNS, BOUND), [(*row, one) for row, one in zip(rows, said, strict=True)]
+    write_csv(output / "scores.csv", header, rows)
+    if monitor:
+        monitor.save()
     return rows
 
 
-def _save(image: Image.Image, stem: Path, kind: str) -> None:
-    with aside(stem.with_name(f"{stem.name}_{kind}.png")) as temporary:
-        image.save(temporary)
+def draw(
+    image: np.ndarray, map: Tensor | RowsOnDisk, scale: tuple[float, float] | None, level: float | None, stem: Path
+) -> tuple[float, float]:
+    """The three pictures of an image (H, W, 3) uint8 and its map (H, W), beside `stem`; returns the map's ends.
+
+    The overlay of an image with a side above LARGEST shows the means of its blocks, and the largest map values there.
+    """
+    height, width = map.shape
+    ends = [(float(band.min()), float(band.max())) for band in bands(map)]
+    low, high = min(least for least, _ in ends), max(most for _, most in ends)
+    deep = (((band - low) / np.float32(max(high - low, 1e-30)) * 65535).round().astype(np.uint16) for band in bands(map))
+    with aside(_beside(stem, "map")) as temporary:
+        write_png(temporary, width, height, deep)
+    if level is not None:
+        with aside(_beside(stem, "mask")) as temporary:
+            write_png(temporary, width, height, ((band > level).astype(np.uint8) * 255 for band in bands(map)))
+    side = reduction((width, height), LARGEST)
+    with aside(_beside(stem, "overlay")) as temporary:
+        overlay(mean_blocks(image, side), largest_blocks(map, side), scale or (low, high), level).save(temporary)
+    return low, high
+
+
+def _beside(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}_{kind}.png")

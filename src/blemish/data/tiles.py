@@ -1,0 +1,189 @@
+"""Large images as tiles: where these lie, and batches in which the tiles of an image stay together, so that it is decoded once."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image
+from torch.utils.data import Sampler
+
+from blemish.data.images import FORMATS, read, to_unit
+from blemish.data.samples import Sample, parse_region
+from blemish.ops.maps import starts
+from blemish.ops.randomness import stream
+from blemish.types import InputError
+
+SIDE = 2048  # pixels of the longer side at most of what a test keeps of an image and its map
+BAND = 2**22  # pixels of an image, or values of its map, that are worked on at a time
+MIXED = 2**27  # pixels of the images whose tiles are shuffled among each other: as many are kept decoded
+
+
+def check_tiling(tile: int | None, overlap: int) -> None:
+    """InputError for a side of tiles or an overlap that cannot be used."""
+    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 8):
+        raise InputError(f"tiling={tile}: expected a tile's side of at least 8 pixels, or null for whole images")
+    if tile is not None and (not isinstance(overlap, int) or not 0 <= overlap < tile):
+        raise InputError(f"overlap={overlap}: expected 0 to tiling − 1 = {tile - 1} pixels")
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """(width, height) of what `images.read` gives, from the file's header where that is enough; InputError as there."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            with tifffile.TiffFile(path) as tiff:
+                page = next(page for page in tiff.pages if not page.is_reduced)
+                width, height, turned = page.imagewidth, page.imagelength, page.tags.valueof(274, 1)
+        else:
+            with Image.open(path, formats=FORMATS) as image:
+                (width, height), turned = image.size, _orientation(image, path)
+    except Exception:  # what is wrong with a file is told by the one who reads it
+        height, width = read(path).shape[:2]
+        return width, height
+    return (height, width) if turned in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(image: Image.Image, path: Path) -> int:
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels
+    if image.format == "PNG" and not (_has_chunk(path, b"eXIf") or "exif" in image.info or "Raw profile type exif" in image.info):
+        return 1
+    return image.getexif().get(274, 1)
+
+
+def _has_chunk(path: Path, name: bytes) -> bool:
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            if head[4:] == name:
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, 1)
+    return False
+
+
+def grid(width: int, height: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int, int]]:
+    """(x, y, w, h) of the tiles of an image, row by row: the last ones are flush with its ends, a side below `tile` is one tile's."""
+    for y in starts(height, tile, tile - overlap).tolist():
+        for x in starts(width, tile, tile - overlap).tolist():
+            yield x, y, min(tile, width), min(tile, height)
+
+
+def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> list[Sample]:
+    """The tiles of an image of size (width, height), as samples; InputError if it is a tile already."""
+    if sample.region:
+        raise InputError(f"tiling={tile}: {sample.key} is a tile already; expected whole images, or tiling=null")
+    return [sample._replace(region=",".join(map(str, place))) for place in grid(*size, tile, overlap)]
+
+
+def mirrored(array: np.ndarray, tile: int) -> np.ndarray:
+    """An array (H, W, …) continued to the right and below by its mirror image, as often as needed, where a side is below `tile`."""
+    more = [(0, max(0, tile - side)) for side in array.shape[:2]]
+    return np.pad(array, more + [(0, 0)] * (array.ndim - 2), mode="symmetric") if any(after for _, after in more) else array
+
+
+class ShuffledTiles(Sampler):
+    """An order of tiles drawn anew each epoch from seed and epoch: images at random, and among as many as stay decoded their tiles.
+
+    `counts` and `pixels` are those of each image, whose tiles follow one another.
+    """
+
+    def __init__(self, counts: Sequence[int], pixels: Sequence[int], seed: int):
+        self.counts, self.pixels, self.seed, self.epoch = counts, pixels, seed, 0
+        self.first = np.cumsum([0, *counts])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch; who iterates by hand gets one epoch after the other."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __iter__(self) -> Iterator[int]:
+        generator = stream(self.seed, self.epoch)
+        self.epoch += 1
+        group, held = [], 0
+        for image in torch.randperm(len(self.counts), generator=generator).tolist():
+            if group and held + self.pixels[image] > MIXED:
+                yield from self._mixed(group, generator)
+                group, held = [], 0
+            group.append(image)
+            held += self.pixels[image]
+        yield from self._mixed(group, generator)
+
+    def _mixed(self, images: list[int], generator: torch.Generator) -> list[int]:
+        rows = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in images])
+        return rows[torch.randperm(len(rows), generator=generator).numpy()].tolist()
+
+
+def by_image(counts: Iterable[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows in their order, none of which holds tiles of two images; `counts` are those of each image's tiles."""
+    batches, first = [], 0
+    for count in counts:
+        batches += [list(range(begin, min(begin + batch_size, first + count))) for begin in range(first, first + count, batch_size)]
+        first += count
+    return batches
+
+
+def tile_at(key: str) -> tuple[str, tuple[int, int, int, int]]:
+    """Path and (x, y, w, h) of a tile by its key."""
+    path, _, region = key.rpartition("#")
+    return path, parse_region(region)
+
+
+def bands(array: Sequence, multiple: int = 1) -> Iterator[np.ndarray]:
+    """The rows (n, W, …) of what has a shape (H, W, …) and gives rows by slices, n a multiple but for the last."""
+    step = max(1, BAND // (array.shape[1] * multiple)) * multiple
+    for row in range(0, array.shape[0], step):
+        yield np.asarray(array[row : row + step])
+
+
+def bytes_of(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> np.ndarray:
+    """An image (H, W) or (H, W, 3) of any dtype as (H, W, 3) uint8, as its window shows it; bytes are not copied."""
+    if array.dtype != np.uint8:
+        deep, array = array, np.empty(array.shape, np.uint8)
+        row = 0
+        for band in bands(deep):
+            unit = to_unit(band, window)[: 1 if band.ndim == 2 else 3]  # (1 or 3, n, W)
+            array[row : row + len(band)] = (unit * 255).round().byte().permute(1, 2, 0).numpy().reshape(band.shape)
+            row += len(band)
+    return array if array.ndim == 3 else np.broadcast_to(array[..., None], (*array.shape, 3))
+
+
+def reduction(size: Sequence[int], side: int = SIDE) -> int:
+    """The side of the blocks whose number is at most `side` along the longer side of an image."""
+    return -(-max(size) // side)
+
+
+def folded(array: np.ndarray, side: int, axis: int, of: np.ufunc, dtype: type) -> np.ndarray:
+    """Every `side` neighbours along axis 0 or 1, the last ones being fewer, taken together by a ufunc of two."""
+    before = (slice(None),) * axis
+    result = array[(*before, slice(0, None, side))].astype(dtype)
+    for i in range(1, side):
+        more = array[(*before, slice(i, None, side))]
+        part = result[(*before, slice(more.shape[axis]))]
+        of(part, more, out=part)
+    return result
+
+
+def mean_blocks(array: np.ndarray, side: int) -> np.ndarray:
+    """The rounded means (⌈H / side⌉, ⌈W / side⌉, …) of the blocks of bytes (H, W, …), smaller ones at the ends included."""
+    if side == 1:
+        return array
+    wide = np.minimum(side, array.shape[1] - np.arange(0, array.shape[1], side)).reshape(-1, *[1] * (array.ndim - 2))
+    rows = []
+    for band in bands(array, side):
+        sums = folded(folded(band, side, 0, np.add, np.uint32), side, 1, np.add, np.uint32)
+        high = np.minimum(side, len(band) - np.arange(0, len(band), side)).reshape(-1, *[1] * (array.ndim - 1))
+        rows.append((sums / (high * wide)).round().astype(np.uint8))
+    return np.concatenate(rows)
+
+
+def largest_blocks(array: Sequence, side: int) -> np.ndarray:
+    """The largest value of each block as `mean_blocks` has them, so that nothing small is lost."""
+    if side == 1:
+        return np.asarray(array[:])
+    rows = [folded(folded(band, side, 0, np.maximum, band.dtype), side, 1, np.maximum, band.dtype) for band in bands(array, side)]
+    return np.concatenate(rows)

@@ -1,0 +1,422 @@
+"""A run as one file that needs no blemish: ONNX, torch's exported program or OpenVINO, checked against the run on real images."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blemish import runtime
+from blemish.data.images import prepare, read
+from blemish.data.module import cut
+from blemish.data.samples import Sample, read_manifest
+from blemish.deploy.portable import Form, portable
+from blemish.deploy.predict import View, images_at
+from blemish.detector import Detector
+from blemish.records.record import read_record
+from blemish.runtime import FORMAT, KEY, Model, exact_strips, facts_of
+from blemish.scoring.calibration import conformal_threshold
+from blemish.types import UNKNOWN, InputError
+
+log = logging.getLogger(__name__)
+
+ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch_export": ()}
+LARGEST = 2**31 - 2**20  # bytes of constants: what a protobuf may hold, less its graph
+
+
+class Parity(NamedTuple):
+    """How far an artefact is from its run on the same images."""
+
+    images: int
+    score_difference: float  # the largest
+    score_scale: float  # what it is measured by, see `spread`
+    map_difference: float | None  # the largest of any pixel; None without maps
+    map_scale: float | None
+    flipped: int  # decisions that are not the run's
+
+    def holds(self, tolerance: float, map_tolerance: float, flips: int) -> bool:
+        """Whether no difference is above its share of its scale, and no more decisions than `flips` differ."""
+        near = self.score_difference <= tolerance * self.score_scale and self.flipped <= flips
+        return near and (self.map_difference is None or self.map_difference <= map_tolerance * self.map_scale)
+
+    def __str__(self) -> str:
+        def share(difference: float, scale: float) -> str:
+            return f"{difference:.3g}, {difference / scale:.2g} of a spread of {scale:.3g}"
+
+        text = f"{self.images} images: largest score difference {share(self.score_difference, self.score_scale)}; "
+        if self.map_difference is not None:
+            text += f"of a map's pixel {share(self.map_difference, self.map_scale)}; "
+        return text + f"{self.flipped} decisions flipped"
+
+
+class Graph(nn.Module):
+    """Images as the artefact takes them to (score (B,), map (B, H, W)), or to (score,) alone.
+
+    input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are resized
+    and cropped in here, by the whole numbers that torch resizes bytes with.
+    """
+
+    def __init__(self, form: Form, input: str, source: Sequence[int] | None, view: View, maps: bool):
+        super().__init__()
+        self.form, self.bytes, self.maps, self.crop = form, input == "uint8", maps, view.crop
+        self.steps = []
+        if source and view.image_size:
+            for axis, length in ((3, source[1]), (2, source[0])):
+                if length != view.image_size:
+                    self.steps.append((axis, *self.strips(axis, length, view.image_size)))
+
+    def strips(self, axis: int, length: int, pixels: int) -> tuple[int, list[tuple[int, int, str]]]:
+        bits, strips = exact_strips(length, pixels)
+        for i, (_, _, _, weights) in enumerate(strips):
+            self.register_buffer(f"weights{axis}_{i}", torch.from_numpy(weights.T.copy() if axis == 3 else weights))
+        return bits, [(first, first + weights.shape[1], f"weights{axis}_{i}") for i, (_, _, first, weights) in enumerate(strips)]
+
+    def placed(self, x: Tensor) -> Tensor:
+        for axis, bits, strips in self.steps:
+            parts = []
+            for first, last, name in strips:
+                part, weights = x.narrow(axis, first, last - first), getattr(self, name)
+                parts.append(part @ weights if axis == 3 else weights @ part)
+            x = ((torch.cat(parts, axis) + 2 ** (bits - 1)) * 2.0**-bits).floor().clamp(0, 255)
+        if self.crop and tuple(x.shape[-2:]) != self.form.size:
+            top, left = ((side - self.crop) // 2 for side in x.shape[-2:])
+            x = x[..., top : top + self.crop, left : left + self.crop]
+        return x / 255
+
+    def unit(self, image: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] as the method takes them."""
+        return self.placed(image.permute(0, 3, 1, 2).float()) if self.bytes else image
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        score, map = self.form(self.unit(image))
+        return (score, map) if self.maps and map is not None else (score,)
+
+
+class Program(Model):
+    """A `torch_export` artefact, run by torch."""
+
+    def __init__(self, path: Path):
+        extra = {f"{KEY}.json": ""}
+        program = torch.export.load(path, extra_files=extra).module()
+        self.facts = facts_of(extra[f"{KEY}.json"], path)
+        self.threshold, self.calibration = self.facts["threshold"], sorted(self.facts["calibration"])
+        self.run = lambda batch: [value.numpy() for value in program(torch.from_numpy(batch))]
+
+
+def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]:
+    """Export a run folder as configs/export.yaml says; returns the file and how far it is from the run.
+
+    `load` gives the config and the method of `cfg.run`, `build` the data module of a config.
+    """
+    run = Path(cfg.run)
+    saved, model = load(run, "cpu")
+    if saved.get("tiling") is not None:
+        raise InputError(f"run={run}: it scores an image by its tiles (tiling={saved.tiling}), which no export cuts; use predict run=…")
+    view = view_of(saved.data)
+    record = read_record(run) or {}
+    facts = {
+        "method": record.get("method") or type(model).__module__.rpartition(".")[2],
+        "alpha": saved.alpha,
+        "digests": {
+            "checkpoint": file_digest(run / "model.ckpt"),
+            "weights": record.get("weights_digest"),
+            "manifest": record.get("manifest_digest"),
+        },
+    }
+    path = Path(cfg.output) if cfg.output else run / "export" / f"model{ENDINGS.get(cfg.format, '')}"
+    limits = {"tolerance": cfg.tolerance, "map_tolerance": cfg.map_tolerance, "flips": cfg.flips}
+    source, size = (list(pair) if pair else None for pair in (cfg.source, cfg.size))
+    images = (loaded(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
+    return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
+
+
+def view_of(data: Any) -> View:
+    """How a run's images came to the network, from the config of its data."""
+    window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
+    return View(data.image_size, data.crop, window)
+
+
+def export(
+    model: Detector,
+    view: View,
+    facts: dict,
+    images: Iterable[np.ndarray],
+    path: Path,
+    format: str,
+    input: str,
+    source: list[int] | None,
+    size: list[int] | None,
+    maps: bool,
+    opset: int,
+    limits: Mapping[str, float],
+) -> tuple[Path, Parity]:
+    """Write a fitted detector as an artefact to `path`, compare the two on images, and keep it if they agree.
+
+    `facts` go into its metadata; see `Graph` for `input` and `source`, `Parity.holds` for what `limits` has. `size` (H, W) is that of the
+    images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
+    """
+    check(format, input, source, view, path)
+    side = view.crop or view.image_size
+    if size and side:
+        raise InputError(f"size={size}: this run has image_size={view.image_size} and crop={view.crop}; leave size out")
+    size = [side, side] if side else size or source
+    if not size:
+        raise InputError("size: this run takes images of any size, an export of one alone; expected size=[height,width]")
+    form = portable(model.cpu().eval(), tuple(size), maps)
+    program, batch = traced(Graph(form, input, source, view, maps), example(input, source or size))
+    calibration = model.calibration[:, 0].double()
+    threshold = conformal_threshold(calibration, facts["alpha"]).value
+    facts = {
+        "format": FORMAT,
+        "blemish": version("blemish"),
+        **facts,
+        "threshold": threshold,
+        "map_threshold": map_threshold(model, facts["alpha"]) if maps else None,
+        "calibration": sorted(calibration.tolist()),
+        "input": input,
+        "source": source,
+        "size": size,
+        "image_size": view.image_size,
+        "crop": view.crop,
+        "window": {dtype: list(ends) for dtype, ends in view.window.items()},
+        "maps": maps,
+        "batch": batch,
+        "opset": opset if format != "torch_export" else None,
+        "exporter": f"torch {torch.__version__}" + (f", openvino {version('openvino')}" if format == "openvino" else ""),
+    }
+    with folder_aside(path) as (temporary, final):
+        written = WRITERS[format](program, temporary / path.name, opset)
+        written(facts)
+        parity = compare(model, view, (Program if format == "torch_export" else Model)(temporary / path.name), images)
+        if not parity.holds(**limits):
+            allowed = ", ".join(f"{name}={value}" for name, value in limits.items())
+            raise InputError(f"{path}: not kept, as it differs from its run ({parity}); allowed are {allowed}, each a share of its spread")
+        written({**facts, "parity": {**parity._asdict(), **limits}})
+        final()
+    return path, parity
+
+
+def example(input: str, size: Sequence[int]) -> Tensor:
+    """Two images as a `Graph` takes them."""
+    bytes = torch.randint(256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return bytes if input == "uint8" else bytes.permute(0, 3, 1, 2) / 255
+
+
+def check(format: str, input: str, source: list[int] | None, view: View, path: Path) -> None:
+    """InputError for options that do not exist, do not fit each other, or need what is not installed."""
+    if format not in ENDINGS:
+        raise InputError(f"format={format}: expected {', '.join(ENDINGS)}")
+    if input not in ("uint8", "float"):
+        raise InputError(f"input={input}: expected uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1]")
+    if source and (input != "uint8" or len(source) != 2 or min(source) < 8):
+        raise InputError(f"source={source}: expected [height,width] of all images, of 8 pixels or more, together with input=uint8")
+    if source and view.crop and view.crop > (view.image_size or min(source)):
+        raise InputError(f"source={source}: smaller than the run's crop of {view.crop}")
+    if path.suffix != ENDINGS[format]:
+        raise InputError(f"output={path}: expected a name that ends with {ENDINGS[format]}")
+    if absent := [name for name in NEEDS[format] if not find_spec(name)]:
+        raise InputError(f"format={format}: needs {', '.join(absent)}, which are not here; pip install 'blemish[export]'")
+
+
+def map_threshold(model: Detector, alpha: float) -> float | None:
+    """A method's own threshold of its maps, or the calibration's."""
+    own = getattr(model, "map_threshold", None)
+    return conformal_threshold(model.calibration[:, 1], alpha).value if own is None else own
+
+
+def traced(graph: nn.Module, given: Any) -> tuple[torch.export.ExportedProgram, int | None]:
+    """The graph of a `form` with a free batch size where it allows that (None), else for one image at a time (1).
+
+    `given` is an example of its input, of two images: a tensor or a list of them. InputError for what is no graph.
+    """
+    graph.eval()
+    free, one = {0: torch.export.Dim.DYNAMIC}, given[:1] if isinstance(given, Tensor) else [part[:1] for part in given]
+    with torch.no_grad(), expected_warnings():
+        graph(given)  # what is computed once and kept: traced first, it would keep tensors without values
+        try:
+            return program_of(graph, given, (free if isinstance(given, Tensor) else [free] * len(given),)), None
+        except Exception as error:  # torch.export has errors of many kinds
+            log.info("no free batch size: %s", str(error)[:200])
+        try:
+            return program_of(graph, one, None), 1
+        except Exception as error:
+            raise InputError(f"{type(graph.form.model).__name__} cannot be traced by torch.export: {str(error)[:500]}") from error
+
+
+def program_of(graph: nn.Module, given: Any, dynamic: tuple | None) -> torch.export.ExportedProgram:
+    program = torch.export.export(graph, (given,), dynamic_shapes=dynamic, strict=False)
+    return torch.export.export(graph, (given,), dynamic_shapes=dynamic, strict=False) if slimmer(graph, program) else program
+
+
+def slimmer(graph: nn.Module, program: torch.export.ExportedProgram) -> bool:
+    """Take from the graph's copy of its method the buffers that it does not use; whether there were any."""
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    unused = [buffer for name, buffer in program.graph_signature.inputs_to_buffers.items() if name not in used]
+    own = graph.form.model._buffers
+    chosen = [name.removeprefix("form.model.") for name in unused if name.removeprefix("form.model.") in own]
+    for name in chosen:
+        own[name] = own[name].new_empty(0)
+    return bool(chosen)
+
+
+def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
+    """Write the program as ONNX; what is returned writes it anew with facts."""
+    import onnx
+
+    values = [value for value in [*program.state_dict.values(), *program.constants.values()] if isinstance(value, Tensor)]
+    size = sum(value.numel() * value.element_size() for value in values)
+    if size > LARGEST:
+        raise InputError(
+            f"{size / 2**30:.1f} GiB of constants, of which an ONNX file holds 2; use format=torch_export or a smaller image_size"
+        )
+    with expected_warnings():
+        torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False).save(path, external_data=False)
+
+    def write(facts: dict) -> None:
+        proto = onnx.load(path)
+        onnx.helper.set_model_props(proto, {KEY: json.dumps(facts)})
+        onnx.save(proto, path)
+
+    return write
+
+
+def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
+    """Write the program, by way of ONNX, as OpenVINO's .xml and .bin with all bits."""
+    import openvino
+
+    between = path.with_suffix(".onnx")
+    to_onnx(program, between, opset)
+    converted = openvino.convert_model(between)
+    between.unlink()
+
+    def write(facts: dict) -> None:
+        converted.set_rt_info(json.dumps(facts), [KEY, "facts"])
+        openvino.save_model(converted, path, compress_to_fp16=False)
+
+    return write
+
+
+def to_torch(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
+    """Write the program as torch's own archive, with facts beside it in `blemish.json`."""
+
+    def write(facts: dict) -> None:
+        with expected_warnings():
+            torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(facts)})
+
+    return write
+
+
+WRITERS = {"onnx": to_onnx, "openvino": to_openvino, "torch_export": to_torch}
+
+
+@torch.inference_mode()
+def compare(model: Detector, view: View, other: Model, images: Iterable[np.ndarray]) -> Parity:
+    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its own."""
+    scores, differences, map_differences, flipped, peaks = [], [], [], 0, []
+    for array in images:
+        score, map = model(prepare(array, view.window, view.image_size, view.crop)[None])
+        try:
+            (found,) = other.predict([array])
+        except runtime.InputError as error:
+            raise InputError(f"images: {error}") from None
+        scores.append(float(score))
+        differences.append(abs(found.score - float(score)))
+        flipped += other.threshold is not None and (float(score) > other.threshold) != found.decision
+        if found.map is not None:
+            peaks.append(float(map.amax()))
+            map_differences.append(float(np.abs(found.map - map[0].numpy()).max()))
+    if not np.isfinite(differences + map_differences).all():
+        differences = [float("inf")]
+    calibration = model.calibration.cpu().double().numpy()
+    maps = (max(map_differences), spread(calibration[:, 1], peaks)) if map_differences else (None, None)
+    return Parity(len(scores), max(differences), spread(calibration[:, 0], scores), *maps, int(flipped))
+
+
+def spread(normal: Sequence[float], shown: Sequence[float]) -> float:
+    """The standard deviation of the scores of held-out normal images; where there are none or all are equal, of the images compared, and
+    where these are equal too, their magnitude."""
+    for values in (np.asarray(normal), np.asarray(shown)):
+        if len(values) > 1 and values.std(ddof=1) > 1e-6 * np.abs(values).max():
+            return float(values.std(ddof=1))
+    return float(np.abs(shown).max()) or 1.0
+
+
+def chosen(folder: str | None, run: Path, data: Callable, n: int) -> list[tuple[Path, Sample]]:
+    """At most n images, evenly spaced in their order: of a folder, or those that a run was tested on, with their rows of its manifest.
+
+    `data` makes the run's data module, which knows where they are.
+    """
+    if not folder:
+        module = data()
+        module.prepare_data()  # drawn images are drawn again where they are gone
+        found = [(module.root / sample.path, sample) for sample in read_manifest(run / "manifest.csv") if sample.split == "test"]
+    elif not Path(folder).expanduser().exists():
+        raise InputError(f"images={folder}: no such file or folder")
+    else:
+        found = [(path, Sample(path.name, "test", UNKNOWN, "unknown")) for path in images_at(folder)]
+    if not found or n < 1:
+        raise InputError(f"images={folder}, n={n}: no images; expected n ≥ 1, and images=FOLDER where the run was not tested")
+    return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(n, len(found))).round().astype(int))]
+
+
+def loaded(path: Path, sample: Sample) -> np.ndarray:
+    """The decoded image, or the tile of it that the sample is."""
+    try:
+        return cut(path.parent, sample, read(path))
+    except InputError as error:
+        raise InputError(f"{error}; images come from the run's own test: where they have moved, give images=FOLDER") from None
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of the blake2b of a file's content."""
+    text = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            text.update(block)
+    return text.hexdigest()
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A temporary folder beside a path, and what moves all its files there; the folder is gone at the end."""
+    temporary = path.parent / f".{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        temporary.mkdir(parents=True)
+
+        def move() -> None:
+            for file in sorted(temporary.iterdir()):  # .bin before the .xml that needs it
+                file.replace(path.parent / file.name)
+
+        yield temporary, move
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place with output=PATH") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Leave out what tracing and the ONNX exporter say of torch's own code."""
+    loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch 2.14 and onnxscript 0.7 in their own code
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # buffers that are empty share one address
+        yield
+    for logger, level in zip(loud, levels, strict=True):
+        logger.setLevel(level)

@@ -1,0 +1,229 @@
+"""Maps of large images from the predictions of their tiles: seams are blended, and no more than a row of tiles is in memory."""
+
+import struct
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from blemish.data.images import prepare, unplace
+from blemish.data.module import ImageData
+from blemish.data.tiles import grid, largest_blocks, mirrored, reduction, tile_at
+from blemish.detector import Detector
+from blemish.types import Batch, Prediction
+
+
+def ramp(length: int, overlap: int) -> np.ndarray:
+    """Weights (length,) of a tile's pixels along one axis: 1, falling linearly towards either end within the overlap."""
+    inwards = np.minimum(np.arange(length), np.arange(length)[::-1]) + 1.0
+    return np.minimum(inwards / (overlap + 1), 1).astype(np.float32)
+
+
+class Blend:
+    """The weighted mean of tiles' maps, which `add` takes row by row from the left; finished rows (n, width) go to `emit` in order.
+
+    A pixel's weight in a tile is the product of `ramp` along both axes. Means are updated tile by tile, m ← m + (new − m)·w / Σw, so that
+    where all tiles agree the result is what they say to the last bit.
+    """
+
+    def __init__(self, height: int, width: int, tile: int, overlap: int, emit: Callable[[np.ndarray], None]):
+        self.height, self.width, self.emit = height, width, emit
+        self.high, self.wide = min(tile, height), min(tile, width)  # of every tile
+        self.down, self.across = ramp(self.high, overlap), ramp(self.wide, overlap)
+        self.strip, self.strip_weight = np.zeros((self.high, width), np.float32), np.zeros(width, np.float32)
+        self.open, self.open_weight = np.zeros((self.high, width), np.float32), np.zeros(self.high, np.float32)
+        self.top = 0  # the image's row that is the first of `open`
+
+    def add(self, map: np.ndarray, x: int, y: int) -> None:
+        """A tile's map, at least (high, wide), whose pixel (0, 0) is the image's (y, x)."""
+        columns = slice(x, x + self.wide)
+        self.strip_weight[columns] += self.across
+        share = self.across / self.strip_weight[columns]  # (wide,)
+        part = self.strip[:, columns]
+        part += (map[: self.high, : self.wide] - part) * share
+        if x + self.wide == self.width:
+            self._row_done(y)
+
+    def _row_done(self, y: int) -> None:
+        """Blend a whole row of tiles, which are a grid, so that the mean over both axes is a mean over one of means over the other."""
+        self._move_to(y)
+        self.open_weight += self.down
+        self.open += (self.strip - self.open) * (self.down / self.open_weight)[:, None]
+        self.strip[:], self.strip_weight[:] = 0, 0
+        if y + self.high == self.height:
+            self.emit(self.open)
+
+    def _move_to(self, y: int) -> None:
+        done = y - self.top
+        if done:
+            self.emit(self.open[:done])
+            for rows in (self.open, self.open_weight):
+                rows[:-done], rows[-done:] = rows[done:].copy(), 0
+            self.top = y
+
+
+class RowsOnDisk:
+    """The rows of a map (H, W) float32 in a file without a name, written from the first to the last and read by slices."""
+
+    def __init__(self, shape: tuple[int, int], folder: Path | None):
+        self.shape = shape
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 it lives as long as the map
+        weakref.finalize(self, self.file.close)
+
+    def add(self, rows: np.ndarray) -> None:
+        self.file.write(rows.tobytes())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        begin, end, _ = rows.indices(self.shape[0])
+        self.file.flush()
+        self.file.seek(begin * self.shape[1] * 4)
+        values = np.empty((end - begin, self.shape[1]), np.float32)
+        self.file.readinto(memoryview(values).cast("B"))
+        return values
+
+
+@torch.inference_mode()
+def score_tiles(
+    model: Detector, array: np.ndarray, window: Mapping, size: int | None, tile: int, overlap: int, batch_size: int
+) -> Iterator[tuple[int, int, float, np.ndarray | None]]:
+    """(x, y, score, map (tile, tile) float32 or None) of the tiles of an image (H, W) or (H, W, 3), `batch_size` at a time.
+
+    A tile is resized to `size`, None for not at all; a side of the image below `tile` is continued by its mirror image.
+    """
+    places = list(grid(array.shape[1], array.shape[0], tile, overlap))
+    for begin in range(0, len(places), batch_size):
+        some = places[begin : begin + batch_size]
+        tiles = [mirrored(np.ascontiguousarray(array[y : y + h, x : x + w]), tile) for x, y, w, h in some]
+        score, map = model(torch.stack([prepare(one, window, size, None) for one in tiles]).to(model.device))
+        for i, (x, y, _, _) in enumerate(some):
+            yield x, y, float(score[i]), None if map is None else own_pixels(map[i], tile, size)
+
+
+def own_pixels(map: Tensor, tile: int, size: int | None) -> np.ndarray:
+    """A tile's map (size, size) in the pixels (tile, tile) it was cut from."""
+    return unplace(map.detach().cpu(), tile, tile, size, None).numpy()
+
+
+def score_image(
+    model: Detector,
+    array: np.ndarray,
+    window: Mapping,
+    size: int | None,
+    tile: int,
+    overlap: int,
+    batch_size: int,
+    folder: Path | None,
+) -> tuple[float, RowsOnDisk | None]:
+    """The largest score of an image's tiles, and its map in its own pixels, kept in a file in `folder`; see `score_tiles`."""
+    best, map, blend = -np.inf, None, None
+    for x, y, score, part in score_tiles(model, array, window, size, tile, overlap, batch_size):
+        best = max(best, score)
+        if part is not None:
+            if blend is None:
+                map = RowsOnDisk(array.shape[:2], folder)
+                blend = Blend(*array.shape[:2], tile, overlap, map.add)
+            blend.add(part, x, y)
+    return best, map
+
+
+class Stitch(Callback):
+    """Shows a callback whole images in place of their tiles: score the largest, map blended, the truth in the image's own pixels.
+
+    Map and truth of an image with a side above `tiles.SIDE` are reduced to the largest values of blocks. Batches must come as
+    `ImageData._tile_loader` makes them. The images themselves are left out, `datamodule.image(key)` has them.
+    """
+
+    def __init__(self, inner: Callback, tile: int, overlap: int):
+        self.inner, self.tile, self.overlap = inner, tile, overlap
+        self.path: str | None = None
+
+    def _done(self, dataset, outputs: Prediction, batch: Batch, truth: bool) -> Iterator[tuple[Prediction, Batch]]:
+        """The image that these tiles of it complete, if they do."""
+        for i, key in enumerate(batch.path):
+            path, (x, y, w, h) = tile_at(key)
+            width, height = dataset.sizes[path]
+            if path != self.path:
+                self.path, self.score, self.rows = path, -torch.inf, []
+                self.blend = Blend(height, width, self.tile, self.overlap, self._keep)
+                self.side, self.pending = reduction((width, height)), np.empty((0, width), np.float32)
+            self.score = max(self.score, float(outputs.score[i]))
+            if outputs.map is not None:
+                self.blend.add(own_pixels(outputs.map[i], self.tile, dataset.size), x, y)
+            if (x + w, y + h) == (width, height):
+                yield self._whole(dataset, truth)
+                self.path = None
+
+    def _keep(self, rows: np.ndarray) -> None:
+        """Reduce finished rows, as many as fill blocks."""
+        rows = np.concatenate([self.pending, rows])
+        full = len(rows) // self.side * self.side
+        if full:
+            self.rows.append(largest_blocks(rows[:full], self.side))
+        self.pending = rows[full:].copy()
+
+    def _whole(self, dataset, truth: bool) -> tuple[Prediction, Batch]:
+        if len(self.pending):
+            self.rows.append(largest_blocks(self.pending, self.side))
+        map = torch.from_numpy(np.concatenate(self.rows))[None] if self.rows else None  # (1, h, w)
+        size = [-(-length // self.side) for length in dataset.sizes[self.path][::-1]]
+        mask = torch.from_numpy(largest_blocks(dataset.truth(self.path), self.side)) if truth else torch.zeros(size, dtype=torch.uint8)
+        label = torch.tensor([dataset.parents[self.path].label])
+        return Prediction(torch.tensor([self.score]), map), Batch(torch.empty(1, 0, *size), label, mask[None], [self.path])
+
+    def on_predict_start(self, trainer, module) -> None:
+        self.inner.on_predict_start(trainer, module)
+
+    def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
+        for prediction, image in self._done(trainer.predict_dataloaders.dataset.tiles, outputs, batch, truth=False):
+            self.inner.on_predict_batch_end(trainer, module, prediction, image, index, loader)
+
+    def on_predict_end(self, trainer, module) -> None:
+        self.inner.on_predict_end(trainer, module)
+
+    def on_test_start(self, trainer, module) -> None:
+        self.inner.on_test_start(trainer, module)
+
+    def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
+        for prediction, image in self._done(trainer.test_dataloaders.dataset.tiles, outputs, batch, truth=True):
+            # without the module, whose reconstruction of a whole image would not be that of its tiles
+            self.inner.on_test_batch_end(trainer, None, prediction, image, index, loader)
+
+    def on_test_end(self, trainer, module) -> None:
+        self.inner.on_test_end(trainer, module)
+
+
+def whole(data: ImageData, *callbacks: Callback) -> Sequence[Callback]:
+    """The callbacks, which are shown whole images where the data come as tiles."""
+    return callbacks if data.tile is None else [Stitch(callback, data.tile, data.overlap) for callback in callbacks]
+
+
+def write_png(path: Path, width: int, height: int, rows: Iterable[np.ndarray]) -> None:
+    """A grey PNG of 8 or 16 bits from its rows (n, width), uint8 or uint16, which are never all in memory (PNG specification, W3C 2003)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    packer, above = zlib.compressobj(3), None
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for band in rows:
+            values = np.ascontiguousarray(band, band.dtype.newbyteorder(">")).view(np.uint8).reshape(len(band), -1)  # (n, bytes)
+            if above is None:
+                file.write(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * band.dtype.itemsize, 0, 0, 0, 0)))
+                above = np.zeros_like(values[:1])
+            lines = np.empty((len(values), values.shape[1] + 1), np.uint8)
+            lines[:, 0] = 2  # each byte as its difference to the one above
+            lines[:, 1:] = values - np.concatenate([above, values[:-1]])
+            above = values[-1:]
+            if packed := packer.compress(lines.tobytes()):
+                file.write(chunk(b"IDAT", packed))
+        file.write(chunk(b"IDAT", packer.flush()) + chunk(b"IEND", b""))

@@ -1,0 +1,291 @@
+"""Exported detectors at work with numpy and onnxruntime: no torch, and nothing else of blemish, so that this file may travel by itself.
+
+    model = Model("model.onnx")
+    for result in model.predict(["part.png", array]):
+        result.score, result.p_value, result.decision, result.map
+
+Files are read with Pillow, which arrays do not need; `.xml` files are run by openvino.
+"""
+
+import bisect
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KEY = "blemish"  # of the facts among a file's metadata
+FORMAT = "blemish artefact 1"
+STRIP = 16  # rows or columns resized by one product: few enough that it has few zeros
+SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
+
+Run = Callable[..., Sequence[np.ndarray]]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message names the path or key and what would do."""
+
+
+class Result(NamedTuple):
+    """What is said of one image."""
+
+    score: float  # larger is more anomalous
+    p_value: float | None  # (1 + normal images held out that score at least as high) / (1 + all of them); None without any
+    decision: bool | None  # anomalous: score > threshold; None without a threshold
+    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input; None without one
+
+
+class Model:
+    """An exported detector; `facts` is what was written into it: method, threshold, calibration, preprocessing, parity and the like.
+
+    `threads` is how many the engine may use, all of the machine's if None. InputError for a file that is no artefact of blemish.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        self.facts, self.run = opened(Path(path), threads)
+        if self.facts.get("format") != FORMAT:
+            raise InputError(f"{path}: format {self.facts.get('format')!r}; expected {FORMAT!r}, export the run again with this version")
+        self.threshold, self.calibration = self.facts["threshold"], sorted(self.facts["calibration"])
+
+    def predict(self, images: Any, batch_size: int = 1) -> list[Result]:
+        """Results of one image or of many, in their order.
+
+        An image is a file, or an array (H, W) or (H, W, 3) of uint8, uint16 or float32 in the file's own units, of any size unless
+        `source` of the facts fixes it. InputError for what cannot be used.
+        """
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        size = batch_size if self.facts["batch"] is None else self.facts["batch"]
+        found: list[Result] = []
+        prepared: list[np.ndarray] = []
+        for image in images:
+            prepared.append(self.prepare(image))
+            if len(prepared) == size:
+                found += self.score(np.stack(prepared))
+                prepared = []
+        return found + (self.score(np.stack(prepared)) if prepared else [])
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """What the graph takes of one image, see `prepared`."""
+        return prepared(read(image) if isinstance(image, str | Path) else np.asarray(image), self.facts)
+
+    def score(self, batch: np.ndarray) -> list[Result]:
+        """Results of images that `prepare` made, (B, …)."""
+        scores, *maps = self.run(batch)
+        return [self.judged(float(score), maps[0][i] if maps else None) for i, score in enumerate(scores)]
+
+    def judged(self, score: float, map: np.ndarray | None) -> Result:
+        decision = None if self.threshold is None else score > self.threshold
+        count = len(self.calibration)
+        p = (1 + count - bisect.bisect_left(self.calibration, score)) / (count + 1) if count else None
+        return Result(score, p, decision, map)
+
+    def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
+        """A map in the pixels of its image, (height, width): what lay outside the crop takes the map's minimum."""
+        return enlarged(self.facts["image_size"], self.facts["crop"], map, height, width)
+
+
+def opened(path: Path, threads: int | None) -> tuple[dict, Run]:
+    """The facts in a file, and what runs its graph."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected an export of blemish ({', '.join(SUFFIXES)})")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: expected a file that ends with {' or '.join(SUFFIXES)}")
+    try:
+        text, run = (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
+    except ImportError as error:
+        raise InputError(f"{path}: needs {SUFFIXES[path.suffix]} ({error}); pip install {SUFFIXES[path.suffix]}") from error
+    except Exception as error:  # each engine has errors of its own for a file it cannot read
+        raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish") from error
+    return facts_of(text, path), run
+
+
+def facts_of(text: str | None, path: Path) -> dict:
+    """The facts in the text that an export left; InputError if it is none."""
+    try:
+        facts = json.loads(text or "")
+        if isinstance(facts, dict) and "format" in facts:
+            return facts
+    except json.JSONDecodeError:
+        pass
+    raise InputError(f"{path}: says nothing of blemish in its metadata; expected a file made by `blemish export`")
+
+
+def by_onnxruntime(path: Path, threads: int | None) -> tuple[str | None, Run]:
+    """The text under KEY in an ONNX file, and what runs it: arrays in, arrays out."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return session.get_modelmeta().custom_metadata_map.get(KEY), lambda *given: session.run(None, dict(zip(names, given, strict=True)))
+
+
+def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
+    """The same of an OpenVINO file, or of an ONNX file, which has no text there."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    # without the hint, processors that have bfloat16 compute in it
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    compiled = core.compile_model(model, "CPU", options)
+    text = model.get_rt_info([KEY, "facts"]).value if model.has_rt_info([KEY, "facts"]) else None
+    return text, lambda *given: [np.array(value) for value in compiled(list(given)).values()]
+
+
+def read(path: str | Path) -> np.ndarray:
+    """An image file by Pillow, upright: uint8, or uint16 of a grey file of 16 bits, (H, W) or (H, W, 3).
+
+    InputError for a file that is no image, or of which Pillow would keep a part of the bits only: hand over an array then.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError(f"{path}: files are read with Pillow, which is not here (pip install pillow); or hand over an array") from error
+    try:
+        with Image.open(path) as file:
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
+            deep = Path(path).read_bytes()[24] == 16 if file.format == "PNG" else file.mode in ("I", "F")
+            image = ImageOps.exif_transpose(file)
+        mode = image.mode
+        if frames > 1 or (deep and not mode.startswith("I;16")):
+            raise InputError(f"{path}: {frames} frames of mode {mode}; expected one image of 8 bits, or grey of 16: hand over an array")
+        if mode.startswith("I;16"):
+            return np.array(image).astype(np.uint16)
+        if mode in ("P", "PA"):  # the short way takes no notice of transparency
+            image = image.convert("RGBA")
+        return np.array(image.convert("L" if mode in ("1", "L", "LA", "La") else "RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise InputError(f"{path}: cannot be read ({error}); expected an image file") from error
+
+
+def prepared(array: np.ndarray, facts: dict) -> np.ndarray:
+    """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], as the facts say under `input`."""
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+    if facts["source"]:
+        if array.dtype != np.uint8 or list(array.shape[:2]) != facts["source"]:
+            raise InputError(f"an image {array.dtype} {array.shape[:2]}; this export takes uint8 of (H, W) = {facts['source']} alone")
+        return coloured(array)
+    placed = place(array, facts["window"], facts["image_size"], facts["crop"])  # uint8, or float32 in [0, 1]
+    if list(placed.shape[:2]) != facts["size"]:
+        raise InputError(f"an image of (H, W) = {placed.shape[:2]}; this export takes {facts['size']} alone")
+    if facts["input"] == "uint8":
+        if placed.dtype != np.uint8:
+            raise InputError(f"an image of {array.dtype}; this export takes uint8, export with input=float for deep images")
+        return coloured(placed)
+    unit = placed / np.float32(255) if placed.dtype == np.uint8 else placed
+    return np.ascontiguousarray(coloured(unit).transpose(2, 0, 1))
+
+
+def coloured(array: np.ndarray) -> np.ndarray:
+    """(h, w, 3) of (h, w) or (h, w, 3)."""
+    return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))
+
+
+def place(array: np.ndarray, window: dict, size: int | None, crop: int | None) -> np.ndarray:
+    """An image resized to size×size and cut to its centre crop×crop: uint8 as uint8, deeper ones as float32 in [0, 1] by their window.
+
+    uint8 is equal to what torch's antialiased bilinear resizing of bytes gives, and so to what the detector was fitted to.
+    """
+    if array.dtype != np.uint8:
+        ranges = {"uint16": (0.0, 65535.0), **window}
+        if array.dtype.name not in ranges:
+            raise InputError(f"an image of {array.dtype}; this detector takes {', '.join(sorted({'uint8', *ranges}))}")
+        lo, hi = ranges[array.dtype.name]
+        array = ((array.astype(np.float32) - np.float32(lo)) / np.float32(hi - lo)).clip(0, 1)
+    if size is not None and array.shape[:2] != (size, size):
+        for axis in (1, 0):
+            array = resized(array, axis, size)
+        array = array.clip(0, 1) if array.dtype != np.uint8 else array
+    if crop is not None:
+        height, width = array.shape[:2]
+        if crop > min(height, width):
+            raise InputError(f"an image of {width}×{height} pixels; expected at least {crop}×{crop}, the crop of this detector")
+        top, left = (height - crop) // 2, (width - crop) // 2
+        array = array[top : top + crop, left : left + crop]
+    return array
+
+
+def enlarged(size: int | None, crop: int | None, map: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map of an image that `place` brought to a size and a crop, (height, width) float32; outside the crop it has its minimum."""
+    full = (size, size) if size else (height, width)
+    if crop:
+        top, left = ((side - crop) // 2 for side in full)
+        whole = np.full(full, map.min(), np.float32)
+        whole[top : top + crop, left : left + crop] = map
+        map = whole
+    return resized(resized(map, 1, width), 0, height)
+
+
+def resized(array: np.ndarray, axis: int, pixels: int) -> np.ndarray:
+    """(H, W) or (H, W, 3), uint8 or float32, with one axis resized to so many pixels: bilinear, antialiased, half-pixel centres."""
+    if array.shape[axis] == pixels:
+        return array
+    bits, strips = (exact_strips if array.dtype == np.uint8 else strips_of)(array.shape[axis], pixels)
+    channels = array.shape[2] if axis == 1 and array.ndim == 3 else 1
+    # (rows, columns·channels), of which the one or the other is resized
+    flat = array.reshape(len(array), -1)
+    out = np.empty((pixels, flat.shape[1]) if axis == 0 else (len(flat), pixels * channels), np.float32)
+    for start, stop, first, weights in strips:
+        last = first + weights.shape[1]
+        if axis == 0:
+            np.matmul(weights, flat[first:last].astype(np.float32), out=out[start:stop])
+        else:
+            apart = np.kron(weights, np.eye(channels, dtype=np.float32)) if channels > 1 else weights
+            part = flat[:, first * channels : last * channels].astype(np.float32)
+            out[:, start * channels : stop * channels] = part @ apart.T
+    if array.dtype == np.uint8:
+        out += 2 ** (bits - 1)
+        out *= 2.0**-bits  # whole numbers below 2²⁴ until here: nothing was rounded
+        np.clip(np.floor(out, out=out), 0, 255, out=out)
+    shape = list(array.shape)
+    shape[axis] = pixels
+    return out.astype(array.dtype).reshape(shape)
+
+
+def weights_of(length: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """First input pixel (pixels,) and weights (pixels, taps) of every output pixel: triangles of the width of the coarser grid's step."""
+    scale = length / pixels
+    support = max(scale, 1.0)
+    centre = scale * (np.arange(pixels) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + support + 0.5).astype(np.int64), length)
+    reach = np.arange(int((last - first).max()))
+    weights = np.maximum(0, 1 - np.abs(first[:, None] + reach - centre[:, None] + 0.5) / support) * (reach < (last - first)[:, None])
+    return first, weights / weights.sum(1, keepdims=True)
+
+
+@lru_cache(maxsize=16)
+def strips_of(length: int, pixels: int) -> tuple[int, list[tuple[int, int, int, np.ndarray]]]:
+    """0, and the resizing of so many output pixels at a time as (start, stop, first input pixel, weights (stop - start, n))."""
+    return 0, _strips(*weights_of(length, pixels), length)
+
+
+@lru_cache(maxsize=16)
+def exact_strips(length: int, pixels: int) -> tuple[int, list[tuple[int, int, int, np.ndarray]]]:
+    """As `strips_of` with whole numbers for weights, and by how many bits they are too large: 16-bit arithmetic, as torch has for bytes."""
+    first, weights = weights_of(length, pixels)
+    bits = next(b for b in range(23) if b == 22 or int(0.5 + weights.max() * 2 ** (b + 1)) >= 2**15)
+    return bits, _strips(first, np.floor(0.5 + weights * 2**bits), length)
+
+
+def _strips(first: np.ndarray, weights: np.ndarray, length: int) -> list[tuple[int, int, int, np.ndarray]]:
+    strips = []
+    for start in range(0, len(first), STRIP):
+        rows = range(start, min(start + STRIP, len(first)))
+        low = int(first[start])
+        high = min(int(first[rows[-1]]) + weights.shape[1], length)
+        block = np.zeros((len(rows), high - low), np.float32)
+        for i, row in enumerate(rows):
+            taps = min(weights.shape[1], high - int(first[row]))
+            block[i, first[row] - low : first[row] - low + taps] = weights[row, :taps]
+        strips.append((start, rows[-1] + 1, low, block))
+    return strips

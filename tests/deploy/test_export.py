@@ -1,0 +1,381 @@
+"""Exports against their runs, and the runtime without torch."""
+
+import csv
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from PIL import Image
+from support import CONFIGS, QUICK, batch, bricks, composed, fitted, tiny_overrides, tiny_run
+
+from blemish import runtime
+from blemish.data.images import place, prepare, read, to_unit, unplace
+from blemish.deploy import export
+from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
+from blemish.deploy.portable import BLOCKS, portable
+from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.run import build, load, train
+from blemish.scoring.calibration import conformal_threshold, p_values
+from blemish.types import InputError
+
+METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+
+
+def needs(*names: str) -> None:
+    for name in names:
+        pytest.importorskip(name, reason=f"no {name} here: pip install blemish[export]")
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    """A PaDiM fitted to images of 64 px."""
+    folder = tmp_path_factory.mktemp("run") / "padim"
+    train(tiny_run(tiny, folder, "model=padim", "save.pictures=0", "save.curves=false"))
+    return folder
+
+
+def exported(run: Path, output: Path, *overrides: str) -> tuple[Path, Parity]:
+    return export_run(composed(f"run='{run}'", f"output='{output}'", *overrides, config="export"), load, build)
+
+
+@pytest.fixture(scope="module")
+def exports(run, tmp_path_factory):
+    """The run's export in a format, made when it is first asked for: (file, parity)."""
+
+    @cache
+    def made(format: str) -> tuple[Path, Parity]:
+        needs(*NEEDS[format])
+        return exported(run, tmp_path_factory.mktemp(format) / f"model{ENDINGS[format]}", f"format={format}")
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def onnx(exports) -> Path:
+    return exports("onnx")[0]
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny) -> list[Path]:
+    return sorted((tiny / "square").glob("*.png")) + sorted((tiny / "normal_test").glob("*.png"))
+
+
+@torch.no_grad()
+def quick(method: str, *overrides: str):
+    """A method that has seen eight images and took no step of an optimiser, and the side of its images."""
+    cfg = composed(*tiny_overrides(Path("nowhere")), *QUICK.get(method, []), f"model={method}", *overrides)
+    model, side = build(cfg.model), cfg.image_size or 64
+    pictures = bricks(8, seed=0) if side == 64 else bricks(8, seed=0).repeat(1, 1, 2, 2)
+    if isinstance(model, OnePassDetector):
+        if method == "self_similarity":
+            model.validation = 0.5
+        fitted(model, pictures, batch=4)
+    elif isinstance(model, TrainedDetector):
+        model.prepare([batch(pictures)])
+        model.eval().conclude([batch(pictures)])
+    return model.eval(), side
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "noise_residual"])
+@torch.no_grad()
+def test_a_form_says_what_its_method_says(method):
+    model, side = quick(method)
+    image = bricks(3, seed=1) if side == 64 else bricks(3, seed=1).repeat(1, 1, 2, 2)
+    image[0, :, 8:20, 8:20] = 1
+    maps = method != "spade"
+    expected, found = model(image), portable(model, (side, side), maps)(image)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
+    if maps and expected.map is not None:
+        torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-5)
+    assert (found.map is None) == (expected.map is None or not maps)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        (
+            "padim",
+            ["model.n_features=3", "model.align=nearest"],
+        ),  # more images than channels: the triangular form, of fewer than BLOCKS rows
+        ("padim", ["model.n_features=7"]),
+        ("patchcore", ["model.embed_dim=null"]),
+        ("patchcore", ["model.embed_dim=16", "model.reweight=false"]),
+        ("patchcore", ["model.embed_dim=16", "model.reweight=3", "model.coreset_ratio=0.002"]),  # a bank of two rows
+        ("dfkdm", ["model.density=gaussian"]),
+        ("lake", ["model.density=gaussian"]),
+        ("dfm", ["model.score=nll"]),
+    ],
+)
+@torch.no_grad()
+def test_forms_of_other_settings(method, overrides):
+    model, side = quick(method, *overrides)
+    image = bricks(2, seed=1)
+    expected, found = model(image), portable(model, (side, side), True)(image)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
+    if method == "padim":
+        assert len(model.cholesky) == 64 * 4
+        assert BLOCKS == 4
+
+
+def test_what_cannot_be_a_graph_says_why():
+    with pytest.raises(InputError, match="no fixed graph.*padim or patchcore"):
+        portable(build(composed("model=noise_residual").model), (64, 64), False)
+    with pytest.raises(InputError, match="maps=false"):
+        portable(quick("spade")[0], (64, 64), True)
+
+
+@pytest.mark.parametrize("format", ENDINGS)
+def test_an_export_says_what_its_run_says(run, exports, format):
+    path, parity = exports(format)
+    assert parity.images == 12
+    assert parity.score_difference <= 1e-4 * parity.score_scale
+    assert parity.map_difference <= 1e-3 * parity.map_scale
+    assert parity.flipped == 0
+    assert sorted(p.suffix for p in path.parent.iterdir()) == ([".bin", ".xml"] if format == "openvino" else [ENDINGS[format]])
+    if format != "torch_export":
+        facts = runtime.Model(path, threads=1).facts
+    else:
+        extra = {"blemish.json": ""}
+        torch.export.load(path, extra_files=extra)
+        facts = json.loads(extra["blemish.json"])
+    assert facts["parity"] == {**parity._asdict(), "tolerance": 0.01, "map_tolerance": 0.05, "flips": 0}
+    assert facts["method"] == "padim"
+    model = load(run, "cpu")[1]
+    assert facts["threshold"] == conformal_threshold(model.calibration[:, 0], 0.05).value
+    assert facts["calibration"] == sorted(model.calibration[:, 0].double().tolist())
+
+
+ALONE = """
+import importlib.abc, json, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "lightning", "timm", "omegaconf", "hydra"):
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Blocked())
+from blemish.runtime import Model
+model = Model(sys.argv[1], threads=1)
+found = model.predict(sys.argv[2:])
+assert not {"torch", "lightning", "hydra"} & set(sys.modules)
+print(json.dumps([[r.score, r.p_value, r.decision, r.map.shape] for r in found]))
+"""
+
+
+def test_the_runtime_gives_the_scores_of_the_run_without_torch(run, onnx, tiny):
+    with (run / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    done = subprocess.run([sys.executable, "-c", ALONE, onnx, *(tiny / row["path"] for row in rows)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    calibration = load(run, "cpu")[1].calibration[:, 0]
+    for row, (score, p, decision, shape) in zip(rows, found, strict=True):
+        assert score == pytest.approx(float(row["score"]), rel=1e-5)
+        assert decision == bool(int(row["decision"]))
+        assert p == float(p_values(torch.tensor([score]), calibration))
+        assert shape == [64, 64]
+
+
+def test_batches_and_single_arrays(onnx, pictures):
+    model = runtime.Model(onnx, threads=1)
+    one_by_one, together = model.predict(pictures), model.predict(pictures, batch_size=5)
+    assert len(one_by_one) == len(pictures)
+    for a, b in zip(one_by_one, together, strict=True):
+        assert a.score == pytest.approx(b.score, rel=1e-5)
+        assert a[1:3] == b[1:3]
+    (single,) = model.predict(np.array(Image.open(pictures[0])))
+    assert single.score == one_by_one[0].score
+    assert model.predict([]) == []
+
+
+def test_judgement_is_that_of_the_calibration(onnx):
+    model = runtime.Model(onnx, threads=1)
+    for score in [*model.calibration, model.threshold, model.threshold + 1e-9, -1e9, 1e9]:
+        result = model.judged(score, None)
+        assert result.p_value == float(p_values(torch.tensor([score], dtype=torch.float64), torch.tensor(model.calibration)))
+        assert result.decision == (score > model.threshold)
+
+
+def test_scores_are_the_same_without_maps_from_floats_and_from_the_camera(run, onnx, tmp_path):
+    arrays = [np.random.default_rng(i).integers(0, 256, (90, 70, 3), dtype=np.uint8) for i in range(3)]
+    expected = runtime.Model(onnx, threads=1).predict(arrays)
+    found = runtime.Model(exported(run, tmp_path / "m.onnx", "maps=false", "input=float")[0], threads=1).predict(arrays)
+    assert [r.score for r in found] == pytest.approx([r.score for r in expected], rel=1e-5)
+    assert [r.map for r in found] == [None] * 3
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i}.png")
+    camera = runtime.Model(exported(run, tmp_path / "c.onnx", "source=[90,70]", f"images='{folder}'")[0], threads=1)
+    assert camera.facts["parity"]["images"] == 3
+    assert camera.run(np.stack(arrays))[0] == pytest.approx([r.score for r in expected], rel=1e-5)
+    with pytest.raises(runtime.InputError, match=r"\[90, 70\] alone"):
+        camera.predict(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_crop_and_deep_images(tiny, tmp_path):
+    needs("onnx", "onnxscript", "onnxruntime")
+    folder = tmp_path / "run"
+    train(tiny_run(tiny, folder, "model=padim", "crop=48", "save.pictures=0", "save.curves=false", "data.window=[10,60000]"))
+    saved, model = load(folder, "cpu")
+    path, parity = exported(folder, tmp_path / "m.onnx", "input=float")
+    assert parity.map_difference <= 1e-3 * parity.map_scale
+    deep = np.random.default_rng(0).integers(0, 65536, (80, 100)).astype(np.uint16)
+    window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()}
+    with torch.inference_mode():
+        score, map = model(prepare(deep, window, 64, 48)[None])
+    other = runtime.Model(path, threads=1)
+    (found,) = other.predict(deep)
+    assert found.score == pytest.approx(float(score), rel=1e-4)
+    own = other.own_pixels(found.map, 80, 100)
+    np.testing.assert_allclose(own, unplace(map[0], 80, 100, 64, 48).numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(runtime.InputError, match="float64"):
+        other.predict(deep.astype(np.float64))
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="input=float for deep images"):
+        exported(folder, tmp_path / "m.pt2", "format=torch_export", f"images='{tmp_path}/deep.png'")
+
+
+def test_an_export_that_differs_is_not_kept(run, tmp_path):
+    with pytest.raises(InputError, match="not kept, as it differs from its run"):
+        exported(run, tmp_path / "m.pt2", "format=torch_export", "tolerance=0", "map_tolerance=0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits():
+    parity = Parity(images=5, score_difference=0.02, score_scale=1.0, map_difference=0.03, map_scale=0.5, flipped=1)
+    assert parity.holds(0.02, 0.06, 1)
+    assert not parity.holds(0.019, 0.06, 1)
+    assert not parity.holds(0.02, 0.059, 1)
+    assert not parity.holds(0.02, 0.06, 0)
+    assert parity._replace(map_difference=None, map_scale=None).holds(0.02, 0, 1)
+    assert not parity._replace(score_difference=float("nan")).holds(1, 1, 1)
+    assert spread([1.0, 3.0], [7.0, 9.5]) == pytest.approx(2**0.5)
+    assert spread([1.0], [7.0, 9.0]) == spread([1.0, 1.0], [7.0, 9.0]) == pytest.approx(2**0.5)
+    assert spread([], [-4.0, -4.0]) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["format=tflite"], "format=tflite: expected onnx, torch_export, openvino"),
+        (["input=jpeg"], "input=jpeg: expected uint8"),
+        (["input=float", "source=[64,64]"], "together with input=uint8"),
+        (["format=openvino"], "expected a name that ends with .xml"),
+        (["images=nowhere"], "images=nowhere: no such file or folder"),
+        (["size=[64,64]"], "leave size out"),
+    ],
+)
+def test_options_that_do_not_fit(run, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        exported(run, tmp_path / "m.onnx", *overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_would_be_too_large_is_refused(run, tmp_path, monkeypatch):
+    needs("onnx", "onnxscript", "onnxruntime")
+    monkeypatch.setattr(export, "LARGEST", 10**5)
+    with pytest.raises(InputError, match="use format=torch_export"):
+        exported(run, tmp_path / "m.onnx")
+
+
+def test_foreign_files(tmp_path, pictures):
+    onnx = pytest.importorskip("onnx", reason="no onnx here: pip install blemish[export]")
+    needs("onnxruntime")
+    given = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Abs", ["x"], ["y"])], "g", given[:1], given[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=8)
+    onnx.save(model, tmp_path / "foreign.onnx")
+    (tmp_path / "text.onnx").write_text("no graph")
+    messages = {
+        tmp_path / "foreign.onnx": "says nothing of blemish",
+        tmp_path / "text.onnx": "cannot be opened",
+        tmp_path / "absent.onnx": "no such file",
+        pictures[0]: "ends with .onnx or .xml",
+    }
+    for path, message in messages.items():
+        with pytest.raises(runtime.InputError, match=message):
+            runtime.Model(path)
+    onnx.helper.set_model_props(model, {runtime.KEY: json.dumps({"format": "blemish artefact 0"})})
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(runtime.InputError, match="export the run again"):
+        runtime.Model(tmp_path / "old.onnx")
+
+
+@effort(max_examples=60)
+@given(st.integers(8, 300), st.integers(8, 300), st.sampled_from([8, 33, 64, 130]), st.booleans(), st.integers(0, 2**32))
+def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
+    shape = (height, width, 3) if colour else (height, width)
+    array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1) if colour else torch.from_numpy(array)[None]
+    crop = size // 2 if seed % 2 else None
+    expected = place(tensor, size, crop).permute(1, 2, 0).numpy()
+    assert np.array_equal(runtime.place(array, {}, size, crop).reshape(expected.shape), expected)
+    assert np.array_equal(
+        runtime.place(array, {}, None, 8), runtime.place(array, {}, None, None)[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
+    )
+
+
+@effort(max_examples=30)
+@given(st.integers(8, 200), st.integers(8, 200), st.sampled_from([8, 33, 130]), st.sampled_from(["uint16", "float32"]))
+def test_deep_images_are_placed_as_torch_does_it(height, width, size, dtype):
+    array = (np.random.default_rng(height).random((height, width)) * 60000).astype(dtype)
+    window = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
+    expected = place(to_unit(array, window), size, None)[0].numpy()
+    np.testing.assert_allclose(runtime.place(array, window, size, None), expected, atol=2e-5)
+    map = np.random.default_rng(width).random((size, size), dtype=np.float32)
+    np.testing.assert_allclose(
+        runtime.enlarged(size, None, map, height, width), unplace(torch.from_numpy(map), height, width, size, None), atol=2e-5
+    )
+
+
+def test_files_are_read_as_the_run_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(0, 256, (20, 30), dtype=np.uint8), rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6
+    made = {
+        "grey.png": Image.fromarray(grey),
+        "colour.png": Image.fromarray(colour[..., :3]),
+        "alpha.png": Image.fromarray(colour),
+        "grey_alpha.png": Image.fromarray(grey).convert("LA"),
+        "palette.png": Image.fromarray(colour[..., :3]).quantize(7),
+        "bits.png": Image.fromarray(grey > 99),
+        "deep.png": Image.fromarray(rng.integers(0, 65536, (20, 30)).astype(np.uint16)),
+        "photo.jpg": Image.fromarray(colour[..., :3]),
+        "cmyk.jpg": Image.fromarray(colour[..., :3]).convert("CMYK"),
+        "bitmap.bmp": Image.fromarray(colour[..., :3]),
+    }
+    for name, image in made.items():
+        image.save(tmp_path / name)
+    made["photo.jpg"].save(tmp_path / "turned.jpg", exif=exif)
+    for path in tmp_path.iterdir():
+        expected, found = read(path), runtime.read(path)
+        assert found.dtype == expected.dtype, path
+        assert np.array_equal(found, expected), path
+
+
+def test_files_that_pillow_would_spoil_are_refused(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 9, 9, 16, 2, 0, 0, 0)  # 9×9 px of three channels of 16 bits
+    pixels = zlib.compress(9 * (b"\0" + 54 * b"\1"))
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    tifffile.imwrite(tmp_path / "float.tif", np.zeros((9, 9), np.float32))
+    tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 9, 9), np.uint8))
+    for path in tmp_path.iterdir():
+        with pytest.raises(runtime.InputError, match="hand over an array"):
+            runtime.read(path)
+    (tmp_path / "text.png").write_text("none")
+    with pytest.raises(runtime.InputError, match="expected an image file"):
+        runtime.read(tmp_path / "text.png")
