@@ -233,18 +233,19 @@ def resized(array: np.ndarray, axis: int, pixels: int) -> np.ndarray:
     channels = array.shape[2] if axis == 1 and array.ndim == 3 else 1
     # (rows, columns·channels), of which the one or the other is resized
     flat = array.reshape(len(array), -1)
-    out = np.empty((pixels, flat.shape[1]) if axis == 0 else (len(flat), pixels * channels), np.float32)
+    kind = np.float64 if array.dtype == np.uint8 else np.float32
+    out = np.empty((pixels, flat.shape[1]) if axis == 0 else (len(flat), pixels * channels), kind)
     for start, stop, first, weights in strips:
         last = first + weights.shape[1]
         if axis == 0:
-            np.matmul(weights, flat[first:last].astype(np.float32), out=out[start:stop])
+            np.matmul(weights, flat[first:last].astype(kind), out=out[start:stop])
         else:
-            apart = np.kron(weights, np.eye(channels, dtype=np.float32)) if channels > 1 else weights
-            part = flat[:, first * channels : last * channels].astype(np.float32)
+            apart = np.kron(weights, np.eye(channels, dtype=kind)) if channels > 1 else weights
+            part = flat[:, first * channels : last * channels].astype(kind)
             out[:, start * channels : stop * channels] = part @ apart.T
     if array.dtype == np.uint8:
         out += 2 ** (bits - 1)
-        out *= 2.0**-bits  # whole numbers below 2²⁴ until here: nothing was rounded
+        out *= 2.0**-bits  # whole numbers far below 2⁵³ until here: nothing was rounded
         np.clip(np.floor(out, out=out), 0, 255, out=out)
     shape = list(array.shape)
     shape[axis] = pixels
@@ -259,8 +260,10 @@ def weights_of(length: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
     last = np.minimum((centre + support + 0.5).astype(np.int64), length)
     reach = np.arange(int((last - first).max()))
-    weights = np.maximum(0, 1 - np.abs(first[:, None] + reach - centre[:, None] + 0.5) / support) * (reach < (last - first)[:, None])
-    return first, weights / weights.sum(1, keepdims=True)
+    # in torch's order of operations: a weight that rounds the other way is a grey level in some image
+    distance = np.abs((reach + (first - centre)[:, None] + 0.5) * (1 / support))
+    weights = np.where(reach < (last - first)[:, None], np.maximum(0, 1 - distance), 0)
+    return first, weights / weights.cumsum(1)[:, -1:]
 
 
 @lru_cache(maxsize=16)
@@ -274,16 +277,16 @@ def exact_strips(length: int, pixels: int) -> tuple[int, list[tuple[int, int, in
     """As `strips_of` with whole numbers for weights, and by how many bits they are too large: 16-bit arithmetic, as torch has for bytes."""
     first, weights = weights_of(length, pixels)
     bits = next(b for b in range(23) if b == 22 or int(0.5 + weights.max() * 2 ** (b + 1)) >= 2**15)
-    return bits, _strips(first, np.floor(0.5 + weights * 2**bits), length)
+    return bits, _strips(first, np.floor(0.5 + weights * 2**bits), length, np.float64)
 
 
-def _strips(first: np.ndarray, weights: np.ndarray, length: int) -> list[tuple[int, int, int, np.ndarray]]:
+def _strips(first: np.ndarray, weights: np.ndarray, length: int, kind: type = np.float32) -> list[tuple[int, int, int, np.ndarray]]:
     strips = []
     for start in range(0, len(first), STRIP):
         rows = range(start, min(start + STRIP, len(first)))
         low = int(first[start])
         high = min(int(first[rows[-1]]) + weights.shape[1], length)
-        block = np.zeros((len(rows), high - low), np.float32)
+        block = np.zeros((len(rows), high - low), kind)
         for i, row in enumerate(rows):
             taps = min(weights.shape[1], high - int(first[row]))
             block[i, first[row] - low : first[row] - low + taps] = weights[row, :taps]

@@ -85,6 +85,7 @@ class Graph(nn.Module):
         return bits, [(first, first + weights.shape[1], f"weights{axis}_{i}") for i, (_, _, first, weights) in enumerate(strips)]
 
     def placed(self, x: Tensor) -> Tensor:
+        x = x.double() if self.steps else x  # the whole numbers do not fit a float32
         for axis, bits, strips in self.steps:
             parts = []
             for first, last, name in strips:
@@ -94,7 +95,7 @@ class Graph(nn.Module):
         if self.crop and tuple(x.shape[-2:]) != self.form.size:
             top, left = ((side - self.crop) // 2 for side in x.shape[-2:])
             x = x[..., top : top + self.crop, left : left + self.crop]
-        return x / 255
+        return x.float() / 255
 
     def unit(self, image: Tensor) -> Tensor:
         """Images (B, 3, h, w) in [0, 1] as the method takes them."""
