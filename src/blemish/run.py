@@ -110,7 +110,8 @@ def train(cfg: DictConfig) -> dict:
             save_checkpoint(trainer, model, folder / "model.ckpt")
         if trainer.is_global_zero:
             (folder / STATE).unlink(missing_ok=True)
-        metrics = measured(trainer, model, data, evaluate, times, fitted - started)
+        # of a training that was resumed only the last part was seen
+        metrics = measured(trainer, model, data, evaluate, times, None if resumed else fitted - started)
         write_results(folder, cfg, evaluate, metrics, record, trainer)
         record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
