@@ -1,6 +1,8 @@
 """What tests share: real data where there is some, and a tiny data set made on the spot."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,12 @@ from PIL import Image
 # a busy machine is slow, not wrong
 settings.register_profile("blemish", deadline=None, print_blob=True)
 settings.load_profile("blemish")
+
+# absl, which openvino and tensorboard bring along, closes the stream of its handler when Hydra sets up logging: not pytest's, then
+with contextlib.suppress(ImportError):
+    import absl.logging
+
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")
