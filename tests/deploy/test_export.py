@@ -29,6 +29,9 @@ from blemish.run import build, load, train
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
+for engine in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(engine, reason=f"no {engine} here: pip install blemish[export]")
+
 METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
 
