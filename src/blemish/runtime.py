@@ -10,7 +10,7 @@ Files are read with Pillow, which arrays do not need; `.xml` files are run by op
 import bisect
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,11 +125,21 @@ def by_onnxruntime(path: Path, threads: int | None) -> tuple[str | None, Run]:
     return session.get_modelmeta().custom_metadata_map.get(KEY), lambda *given: session.run(None, dict(zip(names, given, strict=True)))
 
 
-def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
-    """The same of an OpenVINO file, or of an ONNX file, which has no text there."""
+@cache
+def openvino_core() -> Any:
+    """The one Core of this process, kept until its end.
+
+    Each Core sets a stack for signals on its thread and puts back the one that it found: of two of which the first goes first, the second
+    puts back one that is gone, and the next signal, such as that of a child that ended, kills the process (seen with openvino 2026.4).
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
+    """The same of an OpenVINO file, or of an ONNX file, which has no text there."""
+    core = openvino_core()
     model = core.read_model(str(path))
     # without the hint, processors that have bfloat16 compute in it
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}

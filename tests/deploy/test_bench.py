@@ -16,9 +16,6 @@ from blemish.deploy.export import chosen, loaded, view_of
 from blemish.run import build, load, train
 from blemish.types import InputError
 
-for engine in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(engine, reason=f"no {engine} here: pip install blemish[export]")
-
 STAGES = ["resize", "backbone", "score", "map", "image to score", "image to map"]
 
 

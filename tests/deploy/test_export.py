@@ -29,9 +29,6 @@ from blemish.run import build, load, train
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
-for engine in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(engine, reason=f"no {engine} here: pip install blemish[export]")
-
 METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
 
@@ -312,6 +309,26 @@ def test_foreign_files(tmp_path, pictures):
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(runtime.InputError, match="export the run again"):
         runtime.Model(tmp_path / "old.onnx")
+
+
+CHILDREN = """
+import signal, subprocess, sys
+from blemish.runtime import Model
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does for the processes of a loader
+first = Model(sys.argv[1])
+second = Model(sys.argv[1])
+del first
+del second
+for _ in range(3):
+    subprocess.run([sys.executable, "-c", ""], check=True)
+print("alive")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGCHLD")
+def test_models_that_go_in_the_order_they_came_leave_the_process_whole(exports):
+    done = subprocess.run([sys.executable, "-c", CHILDREN, str(exports("openvino")[0])], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 @effort(max_examples=60)

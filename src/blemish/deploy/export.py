@@ -169,10 +169,10 @@ def export(
     `facts` go into its metadata; see `Graph` for `input` and `source`, `Parity.holds` for what `limits` has. `size` (H, W) is that of the
     images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
     """
-    check(format, input, source, view, path)
     side = view.crop or view.image_size
     if size and side:
         raise InputError(f"size={size}: this run has image_size={view.image_size} and crop={view.crop}; leave size out")
+    check(format, input, source, view, path)
     size = [side, side] if side else size or source
     if not size:
         raise InputError("size: this run takes images of any size, an export of one alone; expected size=[height,width]")
