@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
+from blemish.compose import composed
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.types import NORMAL, Batch
 
@@ -33,12 +33,6 @@ QUICK: dict[str, list[str]] = {
     "riad": ["trainer.max_epochs=15", "model.learning_rate=0.003", "model.channels=8", "model.smooth=5"],
     "stfpm": ["trainer.max_epochs=8"],
 }
-
-
-def composed(*overrides: str, config: str = "train") -> DictConfig:
-    """The config that a tool would get from these command-line overrides."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(config, overrides=list(overrides))
 
 
 def tiny_overrides(root: Path) -> list[str]:
@@ -81,13 +75,16 @@ def batch(pictures: Tensor, maps: list[Tensor] | None = None) -> Batch:
     return Batch(pictures, torch.full((n,), NORMAL), mask, [str(i) for i in range(n)], maps)
 
 
-def trained(model: TrainedDetector, pictures: Tensor, steps: int, rate: float) -> tuple[TrainedDetector, list[float]]:
-    """The method in eval mode, and its losses, after plain steps of its own optimiser on all pictures."""
+def trained(
+    model: TrainedDetector, pictures: Tensor, steps: int, rate: float | None = None, maps: list[Tensor] | None = None
+) -> tuple[TrainedDetector, list[float]]:
+    """The method in eval mode, and its losses, after plain steps of its own optimiser on all pictures, which may bring their maps."""
     optimizer, losses = model.configure_optimizers(), []
-    optimizer.param_groups[0]["lr"] = rate
+    if rate is not None:
+        optimizer.param_groups[0]["lr"] = rate
     model.train()
     for _ in range(steps):
-        loss = model.loss(batch(pictures))
+        loss = model.loss(batch(pictures, maps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from support import CONFIGS, composed, tiny_overrides
 
-from blemish.records.record import finish_for, read_record
-from blemish.sweep import cell_name, drawn_data, firsts, launch, pinned, quoted
+from blemish.records.record import Record, claim, finish_for, read_record, release, taken
+from blemish.sweep import apart, cell_name, drawn_data, firsts, launch, pinned, quoted
 from blemish.types import InputError
 
 TRAIN = CONFIGS.parent / "tools" / "train.py"
@@ -161,6 +161,19 @@ def test_a_run_that_could_not_write_its_end(tmp_path):
     finish_for(tmp_path, "failed", "exit code -9", 3.0)
     record = read_record(tmp_path)
     assert (record["status"], record["error"]["message"], record["wall_seconds"]) == ("failed", "exit code -9", 3.0)
+
+
+def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
+    claim(tmp_path, overwrite=False)  # by this process, which lives
+    Record.start(tmp_path, {})
+    before = (tmp_path / "record.json").read_bytes()
+    apart(tmp_path, os._exit, (2,), None, None)
+    assert (tmp_path / "record.json").read_bytes() == before
+    assert taken(tmp_path)
+    release(tmp_path)
+    apart(tmp_path, os._exit, (2,), None, None)
+    record = read_record(tmp_path)
+    assert (record["status"], record["error"]["message"][:11]) == ("failed", "exit code 2")
 
 
 def test_without_multirun_a_tool_does_its_own(monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +23,14 @@ from scipy import ndimage
 from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
-from blemish.data.images import UINT16, prepare, unplace
-from blemish.data.tiles import bytes_of
-from blemish.deploy.predict import Found, images_at, output_names, write
-from blemish.deploy.tiling import score_image, whole
+from blemish.data.images import UINT16
+from blemish.deploy.predict import Found, View, images_at, output_names, predict, write
+from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
-from blemish.run import build, device_of, expected_warnings, load, module_of, trainer_of
+from blemish.run import build, calibrated, device_of, expected_warnings, load, module_of, trainer_of
 from blemish.scoring.calibration import Threshold, conformal_threshold, exact, p_values
 from blemish.types import InputError
 
@@ -117,11 +117,7 @@ class AnomalyDetector:
                 model.validation = 0.0  # its threshold will come from these images
             if fits:
                 trainer.fit(model, datamodule=data)
-            if data.count("calibrate"):
-                trainer.predict(model, dataloaders=data.calibrate_dataloader(), return_predictions=False)
-                model.calibration = calibrate.values
-                if calibrate.maps:
-                    model.set_threshold(calibrate.maps)
+            calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if data.count("calibrate") else [])
         self.model, self.ready, self.low = model.eval().to(self.device), True, lowest.value
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
@@ -191,26 +187,12 @@ class AnomalyDetector:
         low = 0.0 if isinstance(self.model, NoiseResidual) else self.low
         return None if low is None or self.map_threshold is None else (low, 2 * self.map_threshold - low)
 
-    @torch.inference_mode()
     def _found(self, images: Sequence[Image]) -> Iterator[Found]:
         """What the method says of images, read a batch at a time."""
         self._check_ready("predict")
-        size, crop, window = self.cfg.image_size, self.cfg.crop, window_in(self.cfg)
-        if self.cfg.tiling is not None:
-            for image in images:
-                array = array_of(image, window)
-                tiles = (crop or size, self.cfg.tiling, self.cfg.overlap, self.cfg.batch_size)
-                score, own = score_image(self.model, array, window, *tiles, None)
-                yield Found(image if isinstance(image, Path) else None, bytes_of(array, window), score, own)
-            return
-        step = self.cfg.batch_size if size else 1  # images of their own sizes do not stack
-        for begin in range(0, len(images), step):
-            chosen = images[begin : begin + step]
-            arrays = [array_of(image, window) for image in chosen]
-            score, map = self.model(torch.stack([prepare(array, window, size, crop) for array in arrays]).to(self.device))
-            for i, (image, array) in enumerate(zip(chosen, arrays, strict=True)):
-                own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], size, crop)  # (H, W)
-                yield Found(image if isinstance(image, Path) else None, bytes_of(array, window), float(score[i]), own)
+        window = window_in(self.cfg)
+        view = View(self.cfg.image_size, self.cfg.crop, window, self.cfg.tiling, self.cfg.overlap)
+        return predict(self.model, images, view, self.cfg.batch_size, load=partial(array_of, window=window))
 
     def _result(self, found: Found) -> Result:
         value, level = self.threshold.value, self.map_threshold

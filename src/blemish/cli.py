@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # a tool imports what it needs when it is called: help and errors of the command need no torch
@@ -15,7 +15,6 @@ class Command(NamedTuple):
     line: str  # of help
     config: str  # the yaml in configs/ that its overrides are of
     work: Callable[[Any], Any]  # what is done with the composed config
-    needs: str = "blemish.run"  # the module without which there is no such command
     actions: tuple[str, ...] = ()  # what its first word may be, which is then action=<word>
 
 
@@ -71,13 +70,14 @@ def report(cfg: Any) -> None:
     from blemish import run
     from blemish.records.report import write
 
-    say(f"{run.guarded(lambda c: write(c.runs, c.output, c.max_mb, c.images, c.picture_px), cfg)} runs: {cfg.output}")
+    runs = run.guarded(lambda c: write(c.runs, c.output, c.max_mb, c.images, c.picture_px), cfg)
+    say(f"{runs} runs: {cfg.output} ({Path(cfg.output).stat().st_size / 1e6:.1f} MB)")
 
 
 def reproduce(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from blemish import compose, run
+    from blemish import compose, run, sweep
     from blemish.records import reproduce
 
     name, typed = HydraConfig.get().runtime.choices.paper, HydraConfig.get().overrides.task
@@ -85,7 +85,7 @@ def reproduce(cfg: Any) -> None:
         refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
 
     def work(c: Any) -> Any:
-        return reproduce.reproduce(c, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=run.train)
+        return reproduce.reproduce(c, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=sweep.train_apart)
 
     sys.exit(run.guarded(work, cfg))
 
@@ -123,29 +123,22 @@ COMMANDS = {
         "look at a data set, or draw defects on one: blemish data check|synthesize data=mvtec data.root=FOLDER",
         "data",
         data,
-        "blemish.data.check",
         ("check", "synthesize"),
     ),
     "export": Command(
         "write a run as one file without blemish: blemish export run=results/runs/… format=onnx|torch_export|openvino",
         "export",
         export,
-        "blemish.deploy.export",
     ),
-    "bench": Command("time a run by stage and engine: blemish bench run=results/runs/…", "bench", bench, "blemish.deploy.bench"),
-    "table": Command("collect finished runs into a table: blemish table runs=results/runs", "table", table, "blemish.records.tables"),
-    "report": Command("show runs on one page: blemish report runs=results/runs", "report", report, "blemish.records.report"),
+    "bench": Command("time a run by stage and engine: blemish bench run=results/runs/…", "bench", bench),
+    "table": Command("collect finished runs into a table: blemish table runs=results/runs", "table", table),
+    "report": Command("show runs on one page: blemish report runs=results/runs", "report", report),
     "reproduce": Command(
         "run a paper's own protocol and compare with its tables: blemish reproduce paper=padim categories=[screw]",
         "reproduce",
         reproduce,
-        "blemish.records.reproduce",
     ),
 }
-
-
-def available() -> dict[str, Command]:
-    return {name: command for name, command in COMMANDS.items() if find_spec(command.needs)}
 
 
 def say(text: str) -> None:
@@ -153,7 +146,7 @@ def say(text: str) -> None:
 
 
 def usage() -> str:
-    lines = [f"  {name:10}{command.line}" for name, command in available().items()]
+    lines = [f"  {name:10}{command.line}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: blemish COMMAND [KEY=VALUE …]", "", *lines, "", "blemish COMMAND --help lists the keys of a command."])
 
 
@@ -163,30 +156,38 @@ def refuse(problem: str) -> None:
 
 
 def main() -> None:
-    """`sys.argv` is the command, its name and Hydra's overrides."""
-    name, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
+    """The command `blemish`: `sys.argv` is the command, a tool's name and Hydra's overrides."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         return say(usage())
     if name == "--version":
         return say(f"blemish {version('blemish')}")
-    if name not in available():
-        refuse(f"{name}: no command of blemish; choose {', '.join(available())}")
-    command = COMMANDS[name]
-    if command.actions and not set(rest) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
-        if not rest or rest[0] not in command.actions:
-            refuse(f"blemish {name}: found {rest[0] if rest else 'nothing'}; choose {' or '.join(command.actions)}, before all KEY=VALUE")
-        rest = [f"action={rest[0]}", *rest[1:]]
-    return call(name, command, rest)
+    if name not in COMMANDS:
+        refuse(f"{name}: no command of blemish; choose {', '.join(COMMANDS)}")
+    return call(name, sys.argv[:2], sys.argv[2:])
 
 
-def call(name: str, command: Command, overrides: list[str]) -> None:
-    """Let Hydra read the overrides and do the command's work with the config that it composes, once for each job of a sweep."""
+def tool(name: str) -> None:
+    """The file tools/NAME.py: `sys.argv` is that file and Hydra's overrides."""
+    call(name, sys.argv[:1], sys.argv[1:])
+
+
+def call(name: str, words: list[str], overrides: list[str]) -> None:
+    """Let Hydra read the overrides and do the tool's work with the config that it composes, once for each job of a sweep.
+
+    words: what stands before the overrides on the command line.
+    """
     import hydra
 
     from blemish.run import configs
     from blemish.sweep import launch
 
-    whole = list(sys.argv)
+    command, whole = COMMANDS[name], list(sys.argv)
+    if command.actions and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
+        if not overrides or overrides[0] not in command.actions:
+            found = overrides[0] if overrides else "nothing"
+            refuse(f"{name}: found {found}; choose {' or '.join(command.actions)}, before all KEY=VALUE")
+        overrides = [f"action={overrides[0]}", *overrides[1:]]
 
     def task(cfg: Any) -> Any:
         sys.argv = whole  # a record tells how it was called, and further processes of a training are called so too
@@ -194,8 +195,8 @@ def call(name: str, command: Command, overrides: list[str]) -> None:
 
     task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
     main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
-    sys.argv = [whole[0], *overrides]
+    sys.argv = [words[0], *overrides]
     if name == "train":
-        launch(main, whole[:2])
+        launch(main, words)
     else:
         main()

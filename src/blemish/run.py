@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -97,15 +98,7 @@ def train(cfg: DictConfig) -> dict:
         loaders = [data.calibrate_dataloader()] if any(sample.split == "calibrate" for sample in data.samples) else []
         if past and cfg.protocol == "clean":
             loaders += calibration_of(past, data.samples)
-        found, maps = [], []
-        for loader in loaders:
-            trainer.predict(model, dataloaders=loader, return_predictions=False)
-            found.append(calibrate.values)
-            maps += calibrate.maps
-        if found:
-            model.calibration = torch.cat(found).to(model.device)
-        if maps:
-            model.set_threshold(maps)
+        calibrated(trainer, model, calibrate, loaders)
         if cfg.save.checkpoint:
             save_checkpoint(trainer, model, folder / "model.ckpt")
         if trainer.is_global_zero:
@@ -115,6 +108,19 @@ def train(cfg: DictConfig) -> dict:
         write_results(folder, cfg, evaluate, metrics, record, trainer)
         record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
+
+
+def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders: Sequence[DataLoader]) -> None:
+    """Give a fitted method the scores of held-out normal images, which its thresholds come from."""
+    found, maps = [], []
+    for loader in loaders:
+        trainer.predict(model, dataloaders=loader, return_predictions=False)
+        found.append(calibrate.values)
+        maps += calibrate.maps
+    if found:
+        model.calibration = torch.cat(found).to(model.device)
+    if maps:
+        model.set_threshold(maps)
 
 
 def test(cfg: DictConfig) -> dict:
@@ -593,7 +599,7 @@ def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return work(cfg)
-    except InputError as error:
+    except (InputError, OmegaConfBaseException) as error:  # the latter for a value that a config lacks
         if stopped(error):
             sys.exit(130)
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)

@@ -21,13 +21,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from blemish.data.synthetic import write as synthesize
-from blemish.records.record import FINISHED, LOCK, STATE, finish_for, read_record, write_csv
+from blemish.records.record import FINISHED, LOCK, STATE, finish_for, read_record, taken, write_csv
 from blemish.run import build, configs, guarded, report, train
 from blemish.types import InputError
 
@@ -148,15 +148,11 @@ def objective(metrics: dict) -> float:
 
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Start a cell's process, stop it at its time limit, and see to it that its record tells how it ended."""
-    started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    before = read_record(folder)
+    """Run a cell, which its overrides say, as its own command line would."""
     try:
         if cfg.objective:
-            overrides = [text for text in overrides if text.partition("=")[0].partition(".")[0] not in ("data", "protocol")] + drawn_data(
-                cfg
-            )
+            own = [text for text in overrides if text.partition("=")[0].partition(".")[0] not in ("data", "protocol")]
+            overrides = own + drawn_data(cfg)
     except Exception as error:
         finish_for(folder, "failed", f"{type(error).__name__}: {error}")
         return
@@ -165,6 +161,13 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
         overrides = [text for text in overrides if text.startswith(keys)] + [f"resume={quoted(str(folder))}"]
     else:
         overrides = overrides + [f"run_dir={quoted(str(folder))}"]
+    apart(folder, as_command, (json.loads(os.environ[COMMAND]), overrides), cfg.sweep.minutes, cfg.sweep.threads)
+
+
+def apart(folder: Path, work: Callable[..., None], arguments: tuple, minutes: float | None, threads: int | None) -> None:
+    """Do work(*arguments), a run into `folder`, in a process of its own, stopped after `minutes`; its record tells how it ended."""
+    started, before = time.monotonic(), read_record(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     methods = multiprocessing.get_all_start_methods()
     method = "forkserver" if "forkserver" in methods else "spawn"
     if multiprocessing.get_start_method() not in methods:  # joblib's workers have one that their children do not know
@@ -172,23 +175,33 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["blemish.sweep"])  # so that a cell does not wait for its imports
-    command = json.loads(os.environ[COMMAND])
     with unguarded_main():
-        process = context.Process(target=enter, args=(command, overrides, str(folder / "log.txt"), cfg.sweep.threads))
+        process = context.Process(target=enter, args=(work, arguments, str(folder / "log.txt"), threads))
         process.start()
     try:
-        process.join(60 * cfg.sweep.minutes if cfg.sweep.minutes else None)
+        process.join(60 * minutes if minutes else None)
         late = process.is_alive()
         if late:
             stop(process)
     except BaseException:
         stop(process)
         raise
+    if taken(folder):
+        return  # by a run of somebody else, who writes its record
     if late:
-        finish_for(folder, "timed out", f"over its limit of sweep.minutes={cfg.sweep.minutes:g}", time.monotonic() - started)
+        finish_for(folder, "timed out", f"over its limit of sweep.minutes={minutes:g}", time.monotonic() - started)
     elif (record := read_record(folder)) == before or record["status"] == "running":  # it never came to write its end
         finish_for(folder, "failed", f"exit code {process.exitcode}; {tail(folder / 'log.txt')}", time.monotonic() - started)
     (folder / LOCK).unlink(missing_ok=True)
+
+
+def train_apart(cfg: DictConfig) -> None:
+    """A run of a composed config in a process of its own; RuntimeError with what its record says of a failure."""
+    folder = Path(cfg.run_dir)
+    apart(folder, as_config, (OmegaConf.to_container(cfg, resolve=True),), cfg.sweep.minutes, cfg.sweep.threads)
+    record = read_record(folder) or {}
+    if record.get("status") != FINISHED:
+        raise RuntimeError((record.get("error") or {}).get("message") or f"{folder}: {record.get('status')}")
 
 
 @contextlib.contextmanager
@@ -205,21 +218,31 @@ def unguarded_main():
             setattr(main, name, value)
 
 
-def enter(command: list[str], overrides: list[str], log: str, threads: int | None) -> None:
-    """What a cell's process does: the tool's work under the tool's own command line, with all that it prints in a file."""
+def enter(work: Callable[..., None], arguments: tuple, log: str, threads: int | None) -> None:
+    """What a cell's process does, with all that it prints in a file."""
     os.setsid()  # so that it can be stopped with what it has started
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     threading.Thread(target=follow, daemon=True).start()
+    with threadpool_limits(threads):
+        work(*arguments)
+
+
+def as_command(command: list[str], overrides: list[str]) -> None:
+    """A run as a command line would do it."""
 
     def single(cfg: DictConfig) -> None:
         sys.argv = [*command, *overrides]  # what the record tells, and what further processes of a training are started as
         report(guarded(train, cfg), cfg.run_dir)
 
     sys.argv = [command[0], *overrides]
-    with threadpool_limits(threads):
-        hydra.main(config_path=str(configs()), config_name="train", version_base="1.3")(single)()
+    hydra.main(config_path=str(configs()), config_name="train", version_base="1.3")(single)()
+
+
+def as_config(values: dict) -> None:
+    """A run of a config that is composed."""
+    report(guarded(train, OmegaConf.create(values)), values["run_dir"])
 
 
 def follow() -> None:

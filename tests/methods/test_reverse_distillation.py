@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
-from support import bricks, images
+from support import bricks, images, trained
 
 from blemish.methods.reverse_distillation import Decoder, Embedding, ReverseDistillation, Shape, cosine_distance, shapes_of
 from blemish.types import Batch, InputError
@@ -21,19 +21,6 @@ def reverse(backbone="test_resnet", stages=(1, 2, 3), loss="flattened", sigma=4.
 def batch(maps):
     n = len(maps[0])
     return Batch(torch.empty(n, 0, 64, 64), torch.zeros(n, dtype=torch.long), torch.zeros(n, 64, 64, dtype=torch.uint8), [""] * n, maps)
-
-
-def trained(model, pictures, steps):
-    """(model in eval mode, its losses) after plain steps of its own optimiser."""
-    optimizer, losses, maps = model.configure_optimizers(), [], model.features(pictures)
-    model.train()
-    for _ in range(steps):
-        loss = model.loss(batch(maps))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return model.eval(), losses
 
 
 def cosine(a, b):
@@ -199,7 +186,8 @@ def test_bfloat16_comes_near():
 
 @pytest.mark.parametrize("loss", ["flattened", "position"])
 def test_learns_normal_images_and_sees_a_defect(loss):
-    model, losses = trained(reverse(stages=[1, 2], loss=loss), bricks(16, seed=0), steps=60)
+    model, pictures = reverse(stages=[1, 2], loss=loss), bricks(16, seed=0)
+    model, losses = trained(model, pictures, 60, maps=model.features(pictures))
     assert losses[-1] < 0.4 * losses[0]
     defect = bricks(8, seed=2)
     defect[:, :, 20:36, 30:46] = torch.arange(16) % 4 // 2  # columns of black and white

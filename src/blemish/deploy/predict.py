@@ -1,7 +1,7 @@
 """A fitted detector on images of any size: scores, decisions, and maps in each image's own pixels."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ BOUND = "bound"  # whether the bound on false alarms is claimed for an image, a 
 class Found(NamedTuple):
     """What is said of one image; the map is in the image's own pixels."""
 
-    path: Path
+    path: Path | None  # None of an array
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
     score: float
     map: Tensor | RowsOnDisk | None  # (H, W) float32
@@ -62,29 +62,41 @@ def output_names(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
 
 
 @torch.inference_mode()
-def predict(model: Detector, paths: Sequence[Path], view: View, batch_size: int, folder: Path | None = None) -> Iterator[Found]:
-    """Scores of image files in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
+def predict(
+    model: Detector,
+    images: Sequence[Path | np.ndarray],
+    view: View,
+    batch_size: int,
+    folder: Path | None = None,
+    load: Callable[[Path | np.ndarray], np.ndarray] = read,
+) -> Iterator[Found]:
+    """Scores of images in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
 
-    Maps made of tiles are kept on disk in `folder`, None for the system's place for such files, until they are let go.
+    `load` gives the pixels of an image, here of a file. Maps made of tiles are kept on disk in `folder`, None for the system's place for
+    such files, until they are let go.
     """
     if view.tile is not None:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            array, size = read(path), view.crop or view.image_size
+        for image in images:
+            array, size = load(image), view.crop or view.image_size
             score, map = score_image(model, array, view.window, size, view.tile, view.overlap, batch_size, folder)
-            yield Found(path, bytes_of(array, view.window), score, map)
+            yield Found(path_of(image), bytes_of(array, view.window), score, map)
             del array, map  # before the next image is read
         return
     size = batch_size if view.image_size else 1  # images of their own sizes do not stack
-    for begin in range(0, len(paths), size):
-        chosen = paths[begin : begin + size]
-        arrays = [read(path) for path in chosen]
+    for begin in range(0, len(images), size):
+        chosen = images[begin : begin + size]
+        arrays = [load(image) for image in chosen]
         batch = torch.stack([prepare(array, view.window, view.image_size, view.crop) for array in arrays])  # (B, 3, h, w)
         score, map = model(batch.to(model.device))
-        for i, (path, array) in enumerate(zip(chosen, arrays, strict=True)):
+        for i, (image, array) in enumerate(zip(chosen, arrays, strict=True)):
             own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], view.image_size, view.crop)  # (H, W)
-            yield Found(path, bytes_of(array, view.window), float(score[i]), own)
+            yield Found(path_of(image), bytes_of(array, view.window), float(score[i]), own)
+
+
+def path_of(image: Path | np.ndarray) -> Path | None:
+    return image if isinstance(image, Path) else None
 
 
 def write(

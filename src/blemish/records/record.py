@@ -266,6 +266,12 @@ def release(run_dir: str | Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def taken(run_dir: str | Path) -> bool:
+    """Whether a living process holds the folder."""
+    path = Path(run_dir) / LOCK
+    return path.is_file() and _alive(_holder(path))
+
+
 def _lock(path: Path) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
