@@ -414,7 +414,8 @@ def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     fixed = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": checkpoints, "enable_model_summary": False}
     fixed["use_distributed_sampler"] = False  # it repeats images to make shares of one size; the data module deals them out itself
-    if cfg.trainer.get("sync_batchnorm") and device_of({"auto": "auto", "gpu": "gpu"}.get(cfg.trainer.accelerator, "cpu")).type != "cuda":
+    names = {"auto": "auto", "gpu": "gpu", "cuda": "gpu"}
+    if cfg.trainer.get("sync_batchnorm") and device_of(names.get(cfg.trainer.accelerator, "cpu")).type != "cuda":
         fixed["sync_batchnorm"] = False  # torch has it for CUDA alone
     return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
 
