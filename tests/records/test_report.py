@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -383,6 +382,11 @@ def rows(browser, group):
     )
 
 
+def wait(browser, until):
+    """Return when `until()` holds; TimeoutException after 20 s."""
+    pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser, 20).until(lambda _: until())
+
+
 def heading(browser, column):
     return browser.find_elements("css selector", "#board thead th")[column]
 
@@ -462,8 +466,7 @@ def test_opens_an_image_with_every_method_and_closes_it(opened):
     assert names[:2] == ["input", "ground truth"]
     assert {"patchcore", "reverse_distillation"} <= set(names)
     pictures = "return [...document.querySelectorAll('#panels img')].map(of => of.naturalWidth)"
-    time.sleep(0.2)  # for the pictures to be decoded
-    assert all(width > 50 for width in opened.execute_script(pictures))
+    wait(opened, lambda: all(width > 50 for width in opened.execute_script(pictures)))  # they are being decoded
     sources = "return [...document.querySelectorAll('#panels img')].map(of => of.src)"
     before, title = opened.execute_script(sources), opened.find_element("id", "viewer-title").text
     opened.find_element("css selector", "input[name=panel][value=map]").click()
@@ -496,17 +499,24 @@ def test_curves_are_chosen_and_drawn(opened):
     assert len({of.get_attribute("d") for of in marks}) == len(marks) == 3 or len(marks) == 2
 
 
+def body(browser, details):
+    """Wait for what a record shows when it is opened: the browser tells of the opening only after the click has returned."""
+    wait(browser, lambda: details.find_elements("css selector", ".body"))
+
+
 def test_records_say_how_every_run_ended(opened):
     texts = [of.text for of in opened.find_elements("css selector", "#records > div > details > summary")]
     assert sorted(text.split()[0] for text in texts) == ["FAILED:", "RUNNING", "UNREADABLE:"]
     failed = next(of for of in opened.find_elements("css selector", "#records > div > details") if "FAILED" in of.text)
     failed.find_element("tag name", "summary").click()
+    body(opened, failed)
     assert HOSTILE in failed.text
     assert "_target_: blemish.methods.vae.Method" in failed.text
     shelf = opened.find_element("css selector", "#records > details")
     shelf.find_element("tag name", "summary").click()
     run = shelf.find_element("css selector", "details")
     run.find_element("tag name", "summary").click()
+    body(opened, run)
     opened.execute_script("arguments[0].scrollIntoView()", run)
     assert {"weights", "tools/train.py", "fit seconds"} <= set(run.text.split("\n"))
     assert "hole 12 " in run.text
