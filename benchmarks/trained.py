@@ -15,7 +15,6 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
-from rich.table import Table
 
 from blemish.data.samples import write_manifest
 from blemish.records.record import environment, read_record, write_json
@@ -100,25 +99,19 @@ def main() -> None:
     data.setup()
     train = [sample for sample in data.samples if sample.split == "train"][:TRAIN]
     good = [sample for sample in data.samples if sample.split == "test" and sample.label == 0][:TEST]
-    table = Table(title=f"{TRAIN} training images, {TEST} to score, 256 px, seconds")
-    rows = []
+    path = ROOT / "results" / "performance" / "trained.json"
+    known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    by_name = {row["method"]: row for row in known}
     with tempfile.TemporaryDirectory() as scratch:
         manifest = Path(scratch, "manifest.csv")
         write_manifest(manifest, train + good)
         for method in chosen:
-            rows.append(measure(method, manifest, Path(scratch)))
-            Console().print({name: cell(value) for name, value in rows[-1].items()})
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(cell(value) for value in row.values()))
-    Console().print(table)
-    path = ROOT / "results" / "performance" / "trained.json"
-    known = json.loads(path.read_text())["rows"] if path.is_file() else []
-    by_name = {row["method"]: row for row in known + rows}
-    result = {"rows": [by_name[name] for name in METHODS if name in by_name], "options": METHODS, "environment": environment()}
-    write_json(path, result)
-    between(ROOT / "docs" / "performance.md", "trained", page(result))
+            by_name[method] = measure(method, manifest, Path(scratch))
+            Console().print({name: cell(value) for name, value in by_name[method].items()})
+            rows = [by_name[name] for name in METHODS if name in by_name]
+            result = {"rows": rows, "options": METHODS, "environment": environment()}
+            write_json(path, result)
+            between(ROOT / "docs" / "performance.md", "trained", page(result))
 
 
 if __name__ == "__main__":
