@@ -20,6 +20,7 @@ from blemish.detector import OnePassDetector
 from blemish.methods.spade import SPADE, describe
 from blemish.ops.neighbours import nearest
 from blemish.run import build
+from blemish.runtime import Geometry
 from blemish.scoring.metrics import auroc
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -39,7 +40,7 @@ BATCH = 16
 def maps_of(features: Features, paths: list[Path], size: int) -> list[list[torch.Tensor]]:
     """The maps of all images in batches, float16."""
     batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-    images = (torch.stack([prepare(read(path), {}, size, None) for path in batch]) for batch in batches)
+    images = (torch.stack([prepare(read(path), {}, Geometry(size)) for path in batch]) for batch in batches)
     return [[stage.half() for stage in features(image)] for image in images]
 
 

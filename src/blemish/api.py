@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -20,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy import ndimage
 
+from blemish.backbone.store import crc32
 from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
 from blemish.data.images import UINT16
+from blemish.data.regions import Region
 from blemish.deploy.predict import Found, View, images_at, output_names, predict, write
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
@@ -31,15 +34,17 @@ from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
 from blemish.run import build, calibrated, device_of, expected_warnings, load, module_of, trainer_of
+from blemish.runtime import Geometry
 from blemish.scoring.calibration import Threshold, conformal_threshold, exact, p_values
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
 # as train.yaml has them
-SETTINGS = ("backbone", "weights", "image_size", "crop", "tiling", "overlap", "batch_size", "workers", "seed", "alpha")
+SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "workers", "seed", "alpha")
 OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
 FORMAT = "blemish detector 1"
+REGION = "region of interest"  # beside the tensors of a method
 WHOLE = ("dfkde", "dfkdm", "dfm", "lake")  # methods with a density of images, not of their patches
 
 
@@ -57,21 +62,21 @@ class Result(NamedTuple):
 class AnomalyDetector:
     """A method by its name, with the settings of its recipe but for `options`; see docs/python.md.
 
-    Options are backbone, weights, image_size, crop, tiling, overlap, batch_size, workers, seed, alpha (bound on false alarms), recipe
-    (False: the paper's settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep images),
-    device, progress, and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken, which
-    need no network.
+    Options are backbone, weights, image_size, crop, resize, tiling, overlap, batch_size, workers, seed, alpha (bound on false alarms),
+    recipe (False: the paper's settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep
+    images), device, progress, and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken,
+    which need no network. `region` is a mask, a file or an array (H, W), white where images are looked at.
     Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
     InputError for an option, a value or an image that cannot be used.
     """
 
-    def __init__(self, method: str = "self_similarity", **options: Any):
-        self._begin(configured(method, options), options.get("device", "auto"))
+    def __init__(self, method: str = "self_similarity", *, region: str | Path | np.ndarray | None = None, **options: Any):
+        self._begin(configured(method, options), options.get("device", "auto"), one_mask(region))
         if "epochs" in options and not isinstance(self.model, TrainedDetector):
             raise InputError(f"epochs={options['epochs']}: {method} looks at every image once, or not at all; leave epochs out")
 
-    def _begin(self, cfg: DictConfig, device: str, weights: str | None = None) -> None:
-        self.cfg, self.device, self.low = cfg, device_of(device), None
+    def _begin(self, cfg: DictConfig, device: str, region: Region | None, weights: str | None = None) -> None:
+        self.cfg, self.device, self.region, self.low = cfg, device_of(device), region, None
         self.model = self._built(weights).eval().to(self.device)
         self.ready = not isinstance(self.model, OnePassDetector | TrainedDetector)
 
@@ -103,7 +108,7 @@ class AnomalyDetector:
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         model = self._built()
         fits = isinstance(model, OnePassDetector | TrainedDetector)
-        data = given(self.cfg, normal, held_out) if fits else given(self.cfg, [], normal + held_out)
+        data = given(self.cfg, normal if fits else [], held_out if fits else normal + held_out, self.region)
         if self.method in WHOLE and data.count("train") < 2:
             raise InputError(
                 f"train: {self.method} compares whole images and takes 2 at least; found {len(normal)}, of which {data.count('calibrate')} "
@@ -152,8 +157,11 @@ class AnomalyDetector:
         """One safetensors file with all weights and settings, whole or absent."""
         self._check_ready("save")
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        if self.region:
+            state[REGION] = torch.from_numpy(self.region.mask.astype(np.uint8))
         facts = {"method": self.method, "options": options_of(self.cfg), "low": self.low}
-        metadata = {"format": FORMAT, "version": version("blemish"), "detector": json.dumps(facts)}
+        text = json.dumps(facts)
+        metadata = {"format": FORMAT, "version": version("blemish"), "detector": text, "crc32": json.dumps(checksums(text, state))}
         path = Path(path).expanduser()
         try:
             with aside(path) as temporary:
@@ -168,7 +176,8 @@ class AnomalyDetector:
         try:
             facts, state = contents(path)
             detector = cls.__new__(cls)
-            detector._begin(configured(facts["method"], {**facts["options"], "recipe": False}), device, weights="checkpoint")
+            region = one_mask(state.pop(REGION).numpy() if REGION in state else None)
+            detector._begin(configured(facts["method"], {**facts["options"], "recipe": False}), device, region, weights="checkpoint")
             detector.model.load_state_dict(state)
             detector.model.eval().to(detector.device)  # loading may have made layers
             detector.ready, detector.low = True, None if facts["low"] is None else float(facts["low"])
@@ -191,7 +200,8 @@ class AnomalyDetector:
         """What the method says of images, read a batch at a time."""
         self._check_ready("predict")
         window = window_in(self.cfg)
-        view = View(self.cfg.image_size, self.cfg.crop, window, self.cfg.tiling, self.cfg.overlap)
+        geometry = Geometry(self.cfg.image_size, self.cfg.crop, self.cfg.resize)
+        view = View(geometry, window, self.cfg.tiling, self.cfg.overlap, self.region)
         return predict(self.model, images, view, self.cfg.batch_size, load=partial(array_of, window=window))
 
     def _result(self, found: Found) -> Result:
@@ -203,7 +213,8 @@ class AnomalyDetector:
         elif isinstance(self.model, NoiseResidual):
             decision = found.score > level
         map = None if found.map is None else np.asarray(found.map[:])
-        return Result(found.score, p, decision, map, [] if map is None or level is None else boxes_of(map, level), found.path)
+        shown = map if map is None or found.seen is None else np.where(found.seen, map, -np.inf)
+        return Result(found.score, p, decision, map, [] if map is None or level is None else boxes_of(shown, level), found.path)
 
 
 class Lowest(Callback):
@@ -275,14 +286,24 @@ def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Method, options and state dict of a saved detector or a run's folder."""
     if path.is_dir():
         cfg, model = load(path, "cpu")
-        return {"method": module_of(cfg.model), "options": options_of(cfg), "low": None}, model.state_dict()
+        region = one_mask(cfg.data.get("region"))
+        state = {**model.state_dict(), **({REGION: torch.from_numpy(region.mask)} if region else {})}
+        return {"method": module_of(cfg.model), "options": options_of(cfg), "low": None}, state
     if not path.is_file():
         raise InputError("no such file; expected what AnomalyDetector.save wrote, or the folder of a run")
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise InputError(f"its format is {metadata.get('format')!r}; expected {FORMAT!r}, as AnomalyDetector.save writes it")
-        return json.loads(metadata["detector"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+        text, state = metadata["detector"], {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+    if "crc32" in metadata and json.loads(metadata["crc32"]) != checksums(text, state):  # earlier versions wrote none
+        raise InputError("damaged: its content does not have its checksums; expected the file as AnomalyDetector.save wrote it")
+    return json.loads(text), state
+
+
+def checksums(text: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The CRC-32 of a detector's text and of each of its tensors."""
+    return {"": zlib.crc32(text.encode())} | {key: crc32(value) for key, value in state.items()}
 
 
 def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
@@ -290,11 +311,20 @@ def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
     return {"uint16": UINT16, "float32": UNIT} | {dtype: tuple(ends) for dtype, ends in window.items()}
 
 
-def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image]) -> Given:
+def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], region: Region | None = None) -> Given:
     """The data module of a detector's config; InputError for a setting that no data can be read by."""
-    data = Given(train, val, cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg))
+    settings = (cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg), cfg.resize)
+    data = Given(train, val, *settings, region and region.mask)
     data.tiled(cfg.tiling, cfg.overlap)
     return data
+
+
+def one_mask(region: str | Path | np.ndarray | None) -> Region | None:
+    """A region of one mask for all images; InputError for a folder of them."""
+    found = None if region is None else Region(region)
+    if found and found.folder:
+        raise InputError(f"region={region}: a folder; expected one mask for all images, a file or an array")
+    return found
 
 
 def gather(images: Any) -> tuple[list[Image], bool]:

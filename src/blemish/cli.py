@@ -141,6 +141,33 @@ COMMANDS = {
 }
 
 
+# keys whose values are files or folders
+PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
+PATHS += ("change.data.root", "data.region", "change.data.region", "region", "monitor_file", "readme", "markdown", "latex")
+
+
+def path_as_typed(override: str, several: bool) -> str:
+    """The override with its value in quotes where it is a path that Hydra would take for something else, or for nothing at all.
+
+    A folder named 2024 is no number, and brackets, commas and quotes in a name are no lists. With `several`, values of a sweep are left.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in PATHS or not value:
+        return override
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        found = parsed.value()
+        kept = several if parsed.is_sweep_override() else found is None or isinstance(found, str | QuotedString)
+        kept = kept or (key == "resume" and isinstance(found, bool))
+    except HydraException:
+        kept = False
+    return override if kept else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
 def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
@@ -195,7 +222,8 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
     main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
-    sys.argv = [words[0], *overrides]
+    several = bool({"-m", "--multirun"} & set(overrides))
+    sys.argv = [words[0], *(path_as_typed(text, several) for text in overrides)]
     if name == "train":
         launch(main, words)
     else:

@@ -55,7 +55,8 @@ class Detector(pl.LightningModule):
         return self.score(self.features(image), tuple(image.shape[-2:]))
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
-        return self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
+        found = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
+        return within(found, batch.hidden)
 
     predict_step = test_step
 
@@ -66,6 +67,21 @@ class Detector(pl.LightningModule):
             if saved is not None and buffer is not None and buffer.numel() == 0:
                 self._buffers[name] = saved.to(buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def within(prediction: Prediction, hidden: Tensor | None) -> Prediction:
+    """The prediction without what is hidden (B, H, W): there a map has the least value of the rest, and a score that is the map's largest
+    value is the rest's. Where all is hidden, which a tile may be, the score is −∞. With None nothing is hidden.
+    """
+    score, map = prediction
+    if hidden is None:
+        return prediction
+    score = score.masked_fill(hidden.all(2).all(1), -torch.inf)
+    if map is None:
+        return Prediction(score)
+    most, least = (map.masked_fill(hidden, end) for end in (-torch.inf, torch.inf))
+    most, least = most.amax((1, 2)), least.amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
+    return Prediction(torch.where(score == map.amax((1, 2)), most, score), torch.where(hidden, least[:, None, None], map))
 
 
 class OnePassDetector(Detector):

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -34,8 +35,9 @@ from blemish.data.images import fit_window
 from blemish.data.module import ImageData
 from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.deploy.detect import COLUMNS, detect
+from blemish.deploy.export import view_of
 from blemish.deploy.monitor import Monitor
-from blemish.deploy.predict import View, images_at, output_names, write
+from blemish.deploy.predict import images_at, output_names, write
 from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
@@ -43,11 +45,15 @@ from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.record import (
     FINISHED,
+    REGION,
     STATE,
     Record,
+    aside,
     claim,
+    no_room,
     read_record,
     release,
+    settle,
     stopped,
     truth_kind,
     write_csv,
@@ -62,6 +68,7 @@ log = logging.getLogger(__name__)
 
 # a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
 GROUPS = ("model", "data", "trainer", "logger")
+CHECKED = 2**30  # bytes of a checkpoint up to which its checksums are compared: a larger one is read from where it lies
 
 
 def train(cfg: DictConfig) -> dict:
@@ -78,7 +85,7 @@ def train(cfg: DictConfig) -> dict:
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
-    with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, "manifest.csv"] if resumed else []) as record:
+    with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
         data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
@@ -92,8 +99,7 @@ def train(cfg: DictConfig) -> dict:
         if past:
             model.update(trainer, data)
         elif isinstance(model, OnePassDetector | TrainedDetector):
-            state = folder / STATE
-            trainer.fit(model, datamodule=data, ckpt_path=str(state) if resumed and state.is_file() else None, weights_only=True)
+            trainer.fit(model, datamodule=data, ckpt_path=state_in(folder) if resumed else None, weights_only=True)
         fitted = time.perf_counter()
         loaders = [data.calibrate_dataloader()] if any(sample.split == "calibrate" for sample in data.samples) else []
         if past and cfg.protocol == "clean":
@@ -164,8 +170,7 @@ def predict(cfg: DictConfig) -> int:
         return predict_untrained(cfg, paths, root, output)
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
-    window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()} if OmegaConf.is_dict(saved.data.window) else {}
-    view = View(saved.data.image_size, saved.data.crop, window, saved.get("tiling"), saved.get("overlap", 0))
+    view = view_of(saved.data, cfg.get("region"), root)._replace(tile=saved.get("tiling"), overlap=saved.get("overlap", 0))
     scale = (read_record(run) or {}).get("scale")
     found = track(apply(model, paths, view, saved.batch_size, output), "predicting", len(paths), console=Console(stderr=True))
     level = getattr(model, "map_threshold", None)  # a method's own, from its paper
@@ -188,6 +193,10 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     """Detections in each image by itself; deep images are shown by a window fitted to the input."""
     if "model" not in cfg:
         raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
+    if cfg.get("region"):
+        raise InputError(
+            f"region={cfg.region}: detections in an image by itself have none; expected it with run=<folder of a finished run>"
+        )
     model = build(cfg.model)
     if not isinstance(model, NoiseResidual):
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
@@ -212,16 +221,34 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     cfg = read_config(run)
     target = str(cfg.model._target_)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        if "weights" in cfg.model:
-            cfg.model.weights = "checkpoint"
+        saved = contents(checkpoint)
+        state, made = saved["state_dict"], dict(saved.get("hyper_parameters", {}))
+    except Exception as error:
+        raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
+    said = OmegaConf.to_container(cfg.model, resolve=True)
+    for key in sorted(made.keys() & said.keys() - {"weights"}):
+        if made[key] != said[key]:
+            raise InputError(f"{config}: model.{key}={said[key]}, but {checkpoint.name} was made with {made[key]}; expected what it says")
+    if "weights" in cfg.model:
+        cfg.model.weights = "checkpoint"
+    try:
         model = build(cfg.model)
+    except InputError as error:
+        raise InputError(f"{config}: {error}") from None
+    try:
         model.load_state_dict(state)
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
     return cfg, model.eval().to(device_of(device))
+
+
+def contents(checkpoint: Path) -> dict:
+    """What a checkpoint holds, tensors mapped from the file; nothing is unpickled. An error of some kind where it is not whole."""
+    if checkpoint.stat().st_size <= CHECKED:
+        with zipfile.ZipFile(checkpoint) as archive:  # torch compares no checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_config(run: Path) -> DictConfig:
@@ -236,6 +263,8 @@ def read_config(run: Path) -> DictConfig:
         if name not in known_targets(place):
             choices = ", ".join(known_targets(place)) or "nothing"
             raise InputError(f"{config}: {place}._target_={name}; a run's config may call there {choices}")
+    if OmegaConf.select(cfg, "data.region") and (run / REGION).is_file():
+        cfg.data.region = str(run / REGION)
     return cfg
 
 
@@ -318,6 +347,20 @@ def continued(cfg: DictConfig, run: Path) -> DictConfig:
     return saved
 
 
+def state_in(folder: Path) -> str | None:
+    """The file with the state of a training that was stopped, None before its first epoch has ended; InputError for a damaged one."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        contents(path)["loops"]
+    except Exception as error:
+        raise InputError(
+            f"{path}: not the whole state of a training ({type(error).__name__}: {error}); remove it to begin this run anew"
+        ) from error
+    return str(path)
+
+
 def adopt(cfg: DictConfig, past: Path) -> Detector:
     """The fitted model of a run that is to be updated; the config takes over what belongs to it, and its data where none are chosen."""
     saved, model = load(past)
@@ -326,9 +369,10 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
             f"update={past}: {type(model).__name__} learns nothing by one look at images; expected the run of a one-pass method"
         )
     keys = ("model", "backbone", "weights", "image_size", "crop", "seed")
-    kept = (*keys, "tiling", "overlap", "recipe")
+    kept = (*keys, "resize", "tiling", "overlap", "recipe")
     chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
-    if wrong := [text for text in chosen if text.lstrip("+~").partition("=")[0].partition(".")[0] in kept]:
+    names = {text: text.lstrip("+~").partition("=")[0] for text in chosen}
+    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name == "data.region"]:
         raise InputError(
             f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
         )
@@ -344,6 +388,8 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
         data[key] = saved.data[key]
     for key in ("tiling", "overlap"):
         cfg[key] = saved.get(key)
+    cfg.resize = data["resize"] = saved.get("resize") or "stretch"
+    data["region"] = saved.data.get("region")
     cfg.data, cfg.batch_size = data, data.batch_size
     return model
 
@@ -382,7 +428,7 @@ def data_of(cfg: DictConfig, past: Path | None = None) -> ImageData:
     """The data module, set up, with what it fitted to the training images written back into the config; `past` is the run to update."""
     data = build(cfg.data)
     data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
-    side = data.crop or data.image_size or data.tile
+    side = data.geometry.side or data.tile
     if data.tile not in (None, side):
         log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)
     if past:
@@ -417,7 +463,9 @@ def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     names = {"auto": "auto", "gpu": "gpu", "cuda": "gpu"}
     if cfg.trainer.get("sync_batchnorm") and device_of(names.get(cfg.trainer.accelerator, "cpu")).type != "cuda":
         fixed["sync_batchnorm"] = False  # torch has it for CUDA alone
-    return build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
+    trainer = build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
+    trainer.strategy.checkpoint_io = Streamed()
+    return trainer
 
 
 def keep_pages() -> None:
@@ -428,7 +476,7 @@ def keep_pages() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors up to 1 GiB come from the heap
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: tensors up to 64 MiB come from the heap; larger ones would leave holes in it
         libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: of which at most 512 MiB stay unused at the end
 
 
@@ -496,6 +544,9 @@ def log_results(trainer: Trainer, cfg: DictConfig, folder: Path, metrics: dict, 
 def save_split(cfg: DictConfig, folder: Path, data: ImageData) -> None:
     """The manifest, and the config once more, now that it holds what was fitted to the training images."""
     write_manifest(folder / "manifest.csv", data.samples)
+    if data.region and not data.region.folder:  # the run stays whole where the mask is gone
+        with aside(folder / REGION) as temporary:
+            data.region.save(temporary)
     save_config(cfg, folder)
 
 
@@ -506,26 +557,22 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 
 
 class Streamed(TorchCheckpointIO):
-    """Writes tensors from where they are: Lightning's own copies the whole checkpoint in memory first, galleries on disk included."""
+    """Writes a file that is whole or absent, tensors from where they are.
+
+    Lightning's own copies the whole checkpoint in memory first, galleries on disk included, and then through the system's folder for
+    temporary files, from where a kill leaves half of it.
+    """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)
+        with aside(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            settle(file)
 
 
 def save_checkpoint(trainer: Trainer, model: Detector, path: Path) -> None:
-    """A checkpoint that is whole or absent: written beside its place by all processes together, then renamed by one."""
-    part = path.with_name(path.name + ".part")
+    """A checkpoint that is whole or absent, made by all processes together."""
     trainer.strategy.connect(model)
-    trainer.strategy.checkpoint_io = Streamed()
-    try:
-        trainer.save_checkpoint(part, weights_only=not isinstance(model, TrainedDetector))
-    except (OSError, RuntimeError) as error:  # torch's writer has no errors of its own
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error}); choose another folder with run_dir=PATH or save.checkpoint=false"
-        ) from error
-    if trainer.is_global_zero:
-        part.replace(path)
+    trainer.save_checkpoint(path, weights_only=not isinstance(model, TrainedDetector))
 
 
 def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
@@ -545,6 +592,8 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "protocol": cfg.protocol,
         "image_size": cfg.data.image_size,
         "crop": cfg.data.crop,
+        "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,  # as of runs of before there was a choice
+        "region": data.region.digest() if data.region else None,
         "unit": cfg.data.get("unit", "image"),
         "backbone": cfg.get("backbone") if features else None,
         "weights": cfg.get("weights") if features else None,
@@ -566,9 +615,11 @@ def recorded(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str]
         with expected_warnings():
             yield record
     except BaseException as error:
-        (folder / "model.ckpt.part").unlink(missing_ok=True)
+        full = no_room(error, folder)
         if record:
-            record.fail(error)
+            record.fail(full or error)
+        if full:
+            raise full from error
         raise
     finally:
         release(folder)
@@ -600,9 +651,11 @@ def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return work(cfg)
-    except (InputError, OmegaConfBaseException) as error:  # the latter for a value that a config lacks
+    except (InputError, OmegaConfBaseException, OSError) as error:  # the second for a value that a config lacks
         if stopped(error):
             sys.exit(130)
+        if isinstance(error, OSError) and not (error := no_room(error, ".")):
+            raise
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         sys.exit(2)
     except SystemExit as error:

@@ -7,9 +7,11 @@
 Files are read with Pillow, which arrays do not need; `.xml` files are run by openvino.
 """
 
+import base64
 import bisect
 import json
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ import numpy as np
 KEY = "blemish"  # of the facts among a file's metadata
 FORMAT = "blemish artefact 1"
 STRIP = 16  # rows or columns resized by one product: few enough that it has few zeros
+GREY = 128  # of 255: what is painted where nothing is looked at, and what lies beside an image in a letterbox
+RESIZES = ("stretch", "letterbox")
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
 
 Run = Callable[..., Sequence[np.ndarray]]
@@ -26,6 +30,37 @@ Run = Callable[..., Sequence[np.ndarray]]
 
 class InputError(ValueError):
     """Something the user gave cannot be used: the message names the path or key and what would do."""
+
+
+class Geometry(NamedTuple):
+    """How an image comes to a network's input: resized to a square of `size` pixels, of which the centre crop×crop is kept.
+
+    None leaves either out. resize: "stretch" makes both sides `size`; "letterbox" the longer one, and the image lies in the middle of a
+    grey square.
+    """
+
+    size: int | None = None
+    crop: int | None = None
+    resize: str = "stretch"
+
+    @property
+    def side(self) -> int | None:
+        """Of the network's input; None for images of their own sizes."""
+        return self.crop or self.size
+
+    def inner(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the image itself after resizing, to the nearest pixel."""
+        if self.size is None:
+            return height, width
+        if self.resize == "stretch":
+            return self.size, self.size
+        longest = max(height, width)
+        high, wide = (max(1, (2 * side * self.size + longest) // (2 * longest)) for side in (height, width))
+        return high, wide
+
+    def outer(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of that with what lies beside it, before the crop."""
+        return (height, width) if self.size is None else (self.size, self.size)
 
 
 class Result(NamedTuple):
@@ -59,22 +94,35 @@ class Model:
             images = [images]
         size = batch_size if self.facts["batch"] is None else self.facts["batch"]
         found: list[Result] = []
-        prepared: list[np.ndarray] = []
+        waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
         for image in images:
-            prepared.append(self.prepare(image))
-            if len(prepared) == size:
-                found += self.score(np.stack(prepared))
-                prepared = []
-        return found + (self.score(np.stack(prepared)) if prepared else [])
+            array = read(image) if isinstance(image, str | Path) else np.asarray(image)
+            waiting.append((self.prepare(array), self.hidden(*array.shape[:2])))
+            if len(waiting) == size:
+                found += self._scored(waiting)
+                waiting = []
+        return found + (self._scored(waiting) if waiting else [])
+
+    def _scored(self, waiting: list[tuple[np.ndarray, np.ndarray | None]]) -> list[Result]:
+        images, hidden = zip(*waiting, strict=True)
+        return self.score(np.stack(images), hidden)
 
     def prepare(self, image: Any) -> np.ndarray:
         """What the graph takes of one image, see `prepared`."""
         return prepared(read(image) if isinstance(image, str | Path) else np.asarray(image), self.facts)
 
-    def score(self, batch: np.ndarray) -> list[Result]:
-        """Results of images that `prepare` made, (B, …)."""
+    def hidden(self, height: int, width: int) -> np.ndarray | None:
+        """What `unseen` says of an image (height, width); InputError if nothing of it is looked at."""
+        hidden = unseen(height, width, geometry_of(self.facts), seen_in(height, width, self.facts))
+        if hidden is not None and hidden.all():
+            raise InputError(f"an image of {width}×{height} pixels: nothing of it is inside the region of this detector")
+        return hidden
+
+    def score(self, batch: np.ndarray, hidden: Sequence[np.ndarray | None] | None = None) -> list[Result]:
+        """Results of images that `prepare` made, (B, …), with what `hidden` says of each."""
         scores, *maps = self.run(batch)
-        return [self.judged(float(score), maps[0][i] if maps else None) for i, score in enumerate(scores)]
+        found = [(float(score), maps[0][i] if maps else None) for i, score in enumerate(scores)]
+        return [self.judged(*within(score, map, where)) for (score, map), where in zip(found, hidden or [None] * len(found), strict=True)]
 
     def judged(self, score: float, map: np.ndarray | None) -> Result:
         decision = None if self.threshold is None else score > self.threshold
@@ -83,8 +131,9 @@ class Model:
         return Result(score, p, decision, map)
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
-        """A map in the pixels of its image, (height, width): what lay outside the crop takes the map's minimum."""
-        return enlarged(self.facts["image_size"], self.facts["crop"], map, height, width)
+        """A map in the pixels of its image, (height, width): what was not looked at takes the least value of the rest."""
+        own, seen = enlarged(map, height, width, geometry_of(self.facts)), seen_in(height, width, self.facts)
+        return own if seen is None else np.where(seen, own, own[seen].min())
 
 
 def opened(path: Path, threads: int | None) -> tuple[dict, Run]:
@@ -180,11 +229,13 @@ def prepared(array: np.ndarray, facts: dict) -> np.ndarray:
     """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], as the facts say under `input`."""
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+    seen = seen_in(*array.shape[:2], facts)
+    array = array if seen is None else painted(array, seen, facts["window"])
     if facts["source"]:
         if array.dtype != np.uint8 or list(array.shape[:2]) != facts["source"]:
             raise InputError(f"an image {array.dtype} {array.shape[:2]}; this export takes uint8 of (H, W) = {facts['source']} alone")
         return coloured(array)
-    placed = place(array, facts["window"], facts["image_size"], facts["crop"])  # uint8, or float32 in [0, 1]
+    placed = place(array, facts["window"], geometry_of(facts))  # uint8, or float32 in [0, 1]
     if list(placed.shape[:2]) != facts["size"]:
         raise InputError(f"an image of (H, W) = {placed.shape[:2]}; this export takes {facts['size']} alone")
     if facts["input"] == "uint8":
@@ -200,8 +251,8 @@ def coloured(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))
 
 
-def place(array: np.ndarray, window: dict, size: int | None, crop: int | None) -> np.ndarray:
-    """An image resized to size×size and cut to its centre crop×crop: uint8 as uint8, deeper ones as float32 in [0, 1] by their window.
+def place(array: np.ndarray, window: dict, geometry: Geometry) -> np.ndarray:
+    """An image as its geometry brings it to the network: uint8 as uint8, deeper ones as float32 in [0, 1] by their window.
 
     uint8 is equal to what torch's antialiased bilinear resizing of bytes gives, and so to what the detector was fitted to.
     """
@@ -211,27 +262,109 @@ def place(array: np.ndarray, window: dict, size: int | None, crop: int | None) -
             raise InputError(f"an image of {array.dtype}; this detector takes {', '.join(sorted({'uint8', *ranges}))}")
         lo, hi = ranges[array.dtype.name]
         array = ((array.astype(np.float32) - np.float32(lo)) / np.float32(hi - lo)).clip(0, 1)
-    if size is not None and array.shape[:2] != (size, size):
+    inner, outer, crop = geometry.inner(*array.shape[:2]), geometry.outer(*array.shape[:2]), geometry.crop
+    if array.shape[:2] != inner:
         for axis in (1, 0):
-            array = resized(array, axis, size)
+            array = resized(array, axis, inner[axis])
         array = array.clip(0, 1) if array.dtype != np.uint8 else array
+    if inner != outer:
+        array = beside(array, outer, GREY if array.dtype == np.uint8 else GREY / 255)
     if crop is not None:
-        height, width = array.shape[:2]
-        if crop > min(height, width):
+        height, width = outer
+        if crop > min(outer):
             raise InputError(f"an image of {width}×{height} pixels; expected at least {crop}×{crop}, the crop of this detector")
-        top, left = (height - crop) // 2, (width - crop) // 2
-        array = array[top : top + crop, left : left + crop]
+        array = array[middle(outer, (crop, crop))]
     return array
 
 
-def enlarged(size: int | None, crop: int | None, map: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map of an image that `place` brought to a size and a crop, (height, width) float32; outside the crop it has its minimum."""
-    full = (size, size) if size else (height, width)
-    if crop:
-        top, left = ((side - crop) // 2 for side in full)
-        whole = np.full(full, map.min(), np.float32)
-        whole[top : top + crop, left : left + crop] = map
-        map = whole
+def middle(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
+    """The rows and columns of the centre of an array."""
+    first = [(whole - part) // 2 for whole, part in zip(outer, inner, strict=True)]
+    return slice(first[0], first[0] + inner[0]), slice(first[1], first[1] + inner[1])
+
+
+def beside(array: np.ndarray, outer: tuple[int, int], value: float) -> np.ndarray:
+    """An array (h, w, …) in the middle of a larger one that is filled with a value."""
+    whole = np.full((*outer, *array.shape[2:]), value, array.dtype)
+    whole[middle(outer, array.shape[:2])] = array
+    return whole
+
+
+def nearest(length: int, pixels: int) -> np.ndarray:
+    """For each of so many output pixels the input pixel under its centre, ⌊(i + ½)·length/pixels⌋."""
+    return (2 * np.arange(pixels) + 1) * length // (2 * pixels)
+
+
+def place_mask(mask: np.ndarray, geometry: Geometry, fill: int | bool) -> np.ndarray:
+    """A mask (H, W) to where `place` puts its image, by the nearest pixel so that no value is made up; `fill` lies beside it."""
+    inner, outer = geometry.inner(*mask.shape), geometry.outer(*mask.shape)
+    if mask.shape != inner:
+        mask = mask[np.ix_(nearest(mask.shape[0], inner[0]), nearest(mask.shape[1], inner[1]))]
+    mask = mask if inner == outer else beside(mask, outer, fill)
+    return mask if geometry.crop is None else mask[middle(outer, (geometry.crop, geometry.crop))]
+
+
+def painted(array: np.ndarray, seen: np.ndarray, window: Mapping) -> np.ndarray:
+    """An image (H, W) or (H, W, 3) with the same grey of its window wherever it is not seen, (H, W) bool."""
+    if array.dtype == np.uint8:
+        grey = GREY
+    else:
+        lo, hi = {"uint16": (0.0, 65535.0), **window}.get(array.dtype.name, (0.0, 0.0))  # what has no range is refused later
+        grey = lo + (hi - lo) * GREY / 255
+    grey = array.dtype.type(round(grey) if array.dtype.kind == "u" else grey)
+    return np.where(seen if array.ndim == 2 else seen[..., None], array, grey)
+
+
+def unseen(height: int, width: int, geometry: Geometry, seen: np.ndarray | None) -> np.ndarray | None:
+    """Where in the network's input (h, w) of an image (height, width) nothing is looked at: beside it, and where it is not `seen`.
+
+    None where all is.
+    """
+    if seen is None and geometry.inner(height, width) == geometry.outer(height, width):
+        return None
+    return place_mask(np.zeros((height, width), bool) if seen is None else ~seen, geometry, True)
+
+
+def within(score: float, map: np.ndarray | None, hidden: np.ndarray | None) -> tuple[float, np.ndarray | None]:
+    """Score and map (h, w) of what is not hidden, whose least value the rest takes; a score that is the map's largest value is theirs."""
+    if map is None or hidden is None:
+        return score, map
+    shown = map[~hidden]
+    return float(shown.max()) if score == float(map.max()) else score, np.where(hidden, shown.min(), map)
+
+
+def geometry_of(facts: dict) -> Geometry:
+    return Geometry(facts["image_size"], facts["crop"], facts.get("resize", "stretch"))
+
+
+def seen_in(height: int, width: int, facts: dict) -> np.ndarray | None:
+    """Which pixels of an image (height, width) are looked at, by the region in the facts; None for all."""
+    region = facts.get("region")
+    if region is None:
+        return None
+    mask = unpacked(region["bits"], region["height"], region["width"])
+    return mask[np.ix_(nearest(len(mask), height), nearest(mask.shape[1], width))]
+
+
+def packed(mask: np.ndarray) -> dict:
+    """A mask (H, W) bool as JSON can hold it."""
+    bits = base64.b64encode(zlib.compress(np.packbits(mask).tobytes(), 9)).decode("ascii")
+    return {"height": mask.shape[0], "width": mask.shape[1], "bits": bits}
+
+
+@lru_cache(maxsize=4)
+def unpacked(bits: str, height: int, width: int) -> np.ndarray:
+    """The mask (H, W) bool that was packed."""
+    flat = np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8)
+    return np.unpackbits(flat, count=height * width).reshape(height, width).astype(bool)
+
+
+def enlarged(map: np.ndarray, height: int, width: int, geometry: Geometry) -> np.ndarray:
+    """A map of an image that `place` brought to the network, (height, width) float32: outside the crop it has its minimum."""
+    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+    if geometry.crop:
+        map = beside(np.asarray(map, np.float32), outer, map.min())
+    map = map if inner == outer else map[middle(outer, inner)]
     return resized(resized(map, 1, width), 0, height)
 
 

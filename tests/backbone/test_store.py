@@ -1,6 +1,7 @@
 """What is read back is what was computed, whatever happened to the folder in between, and nothing is computed twice."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -340,7 +341,7 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(tiny, tmp_path):
     data = data_of(root)
     victim = root / "square" / "000.png"
     Image.fromarray(255 - np.array(Image.open(victim))).save(victim)
-    with pytest.raises(InputError, match=r"000\.png: changed while it was read"):
+    with pytest.raises(InputError, match=r"000\.png: changed while it was in use"):
         stored(tmp_path / "store", data).loader("test")
 
 
@@ -422,14 +423,15 @@ def test_where_nothing_can_be_stored_the_run_computes(tiny, off, tmp_path, caplo
     elif obstacle == "folder":
         root.write_text("a file")
     else:
-        written = []
+        written, replace = [], Path.replace
 
-        def fsync(number):
-            written.append(number)
-            if len(written) > 4:
+        def full(path, target):
+            written.append(path.name)
+            if len([name for name in written if name.startswith(module.PART)]) > 4 and path.name.startswith(module.PART):
                 raise OSError(28, "No space left on device")
+            return replace(path, target)
 
-        monkeypatch.setattr(module.os, "fsync", fsync)
+        monkeypatch.setattr(Path, "replace", full)
     metrics = figures(train(tiny_run(tiny, tmp_path / "run", *on(root, "store.dtype=float32", *more))))
     assert metrics == pytest.approx(off[1], rel=1e-6)
     assert caplog.text.count("maps are computed and not stored") == 1
@@ -580,3 +582,54 @@ def test_tiles_are_stored_as_a_map(tiny, tmp_path):
         if not more:
             assert on["pixel_auroc"] == pytest.approx(off["pixel_auroc"], abs=2e-3)
     assert [record["computed"] for record in records] == [36, 0, 36]  # other words read them, other tiles do not
+
+
+# ---- what is looked at
+
+
+def region_file(path: Path, columns: int) -> Path:
+    seen = np.zeros((64, 64), np.uint8)
+    seen[:, :columns] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(seen).save(path)
+    return path
+
+
+def test_geometry_and_region_keep_maps_apart(tiny, tmp_path):
+    masks = [region_file(tmp_path / f"{columns}.png", columns) for columns in (30, 40)]
+    for folder in ("normal", "normal_test", "square"):
+        for i, path in enumerate(sorted((tiny / folder).glob("*.png"))):
+            region_file(tmp_path / "own" / folder / path.name, 30 + i % 2 * 10)
+    changes = [[], ["image_size=48"], ["crop=48"], ["image_size=48", "crop=40"]]
+    changes += [["resize=letterbox"], *([f"data.region='{mask}'"] for mask in (*masks, tmp_path / "own"))]
+    for change in changes:
+        data = data_of(tiny, *change)
+        other = stored(tmp_path / "store", data, BOTH)
+        assert_batches_equal(data, other, images=True)
+        assert (other.computed, other.read) == (36, 0), change
+        again = stored(tmp_path / "store", data_of(tiny, *change))
+        for split in ("train", "calibrate", "test"):
+            again.loader(split)
+        assert again.computed == 0
+
+
+def test_masks_of_stored_batches_know_region_and_bars(tmp_path):
+    g = np.random.default_rng(0)
+    for split, label in (("train", "good"), ("test", "good"), ("test", "bad")):
+        for i in range(3):
+            path = tmp_path / "data" / split / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(g.integers(0, 256, (40 + 10 * i, 70 - 10 * i), dtype=np.uint8)).save(path)
+    overrides = ["data.normal=train/good", "data.normal_test=test/good", "data.abnormal=[test/bad]", "data.masks=null"]
+    overrides += ["resize=letterbox", f"data.region='{region_file(tmp_path / 'mask.png', 50)}'"]
+    data = build(tiny_run(tmp_path / "data", tmp_path, *overrides).data)
+    data.setup()
+    assert_batches_equal(data, stored(tmp_path / "store", data), images=False)
+
+
+def test_what_was_stored_before_there_was_a_choice_is_found(tiny, tmp_path):
+    shelf = stored(tmp_path, data_of(tiny)).maps[0]
+    assert set(json.loads(shelf.facts)) == {
+        *("format", "size", "crop", "window", "dtype", "torch", "backbone", "timm", "device", "mean", "std", "stage", "weights")
+    }
+    assert name_of(Sample("a.png", "test", 0, "good", digest="d")) == "d#"

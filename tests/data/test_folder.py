@@ -9,7 +9,7 @@ from blemish.data.folder import Folder
 from blemish.types import InputError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
-PLAIN = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper"}
+PLAIN = {"image_size": 32, "crop": None, "resize": "stretch", "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper"}
 
 
 def folder(root, **changes):

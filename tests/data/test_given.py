@@ -9,6 +9,7 @@ from PIL import Image
 
 from blemish.data.given import Given, array_of, images_of, window_of
 from blemish.data.images import prepare, read
+from blemish.runtime import Geometry
 from blemish.types import NORMAL, InputError
 
 WINDOW = window_of(None)
@@ -49,7 +50,7 @@ def test_rows_are_those_of_files(tmp_path):
             seen |= dict(zip(batch.path, batch.image, strict=True))
         assert len(keys) == len(set(keys)) == 5
         for key, image in seen.items():
-            assert torch.equal(image, prepare(arrays[int(key)], {}, 16, None))
+            assert torch.equal(image, prepare(arrays[int(key)], {}, Geometry(16)))
 
 
 def test_a_file_is_trained_on_or_held_out(tmp_path):

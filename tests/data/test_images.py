@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blemish.data.images import dtype_of, find_images, fit_window, place, place_mask, prepare, read, to_unit, unplace
+from blemish.runtime import Geometry
 from blemish.types import InputError
 
 H, W = 24, 40
@@ -344,20 +345,31 @@ def box_weights(size, out):
 def test_place_is_antialiased_bilinear(size):
     image = to_unit(RGB, {})
     expected = np.einsum("yh,chw,xw->cyx", box_weights(H, size), image.numpy(), box_weights(W, size))
-    np.testing.assert_allclose(place(image, size, None).numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(place(image, Geometry(size)).numpy(), expected, atol=2e-6)
     for array in (GREY, RGB, RAMP):
-        quick, slow = prepare(array, {}, size, None), place(to_unit(array, {}), size, None)
+        quick, slow = prepare(array, {}, Geometry(size)), place(to_unit(array, {}), Geometry(size))
         assert quick.shape == (3, size, size) and quick.dtype == torch.float32
         assert (quick - slow).abs().max() <= 1.01 / 255
 
 
+@pytest.mark.parametrize("shape", [(43, 8), (8, 43), (400, 9)])
+def test_the_thinnest_letterbox_is_resized_right(shape):
+    image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+    high, wide = Geometry(8, None, "letterbox").inner(*shape)
+    expected = np.einsum("yh,chw,xw->cyx", box_weights(shape[0], high), image.numpy(), box_weights(shape[1], wide))
+    placed = place(image, Geometry(8, None, "letterbox"))
+    rows, columns = (slice((8 - side) // 2, (8 - side) // 2 + side) for side in (high, wide))
+    assert min(high, wide) == 1
+    np.testing.assert_allclose(placed[:, rows, columns], expected, atol=2e-6)
+
+
 def test_crop_is_the_centre_and_no_larger_than_the_image():
     image = to_unit(RGB, {})
-    assert torch.equal(place(image, None, None), image)
-    assert torch.equal(place(image, None, 10), image[:, 7:17, 15:25])
-    assert torch.equal(place(image, 32, 9), place(image, 32, None)[:, 11:20, 11:20])
+    assert torch.equal(place(image, Geometry()), image)
+    assert torch.equal(place(image, Geometry(None, 10)), image[:, 7:17, 15:25])
+    assert torch.equal(place(image, Geometry(32, 9)), place(image, Geometry(32))[:, 11:20, 11:20])
     with pytest.raises(InputError, match=r"data\.crop=30"):
-        place(image, None, 30)
+        place(image, Geometry(None, 30))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (64, 64), (37, 101), (5, 300)])
@@ -365,7 +377,7 @@ def test_crop_is_the_centre_and_no_larger_than_the_image():
 def test_mask_takes_the_nearest_pixel(shape, size):
     mask = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     expected = torch.nn.functional.interpolate(mask[None, None].double(), (size, size), mode="nearest-exact")[0, 0]
-    assert torch.equal(place_mask(mask, size, None), expected.to(torch.uint8))
+    assert torch.equal(place_mask(mask, Geometry(size)), expected.to(torch.uint8))
 
 
 def test_mask_is_placed_as_its_image():
@@ -373,8 +385,8 @@ def test_mask_is_placed_as_its_image():
     mask[4:14, 10:30] = 1
     mask[0, 0] = 255
     for size, crop in ((48, None), (48, 32), (None, 20), (12, 8)):
-        placed = place_mask(mask, size, crop)
-        image = place(mask.clamp(max=1).float().expand(3, -1, -1), size, crop)
+        placed = place_mask(mask, Geometry(size, crop))
+        image = place(mask.clamp(max=1).float().expand(3, -1, -1), Geometry(size, crop))
         assert placed.shape == image.shape[1:] and set(placed.unique().tolist()) <= {0, 1, 255}
         clear = (image[0] < 0.01) | (image[0] > 0.99)
         assert torch.equal((placed > 0)[clear], (image[0] > 0.5)[clear])
@@ -395,7 +407,7 @@ def test_a_blob_comes_back_to_its_place(height, width, size, share, u, v):
     y, x = height / 2 + u * seen_y / 2, width / 2 + v * seen_x / 2
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
     blob = torch.exp(-(((rows - y) / seen_y) ** 2 + ((columns - x) / seen_x) ** 2) / (2 * 0.06**2))  # (H, W)
-    back = unplace(place(blob.expand(3, -1, -1), size, crop)[0], height, width, size, crop)
+    back = unplace(place(blob.expand(3, -1, -1), Geometry(size, crop))[0], height, width, Geometry(size, crop))
     assert back.shape == (height, width) and back.dtype == torch.float32
     weight = back - back.min()
     assert abs((weight * rows).sum() / weight.sum() - y) < 0.5
@@ -404,10 +416,10 @@ def test_a_blob_comes_back_to_its_place(height, width, size, share, u, v):
 
 def test_outside_the_crop_lies_the_minimum():
     map = torch.rand(16, 16) - 3
-    back = unplace(map, 32, 32, 32, 16)
+    back = unplace(map, 32, 32, Geometry(32, 16))
     assert torch.equal(back[8:24, 8:24], map) and back[:8].unique().item() == map.min()
     with pytest.raises(InputError, match=r"\(32, 32\)"):
-        unplace(map, 100, 100, 32, None)
+        unplace(map, 100, 100, Geometry(32))
 
 
 def test_find_images(tmp_path):

@@ -11,6 +11,7 @@ from blemish.data import module
 from blemish.data.images import place, place_mask, to_unit
 from blemish.data.module import ImageData, Images, Recent, binary, held_out
 from blemish.data.samples import Sample, read_manifest, write_manifest
+from blemish.runtime import Geometry
 from blemish.types import NO_TRUTH, InputError
 
 SIZE = 48
@@ -66,14 +67,14 @@ def test_batches_are_the_files_by_definition(root):
     for image, label, mask, path in loaded:
         array = np.array(Image.open(root / path))
         assert image.dtype == torch.float32 and image.shape == (3, 24, 24)
-        assert (image - place(to_unit(array, {}), 32, 24)).abs().max() <= 1.01 / 255
+        assert (image - place(to_unit(array, {}), Geometry(32, 24))).abs().max() <= 1.01 / 255
         assert label == data.sample(path).label == int("bad" in path)
         expected = torch.zeros(array.shape[:2], dtype=torch.uint8)
         if "bad/002" in path:
             expected[:] = NO_TRUTH
         elif label:
             expected[10:20, 5:30] = 1
-        assert mask.dtype == torch.uint8 and torch.equal(mask, place_mask(expected, 32, 24))
+        assert mask.dtype == torch.uint8 and torch.equal(mask, place_mask(expected, Geometry(32, 24)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 40, 75, 76, 77, 100, 190, 191, 1000])
@@ -110,14 +111,14 @@ def test_tiles_of_one_image_stay_on_one_side(root):
 
 def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
     opened = []
-    monkeypatch.setattr(module, "read", lambda path, read=module.read: opened.append(path) or read(path))
+    monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
     box = Sample("test/bad/000.png", "test", 1, "bad", boxes="2 4 20 9;30 30 99 99")
     samples = [box._replace(region=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
     samples += [s._replace(boxes="", mask="masks/000.png") for s in samples]
     array, mask = (np.array(Image.open(root / name)) for name in ("test/bad/000.png", "masks/000.png"))
     boxes = np.zeros_like(mask)
     boxes[4:9, 2:20] = boxes[30:, 30:] = 1
-    for i, (image, _, found, key) in enumerate(Images(samples, root, {}, None, None).__getitems__(list(range(24)))):
+    for i, (image, _, found, key) in enumerate(Images(samples, root, {}, Geometry()).__getitems__(list(range(24)))):
         x, y, w, h = map(int, key.split("#")[1].split(","))
         assert torch.equal(image, to_unit(array[y : y + h, x : x + w], {}))
         np.testing.assert_array_equal(found, (boxes if i < 12 else mask > 0)[y : y + h, x : x + w])
@@ -355,4 +356,4 @@ def test_mask_rule():
 
 def test_tile_beyond_the_image(root):
     with pytest.raises(InputError, match=r"000\.png: the tile 40,0,16,16"):
-        Images([Sample("train/000.png", "train", 0, "good", region="40,0,16,16")], root, {}, None, None)[0]
+        Images([Sample("train/000.png", "train", 0, "good", region="40,0,16,16")], root, {}, Geometry())[0]

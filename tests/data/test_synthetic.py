@@ -6,6 +6,7 @@ import skimage.data
 from PIL import Image
 from support import composed
 
+from blemish.data.images import read
 from blemish.data.synthetic import blemish, place, write
 from blemish.run import build
 from blemish.types import InputError
@@ -67,3 +68,20 @@ def test_deep_images_are_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(InputError, match="expected images of 8 bits"):
         write(data, tmp_path / "made", 0.5, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_defects_lie_inside_of_the_region(tiny, tmp_path):
+    seen = np.zeros((64, 64), bool)
+    seen[20:50, 30:60] = True
+    Image.fromarray(seen).save(tmp_path / "region.png")
+    (tmp_path / "masks").mkdir()
+    options = ["data=folder", f"data.root='{tiny}'", "data.normal_test=normal_test", "data.abnormal=[square]", "image_size=64"]
+    with pytest.raises(InputError, match="a mask for each image"):
+        write(build(composed(*options, f"data.region='{tmp_path}/masks'").data), tmp_path / "none", 0.5, 0)
+    data = build(composed(*options, f"data.region='{tmp_path}/region.png'").data)
+    data.setup()
+    assert write(data, tmp_path / "out", 0.5, 0) == 12
+    for changed in sorted((tmp_path / "out" / "defects").iterdir()):
+        mask, normal = read(tmp_path / "out" / "masks" / changed.name) > 0, read(tmp_path / "out" / "normal_test" / changed.name)
+        assert mask.any() and not mask[~seen].any()
+        assert np.array_equal(read(changed)[~mask], normal[~mask])

@@ -26,6 +26,7 @@ from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
 from blemish.deploy.portable import BLOCKS, portable
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.run import build, load, train
+from blemish.runtime import Geometry
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
@@ -232,12 +233,12 @@ def test_a_crop_and_deep_images(tiny, tmp_path):
     deep = np.random.default_rng(0).integers(0, 65536, (80, 100)).astype(np.uint16)
     window = {dtype: tuple(ends) for dtype, ends in saved.data.window.items()}
     with torch.inference_mode():
-        score, map = model(prepare(deep, window, 64, 48)[None])
+        score, map = model(prepare(deep, window, Geometry(64, 48))[None])
     other = runtime.Model(path, threads=1)
     (found,) = other.predict(deep)
     assert found.score == pytest.approx(float(score), rel=1e-4)
     own = other.own_pixels(found.map, 80, 100)
-    np.testing.assert_allclose(own, unplace(map[0], 80, 100, 64, 48).numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(own, unplace(map[0], 80, 100, Geometry(64, 48)).numpy(), rtol=1e-3, atol=1e-4)
     with pytest.raises(runtime.InputError, match="float64"):
         other.predict(deep.astype(np.float64))
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -338,10 +339,10 @@ def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
     array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     tensor = torch.from_numpy(array).permute(2, 0, 1) if colour else torch.from_numpy(array)[None]
     crop = size // 2 if seed % 2 else None
-    expected = place(tensor, size, crop).permute(1, 2, 0).numpy()
-    assert np.array_equal(runtime.place(array, {}, size, crop).reshape(expected.shape), expected)
+    expected = place(tensor, Geometry(size, crop)).permute(1, 2, 0).numpy()
+    assert np.array_equal(runtime.place(array, {}, Geometry(size, crop)).reshape(expected.shape), expected)
     assert np.array_equal(
-        runtime.place(array, {}, None, 8), runtime.place(array, {}, None, None)[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
+        runtime.place(array, {}, Geometry(None, 8)), runtime.place(array, {}, Geometry())[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
     )
 
 
@@ -350,11 +351,11 @@ def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
 def test_deep_images_are_placed_as_torch_does_it(height, width, size, dtype):
     array = (np.random.default_rng(height).random((height, width)) * 60000).astype(dtype)
     window = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
-    expected = place(to_unit(array, window), size, None)[0].numpy()
-    np.testing.assert_allclose(runtime.place(array, window, size, None), expected, atol=2e-5)
+    expected = place(to_unit(array, window), Geometry(size))[0].numpy()
+    np.testing.assert_allclose(runtime.place(array, window, Geometry(size)), expected, atol=2e-5)
     map = np.random.default_rng(width).random((size, size), dtype=np.float32)
     np.testing.assert_allclose(
-        runtime.enlarged(size, None, map, height, width), unplace(torch.from_numpy(map), height, width, size, None), atol=2e-5
+        runtime.enlarged(map, height, width, Geometry(size)), unplace(torch.from_numpy(map), height, width, Geometry(size)), atol=2e-5
     )
 
 

@@ -40,6 +40,7 @@ from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import Blend, RowsOnDisk, Stitch, ramp, score_image, write_png
 from blemish.detector import Detector
 from blemish.run import load, predict, train
+from blemish.runtime import Geometry
 from blemish.types import Batch, InputError, Prediction
 
 
@@ -158,7 +159,8 @@ def test_stitched_maps_and_truth_keep_every_peak(width, height, side):
     images = {name: grey(height, width, seed) for seed, name in enumerate("ab")}
     truth = {name: (array > 150).astype(np.uint8) for name, array in images.items()}
     parents = {name: Sample(name, "test", label, "good") for label, name in enumerate("ab")}
-    dataset = SimpleNamespace(sizes=dict.fromkeys("ab", (width, height)), size=None, parents=parents, truth=truth.get)
+    dataset = SimpleNamespace(sizes=dict.fromkeys("ab", (width, height)), parents=parents, truth=truth.get)
+    dataset.geometry, dataset.seen = Geometry(), lambda path: None
     seen = []
     inner = SimpleNamespace(on_test_batch_end=lambda trainer, module, prediction, batch, index, loader: seen.append((prediction, batch)))
     stitch = Stitch(inner, 64, 16)
@@ -338,7 +340,7 @@ def test_calibration_is_by_image(run, large):
     folder, _ = run
     _, model = load(folder, "cpu")
     held = [line.split(",")[0] for line in (folder / "manifest.csv").read_text().splitlines() if ",calibrate," in line]
-    found = list(apply(model, [large / path for path in held], View(48, None, {}, 96, 24), 5))
+    found = list(apply(model, [large / path for path in held], View(Geometry(48), {}, 96, 24), 5))
     torch.testing.assert_close(model.calibration[:, 0], torch.tensor([one.score for one in found]), rtol=1e-5, atol=1e-6)
     peaks = torch.tensor([float(one.map[:].max()) for one in found])
     torch.testing.assert_close(model.calibration[:, 1], peaks, rtol=1e-4, atol=1e-5)
@@ -419,6 +421,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from blemish.detector import Detector
+from blemish.runtime import Geometry
 from blemish.types import Prediction
 class Local(Detector):
     def forward(self, image):
@@ -427,7 +430,7 @@ class Local(Detector):
 from blemish.deploy.predict import View, output_names, predict, write
 path, out = Path(sys.argv[1]), Path(sys.argv[2])
 def run(path):
-    found = predict(Local(), [path], View(None, None, {}, 512, 64), 4, out)
+    found = predict(Local(), [path], View(Geometry(), {}, 512, 64), 4, out)
     write(found, output_names([path], path.parent), out, torch.tensor([[0.1, 0.1]] * 20), 0.05, None)
 run(path.with_name("small.png"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

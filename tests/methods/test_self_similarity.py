@@ -19,6 +19,7 @@ from blemish.data.images import prepare, read
 from blemish.data.samples import read_manifest
 from blemish.methods.self_similarity import SelfSimilarity, threshold_of
 from blemish.ops.maps import paint, starts
+from blemish.runtime import Geometry
 from blemish.types import InputError
 
 
@@ -223,7 +224,7 @@ def test_calibration_images_set_the_threshold(tmp_path, split, protocol):
     _, model = run.load(tmp_path / "run", "cpu")
     held = [sample.path for sample in read_manifest(tmp_path / "run" / "manifest.csv") if sample.split == "calibrate"]
     assert held == (["val/0.png", "val/1.png"] if split else held[:1])
-    pixels = torch.cat([model(prepare(read(tmp_path / path), {}, None, None)[None]).map.flatten() for path in held])
+    pixels = torch.cat([model(prepare(read(tmp_path / path), {}, Geometry())[None]).map.flatten() for path in held])
     assert model.map_threshold == pytest.approx(np.quantile(pixels, 0.95, method="inverted_cdf"), rel=1e-4)
 
 
@@ -238,7 +239,7 @@ def test_foreign_script_among_hieroglyphs(real_data, tmp_path):
     plain = ["trainer=cpu", "logger=none", "trainer.enable_progress_bar=false", "save.pictures=0", f"run_dir='{tmp_path}/run'"]
     run.train(composed("model=self_similarity", "recipe=self_similarity", *data, *plain))
     _, model = run.load(tmp_path / "run", "cpu")
-    drawing = {path.stem: prepare(read(path), {}, None, None)[None] for path in sorted(folder.rglob("*.png"))}
+    drawing = {path.stem: prepare(read(path), {}, Geometry())[None] for path in sorted(folder.rglob("*.png"))}
     map = model(drawing["test1"]).map[0]  # (H, W)
 
     def inside_and_recall():

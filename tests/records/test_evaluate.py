@@ -1,6 +1,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from blemish.data.samples import Sample
 from blemish.records import draw
-from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names, simplified
+from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names, looked_at, simplified
 from blemish.records.record import write_csv, write_json
 from blemish.records.timing import StageTimes
-from blemish.types import NO_TRUTH, Batch, InputError, Prediction
+from blemish.types import NO_TRUTH, OUTSIDE, Batch, InputError, Prediction
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the toy's images are made in no time
@@ -150,6 +151,31 @@ def test_calibrate_keeps_the_maps_of_a_method_that_wants_them_within_bounds():
         np.testing.assert_allclose(torch.stack(values.maps), map[:, ::step, ::step], rtol=1e-6)
     trainer_of(values).predict(Brightness(), Data(samples), return_predictions=False)
     assert values.maps == []
+
+
+def test_what_is_not_looked_at_is_in_no_map_and_no_picture(tmp_path):
+    images, masks = torch.rand(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
+    masks[:, :6] = masks[:, 20:] = masks[1, :, :9] = OUTSIDE
+    batch = Batch(images, torch.tensor([0, 1]), masks, ["a.png", "b.png"])
+    model, trainer = Thresholded(), SimpleNamespace(world_size=1, global_rank=0)
+    values = Calibrate()
+    values.on_predict_start(trainer, model)
+    values.on_predict_batch_end(trainer, model, model(images), batch, 0)
+    values.on_predict_end(trainer, model)
+    for found, map, mask in zip(values.maps, model(images).map, masks, strict=True):
+        assert torch.equal(found, map[mask != OUTSIDE])
+    samples = [Sample("a.png", "test", 0, "good"), Sample("b.png", "test", 1, "hole")]
+    evaluate = Evaluate(-1, MANY, 0.1, None)
+    trainer.datamodule = Data(samples)
+    evaluate.on_test_start(trainer, model)
+    evaluate.on_test_batch_end(trainer, model, model(images), batch, 0)
+    for key, shape in (("a.png", (14, SIZE)), ("b.png", (14, SIZE - 9))):
+        picture = evaluate.kept[key]
+        assert picture.image.shape == (*shape, 3) and picture.mask.shape == picture.map.shape == shape
+        assert (picture.mask == 0).all()
+    assert len(evaluate.draw(tmp_path, None)) == 2
+    everything = looked_at(torch.zeros(4, 5, dtype=torch.uint8))
+    assert everything == (slice(0, 4), slice(0, 5)) and looked_at(torch.full((4, 5), OUTSIDE))[0] == slice(0, 0)
 
 
 def test_figures_are_those_of_sklearn():

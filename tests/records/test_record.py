@@ -292,7 +292,8 @@ def test_a_finished_run_is_overwritten_only_when_told(tmp_path):
     assert not (tmp_path / ".lock").exists()
     claim(tmp_path, overwrite=True)
     assert all(path.exists() for path in kept)
-    assert not any(path.exists() for path in [*gone, tmp_path / "record.json"])
+    assert not any(path.exists() for path in gone)
+    assert read_record(tmp_path)["status"] == "interrupted", "until the next record takes its place"
     release(tmp_path)
 
 

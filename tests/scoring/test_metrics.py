@@ -14,7 +14,7 @@ from torchmetrics.classification import BinaryAUROC
 
 from blemish.scoring import metrics
 from blemish.scoring.metrics import ImageMetrics, PixelMetrics, auroc, average_precision, f1_max, region_sizes
-from blemish.types import InputError
+from blemish.types import OUTSIDE, InputError
 
 FIGURES = ("pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
@@ -124,6 +124,23 @@ def test_pixel_figures_are_scikit_learns_and_the_definitions(levels, ignored):
         area, ap, f1, threshold = sklearn_figures(score, label)
         expected = {"pixel_auroc": area, "pixel_ap": ap, "pixel_f1_max": f1, "aupro": brute_aupro(some_maps, some_masks)}
         assert table[row] == pytest.approx(expected | {"pixel_f1_max_threshold": threshold}, abs=1e-12)
+
+
+def test_figures_are_those_of_the_pixels_that_are_looked_at():
+    maps, masks, groups = images(seed=5, ignored=0.1)
+    region = np.hypot(*(np.mgrid[:24, :24] - 11)) < 10
+    masks[:, torch.from_numpy(~region)] = OUTSIDE
+    maps[:, torch.from_numpy(~region)] = 1e30
+    table = seen([(maps, masks, groups)]).compute()["pooled"]
+    score, label = maps.numpy()[masks < 2], masks.numpy()[masks < 2]
+    area, ap, f1, threshold = sklearn_figures(score, label)
+    cut = np.where(masks == OUTSIDE, 255, masks)
+    expected = {"pixel_auroc": area, "pixel_ap": ap, "pixel_f1_max": f1, "pixel_f1_max_threshold": threshold}
+    assert table == pytest.approx(expected | {"aupro": brute_aupro(maps.numpy(), cut)}, abs=1e-12)
+    # cut out and put side by side, they are the same pixels
+    masks[masks == OUTSIDE] = 255
+    maps[masks == 255] = torch.nan
+    assert seen([(maps, masks, groups)]).compute()["pooled"] == table
 
 
 @settings(max_examples=60, deadline=None)
@@ -376,7 +393,7 @@ def test_scores_that_are_no_numbers_are_refused(bad):
         (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), ["a", "b"], "uint8"),
         (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), ["a"], "1 names for 2 images"),
         (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), ["pooled"], "another name"),
-        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), 128, dtype=torch.uint8), ["a"], r"\[128\], allowed are 0, 1 and 255"),
+        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), 128, dtype=torch.uint8), ["a"], r"\[128\], allowed are 0, 1, 254 and 255"),
     ],
 )
 def test_what_cannot_be_used_is_refused(maps, masks, groups, message):

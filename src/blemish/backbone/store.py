@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from blemish.backbone.features import Features
 from blemish.data.images import place_mask
-from blemish.data.module import ImageData, Images, collate, file_digest, threaded, truth
+from blemish.data.module import ImageData, Images, collate, hidden_in, threaded
+from blemish.data.regions import Region
 from blemish.data.samples import Sample
+from blemish.data.tiles import size_of
 from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
 
 FORMAT = 1  # one more whenever what is stored changes its meaning
@@ -79,9 +81,9 @@ def unpack_image(stored: Tensor) -> Tensor:
     return image.expand(3, -1, -1)
 
 
-def name_of(sample: Sample) -> str:
-    """What a sample's pixels are known by: the content of its file and its tile, not its path."""
-    return f"{sample.digest}#{sample.region}"
+def name_of(sample: Sample, region: Region | None = None) -> str:
+    """What a sample's pixels are known by: the content of its file, its tile, and what is looked at of it; not its path."""
+    return f"{sample.digest}#{sample.region}" + (f"@{region.digest(region.root / sample.path)}" if region else "")
 
 
 class Store:
@@ -239,19 +241,21 @@ class StoredData(LightningDataModule):
         self.store, self.data, self.features, self.reads = store, data, features, reads
         self.device, self.charge, self.progress = device, charge, progress
         self.read = self.computed = 0  # images
-        self.side = data.crop or data.image_size
+        self.side = data.geometry.side
         self.useful = self.side is not None
         if not self.useful:
             log.warning("store: images of their own sizes are not stored; expected image_size=<pixels>")
         window = data.window if isinstance(data.window, dict) else {}
         common = {
             "format": FORMAT,
-            "size": data.image_size,
-            "crop": data.crop,
+            "size": data.geometry.size,
+            "crop": data.geometry.crop,
             "window": window,
             "dtype": str(store.dtype),
             "torch": torch.__version__,
         }
+        if data.geometry.resize != "stretch":  # without this entry, what was stored before there was a choice is found
+            common["resize"] = data.geometry.resize
         self.maps = []
         if features is not None and any(reads(split)[0] for split in ("train", "test")):
             network = {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}
@@ -307,7 +311,7 @@ class StoredData(LightningDataModule):
     def fill(self, samples: list[Sample], maps: list[Shelf], images: Shelf | None) -> None:
         """Compute and write what is not there of `samples`; NoRoom or OSError if it cannot be written."""
         shelves = [*maps, images] if images else maps
-        by_name = {name_of(sample): sample for sample in samples}
+        by_name = {name_of(sample, self.data.region): sample for sample in samples}
 
         def absent(names: Iterable[str]) -> list[str]:
             for shelf in shelves:
@@ -323,9 +327,9 @@ class StoredData(LightningDataModule):
         bar = track(batches, "storing maps", console=Console(stderr=True), disable=not self.progress or not todo)
         for count, batch in enumerate(self._timed(bar)):
             chosen = todo[count * self.data.batch_size :][: len(batch.image)]
-            names = absent([name_of(sample) for sample in chosen])
-            rows = [row for row, sample in enumerate(chosen) if name_of(sample) in names]
-            self._unchanged([chosen[row] for row in rows])
+            called = [name_of(sample, self.data.region) for sample in chosen]
+            names = absent(called)
+            rows = [row for row, name in enumerate(called) if name in names]
             if rows:
                 self._compute(batch.image[rows], names, maps, images)
             if count == 0:
@@ -345,13 +349,6 @@ class StoredData(LightningDataModule):
             if batch is None:
                 return
             yield batch
-
-    def _unchanged(self, samples: list[Sample]) -> None:
-        """InputError if a file is no longer what its digest says: its maps would be found under a name that is not theirs."""
-        paths = {self.data.root / sample.path: sample.digest for sample in samples}
-        for path, digest in zip(paths, threaded(file_digest, list(paths)), strict=True):
-            if digest != paths[path]:
-                raise InputError(f"{path}: changed while it was read (digest {digest}, before {paths[path]}); run again")
 
     def _compute(self, image: Tensor, names: list[str], maps: list[Shelf], images: Shelf | None) -> None:
         self.computed += len(names)
@@ -384,7 +381,7 @@ class Stored(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         samples = [self.rows.samples[index] for index in indices]
-        names = [name_of(sample) for sample in samples]
+        names = [name_of(sample, self.rows.region) for sample in samples]
         maps = [unpack_maps([stage[name] for name in names]) for stage in self.maps] or None
         if self.bring_images and self.images is None:
             return collate(self.rows.__getitems__(indices))._replace(maps=maps)
@@ -392,15 +389,17 @@ class Stored(Dataset):
         if self.images is not None:
             image = torch.stack([unpack_image(self.images[name]) for name in names])  # (B, 3, H, W)
         mask = torch.stack(threaded(self.mask, samples))  # (B, H, W)
-        return Batch(image, torch.tensor([sample.label for sample in samples]), mask, [sample.key for sample in samples], maps)
+        label, path = torch.tensor([sample.label for sample in samples]), [sample.key for sample in samples]
+        return Batch(image, label, mask, path, maps, hidden_in(mask))
 
     def mask(self, sample: Sample) -> Tensor:
-        """The mask (H, W) uint8 of a sample without its image, which is read only where boxes need its size."""
-        if not sample.mask and not sample.boxes:
+        """The mask (H, W) uint8 of a sample without its image."""
+        rows = self.rows
+        if not (sample.mask or sample.boxes or rows.region or rows.geometry.resize == "letterbox"):
             return torch.full((self.side, self.side), 0 if sample.label == NORMAL else NO_TRUTH, dtype=torch.uint8)
-        load, root = self.rows.recent.read, self.rows.root
-        whole = load(root / (sample.mask or sample.path)).shape[:2]
-        return place_mask(torch.from_numpy(truth(root, sample, whole, load)), self.rows.size, self.rows.crop)
+        load = rows.recent.read
+        whole = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
+        return place_mask(torch.from_numpy(rows.truth_of(sample, whole, load)), rows.geometry)
 
 
 def as_it_is(batch: Batch) -> Batch:

@@ -55,8 +55,12 @@ class Folder(ImageData):
         window: str | Sequence[float] | Mapping[str, Sequence[float]],
         on_error: str,
         manifest: str | None = None,
+        resize: str = "stretch",
+        region: str | None = None,
     ):
-        super().__init__(root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest)
+        super().__init__(
+            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
+        )
         if not 0 <= test_share < 1:
             raise InputError(f"data.test_share={test_share}: expected a share from 0 to below 1")
         self.normal, self.normal_test, self.abnormal = _list(normal), _list(normal_test), _list(abnormal)

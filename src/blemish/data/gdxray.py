@@ -96,8 +96,12 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
         window: str | Sequence[float] | Mapping[str, Sequence[float]],
         on_error: str,
         manifest: str | None = None,
+        resize: str = "stretch",
+        region: str | None = None,
     ):
-        super().__init__(root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest)
+        super().__init__(
+            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
+        )
         stride = tile if stride is None else stride
         if unit not in ("image", "tile"):
             raise InputError(f"data.unit={unit}: expected image or tile")

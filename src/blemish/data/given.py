@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blemish.data.images import SMALLEST, UINT16, prepare, read
+from blemish.data.images import SMALLEST, UINT16, hidden, prepare, read
 from blemish.data.module import ImageData, Recent, Tiles, threaded
+from blemish.data.regions import Region
 from blemish.data.samples import Sample
 from blemish.data.tiles import size_of
-from blemish.types import NORMAL, InputError
+from blemish.runtime import Geometry
+from blemish.types import NORMAL, OUTSIDE, InputError
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given
 Image = Path | np.ndarray  # (H, W) or (H, W, 3), uint8, uint16 or float32
@@ -25,7 +27,8 @@ KINDS = (
 class Given(ImageData):
     """Training images and, where there are any in `val`, those for the threshold; else a share `calibration` of the former is held out.
 
-    The other arguments are those of `ImageData`; `window` has (lo, hi) for "uint16" and "float32". InputError for a file that is in both.
+    The other arguments are those of `ImageData`; `window` has (lo, hi) for "uint16" and "float32", `region` is a mask (H, W). InputError
+    for a file that is in both.
     """
 
     name, published, layout = "given", "", ""
@@ -41,8 +44,12 @@ class Given(ImageData):
         seed: int,
         calibration: float,
         window: Mapping[str, tuple[float, float]],
+        resize: str = "stretch",
+        region: np.ndarray | None = None,
     ):
-        super().__init__(".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop")
+        super().__init__(
+            ".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, region
+        )
         both = {one.resolve() for one in train if isinstance(one, Path)} & {one.resolve() for one in val if isinstance(one, Path)}
         if both:
             raise InputError(f"{min(both)}: to be trained on and in val; expected it in one of them")
@@ -63,12 +70,12 @@ class Given(ImageData):
         threaded(lambda index: rows[index][1], range(len(rows)))
 
     def images(self, samples: list[Sample]) -> "Rows":
-        return Rows([(sample.key, self.given[sample.path]) for sample in samples], self.window, self.image_size, self.crop)
+        return Rows([(sample.key, self.given[sample.path]) for sample in samples], self.window, self.geometry, self.region)
 
-    def tiles(self, samples: list[Sample]) -> Tiles:
+    def tiles(self, samples: list[Sample], fit: bool = False) -> Tiles:
         images = {sample.path: self.given[sample.path] for sample in samples}
         sizes = {key: size_of(one) if isinstance(one, Path) else one.shape[1::-1] for key, one in images.items()}
-        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.crop or self.image_size)
+        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
         tiles.recent = RecentGiven(tiles.recent, images, self.window)
         return tiles
 
@@ -91,16 +98,19 @@ class RecentGiven(Recent):
 class Rows(Dataset):
     """Rows as `module.Images` has them, of normal images without a mask."""
 
-    def __init__(self, images: list[tuple[str, Image]], window: dict, size: int | None, crop: int | None):
-        self.images, self.window, self.size, self.crop = images, window, size, crop
+    def __init__(self, images: list[tuple[str, Image]], window: dict, geometry: Geometry, region: Region | None):
+        self.images, self.window, self.geometry, self.region = images, window, geometry, region
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         key, given = self.images[index]
-        image = prepare(array_of(given, self.window), self.window, self.size, self.crop)
-        return image, NORMAL, torch.zeros(image.shape[1:], dtype=torch.uint8), key
+        array = array_of(given, self.window)
+        seen = self.region and self.region.seen(None, *array.shape[:2])
+        image, where = prepare(array, self.window, self.geometry, seen), hidden(*array.shape[:2], self.geometry, seen)
+        mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
+        return image, NORMAL, mask if where is None else mask.masked_fill_(where, OUTSIDE), key
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
         return threaded(self.__getitem__, indices)

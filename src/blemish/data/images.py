@@ -1,10 +1,15 @@
 """Image files as arrays with all their bits, and the way from an array to the network's input and back."""
 
+import errno
+import hashlib
+import logging
 import os
+import stat
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +19,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from blemish.types import InputError
+from blemish import runtime
+from blemish.runtime import GREY, Geometry, middle, painted, unseen
+from blemish.types import OUTSIDE, InputError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # told by content, whatever the ending
 SMALLEST = 8  # pixels; no backbone makes a map of less
 LARGEST = 2**30  # pixels; a radiograph of 20,000 × 12,000 has a quarter of it
+FREE, DENSEST = 2**24, 2**14  # pixels that any file may have, and those for each of its bytes: deflate packs 8256 of one bit
 UINT16 = (0.0, 65535.0)
 QUANTILES = (0.0005, 0.9995)
+PAGES = 100  # of a TIFF that are looked at: in a damaged one they may follow one another in a circle
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 
 Image.init()  # all its formats are known before the first file, which threads may open together
 # Pillow's own limit, 179 million pixels, would refuse large radiographs
 Image.MAX_IMAGE_PIXELS = LARGEST
 # damaged metadata (EXIF, TIFF tags) of a sound image is no news to the user
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by `_open`
+for decoder in ("tifffile", "PIL.TiffImagePlugin"):  # what they say of a damaged file, `read` says with the path
+    logging.getLogger(decoder).setLevel(logging.CRITICAL)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -44,20 +57,22 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read(path: str | Path) -> np.ndarray:
+def read(path: str | Path, digest: str = "") -> np.ndarray:
     """The image as uint8, uint16 or float32, (H, W) or (H, W, 3), with every bit the file holds.
 
     Alpha is dropped, palettes are expanded, EXIF orientation is applied, one bit becomes 0 and 255, 32-bit integers become
     float32. InputError names the path of a file that is missing, empty, damaged, cut short, of several pages, not finite, or
-    has a side below 8 pixels.
+    has a side below 8 pixels, or whose content is no longer what `file_digest` once gave.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = content(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected an image file") from error
     if not data:
         raise InputError(f"{path}: the file is empty; expected an image")
+    if digest and (found := digest_of(data)) != digest:
+        raise InputError(f"{path}: changed while it was in use (digest {found}, before {digest}); run again")
     try:
         array = _decode(data)
     except InputError as error:
@@ -73,6 +88,24 @@ def read(path: str | Path) -> np.ndarray:
     if array.dtype == np.float32 and not np.isfinite(array).all():
         raise InputError(f"{path}: {np.count_nonzero(~np.isfinite(array))} values are NaN or infinite; expected finite values")
     return array
+
+
+def digest_of(data: bytes) -> str:
+    """16 hex digits that a file is known by."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """`digest_of` a file's content."""
+    return digest_of(content(path))
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; OSError also for a pipe or a device, which `open` would wait for."""
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | NO_WAITING)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
+        return file.readall()
 
 
 def _decode(data: bytes) -> np.ndarray:
@@ -91,10 +124,23 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def _open(data: bytes) -> Image.Image:
+    too_many = InputError(f"more than {LARGEST} pixels; expected at most that, cut it into tiles")
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"more than {LARGEST} pixels; expected at most that, cut it into tiles") from None
+        raise too_many from None
+    if image.width * image.height > LARGEST:  # up to twice as many Pillow merely warns
+        image.close()
+        raise too_many
+    if image.format != "WEBP" and not (image.format == "TIFF" and image.mode == "1"):  # a blank one of these takes next to nothing
+        _possible(image.width, image.height, data)
+    return image
+
+
+def _possible(width: int, height: int, data: bytes) -> None:
+    """InputError for a size that so few bytes cannot hold: a decoder would first take the memory and then see the end of the file."""
+    if width * height > FREE + DENSEST * len(data):
+        raise InputError(f"{width}×{height} pixels in {len(data)} bytes, which cannot hold them; expected a whole image")
 
 
 def _pillow(image: Image.Image) -> np.ndarray:
@@ -152,12 +198,14 @@ def _ppm_maximum(data: bytes) -> int:
 def _decode_tiff(data: bytes) -> np.ndarray:
     """Eight bits by Pillow, which knows all colour spaces and compressions; more bits by tifffile, which keeps them."""
     with tifffile.TiffFile(BytesIO(data)) as tiff:
-        pages = [page for page in tiff.pages if not page.is_reduced]  # thumbnails are not pages
+        pages = [page for page in islice(tiff.pages, PAGES) if not page.is_reduced]  # thumbnails are not pages
         if len(pages) != 1:
-            raise InputError(f"a TIFF of {len(pages)} pages; expected one image a file")
+            raise InputError(f"a TIFF of {len(pages)} pages{' or more' * (len(pages) == PAGES)}; expected one image a file")
         page = pages[0]
         if page.imagewidth * page.imagelength > LARGEST:
             raise InputError(f"{page.imagewidth}×{page.imagelength} pixels; expected at most {LARGEST}, cut it into tiles")
+        if page.dtype not in (np.uint8, bool):
+            _possible(page.imagewidth, page.imagelength, data)
         if page.dtype in (np.uint8, bool):
             with _open(data) as image:
                 return _pillow(image)
@@ -165,6 +213,8 @@ def _decode_tiff(data: bytes) -> np.ndarray:
 
 
 def _deep_tiff(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
+    if 0 in page.databytecounts:
+        raise InputError("parts without content; expected a whole image")  # they would come out black
     orientation = page.tags.valueof(274, 1)
     try:
         array = page.asarray()
@@ -229,8 +279,8 @@ def to_unit(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> Ten
     return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(3, *image.shape)  # (3, H, W)
 
 
-def fit_window(paths: Iterable[str | Path], most: int = 200) -> dict[str, tuple[float, float]]:
-    """The range of values per dtype that holds all but the outermost 0.05 % on either side, over training images.
+def fit_window(paths: Iterable[str | Path], load: Callable[[Path], np.ndarray] = read, most: int = 200) -> dict[str, tuple[float, float]]:
+    """The range of values per dtype that holds all but the outermost 0.05 % on either side, over training images as `load` gives them.
 
     At most `most` images of a dtype are read, evenly spaced in the order given; only dtypes that occur get an entry and
     uint8 none. Where the two quantiles coincide the extremes take their place, and one above them for a constant.
@@ -242,15 +292,15 @@ def fit_window(paths: Iterable[str | Path], most: int = 200) -> dict[str, tuple[
     window = {}
     for dtype, members in sorted(found.items()):
         chosen = [members[i] for i in np.unique(np.linspace(0, len(members) - 1, most).round().astype(int))]
-        lo, hi = _quantiles16(chosen) if dtype == "uint16" else _quantiles(chosen)
+        lo, hi = (_quantiles16 if dtype == "uint16" else _quantiles)(chosen, load)
         window[dtype] = (lo, hi if hi > lo else lo + 1.0)
     return window
 
 
-def _quantiles16(paths: list) -> tuple[float, float]:
+def _quantiles16(paths: list, load: Callable) -> tuple[float, float]:
     counts = np.zeros(65536, dtype=np.int64)
     for path in paths:
-        counts += np.bincount(read(path).ravel(), minlength=65536)
+        counts += np.bincount(load(path).ravel(), minlength=65536)
     share = counts.cumsum() / counts.sum()
     lo, hi = (int(np.searchsorted(share, q)) for q in QUANTILES)
     if lo == hi:
@@ -258,10 +308,10 @@ def _quantiles16(paths: list) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def _quantiles(paths: list, each: int = 100_000) -> tuple[float, float]:
+def _quantiles(paths: list, load: Callable, each: int = 100_000) -> tuple[float, float]:
     """As `_quantiles16` with at most `each` values of an image, drawn at random."""
     rng = np.random.default_rng(0)
-    arrays = (read(path).ravel() for path in paths)
+    arrays = (load(path).ravel() for path in paths)
     values = np.concatenate([a if a.size <= each else rng.choice(a, each, shuffle=False) for a in arrays])
     lo, hi = np.quantile(values, QUANTILES, method="inverted_cdf")
     if lo == hi:
@@ -269,61 +319,101 @@ def _quantiles(paths: list, each: int = 100_000) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def place(image: Tensor, size: int | None, crop: int | None) -> Tensor:
-    """An image (3, H, W), float or uint8, resized to size×size by antialiased bilinear interpolation, then its centre crop×crop.
+def place(image: Tensor, geometry: Geometry) -> Tensor:
+    """An image (3, H, W), float or uint8, as its geometry brings it to the network, by antialiased bilinear interpolation.
 
-    A size of None keeps the pixels as they are; InputError if the crop is larger than what it is cut from.
+    InputError if the crop is larger than what it is cut from.
     """
-    if size is not None and image.shape[-2:] != (size, size):
-        image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+    inner, outer, crop = geometry.inner(*image.shape[-2:]), geometry.outer(*image.shape[-2:]), geometry.crop
+    if image.shape[-2:] != inner:
+        # torch 2.14 on a CPU takes wrong rows of floats where the width becomes 1: on its side an image is resized right
+        turned = inner[1] == 1
+        image, shape = (image.mT.contiguous(), inner[::-1]) if turned else (image, inner)
+        image = F.interpolate(image[None], shape, mode="bilinear", antialias=True, align_corners=False)[0]
+        image = image.mT if turned else image
         image = image.clamp_(0, 1) if image.is_floating_point() else image
-    return _centre(image, crop)
+    if inner != outer:
+        whole = image.new_full((*image.shape[:-2], *outer), GREY / 255 if image.is_floating_point() else GREY)
+        whole[..., *middle(outer, inner)] = image
+        image = whole
+    if crop is None:
+        return image
+    if crop > min(outer):
+        raise InputError(f"data.crop={crop} of an image of {outer[1]}×{outer[0]} pixels; expected at most {min(outer)}, or crop=null")
+    return image[..., *middle(outer, (crop, crop))]
 
 
-def place_mask(mask: Tensor, size: int | None, crop: int | None) -> Tensor:
-    """A mask (H, W) uint8 to where `place` puts its image, by the nearest pixel so that no value is made up."""
-    if size is not None and mask.shape != (size, size):
-        # the source pixel under each centre, ⌊(i + ½)·n/size⌋; interpolate's nearest-exact starts threads within threads
-        rows, columns = ((2 * np.arange(size) + 1) * n // (2 * size) for n in mask.shape)
-        mask = torch.from_numpy(mask.numpy()[np.ix_(rows, columns)])  # (size, size)
-    return _centre(mask, crop)
+def place_mask(mask: Tensor, geometry: Geometry) -> Tensor:
+    """A mask (H, W) uint8 to where `place` puts its image, by the nearest pixel so that no value is made up; OUTSIDE lies beside it."""
+    # numpy: interpolate's nearest-exact starts threads within threads
+    return torch.from_numpy(runtime.place_mask(mask.numpy(), geometry, OUTSIDE))
 
 
-def prepare(array: np.ndarray, window: Mapping[str, tuple[float, float]], size: int | None, crop: int | None) -> Tensor:
-    """`to_unit`, then `place`: (3, h, w) float32 in [0, 1]; bytes are resized as bytes, which is quicker and within one grey level."""
+def prepare(array: np.ndarray, window: Mapping[str, tuple[float, float]], geometry: Geometry, seen: np.ndarray | None = None) -> Tensor:
+    """`to_unit`, then `place`: (3, h, w) float32 in [0, 1]; bytes are resized as bytes, which is quicker and within one grey level.
+
+    Where an image (H, W) is not `seen` it is painted before.
+    """
+    array = array if seen is None else painted(array, seen, window)
     if array.dtype == np.uint8:
         image = torch.from_numpy(array)
         image = image.permute(2, 0, 1) if image.ndim == 3 else image[None]  # (3, H, W) or (1, H, W)
-        image = torch.from_numpy(place(image, size, crop).numpy() / np.float32(255))  # torch would start threads within threads
+        image = torch.from_numpy(place(image, geometry).numpy() / np.float32(255))  # torch would start threads within threads
     else:
-        image = place(to_unit(array, window)[: 1 if array.ndim == 2 else 3], size, crop)
+        image = place(to_unit(array, window)[: 1 if array.ndim == 2 else 3], geometry)
     return image.expand(3, -1, -1)
 
 
-def _centre(image: Tensor, crop: int | None) -> Tensor:
-    if crop is None:
-        return image
-    height, width = image.shape[-2:]
-    if crop > min(height, width):
-        raise InputError(f"data.crop={crop} of an image of {width}×{height} pixels; expected at most {min(height, width)}, or crop=null")
-    top, left = (height - crop) // 2, (width - crop) // 2
-    return image[..., top : top + crop, left : left + crop]
+def hidden(height: int, width: int, geometry: Geometry, seen: np.ndarray | None) -> Tensor | None:
+    """Where in the network's input (h, w) of an image (height, width) nothing is looked at, see `runtime.unseen`; None where all is.
+
+    InputError if nothing is left.
+    """
+    where = unseen(height, width, geometry, seen)
+    if where is None:
+        return None
+    check_seen(where)
+    return torch.from_numpy(where)
 
 
-def unplace(map: Tensor, height: int, width: int, size: int | None, crop: int | None) -> Tensor:
+def check_seen(hidden: np.ndarray | Tensor) -> None:
+    """InputError where all of an image is hidden."""
+    if hidden.all():
+        raise InputError("nothing of its region is in this image at its size in the network; expected a region with a pixel of it")
+
+
+def unplace(map: Tensor, height: int, width: int, geometry: Geometry, seen: np.ndarray | None = None) -> Tensor:
     """A map (h, w) in the network's pixels back in the pixels of the input image, (height, width) float32, bilinearly.
 
-    What lay outside the crop takes the map's minimum; InputError if the map is not of the size that `place` makes.
+    What lay beside the image is gone. What lay outside the crop takes the map's minimum, and what is not `seen` (height, width) that of the
+    rest. InputError if the map is not of the size that `place` makes.
     """
-    full = (height, width) if size is None else (size, size)
-    expected = full if crop is None else (crop, crop)
+    inner, outer, crop = geometry.inner(height, width), geometry.outer(height, width), geometry.crop
+    expected = outer if crop is None else (crop, crop)
     if tuple(map.shape) != expected:
-        raise InputError(f"a map of {tuple(map.shape)}; expected {expected} with image_size={size} and crop={crop}")
+        raise InputError(f"a map of {tuple(map.shape)}; expected {expected} with image_size={geometry.size} and crop={crop}")
     map = map.float()
     if crop is not None:
-        padded = map.new_full(full, map.min())
-        _centre(padded, crop).copy_(map)
+        padded = map.new_full(outer, map.min())
+        padded[middle(outer, expected)] = map
         map = padded  # (size, size)
-    if full != (height, width):
+    map = map[middle(outer, inner)]
+    if inner != (height, width):
         map = F.interpolate(map[None, None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0, 0]
-    return map
+    if seen is None:
+        return map
+    seen = torch.from_numpy(seen)
+    return torch.where(seen, map, map[seen].min())
+
+
+def binary(mask: np.ndarray) -> np.ndarray:
+    """A mask file's array (H, W) or (H, W, 3) of any dtype as uint8 0 and 1, by one rule.
+
+    The full scale is the smallest of 1, 255, 65535 that no value exceeds, and a pixel is anomalous above half of it: this
+    serves 0/1, 0/255 and grey masks whose edges are blurred. A mask that nowhere reaches half its scale holds class or
+    instance numbers, and every pixel that is not 0 is anomalous.
+    """
+    mask = mask.max(axis=2) if mask.ndim == 3 else mask
+    top = mask.max()
+    half = next((scale for scale in (1, 255, 65535) if top <= scale), top) / 2
+    return (mask > (half if top > half else 0)).astype(np.uint8)

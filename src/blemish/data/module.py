@@ -1,7 +1,6 @@
 """From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
 
 import difflib
-import hashlib
 import logging
 import math
 import os
@@ -20,11 +19,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import UINT16, fit_window, place_mask, prepare, read
+from blemish.data.images import UINT16, binary, check_seen, file_digest, fit_window, place_mask, prepare, read
+from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
 from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, mirrored, reduction, size_of, tiles_of
 from blemish.ops.randomness import stream
-from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
+from blemish.runtime import RESIZES, Geometry
+from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch, InputError
 
 PROTOCOLS = ("clean", "paper")
 ON_ERROR = ("stop", "skip")
@@ -38,11 +39,12 @@ log = logging.getLogger(__name__)
 class ImageData(LightningDataModule):
     """A data set of normal training images and mixed test images; subclasses say by `scan` which file is what.
 
-    root: folder of the data set. category: its part to use, None for all there is. image_size, crop: as `images.place`.
+    root: folder of the data set. category: its part to use, None for all there is. image_size, crop, resize: as `runtime.Geometry`.
     protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: range of
     the values of 16-bit and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or
     {dtype: [lo, hi]}. on_error: "stop" at the first image that cannot be used, or "skip" all of them. manifest: CSV that
-    takes the place of the scan. InputError for a value that is none of these.
+    takes the place of the scan. region: mask of what is looked at, or folder of masks, see `Region`. InputError for a value that is none of
+    these.
 
     After setup: samples, digest (of the manifest), window (dtype to (lo, hi)), skipped (key to reason).
     """
@@ -65,6 +67,8 @@ class ImageData(LightningDataModule):
         window: str | Sequence[float] | Mapping[str, Sequence[float]],
         on_error: str,
         manifest: str | None = None,
+        resize: str = "stretch",  # as runs of earlier versions, whose config has no such key
+        region: str | Path | np.ndarray | None = None,
     ):
         super().__init__()
         _check("protocol", protocol, protocol in PROTOCOLS, " or ".join(PROTOCOLS))
@@ -73,11 +77,13 @@ class ImageData(LightningDataModule):
         _check("image_size", image_size, image_size is None or image_size >= 8, "at least 8 pixels, or null for the images' own size")
         within = crop is None or 8 <= crop <= (image_size or crop)
         _check("crop", crop, within, f"8 to image_size={image_size} pixels, or null")
+        _check("resize", resize, resize in RESIZES, " or ".join(RESIZES))
         _check("batch_size", batch_size, batch_size >= 1, "at least 1")
         _check("workers", workers, workers >= 0, "0 (threads) or a number of processes")
         self.root = Path(root).expanduser()
         self.category = None if category is None else str(category)  # a folder named 0001 arrives as a number
-        self.image_size, self.crop = image_size, crop
+        self.geometry = Geometry(image_size, crop, resize)
+        self.region = None if region is None else Region(region, self.root)
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.protocol, self.calibration, self.on_error = protocol, calibration, on_error
         self.manifest = None if manifest is None else Path(manifest).expanduser()
@@ -193,6 +199,8 @@ class ImageData(LightningDataModule):
             whole = load(self.root / sample.path)
             cut(self.root, sample, whole)
             truth(self.root, sample, whole.shape[:2], load)
+            if self.region:
+                check_seen(~seen_of(self.region, self.root, sample, whole.shape[:2], load))
         except InputError as error:
             return str(error)
         return ""
@@ -211,7 +219,13 @@ class ImageData(LightningDataModule):
             return {"uint16": UINT16}
         if self.window != "auto":
             return self.window
-        return fit_window(self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"}))
+        paths = [self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"})]
+        return fit_window(paths, self._looked_at if self.region else read)
+
+    def _looked_at(self, path: Path) -> np.ndarray:
+        """The pixels of an image that are looked at, (n,) or (n, 3)."""
+        array = read(path)
+        return array[self.region.seen(path, *array.shape[:2])]
 
     def sample(self, key: str) -> Sample:
         """The manifest row behind an entry of Batch.path; KeyError if there is none."""
@@ -231,7 +245,7 @@ class ImageData(LightningDataModule):
         """Batches of tiles; unless they are shuffled, those of an image follow one another and a batch has tiles of one image."""
         if self.processes > 1:
             raise InputError(f"tiling={self.tile}: {self.processes} processes would share an image; expected trainer.devices=1")
-        dataset = self.tiles(samples)
+        dataset = self.tiles(samples, fit=shuffle)
         counts, pixels = zip(*dataset.extents, strict=True) if dataset.extents else ((), ())
         if not shuffle:
             batches = Batches(dataset, by_image(counts, self.batch_size))
@@ -239,14 +253,14 @@ class ImageData(LightningDataModule):
         order = {"sampler": ShuffledTiles(counts, pixels, self.seed), "batch_size": self.batch_size}
         return self._loader(dataset, order, collate, self.workers)
 
-    def tiles(self, samples: list[Sample]) -> "Tiles":
-        """The tiles of the samples, decoded when asked for."""
+    def tiles(self, samples: list[Sample], fit: bool = False) -> "Tiles":
+        """The tiles of the samples, decoded when asked for; `fit` as `Tiles` has it."""
         sizes = dict(zip((s.path for s in samples), threaded(lambda s: size_of(self.root / s.path), samples), strict=True))
-        return Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.crop or self.image_size)
+        return Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
 
     def images(self, samples: list[Sample]) -> "Images":
         """The samples, decoded when asked for."""
-        return Images(samples, self.root, self.window, self.image_size, self.crop)
+        return Images(samples, self.root, self.window, self.geometry, self.region)
 
     def image(self, key: str) -> Tensor:
         """The image (3, h, w) behind an entry of Batch.path; where tiles are cut, in its own pixels and reduced as its map is."""
@@ -287,11 +301,6 @@ class ImageData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self.loader("unlabelled")
-
-
-def file_digest(path: Path) -> str:
-    """16 hex digits of a file's content."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:
@@ -358,10 +367,11 @@ class Dealt(Sampler):
 class Images(Dataset):
     """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads."""
 
-    def __init__(self, samples: list[Sample], root: Path, window: dict, size: int | None, crop: int | None):
+    def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, region: Region | None = None):
         self.samples, self.root = samples, root
-        self.window, self.size, self.crop = window, size, crop
-        self.recent = Recent(RECENT)
+        self.window, self.geometry, self.region = window, geometry, region
+        self.digests = {root / sample.path: sample.digest for sample in samples}
+        self.recent = Recent(RECENT, digests=self.digests)
         self.tile: int | None = None
 
     def __len__(self) -> int:
@@ -369,17 +379,26 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         sample = self.samples[index]
-        load = self.recent.read if sample.region else read
+        load = self.recent.read if sample.region else self.recent.load
         whole = load(self.root / sample.path)
         array = cut(self.root, sample, whole)
-        mask = truth(self.root, sample, whole.shape[:2], load)
+        seen = seen_of(self.region, self.root, sample, whole.shape[:2], load) if self.region else None
+        mask = self.truth_of(sample, whole.shape[:2], load)
         if self.tile is not None:
             array, mask = mirrored(array, self.tile), mirrored(mask, self.tile)
+            seen = None if seen is None else mirrored(seen, self.tile)
         try:
-            image = prepare(array, self.window, self.size, self.crop)
+            image, mask = prepare(array, self.window, self.geometry, seen), place_mask(torch.from_numpy(mask), self.geometry)
+            if self.tile is None:
+                check_seen(mask == OUTSIDE)
         except InputError as error:
             raise InputError(f"{self.root / sample.path}: {error}") from None
-        return image, sample.label, place_mask(torch.from_numpy(mask), self.size, self.crop), sample.key
+        return image, sample.label, mask, sample.key
+
+    def truth_of(self, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """The mask (H, W) of a sample, see the function `truth`, with OUTSIDE where nothing is looked at."""
+        mask = truth(self.root, sample, whole, load)
+        return np.where(seen_of(self.region, self.root, sample, whole, load), mask, np.uint8(OUTSIDE)) if self.region else mask
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
         if get_worker_info() is not None:  # the processes are the threads
@@ -395,26 +414,54 @@ class Images(Dataset):
 class Tiles(Images):
     """Rows as `Images` has them, one for each tile of the samples, which are whole images; a batch's `path` holds the tiles' keys.
 
-    A side below `tile` is continued by its mirror image. sizes: (width, height) by path.
+    A side below `tile` is continued by its mirror image. sizes: (width, height) by path. `fit`: without the tiles of
+    which nothing is looked at. InputError for an image with no other tiles.
     """
 
-    def __init__(self, samples: list[Sample], sizes: dict, tile: int, overlap: int, root: Path, window: dict, size: int | None):
+    def __init__(
+        self,
+        samples: list[Sample],
+        sizes: dict,
+        tile: int,
+        overlap: int,
+        root: Path,
+        window: dict,
+        size: int | None,
+        region: Region | None = None,
+        fit: bool = False,
+    ):
         cut_up = [tiles_of(sample, sizes[sample.path], tile, overlap) for sample in samples]
-        super().__init__([one for tiles in cut_up for one in tiles], root, window, size, None)
+        if region:
+            some = [self._with_something(region, root, tiles, sizes) for tiles in cut_up]
+            cut_up = some if fit else cut_up
+        super().__init__([one for tiles in cut_up for one in tiles], root, window, Geometry(size), region)
         self.tile, self.overlap, self.sizes = tile, overlap, sizes
         self.parents = {sample.path: sample for sample in samples}
         self.extents = [(len(tiles), math.prod(sizes[s.path])) for tiles, s in zip(cut_up, samples, strict=True)]  # tiles and pixels
         # as many images as ShuffledTiles mixes, and at least one with its mask
-        self.recent = Recent(4 * MIXED, 2)
+        self.recent = Recent(4 * MIXED, 2, self.digests)
+
+    def _with_something(self, region: Region, root: Path, tiles: list[Sample], sizes: dict) -> list[Sample]:
+        seen = region.seen(root / tiles[0].path, *sizes[tiles[0].path][::-1])
+        try:
+            check_seen(~seen)
+        except InputError as error:
+            raise InputError(f"{root / tiles[0].path}: {error}") from None
+        return [tile for tile in tiles for x, y, w, h in [parse_region(tile.region)] if seen[y : y + h, x : x + w].any()]
 
     def truth(self, path: str) -> np.ndarray:
-        """The mask (H, W) of a whole image, see the function `truth`."""
-        return truth(self.root, self.parents[path], self.sizes[path][::-1], self.recent.read)
+        """The mask (H, W) of a whole image, see `truth_of`."""
+        return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.read)
+
+    def seen(self, path: str) -> np.ndarray | None:
+        """What is looked at of a whole image, (H, W) bool; None for all."""
+        return None if self.region is None else self.region.seen(self.root / path, *self.sizes[path][::-1])
 
     def whole(self, path: str) -> Tensor:
         """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block, `reduction` a side."""
         shown = bytes_of(self.recent.read(self.root / path), self.window)
-        return torch.from_numpy(mean_blocks(shown, reduction(self.sizes[path]))).permute(2, 0, 1).float() / 255
+        blocks = np.ascontiguousarray(mean_blocks(shown, reduction(self.sizes[path])))  # a grey image's are three times the same memory
+        return torch.from_numpy(blocks).permute(2, 0, 1).float() / 255
 
 
 class Batches(Dataset):
@@ -431,10 +478,13 @@ class Batches(Dataset):
 
 
 class Recent:
-    """The images read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time."""
+    """The images read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time.
 
-    def __init__(self, most: int, fewest: int = 1):
-        self.most, self.fewest = most, fewest
+    InputError for a file that is no longer what `digests` has for it.
+    """
+
+    def __init__(self, most: int, fewest: int = 1, digests: Mapping[Path, str] | None = None):
+        self.most, self.fewest, self.digests = most, fewest, digests or {}
         self.arrays: OrderedDict[Path, np.ndarray] = OrderedDict()
         self.lock = Lock()
 
@@ -443,15 +493,19 @@ class Recent:
             if path in self.arrays:
                 self.arrays.move_to_end(path)
                 return self.arrays[path]
-        array = read(path)
+        array = self.load(path)
         with self.lock:
             self.arrays[path] = array
             while len(self.arrays) > self.fewest and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
                 self.arrays.popitem(last=False)
         return array
 
+    def load(self, path: Path) -> np.ndarray:
+        """The image, whether it was read before or not."""
+        return read(path, self.digests.get(path, ""))
+
     def __getstate__(self) -> dict:  # to a worker process go neither the lock nor the images
-        return {"most": self.most, "fewest": self.fewest}
+        return {"most": self.most, "fewest": self.fewest, "digests": self.digests}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -466,7 +520,13 @@ def collate(rows: list[tuple[Tensor, int, Tensor, str]]) -> Batch:
         raise InputError(f"image_size=null with images of several sizes in a batch ({found}); expected image_size=<pixels> or batch_size=1")
     # a copy is bound by memory: torch.stack shares it among threads that wait for each other, for long on a busy machine
     images, masks = (torch.from_numpy(np.stack([one.numpy() for one in many])) for many in (image, mask))
-    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path))
+    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path), hidden=hidden_in(masks))
+
+
+def hidden_in(mask: Tensor) -> Tensor | None:
+    """Where masks (B, H, W) are OUTSIDE, None for nowhere."""
+    hidden = mask == OUTSIDE
+    return hidden if hidden.any() else None
 
 
 def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
@@ -499,17 +559,9 @@ def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Pa
     return mask
 
 
-def binary(mask: np.ndarray) -> np.ndarray:
-    """A mask file's array (H, W) or (H, W, 3) of any dtype as uint8 0 and 1, by one rule.
-
-    The full scale is the smallest of 1, 255, 65535 that no value exceeds, and a pixel is anomalous above half of it: this
-    serves 0/1, 0/255 and grey masks whose edges are blurred. A mask that nowhere reaches half its scale holds class or
-    instance numbers, and every pixel that is not 0 is anomalous.
-    """
-    mask = mask.max(axis=2) if mask.ndim == 3 else mask
-    top = mask.max()
-    half = next((scale for scale in (1, 255, 65535) if top <= scale), top) / 2
-    return (mask > (half if top > half else 0)).astype(np.uint8)
+def seen_of(region: Region, root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """What is looked at of a sample, (H, W) bool of its tile, in an image of the size `whole`."""
+    return region.seen(root / sample.path, *whole, parse_region(sample.region), load)
 
 
 def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:

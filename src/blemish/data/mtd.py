@@ -49,8 +49,12 @@ class MagneticTiles(ImageData):
         window: str | Sequence[float] | Mapping[str, Sequence[float]],
         on_error: str,
         manifest: str | None = None,
+        resize: str = "stretch",
+        region: str | None = None,
     ):
-        super().__init__(root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest)
+        super().__init__(
+            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
+        )
         if category is not None:
             raise InputError(f"data.category={category}: magnetic tiles have none; expected null")
         if not 0 < train_share < 1:

@@ -1,5 +1,6 @@
 """The manifest: every image of a data set with its split and truth, as rows of a CSV that reproduces a run."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
 SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # surrogates stand for the bytes of a file name that is not UTF-8
 REQUIRED = ("path", "split", "label", "defect")  # the other columns of a manifest may be absent
 
 
@@ -66,7 +68,7 @@ def read_manifest(path: str | Path) -> list[Sample]:
     """The samples of a manifest CSV in the order of its rows; InputError names the file and the line of what cannot be used."""
     path = Path(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put a byte order mark
+        with path.open(newline="", **TEXT | {"encoding": "utf-8-sig"}) as file:  # a spreadsheet may have put a byte order mark
             reader = csv.DictReader(file, strict=True)
             found = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
@@ -107,18 +109,26 @@ def _sample(row: dict) -> Sample:
 
 
 def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write the manifest CSV, UTF-8, with every column of Sample; folders are made, an old file is replaced in one step."""
+    """Write the manifest CSV, UTF-8, with every column of Sample; folders are made, an old file is replaced in one step.
+
+    InputError if it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
     try:
-        with aside.open("w", newline="", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", newline="", **TEXT) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Sample._fields)
             writer.writerows(samples)
+            file.flush()
+            os.fsync(file.fileno())  # a name must not survive a power cut that its content does not
         aside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot write {path.name} there ({error.strerror or error}); choose another folder") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def manifest_digest(samples: Iterable[Sample]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,7 @@ TEXTURES = ("brick", "grass", "gravel")  # 512×512 grey photographs, CC0, insid
 VERSION = 1  # of the drawing below; a change gets another folder
 TRAIN_SHARE = 0.625  # columns of the photograph that training crops come from; test crops come from the rest
 CROPS = {"train": 80, "test": 20, "defect": 8}
+STALE = 86400  # seconds after which what was never finished is removed
 SMALLEST, LARGEST = 32, 192  # pixels of a crop: room for a defect, and for the crop in the test columns
 
 
@@ -54,11 +56,15 @@ class Textures(MVTec):
         window: str | Sequence[float] | Mapping[str, Sequence[float]],
         on_error: str,
         manifest: str | None = None,
+        resize: str = "stretch",
+        region: str | None = None,
     ):
         if not SMALLEST <= crop_size <= LARGEST:
             raise InputError(f"data.crop_size={crop_size}: expected {SMALLEST} to {LARGEST} pixels")
         root = Path(root).expanduser() / key(crop_size, texture_seed)
-        super().__init__(root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest)
+        super().__init__(
+            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
+        )
         self.crop_size, self.texture_seed = crop_size, texture_seed
 
     def prepare_data(self) -> None:
@@ -87,6 +93,9 @@ def make(root: Path, name: str, crop_size: int, seed: int) -> None:
         if final.is_dir():  # a cache that something has tidied up
             final.rename(tempfile.mkdtemp(prefix=f".old-{name}-", dir=root))
         root.mkdir(parents=True, exist_ok=True)
+        for old in root.glob(f".*{name}-*"):  # of processes that were killed
+            if time.time() - old.stat().st_mtime > STALE:
+                shutil.rmtree(old, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     except OSError as error:
         raise InputError(f"{root}: cannot be written ({error.strerror}); expected data.root=<a folder that can be>") from error

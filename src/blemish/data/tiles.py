@@ -1,6 +1,7 @@
 """Large images as tiles: where these lie, and batches in which the tiles of an image stay together, so that it is decoded once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Sampler
 
-from blemish.data.images import FORMATS, read, to_unit
+from blemish.data.images import FORMATS, PAGES, read, to_unit
 from blemish.data.samples import Sample, parse_region
 from blemish.ops.maps import starts
 from blemish.ops.randomness import stream
@@ -36,7 +37,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
             head = file.read(4)
         if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             with tifffile.TiffFile(path) as tiff:
-                page = next(page for page in tiff.pages if not page.is_reduced)
+                page = next(page for page in islice(tiff.pages, PAGES) if not page.is_reduced)
                 width, height, turned = page.imagewidth, page.imagelength, page.tags.valueof(274, 1)
         else:
             with Image.open(path, formats=FORMATS) as image:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from blemish import runtime
 from blemish.data.images import prepare, read, unplace
-from blemish.deploy.export import Graph, chosen, example, loaded, to_onnx, traced, view_of
+from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, to_onnx, traced, view_of
 from blemish.deploy.portable import portable, splits
 from blemish.deploy.predict import View
 from blemish.detector import Detector
@@ -99,9 +99,9 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     view = view_of(saved.data)
     images = chosen(cfg.images, run, partial(build, saved.data), cfg.n)
     arrays = [loaded(*image) for image in images]
-    side = view.crop or view.image_size
+    side = view.geometry.side
     size = (side, side) if side else tuple(cfg.size or arrays[0].shape[:2])
-    arrays = [array for array in arrays if view.image_size or array.shape[:2] == size]
+    arrays = [array for array in arrays if view.geometry.size or array.shape[:2] == size]
     plan, batches = Plan(cfg.warmup, cfg.repeats, cfg.seconds), sorted({1, cfg.batch})
     rows, versions = [], {"torch": torch.__version__}
     with limited(cfg.threads), tempfile.TemporaryDirectory() as folder:
@@ -181,12 +181,12 @@ def torch_engine(model: Detector, view: View) -> Engine:
         return tuple(value for value in model.score(maps, size) if value is not None)
 
     return Engine(
-        resize=lambda array: prepare(array, view.window, view.image_size, view.crop),
+        resize=lambda array: prepare(array, view.window, view.geometry),
         stack=torch.stack,
         backbone=synchronised(backbone) if splits(model) else None,
         score=synchronised(score) if splits(model) else None,
         whole=synchronised(whole),
-        enlarge=lambda map, height, width: unplace(map.cpu(), height, width, view.image_size, view.crop),
+        enlarge=lambda map, height, width: unplace(map.cpu(), height, width, view.geometry),
         batch=None,
     )
 
@@ -211,14 +211,14 @@ def graph_engine(
         _, calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(folder / f"{part}.onnx", threads)
         batches.append(batch)
     window, apart = {dtype: list(ends) for dtype, ends in view.window.items()}, calls.get("score")
-    facts = {"input": input, "source": None, "size": list(size), "image_size": view.image_size, "crop": view.crop, "window": window}
+    facts = {"input": input, "source": None, "size": list(size), "window": window, **geometry_facts(view.geometry)}
     return Engine(
         resize=lambda array: runtime.prepared(array, facts),
         stack=np.stack,
         backbone=calls.get("backbone"),
         score=apart and (lambda maps: apart(*maps)),
         whole=calls["whole"],
-        enlarge=partial(runtime.enlarged, view.image_size, view.crop),
+        enlarge=partial(runtime.enlarged, geometry=view.geometry),
         batch=1 if 1 in batches else None,
     )
 

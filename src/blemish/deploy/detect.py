@@ -11,6 +11,7 @@ from blemish.data.images import prepare, read
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.noise.false_alarms import Detection, detections, overlay, strength
 from blemish.records.record import aside, write_csv, write_json
+from blemish.runtime import Geometry
 
 COLUMNS = ("path", "score", "detections", "strength", "map_min", "map_max")
 
@@ -23,7 +24,7 @@ def detect(model: NoiseResidual, paths: Sequence[Path], window: Mapping, names: 
     strength; `_mask.png` is NFA ≤ ε; the 16 bits of `_map.png` run from map_min to map_max, values of −log10 NFA.
     """
     for path in paths:
-        image = prepare(read(path), dict(window), None, None)[None].to(model.device)  # (1, 3, H, W)
+        image = prepare(read(path), dict(window), Geometry())[None].to(model.device)  # (1, 3, H, W)
         alarms = model.alarms(image)
         (found,) = detections(alarms, model.epsilon)
         map = -alarms.log10_nfa[0].double().cpu().numpy()  # (H, W)

@@ -1,7 +1,9 @@
 """A run as one file that needs no blemish: ONNX, torch's exported program or OpenVINO, checked against the run on real images."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -17,18 +19,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blemish import runtime
-from blemish.data.images import prepare, read
+from blemish.data.images import hidden, prepare, read
 from blemish.data.module import cut
+from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest
 from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
-from blemish.detector import Detector
-from blemish.records.record import read_record
-from blemish.runtime import FORMAT, KEY, Model, exact_strips, facts_of
+from blemish.detector import Detector, within
+from blemish.records.record import no_room, read_record, tidy
+from blemish.runtime import FORMAT, GREY, KEY, Geometry, Model, exact_strips, facts_of, middle
 from blemish.scoring.calibration import conformal_threshold
-from blemish.types import UNKNOWN, InputError
+from blemish.types import UNKNOWN, InputError, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +69,21 @@ class Parity(NamedTuple):
 class Graph(nn.Module):
     """Images as the artefact takes them to (score (B,), map (B, H, W)), or to (score,) alone.
 
-    input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are resized
-    and cropped in here, by the whole numbers that torch resizes bytes with.
+    input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are placed
+    in here, by the whole numbers that torch resizes bytes with.
     """
 
     def __init__(self, form: Form, input: str, source: Sequence[int] | None, view: View, maps: bool):
         super().__init__()
-        self.form, self.bytes, self.maps, self.crop = form, input == "uint8", maps, view.crop
-        self.steps = []
-        if source and view.image_size:
-            for axis, length in ((3, source[1]), (2, source[0])):
-                if length != view.image_size:
-                    self.steps.append((axis, *self.strips(axis, length, view.image_size)))
+        self.form, self.bytes, self.maps, self.crop = form, input == "uint8", maps, view.geometry.crop
+        self.steps, self.beside = [], []
+        if source and view.geometry.size:
+            inner, outer = view.geometry.inner(*source), view.geometry.outer(*source)
+            for axis, length, pixels in ((3, source[1], inner[1]), (2, source[0], inner[0])):
+                if length != pixels:
+                    self.steps.append((axis, *self.strips(axis, length, pixels)))
+            rows, columns = middle(outer, inner)
+            self.beside = [columns.start, outer[1] - columns.stop, rows.start, outer[0] - rows.stop]  # pixels of a letterbox
 
     def strips(self, axis: int, length: int, pixels: int) -> tuple[int, list[tuple[int, int, str]]]:
         bits, strips = exact_strips(length, pixels)
@@ -92,6 +99,8 @@ class Graph(nn.Module):
                 part, weights = x.narrow(axis, first, last - first), getattr(self, name)
                 parts.append(part @ weights if axis == 3 else weights @ part)
             x = ((torch.cat(parts, axis) + 2 ** (bits - 1)) * 2.0**-bits).floor().clamp(0, 255)
+        if any(self.beside):
+            x = F.pad(x, self.beside, value=float(GREY))
         if self.crop and tuple(x.shape[-2:]) != self.form.size:
             top, left = ((side - self.crop) // 2 for side in x.shape[-2:])
             x = x[..., top : top + self.crop, left : left + self.crop]
@@ -111,7 +120,12 @@ class Program(Model):
 
     def __init__(self, path: Path):
         extra = {f"{KEY}.json": ""}
-        program = torch.export.load(path, extra_files=extra).module()
+        try:
+            program = torch.export.load(path, extra_files=extra).module()
+        except Exception as error:  # of many kinds
+            raise InputError(
+                f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish"
+            ) from error
         self.facts = facts_of(extra[f"{KEY}.json"], path)
         self.threshold, self.calibration = self.facts["threshold"], sorted(self.facts["calibration"])
         self.run = lambda batch: [value.numpy() for value in program(torch.from_numpy(batch))]
@@ -144,10 +158,17 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
 
 
-def view_of(data: Any) -> View:
-    """How a run's images came to the network, from the config of its data."""
+def view_of(data: Any, region: str | None = None, root: str | Path | None = None) -> View:
+    """How a run's images came to the network, from the config of its data, with another region, or images below another root."""
     window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
-    return View(data.image_size, data.crop, window)
+    geometry = Geometry(data.image_size, data.crop, data.get("resize") or "stretch")  # runs of earlier versions have no such key
+    region = region or data.get("region")
+    return View(geometry, window, region=Region(region, root or data.root) if region else None)
+
+
+def geometry_facts(geometry: Geometry) -> dict:
+    """As `runtime.geometry_of` reads them."""
+    return {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
 
 
 def export(
@@ -169,9 +190,11 @@ def export(
     `facts` go into its metadata; see `Graph` for `input` and `source`, `Parity.holds` for what `limits` has. `size` (H, W) is that of the
     images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
     """
-    side = view.crop or view.image_size
+    side = view.geometry.side
     if size and side:
-        raise InputError(f"size={size}: this run has image_size={view.image_size} and crop={view.crop}; leave size out")
+        raise InputError(f"size={size}: this run has image_size={view.geometry.size} and crop={view.geometry.crop}; leave size out")
+    if view.region and view.region.folder:
+        raise InputError(f"data.region={view.region.folder}: a mask for each image, which no export holds; use predict run=…")
     check(format, input, source, view, path)
     size = [side, side] if side else size or source
     if not size:
@@ -190,8 +213,8 @@ def export(
         "input": input,
         "source": source,
         "size": size,
-        "image_size": view.image_size,
-        "crop": view.crop,
+        **geometry_facts(view.geometry),
+        "region": runtime.packed(view.region.mask) if view.region else None,
         "window": {dtype: list(ends) for dtype, ends in view.window.items()},
         "maps": maps,
         "batch": batch,
@@ -224,7 +247,7 @@ def check(format: str, input: str, source: list[int] | None, view: View, path: P
         raise InputError(f"input={input}: expected uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1]")
     if source and (input != "uint8" or len(source) != 2 or min(source) < 8):
         raise InputError(f"source={source}: expected [height,width] of all images, of 8 pixels or more, together with input=uint8")
-    if source and view.crop and view.crop > (view.image_size or min(source)):
+    if source and view.geometry.crop and view.geometry.crop > (view.geometry.size or min(source)):
         raise InputError(f"source={source}: smaller than the run's crop of {view.crop}")
     if path.suffix != ENDINGS[format]:
         raise InputError(f"output={path}: expected a name that ends with {ENDINGS[format]}")
@@ -314,8 +337,10 @@ def to_torch(program: torch.export.ExportedProgram, path: Path, opset: int) -> C
     """Write the program as torch's own archive, with facts beside it in `blemish.json`."""
 
     def write(facts: dict) -> None:
+        whole = io.BytesIO()  # on a full disk torch's own writer of files ends the process
         with expected_warnings():
-            torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(facts)})
+            torch.export.save(program, whole, extra_files={f"{KEY}.json": json.dumps(facts)})
+        path.write_bytes(whole.getbuffer())
 
     return write
 
@@ -328,7 +353,13 @@ def compare(model: Detector, view: View, other: Model, images: Iterable[np.ndarr
     """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its own."""
     scores, differences, map_differences, flipped, peaks = [], [], [], 0, []
     for array in images:
-        score, map = model(prepare(array, view.window, view.image_size, view.crop)[None])
+        size = array.shape[:2]
+        seen = view.region and view.region.seen(None, *size)
+        score, map = model(prepare(array, view.window, view.geometry, seen)[None])
+        if (where := hidden(*size, view.geometry, seen)) is not None:
+            if not other.facts["maps"] and map is not None and float(score) == float(map.max()):
+                raise InputError("maps=false: the score is the largest value of the map where images are looked at; expected maps=true")
+            score, map = within(Prediction(score, map), where[None])
         try:
             (found,) = other.predict([array])
         except runtime.InputError as error:
@@ -396,14 +427,19 @@ def folder_aside(path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     temporary = path.parent / f".{os.getpid()}-{os.urandom(4).hex()}"
     try:
         temporary.mkdir(parents=True)
+        tidy(path.parent)
 
         def move() -> None:
             for file in sorted(temporary.iterdir()):  # .bin before the .xml that needs it
                 file.replace(path.parent / file.name)
 
         yield temporary, move
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place with output=PATH") from error
+    except (OSError, RuntimeError) as error:
+        full = no_room(error, path.parent)
+        if not (full or isinstance(error, OSError)):
+            raise
+        why = os.strerror(errno.ENOSPC) if full else error.strerror or error
+        raise InputError(f"{path}: cannot be written ({why}); choose another place with output=PATH") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

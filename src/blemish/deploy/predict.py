@@ -1,5 +1,6 @@
 """A fitted detector on images of any size: scores, decisions, and maps in each image's own pixels."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish.data.images import find_images, prepare, read, unplace
+from blemish.data.images import find_images, hidden, prepare, read, unplace
+from blemish.data.regions import Region
 from blemish.data.tiles import bands, bytes_of, largest_blocks, mean_blocks, reduction
 from blemish.deploy.monitor import Monitor
 from blemish.deploy.tiling import RowsOnDisk, score_image, write_png
-from blemish.detector import Detector
+from blemish.detector import Detector, within
 from blemish.records.draw import overlay
-from blemish.records.record import aside, write_csv
+from blemish.records.record import aside, tidy, write_csv
+from blemish.runtime import Geometry
 from blemish.scoring.calibration import conformal_threshold, p_values
-from blemish.types import InputError
+from blemish.types import InputError, Prediction
 
 LARGEST = 4096  # pixels of the longer side of an overlay; that of a larger image is reduced
 COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max")
@@ -31,16 +34,21 @@ class Found(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
     score: float
     map: Tensor | RowsOnDisk | None  # (H, W) float32
+    seen: np.ndarray | None = None  # (H, W) bool, where it is looked at; None for all of it
 
 
 class View(NamedTuple):
     """How the run's data module brought an image to the network's input."""
 
-    image_size: int | None
-    crop: int | None
+    geometry: Geometry
     window: dict  # dtype name to (lo, hi)
     tile: int | None = None  # side of the tiles that an image is cut into, None for the image as a whole
     overlap: int = 0
+    region: Region | None = None
+
+    def seen(self, path: Path | None, height: int, width: int) -> np.ndarray | None:
+        """What is looked at of an image, (H, W) bool; None for all."""
+        return self.region and self.region.seen(path, height, width)
 
 
 def images_at(path: str | Path) -> list[Path]:
@@ -73,26 +81,54 @@ def predict(
     """Scores of images in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
 
     `load` gives the pixels of an image, here of a file. Maps made of tiles are kept on disk in `folder`, None for the system's place for
-    such files, until they are let go.
+    such files, until they are let go. What is not looked at has no part in a score, and takes the least value of the map.
     """
     if view.tile is not None:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         for image in images:
-            array, size = load(image), view.crop or view.image_size
-            score, map = score_image(model, array, view.window, size, view.tile, view.overlap, batch_size, folder)
-            yield Found(path_of(image), bytes_of(array, view.window), score, map)
+            array = load(image)
+            seen = view.seen(path_of(image), *array.shape[:2])
+            size = view.geometry.side
+            with named(image):
+                score, map = score_image(model, array, view.window, size, view.tile, view.overlap, batch_size, folder, seen)
+            yield Found(path_of(image), bytes_of(array, view.window), score, map, seen)
             del array, map  # before the next image is read
         return
-    size = batch_size if view.image_size else 1  # images of their own sizes do not stack
+    size = batch_size if view.geometry.size else 1  # images of their own sizes do not stack
     for begin in range(0, len(images), size):
         chosen = images[begin : begin + size]
         arrays = [load(image) for image in chosen]
-        batch = torch.stack([prepare(array, view.window, view.image_size, view.crop) for array in arrays])  # (B, 3, h, w)
-        score, map = model(batch.to(model.device))
+        seen = [view.seen(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
+        score, map = within(*brought(model, chosen, arrays, seen, view))
         for i, (image, array) in enumerate(zip(chosen, arrays, strict=True)):
-            own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], view.image_size, view.crop)  # (H, W)
-            yield Found(path_of(image), bytes_of(array, view.window), float(score[i]), own)
+            own = None if map is None else unplace(map[i].cpu(), *array.shape[:2], view.geometry, seen[i])  # (H, W)
+            yield Found(path_of(image), bytes_of(array, view.window), float(score[i]), own, seen[i])
+
+
+def brought(
+    model: Detector, images: Sequence[Path | np.ndarray], arrays: Sequence[np.ndarray], seen: Sequence[np.ndarray | None], view: View
+) -> tuple[Prediction, Tensor | None]:
+    """The prediction of a batch of images as the network takes them, and what is hidden there (B, h, w), None for nothing."""
+    pictures, hides = [], []
+    for image, array, where in zip(images, arrays, seen, strict=True):
+        with named(image):
+            pictures.append(prepare(array, view.window, view.geometry, where))
+            hides.append(hidden(*array.shape[:2], view.geometry, where))
+    batch = torch.stack(pictures).to(model.device)  # (B, 3, h, w)
+    if all(one is None for one in hides):
+        return model(batch), None
+    none = torch.zeros(batch.shape[2:], dtype=torch.bool)
+    return model(batch), torch.stack([none if one is None else one for one in hides]).to(model.device)
+
+
+@contextlib.contextmanager
+def named(image: Path | np.ndarray) -> Iterator[None]:
+    """An InputError tells which image it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{image if isinstance(image, Path) else f'an array {image.shape}'}: {error}") from None
 
 
 def path_of(image: Path | np.ndarray) -> Path | None:
@@ -119,7 +155,8 @@ def write(
     threshold = conformal_threshold(calibration[:, 0].cpu(), alpha).value
     level = conformal_threshold(calibration[:, 1].cpu(), alpha).value if level is None else level
     rows = []
-    for path, image, score, map in found:
+    tidy(output)
+    for path, image, score, map, seen in found:
         stem = output / names[path]
         decision = p = None
         if threshold is not None:
@@ -127,7 +164,7 @@ def write(
             p = float(p_values(torch.tensor([score]), calibration[:, 0].cpu()))
         low = high = None
         if map is not None:
-            low, high = draw(image, map, scale, level, stem)
+            low, high = draw(image, map, seen, scale, level, stem)
         rows.append((str(path), score, threshold, decision, p, low, high))
     header = COLUMNS
     if monitor:
@@ -141,11 +178,17 @@ def write(
 
 
 def draw(
-    image: np.ndarray, map: Tensor | RowsOnDisk, scale: tuple[float, float] | None, level: float | None, stem: Path
+    image: np.ndarray,
+    map: Tensor | RowsOnDisk,
+    seen: np.ndarray | None,
+    scale: tuple[float, float] | None,
+    level: float | None,
+    stem: Path,
 ) -> tuple[float, float]:
     """The three pictures of an image (H, W, 3) uint8 and its map (H, W), beside `stem`; returns the map's ends.
 
-    The overlay of an image with a side above LARGEST shows the means of its blocks, and the largest map values there.
+    The overlay of an image with a side above LARGEST shows the means of its blocks, and the largest map values there. Nothing is above the
+    level where it is not `seen` (H, W).
     """
     height, width = map.shape
     ends = [(float(band.min()), float(band.max())) for band in bands(map)]
@@ -155,11 +198,19 @@ def draw(
         write_png(temporary, width, height, deep)
     if level is not None:
         with aside(_beside(stem, "mask")) as temporary:
-            write_png(temporary, width, height, ((band > level).astype(np.uint8) * 255 for band in bands(map)))
+            parts = ((band > level) & where for band, where in zip(bands(map), _bands_of(seen, map.shape), strict=True))
+            write_png(temporary, width, height, (part.astype(np.uint8) * 255 for part in parts))
     side = reduction((width, height), LARGEST)
+    shown = largest_blocks(map, side)
+    if seen is not None:
+        shown = np.where(largest_blocks(seen, side), shown, -np.inf)
     with aside(_beside(stem, "overlay")) as temporary:
-        overlay(mean_blocks(image, side), largest_blocks(map, side), scale or (low, high), level).save(temporary)
+        overlay(mean_blocks(image, side), shown, scale or (low, high), level).save(temporary)
     return low, high
+
+
+def _bands_of(seen: np.ndarray | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    return bands(np.broadcast_to(True, shape) if seen is None else seen)
 
 
 def _beside(stem: Path, kind: str) -> Path:

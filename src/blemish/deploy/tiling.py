@@ -15,8 +15,9 @@ from torch import Tensor
 from blemish.data.images import prepare, unplace
 from blemish.data.module import ImageData
 from blemish.data.tiles import grid, largest_blocks, mirrored, reduction, tile_at
-from blemish.detector import Detector
-from blemish.types import Batch, Prediction
+from blemish.detector import Detector, within
+from blemish.runtime import Geometry, place_mask
+from blemish.types import OUTSIDE, Batch, InputError, Prediction
 
 
 def ramp(length: int, overlap: int) -> np.ndarray:
@@ -68,16 +69,39 @@ class Blend:
             self.top = y
 
 
-class RowsOnDisk:
-    """The rows of a map (H, W) float32 in a file without a name, written from the first to the last and read by slices."""
+class Shown:
+    """Rows of a map from the first to the last: what is not `seen` (H, W) is marked by −∞, and in the end takes the least of the rest."""
 
-    def __init__(self, shape: tuple[int, int], folder: Path | None):
-        self.shape = shape
+    def __init__(self, seen: np.ndarray | None):
+        self.seen, self.row, self.least = seen, 0, np.float32(np.inf)
+
+    def marked(self, rows: np.ndarray) -> np.ndarray:
+        """The next rows (n, W) float32."""
+        if self.seen is None:
+            return rows
+        seen = self.seen[self.row : self.row + len(rows)]
+        self.row += len(rows)
+        self.least = min(self.least, rows.min(where=seen, initial=np.inf))
+        return np.where(seen, rows, np.float32(-np.inf))
+
+    def filled(self, rows: np.ndarray) -> np.ndarray:
+        """Rows that were marked, or the largest values of their blocks, when all rows have been."""
+        return rows if self.seen is None else np.where(np.isneginf(rows), self.least, rows)
+
+
+class RowsOnDisk:
+    """The rows of a map (H, W) float32 in a file without a name, written from the first to the last and then read by slices.
+
+    What is not `seen` (H, W) is read as the least value of the rest.
+    """
+
+    def __init__(self, shape: tuple[int, int], folder: Path | None, seen: np.ndarray | None = None):
+        self.shape, self.shown = shape, Shown(seen)
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 it lives as long as the map
         weakref.finalize(self, self.file.close)
 
     def add(self, rows: np.ndarray) -> None:
-        self.file.write(rows.tobytes())
+        self.file.write(self.shown.marked(rows).tobytes())
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -88,29 +112,44 @@ class RowsOnDisk:
         self.file.seek(begin * self.shape[1] * 4)
         values = np.empty((end - begin, self.shape[1]), np.float32)
         self.file.readinto(memoryview(values).cast("B"))
-        return values
+        return self.shown.filled(values)
 
 
 @torch.inference_mode()
 def score_tiles(
-    model: Detector, array: np.ndarray, window: Mapping, size: int | None, tile: int, overlap: int, batch_size: int
+    model: Detector,
+    array: np.ndarray,
+    window: Mapping,
+    size: int | None,
+    tile: int,
+    overlap: int,
+    batch_size: int,
+    seen: np.ndarray | None = None,
 ) -> Iterator[tuple[int, int, float, np.ndarray | None]]:
     """(x, y, score, map (tile, tile) float32 or None) of the tiles of an image (H, W) or (H, W, 3), `batch_size` at a time.
 
-    A tile is resized to `size`, None for not at all; a side of the image below `tile` is continued by its mirror image.
+    A tile is resized to `size`, None for not at all; a side of the image below `tile` is continued by its mirror image. Only what is `seen`
+    (H, W) counts: the score of a tile of which nothing is seen is −∞.
     """
+    geometry = Geometry(size)
     places = list(grid(array.shape[1], array.shape[0], tile, overlap))
     for begin in range(0, len(places), batch_size):
         some = places[begin : begin + batch_size]
-        tiles = [mirrored(np.ascontiguousarray(array[y : y + h, x : x + w]), tile) for x, y, w, h in some]
-        score, map = model(torch.stack([prepare(one, window, size, None) for one in tiles]).to(model.device))
+        parts = [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in some]
+        pixels = [mirrored(np.ascontiguousarray(array[part]), tile) for part in parts]
+        shown = [None if seen is None else mirrored(seen[part], tile) for part in parts]
+        tiles = [prepare(one, window, geometry, where) for one, where in zip(pixels, shown, strict=True)]
+        score, map = model(torch.stack(tiles).to(model.device))
+        if seen is not None:
+            hidden = np.stack([place_mask(~where, geometry, True) for where in shown])
+            score, map = within(Prediction(score, map), torch.from_numpy(hidden).to(model.device))
         for i, (x, y, _, _) in enumerate(some):
             yield x, y, float(score[i]), None if map is None else own_pixels(map[i], tile, size)
 
 
 def own_pixels(map: Tensor, tile: int, size: int | None) -> np.ndarray:
     """A tile's map (size, size) in the pixels (tile, tile) it was cut from."""
-    return unplace(map.detach().cpu(), tile, tile, size, None).numpy()
+    return unplace(map.detach().cpu(), tile, tile, Geometry(size)).numpy()
 
 
 def score_image(
@@ -122,16 +161,19 @@ def score_image(
     overlap: int,
     batch_size: int,
     folder: Path | None,
+    seen: np.ndarray | None = None,
 ) -> tuple[float, RowsOnDisk | None]:
     """The largest score of an image's tiles, and its map in its own pixels, kept in a file in `folder`; see `score_tiles`."""
     best, map, blend = -np.inf, None, None
-    for x, y, score, part in score_tiles(model, array, window, size, tile, overlap, batch_size):
+    for x, y, score, part in score_tiles(model, array, window, size, tile, overlap, batch_size, seen):
         best = max(best, score)
         if part is not None:
             if blend is None:
-                map = RowsOnDisk(array.shape[:2], folder)
+                map = RowsOnDisk(array.shape[:2], folder, seen)
                 blend = Blend(*array.shape[:2], tile, overlap, map.add)
             blend.add(part, x, y)
+    if seen is not None and best == -np.inf:
+        raise InputError("nothing of its region is in this image's tiles at their size in the network; expected a larger region")
     return best, map
 
 
@@ -155,16 +197,17 @@ class Stitch(Callback):
                 self.path, self.score, self.rows = path, -torch.inf, []
                 self.blend = Blend(height, width, self.tile, self.overlap, self._keep)
                 self.side, self.pending = reduction((width, height)), np.empty((0, width), np.float32)
+                self.shown = Shown(dataset.seen(path))
             self.score = max(self.score, float(outputs.score[i]))
             if outputs.map is not None:
-                self.blend.add(own_pixels(outputs.map[i], self.tile, dataset.size), x, y)
+                self.blend.add(own_pixels(outputs.map[i], self.tile, dataset.geometry.size), x, y)
             if (x + w, y + h) == (width, height):
                 yield self._whole(dataset, truth)
                 self.path = None
 
     def _keep(self, rows: np.ndarray) -> None:
         """Reduce finished rows, as many as fill blocks."""
-        rows = np.concatenate([self.pending, rows])
+        rows = np.concatenate([self.pending, self.shown.marked(rows)])
         full = len(rows) // self.side * self.side
         if full:
             self.rows.append(largest_blocks(rows[:full], self.side))
@@ -173,11 +216,21 @@ class Stitch(Callback):
     def _whole(self, dataset, truth: bool) -> tuple[Prediction, Batch]:
         if len(self.pending):
             self.rows.append(largest_blocks(self.pending, self.side))
-        map = torch.from_numpy(np.concatenate(self.rows))[None] if self.rows else None  # (1, h, w)
-        size = [-(-length // self.side) for length in dataset.sizes[self.path][::-1]]
-        mask = torch.from_numpy(largest_blocks(dataset.truth(self.path), self.side)) if truth else torch.zeros(size, dtype=torch.uint8)
+        map = torch.from_numpy(self.shown.filled(np.concatenate(self.rows)))[None] if self.rows else None  # (1, h, w)
+        size, seen = [-(-length // self.side) for length in dataset.sizes[self.path][::-1]], self.shown.seen
+        if truth or seen is not None:
+            mask = dataset.truth(self.path) if truth else np.where(seen, np.uint8(0), np.uint8(OUTSIDE))
+            mask = torch.from_numpy(self._truth(mask))
+        else:
+            mask = torch.zeros(size, dtype=torch.uint8)
         label = torch.tensor([dataset.parents[self.path].label])
         return Prediction(torch.tensor([self.score]), map), Batch(torch.empty(1, 0, *size), label, mask[None], [self.path])
+
+    def _truth(self, mask: np.ndarray) -> np.ndarray:
+        """The largest values of a mask's blocks: OUTSIDE where all of a block is."""
+        outside = mask == OUTSIDE
+        blocks = largest_blocks(np.where(outside, np.uint8(0), mask), self.side)
+        return np.where(largest_blocks(~outside, self.side), blocks, np.uint8(OUTSIDE))
 
     def on_predict_start(self, trainer, module) -> None:
         self.inner.on_predict_start(trainer, module)

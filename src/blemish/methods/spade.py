@@ -2,8 +2,10 @@
 
 import math
 import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from blemish.ops.maps import smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import InputError, Prediction
 
+NUMBERED = Path("/proc/self/fd")  # where Linux shows open files, also those without a name
 TILE = 2**22  # squared distances, or feature values, held at a time
 BLOCK = 32  # images of the gallery moved at a time
 BEAM = 16  # pairs of cells followed down to guess a distance
@@ -156,12 +159,20 @@ class Rows:
         self._begin()
 
     def _begin(self) -> None:
-        self.file = tempfile.NamedTemporaryFile(prefix="blemish-")  # noqa: SIM115 it outlives every block
+        # without a name, so that nothing is left by a process that is killed
+        make = tempfile.TemporaryFile if NUMBERED.is_dir() else tempfile.NamedTemporaryFile
+        self.file = make(prefix="blemish-")  # it outlives every block
+        weakref.finalize(self, self.file.close)
         self.count, self.like = 0, torch.empty(0, 0)  # rows, and none of them
 
     def append(self, rows: Tensor) -> None:
         """Write rows (n, …)."""
-        rows.cpu().contiguous().numpy().tofile(self.file)
+        try:
+            rows.cpu().contiguous().numpy().tofile(self.file)
+        except OSError as error:
+            raise InputError(
+                f"{tempfile.gettempdir()}: the gallery cannot be written there ({error}); make room, or set TMPDIR=PATH"
+            ) from error
         self.count, self.like = self.count + len(rows), rows[:0].cpu()
 
     def mapped(self) -> Tensor:
@@ -171,7 +182,8 @@ class Rows:
             return self.like
         shape = (self.count, *self.like.shape[1:])
         # private: whoever writes to the tensor gets pages of his own
-        return torch.from_file(self.file.name, shared=False, size=math.prod(shape), dtype=self.like.dtype).view(shape)
+        name = str(NUMBERED / str(self.file.fileno())) if NUMBERED.is_dir() else self.file.name
+        return torch.from_file(name, shared=False, size=math.prod(shape), dtype=self.like.dtype).view(shape)
 
     def gather(self, device: torch.device) -> None:
         """Let every process hold the rows of all, a block at a time."""

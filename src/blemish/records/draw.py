@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from blemish.scoring.ranking import FPR_LIMIT
-from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, UNKNOWN
+from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN
 
 PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are enlarged by a whole number to reach the first, large ones reduced to the second
 MARGIN, GAP, BAR = 14, 12, 10  # px around the strip, between panels, width of the colour bar
@@ -20,7 +20,7 @@ ALARM, TRUTH, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)  # lines around
 VEIL = 0.75  # opacity of the map's colour in an overlay at the upper end of the scale
 DASH = 5.0  # px on, px off
 COLOURS = (matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
-GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it is not known
+GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it is not known, or not looked at
 GROUND[[0, 1]] = [[20, 20, 20], [255, 255, 255]]
 BLUE, RED = "#0072b2", "#c04a00"  # images or normal, pixels or anomalous: apart in hue and in lightness
 STYLE = {"image": {"color": BLUE, "linestyle": "-"}, "pixel": {"color": RED, "linestyle": (0, (4, 1.5))}}
@@ -147,7 +147,7 @@ def strip(
         face, ink = (font(text + 1, bold=True), INK) if line == 0 else (font(text + 1), QUIET)
         pen.text((MARGIN, MARGIN + line * round(1.6 * text)), elided(words, face, sheet.width - 2 * MARGIN), ink, face)
 
-    truth = None if mask is None or (mask == NO_TRUTH).all() else _sized(GROUND[mask], size)
+    truth = None if mask is None or np.isin(mask, (NO_TRUTH, OUTSIDE)).all() else _sized(GROUND[mask], size)
     painted = None if values is None else _sized(colour(values, scale), size)
     both = None if values is None else overlay(image, values, scale, threshold, mask, size)
     panels = [

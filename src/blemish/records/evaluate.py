@@ -22,7 +22,7 @@ from blemish.records.record import aside, write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
 from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
-from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, Batch, Prediction
+from blemish.types import ANOMALOUS, NORMAL, OUTSIDE, UNKNOWN, Batch, Prediction
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
@@ -33,12 +33,13 @@ ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds tha
 class Calibrate(Callback):
     """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards.
 
-    For a method that sets a threshold of its own, `maps` are there as well, thinned to at most `limit` pixels on a process.
+    For a method that sets a threshold of its own, `maps` are there as well, thinned to at most `limit` pixels on a process; of one of which
+    a part is not looked at, the values of the rest.
     """
 
     def __init__(self, limit: int = 2**24) -> None:
         self.values = torch.empty(0, 2)  # (n, 2) float32; an image-level method's score stands in both columns
-        self.maps: list[Tensor] = []  # each (H, W) float32
+        self.maps: list[Tensor] = []  # each (H, W) or (n,) float32
         self.limit = limit
         self._begin()
 
@@ -53,7 +54,8 @@ class Calibrate(Callback):
         peak = outputs.score if outputs.map is None else outputs.map.amax((1, 2))  # (B,)
         pairs = torch.stack([outputs.score, peak], 1).detach().float().cpu()  # (B, 2)
         wanted = outputs.map is not None and hasattr(module, "set_threshold")
-        maps = [self._thinned(map, self.step) for map in outputs.map] if wanted else [None] * len(pairs)
+        shown = outputs.map.masked_fill(batch.mask == OUTSIDE, torch.nan) if wanted else [None] * len(pairs)
+        maps = [self._thinned(map, self.step) for map in shown] if wanted else shown
         self.seen.update(zip(batch.path, zip(pairs, maps, strict=True), strict=True))
         while sum(map.numel() for _, map in self.seen.values() if map is not None) > self.limit:
             self.step *= 2
@@ -71,7 +73,7 @@ class Calibrate(Callback):
         seen = {key: found for part in parts for key, found in part.items()}
         found = [seen[key] for key in sorted(seen)]
         self.values = torch.stack([pair for pair, _ in found]) if found else torch.empty(0, 2)
-        self.maps = [map for _, map in found if map is not None]
+        self.maps = [map[~map.isnan()] if map.isnan().any() else map for _, map in found if map is not None]
         self._begin()
 
 
@@ -162,7 +164,9 @@ class Evaluate(Callback):
                 image = batch.image[row].detach() if batch.image.shape[1] else trainer.datamodule.image(key)  # stored maps bring no image
                 again = None if reconstruct is None else bytes_of(reconstruct(image[None])[0])
                 unit = None if map is None else ((map[i] - low[i]) / (high[i] - low[i]).clamp_min(1e-30)).half().numpy()
-                self.kept[key] = Picture(bytes_of(image), mask[i].numpy(), unit, again)
+                box = looked_at(mask[i])  # without the grey beside an image in a letterbox
+                parts = (None if part is None else part[box] for part in (bytes_of(image), mask[i].numpy(), unit, again))
+                self.kept[key] = Picture(*parts)
 
     def on_test_end(self, trainer, module) -> None:
         if trainer.world_size > 1:
@@ -298,6 +302,7 @@ class Evaluate(Callback):
         for key, name in track(names.items(), "drawing", console=screen, transient=True, disable=not screen.is_terminal):
             sample, seen, picture = self.samples[key], self.seen[key], self.kept[key]
             map = None if picture.map is None else seen.low + picture.map.astype(np.float64) * (seen.high - seen.low)
+            map = None if map is None else np.where(picture.mask == OUTSIDE, -np.inf, map)  # no contour, no colour
             mask = None if seen.label == UNKNOWN else picture.mask
             title = draw.caption(key, sample.defect, seen.label, seen.score, value)
             files.append(Path(folder) / name)
@@ -350,6 +355,13 @@ def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.nda
 def bytes_of(image: Tensor) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as (H, W, 3) uint8."""
     return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def looked_at(mask: Tensor) -> tuple[slice, slice]:
+    """The rows and columns of a mask (H, W) that are not OUTSIDE throughout, from the first to the last."""
+    seen = mask != OUTSIDE
+    spans = [seen.any(axis).nonzero().flatten().tolist() or [0, -1] for axis in (1, 0)]
+    return slice(spans[0][0], spans[0][-1] + 1), slice(spans[1][0], spans[1][-1] + 1)
 
 
 def choose(samples: Iterable[Sample], pictures: int) -> set[str]:

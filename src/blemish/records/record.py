@@ -2,13 +2,16 @@
 
 import contextlib
 import csv
+import errno
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,8 +37,24 @@ log = logging.getLogger(__name__)
 
 CHOOSE = "choose another folder with run_dir=PATH"
 STATE = "last.ckpt"  # of a training that is not finished
-FILES = ("config.yaml", "model.ckpt", STATE, "metrics.json", "scores.csv", "manifest.csv", "curves.png", "curves.json", "record.json")
+REGION = "region.png"  # white where the images of the run are looked at
+FILES = (
+    "config.yaml",
+    "model.ckpt",
+    STATE,
+    REGION,
+    "metrics.json",
+    "scores.csv",
+    "manifest.csv",
+    "curves.png",
+    "curves.json",
+    "record.json",
+)
+RECORD = "record.json"
 LOCK = ".lock"
+ROOM = 2**16  # bytes: where fewer are free, a disk counts as full
+STALE = 86400  # seconds after which a file that was never finished is removed from a folder that several processes may write to
+ASIDE = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of what is not finished
 FINISHED = "finished"
 # what a record holds beside its status, times, error, command and environment; None until noted
 FIELDS = (
@@ -48,6 +67,8 @@ FIELDS = (
     "protocol",
     "image_size",
     "crop",
+    "resize",  # letterbox, None where images are stretched
+    "region",  # digest of the mask, or masks, of what is looked at
     "unit",  # image, or tile where large images were cut
     "backbone",
     "weights",
@@ -86,7 +107,7 @@ PACKAGES = (
 def aside(path: str | Path) -> Iterator[Path]:
     """A temporary path of the same suffix beside `path`, renamed to it when the block ends well and removed when it does not.
 
-    An OSError in the block becomes an InputError that names the file and how to choose another folder.
+    An OSError in the block, or what torch makes of one, becomes an InputError that names the file and how to choose another folder.
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
@@ -94,8 +115,12 @@ def aside(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot write {path.name} there ({error.strerror or error}); {CHOOSE}") from error
+    except (OSError, RuntimeError) as error:
+        full = no_room(error, path.parent)
+        if not (full or isinstance(error, OSError)):
+            raise
+        why = os.strerror(errno.ENOSPC) if full else error.strerror or error
+        raise InputError(f"{path.parent}: cannot write {path.name} there ({why}); {CHOOSE}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -106,6 +131,7 @@ def write_text(path: str | Path, text: str) -> None:
     # surrogates stand for the bytes of a file name that is not UTF-8
     with aside(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
+        settle(file)
 
 
 def plain(value: Any) -> Any:
@@ -136,6 +162,21 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable])
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+        settle(file)
+
+
+def settle(file: IO) -> None:
+    """Have the content of an open file on the disk: its name must not survive a power cut that the content does not."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def tidy(folder: Path, age: float = STALE) -> None:
+    """Remove what killed processes left unfinished in a folder; `age` in seconds tells it from what others are writing there."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if ASIDE.fullmatch(path.name) and path.lstat().st_mtime <= time.time() - age:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def environment() -> dict:
@@ -273,14 +314,26 @@ def taken(run_dir: str | Path) -> bool:
 
 
 def _lock(path: Path) -> None:
+    """Make the lock with its content in one step: one without any, of a process killed in between, would be held for ever."""
+    made = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with made.open("w", encoding="utf-8") as file:
             json.dump(_identity(), file)
+            settle(file)
+        try:
+            path.hardlink_to(made)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(_identity(), file)
     except FileExistsError:
-        _take_over(path)
+        _take_over(path, made)
+    finally:
+        made.unlink(missing_ok=True)
 
 
-def _take_over(path: Path) -> None:
+def _take_over(path: Path, made: Path) -> None:
     """Take a lock whose process is dead; of several that try at once one succeeds."""
     if fcntl is None:
         raise _held(path)
@@ -290,8 +343,7 @@ def _take_over(path: Path) -> None:
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             if _alive(_holder(path)):
                 raise _held(path)
-            file.truncate()
-            json.dump(_identity(), file)
+            made.replace(path)
             return
     _lock(path)
 
@@ -362,8 +414,12 @@ def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
         raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; say overwrite=true, or {CHOOSE}")
     # only what a run wrote: the folder may hold other things of its owner
     pictures = [name for name in (record or {}).get("pictures") or [] if not Path(name).is_absolute() and ".." not in Path(name).parts]
-    for name in found + pictures:
+    if record:  # it stays until the next one takes its place: what a kill leaves here is then still known to be a run's
+        write_json(folder / RECORD, record | {"status": "interrupted", "error": None})
+    for name in pictures + [name for name in found if name != RECORD or not record]:
         (folder / name).unlink(missing_ok=True)
+    for place in (folder, folder / "images"):
+        tidy(place, age=0)
 
 
 def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | None = None) -> None:
@@ -372,6 +428,17 @@ def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | 
     error = {"type": status, "message": message, "time": now()}
     known |= {"status": status, "ended": now(), "wall_seconds": seconds, "error": error, "peak_memory_mb": None}
     write_json(Path(run_dir) / "record.json", known)
+
+
+def no_room(error: BaseException, place: str | Path) -> InputError | None:
+    """What to tell of an error that came of a full disk, None of any other; the disk of the folder `place` is looked at."""
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):  # writers of images and tensors do not pass the number on
+        full = full or (getattr(error, "errno", None) is None and shutil.disk_usage(place).free < ROOM)
+    where = getattr(error, "filename", None) or place
+    return InputError(f"{where}: cannot be written ({os.strerror(errno.ENOSPC)}); make room, or {CHOOSE}") if full else None
 
 
 def stopped(error: BaseException | None) -> bool:

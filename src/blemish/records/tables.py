@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
-SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop", "protocol")
+SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
+SETTING += ("resize", "region", "protocol")
 PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
@@ -61,16 +62,24 @@ def collect(folder: str | Path) -> list[dict]:
 
 
 def row_of(folder: Path) -> dict | None:
-    """What a run's folder says of it, None for one that is not finished or whose metrics cannot be read."""
+    """What a run's folder says of it, None for one that is not finished or whose files cannot be read."""
     record = read_record(folder)
+    if record is None:
+        log.warning("%s: left out, its record.json cannot be read", folder)
     if not record or record["status"] != FINISHED:
         return None
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        figures = {name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: left out, its metrics.json cannot be read (%s: %s)", folder, type(error).__name__, error)
+        return row_from(record, metrics, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: left out, its record.json or metrics.json is damaged (%s: %s)", folder, type(error).__name__, error)
         return None
+
+
+def row_from(record: Mapping, metrics: Mapping, folder: Path) -> dict:
+    figures = {name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")}
+    if wrong := [name for name, value in figures.items() if value is not None and not isinstance(value, int | float)]:
+        raise ValueError(f"{wrong[0]} is {figures[wrong[0]]!r}")
     machine, git, memory = record["environment"], record["environment"]["git"] or {}, record["peak_memory_mb"]
     return {
         **{name: record.get(name) for name in (*SETTING, "seed")},  # earlier versions recorded less
@@ -130,7 +139,8 @@ def label(group: Mapping) -> list[str]:
     epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
     method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
-    return [method, backbone, f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else ""), str(group["protocol"])]
+    size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
+    return [method, backbone, ", ".join(filter(None, (size, group["resize"], "region" * bool(group["region"])))), str(group["protocol"])]
 
 
 def costs(runs: Sequence[Mapping]) -> list[str]:

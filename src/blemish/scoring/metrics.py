@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blemish.scoring import ranking
 from blemish.scoring.ranking import NOTHING, Ranks, Steps, Tally, combine, count_sorted, ordered, sort_parts, unordered
-from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, UNKNOWN, InputError
+from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN, InputError
 
 GOOD = "good"  # the group of normal images, part of every defect type's row
 POOLED = "pooled"
@@ -166,9 +166,10 @@ class PixelMetrics:
         self._shift: int | None = None  # bits dropped; None while everything is kept
 
     def update(self, map: Tensor, mask: Tensor, group: list[str]) -> None:
-        """map (B, H, W) taken as float32, mask (B, H, W) uint8 of 0, 1 and 255 (left out), group: B defect types, "good" for normal images.
+        """map (B, H, W) taken as float32, mask (B, H, W) uint8, group: B defect types, "good" for normal images.
 
-        Raises InputError for other shapes or mask values, and for NaN or infinite scores where the mask is not 255.
+        A mask is 0 or 1; NO_TRUTH and OUTSIDE are left out. Raises InputError for other shapes or mask values, and for NaN or infinite
+        scores where the mask is 0 or 1.
         """
         score, truth = map.detach().float().cpu().numpy(), mask.detach().cpu().numpy()
         if score.ndim != 3 or score.shape != truth.shape or truth.dtype != np.uint8:
@@ -182,11 +183,13 @@ class PixelMetrics:
     def _add(self, name: str, score: np.ndarray, mask: np.ndarray) -> None:
         normal, defect = mask == NORMAL, mask == ANOMALOUS  # (H, W)
         counts = np.count_nonzero(normal), np.count_nonzero(defect)
-        if sum(counts) + np.count_nonzero(mask == NO_TRUTH) != mask.size:
+        out = (mask == NO_TRUTH) | (mask == OUTSIDE)
+        if sum(counts) + np.count_nonzero(out) != mask.size:
             raise InputError(
-                f"mask of an image in group {name!r}: found values {np.unique(mask)[:8].tolist()}, allowed are 0, 1 and {NO_TRUTH}"
+                f"mask of an image in group {name!r}: found values {np.unique(mask)[:8].tolist()}, "
+                f"allowed are 0, 1, {OUTSIDE} and {NO_TRUTH}"
             )
-        if not (np.isfinite(score) | (mask == NO_TRUTH)).all():
+        if not (np.isfinite(score) | out).all():
             raise InputError(f"map of an image in group {name!r}: NaN or infinite scores; finite expected")
         if sum(counts) == 0:
             return
@@ -257,8 +260,8 @@ class PixelMetrics:
     def compute(self) -> dict[str, dict[str, float | None]]:
         """{"pooled" or defect type: {pixel_auroc, pixel_ap, aupro, pixel_f1_max, pixel_f1_max_threshold}}.
 
-        Each normal pixel of the row's images counts for the FPR, those beside a defect too. Regions are 8-connected, the 255 between
-        two parts of one makes them two, and each weighs the same.
+        Each normal pixel of the row's images counts for the FPR, those beside a defect too. Regions are 8-connected, what is left out
+        between two parts of one makes them two, and each weighs the same.
         """
         return {row: _values(steps, PIXEL_FIGURES, "pixel_f1_max_threshold") for row, steps in self._rows().items()}
 

@@ -1,0 +1,209 @@
+"""The way of an image to the network and of a map back, in numpy and in torch, for every size and shape."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from blemish import runtime
+from blemish.data.images import hidden, place, place_mask, prepare, to_unit, unplace
+from blemish.detector import within
+from blemish.runtime import GREY, Geometry
+from blemish.types import OUTSIDE, InputError, Prediction
+
+SIDES = st.integers(8, 400)
+WINDOW = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
+
+
+@st.composite
+def geometries(draw, sizes=(None, 8, 33, 64, 129, 256), height=8, width=8):
+    """A geometry that images (height, width) can take."""
+    size = draw(st.sampled_from(sizes))
+    crop = draw(st.none() | st.integers(8, size or min(height, width)))
+    return Geometry(size, crop, draw(st.sampled_from(runtime.RESIZES)))
+
+
+def extent(length: int, inner: int, outer: int, crop: int | None) -> tuple[float, float]:
+    """From where to where the pixels of one axis of an image are in the network's input."""
+    if crop is None:
+        return 0.0, float(length)
+    first, before = (outer - crop) // 2, (outer - inner) // 2
+    return max(0, (first - before) / inner) * length, min(1, (first + crop - before) / inner) * length
+
+
+def picture(seed: int, height: int, width: int, dtype: str, colour: bool) -> np.ndarray:
+    shape = (height, width, 3) if colour else (height, width)
+    return (np.random.default_rng(seed).random(shape) * {"uint8": 256, "uint16": 60000, "float32": 40000}[dtype]).astype(dtype)
+
+
+# ---- where things lie ----
+
+
+@settings(max_examples=200)
+@given(SIDES, SIDES, st.integers(8, 300))
+def test_a_letterbox_never_distorts(height, width, size):
+    inner, outer = Geometry(size, None, "letterbox").inner(height, width), Geometry(size, None, "letterbox").outer(height, width)
+    assert max(inner) == size and outer == (size, size)
+    scale = size / max(height, width)
+    for side, placed in zip((height, width), inner, strict=True):
+        assert abs(placed - scale * side) <= 0.5 or placed == 1
+    assert (inner[0] - inner[1]) * (height - width) >= 0
+
+
+@settings(max_examples=120)
+@given(SIDES, SIDES, st.data())
+def test_bars_of_grey_lie_where_the_mask_says(height, width, data):
+    geometry = data.draw(geometries(height=height, width=width))
+    image = place(torch.zeros(3, height, width, dtype=torch.uint8), geometry)
+    mask = place_mask(torch.zeros(height, width, dtype=torch.uint8), geometry)
+    outside = hidden(height, width, geometry, None)
+    assert torch.equal(image == GREY, (mask == OUTSIDE).expand_as(image))
+    assert set(image.unique().tolist()) <= {0, GREY}
+    assert torch.equal(mask == OUTSIDE, torch.zeros_like(mask).bool() if outside is None else outside)
+    bars = geometry.resize == "letterbox" and geometry.size is not None and height != width and geometry.crop is None
+    assert bars or geometry.crop or not (mask == OUTSIDE).any()
+
+
+@settings(max_examples=200)
+@given(SIDES, SIDES, st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.data())
+def test_a_blob_comes_back_to_its_place(height, width, u, v, data):
+    geometry = data.draw(geometries(height=height, width=width))
+    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+    spans = [extent(*axis, geometry.crop) for axis in zip((height, width), inner, outer, strict=True)]
+    wide, pitch = [end - begin for begin, end in spans], [max(1, a / b) for a, b in zip((height, width), inner, strict=True)]
+    y, x = ((begin + end) / 2 + share * (end - begin) / 2 for (begin, end), share in zip(spans, (u, v), strict=True))
+    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
+    blob = torch.exp(-(((rows - y) / wide[0]) ** 2 + ((columns - x) / wide[1]) ** 2) / (2 * 0.06**2))  # (H, W)
+    back = unplace(place(blob.expand(3, -1, -1), geometry)[0], height, width, geometry)
+    assert back.shape == (height, width) and back.dtype == torch.float32
+    weight = back - back.min()
+    assume(weight.sum() > 0)  # a blob between the only two pixels of a side may be as flat as a map of one value
+    assert abs((weight * rows).sum() / weight.sum() - y) < pitch[0]
+    assert abs((weight * columns).sum() / weight.sum() - x) < pitch[1]
+
+
+@settings(max_examples=120)
+@given(SIDES, SIDES, st.data())
+def test_a_smooth_image_comes_back(height, width, data):
+    geometry = data.draw(geometries(height=height, width=width))
+    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+    waves, inside, slope = [], [], 0.0
+    for length, placed, whole in zip((height, width), inner, outer, strict=True):
+        centres, pitch = torch.arange(length) + 0.5, max(1.0, length / placed)
+        waves.append(0.25 * torch.cos(torch.pi * centres / length))
+        begin, end = extent(length, placed, whole, geometry.crop)  # what the crop cut off reaches a pixel further
+        inside.append(((begin == 0) | (centres > begin + 1.5 * pitch)) & ((end == length) | (centres < end - 1.5 * pitch)))
+        slope += 0.25 * torch.pi / length * pitch
+    image = 0.5 + waves[0][:, None] + waves[1][None]
+    back = unplace(place(image.expand(3, -1, -1), geometry)[0], height, width, geometry)
+    seen = inside[0][:, None] & inside[1][None]
+    assert ((back - image).abs()[seen] <= slope + 1e-5).all()  # nowhere further off than the next pixel of the network's input
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = torch.rand(3, 48, 48)
+    for resize in runtime.RESIZES:
+        assert place(image, Geometry(48, None, resize)) is image
+        assert torch.equal(unplace(image[0], 48, 48, Geometry(48, None, resize)), image[0])
+
+
+def test_a_crop_of_a_letterbox_has_its_bars():
+    image = place(torch.zeros(1, 30, 90), Geometry(90, 60, "letterbox"))[0]
+    expected = torch.full((60, 60), GREY / 255)
+    expected[15:45] = 0
+    assert torch.equal(image, expected)
+    map = unplace(1 - image, 30, 90, Geometry(90, 60, "letterbox"))
+    assert (map[:, 15:75] == 1).all() and (map[:, :15] == (1 - image).min()).all() and (map[:, 75:] == (1 - image).min()).all()
+
+
+# ---- numpy and torch ----
+
+
+@settings(max_examples=150)
+@given(SIDES, SIDES, st.sampled_from(["uint8", "uint16", "float32"]), st.booleans(), st.booleans(), st.integers(0, 2**32), st.data())
+def test_numpy_places_as_torch_does(height, width, dtype, colour, region, seed, data):
+    geometry = data.draw(geometries(height=height, width=width))
+    array = picture(seed, height, width, dtype, colour)
+    seen = np.random.default_rng(seed).random((height, width)) < 0.7 if region else None
+    expected = prepare(array, WINDOW, geometry, seen)
+    facts = {
+        "input": "float",
+        "source": None,
+        "window": WINDOW,
+        "size": list(expected.shape[1:]),
+    }
+    facts |= {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
+    facts["region"] = None if seen is None else runtime.packed(seen)
+    found = runtime.prepared(array, facts)
+    assert found.dtype == np.float32
+    if dtype == "uint8":
+        assert np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    map = np.random.default_rng(seed).random(expected.shape[1:], dtype=np.float32)
+    back = runtime.enlarged(map, height, width, geometry)
+    np.testing.assert_allclose(back, unplace(torch.from_numpy(map), height, width, geometry), atol=3e-5)
+    where = runtime.unseen(height, width, geometry, runtime.seen_in(height, width, facts))
+    if where is not None and where.all():
+        with pytest.raises(InputError, match="nothing of its region"):
+            hidden(height, width, geometry, seen)
+        return
+    other = hidden(height, width, geometry, seen)
+    assert (where is None) == (other is None)
+    if where is None:
+        return
+    assert np.array_equal(where, other)
+    for score in (float(map.max()), 0.123):
+        judged = runtime.within(score, map, where)
+        again = within(Prediction(torch.tensor([score]), torch.from_numpy(map)[None]), other[None])
+        assert judged[0] == pytest.approx(float(again.score), rel=1e-6) and np.array_equal(judged[1], again.map[0])
+
+
+@settings(max_examples=50)
+@given(SIDES, SIDES, st.integers(0, 2**32))
+def test_a_region_comes_back_from_its_text(height, width, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    facts = runtime.packed(mask)
+    assert np.array_equal(runtime.unpacked(facts["bits"], facts["height"], facts["width"]), mask)
+    assert np.array_equal(runtime.seen_in(height, width, {"region": facts}), mask)
+    assert runtime.seen_in(2 * height, 3 * width, {"region": facts})[1::2, 1::3].tolist() == mask.tolist()
+
+
+def test_facts_of_earlier_versions_mean_stretch():
+    facts = {"image_size": 64, "crop": 48}
+    assert runtime.geometry_of(facts) == Geometry(64, 48, "stretch")
+    assert runtime.seen_in(9, 9, facts) is None
+
+
+# ---- what is not seen ----
+
+
+@settings(max_examples=100)
+@given(SIDES, SIDES, st.sampled_from(["uint8", "uint16", "float32"]), st.booleans(), st.integers(0, 2**32), st.data())
+def test_pixels_outside_of_the_region_change_nothing(height, width, dtype, colour, seed, data):
+    geometry = data.draw(geometries(height=height, width=width))
+    array, other = (picture(seed + i, height, width, dtype, colour) for i in (0, 1))
+    seen = np.random.default_rng(seed).random((height, width)) < 0.5
+    other[seen] = array[seen]
+    kept = array.copy()
+    assert torch.equal(prepare(array, WINDOW, geometry, seen), prepare(other, WINDOW, geometry, seen))
+    assert np.array_equal(array, kept)
+    everything = np.ones((height, width), bool)
+    assert torch.equal(prepare(array, WINDOW, geometry, everything), prepare(array, WINDOW, geometry))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_the_grey_is_the_same_share_of_every_range(dtype):
+    array = np.full((9, 9), 7, dtype)
+    painted = to_unit(runtime.painted(array, np.zeros((9, 9), bool), WINDOW), WINDOW)
+    np.testing.assert_allclose(painted, GREY / 255, atol=2e-5)
+
+
+def test_the_map_outside_takes_the_least_value_inside():
+    seen = np.zeros((20, 30), bool)
+    seen[5:15, 10:20] = True
+    map = torch.rand(64, 64) + 1
+    map[:8] = -3
+    back = unplace(map, 20, 30, Geometry(64), seen)
+    plain = unplace(map, 20, 30, Geometry(64))
+    assert torch.equal(back[seen], plain[seen]) and (back[~torch.from_numpy(seen)] == plain[seen].min()).all()
