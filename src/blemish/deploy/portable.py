@@ -268,7 +268,8 @@ class SelfSimilarityForm(Form):
 
     def tiled(self, image: Tensor) -> list[Tensor]:
         tiles = image[:, :, self.rows][..., self.columns].permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, tile, tile)
-        tiles = self.rows_up @ tiles.flatten(0, 2) @ self.columns_up.T
+        # rows last: OpenVINO takes a product with a constant on the right for a layer, and its columns for the channels to be normalised
+        tiles = self.rows_up @ (tiles.flatten(0, 2) @ self.columns_up.T)
         pooled = torch.cat([stage.mean((2, 3)) for stage in Features.forward(self.model.backbone, tiles)], 1)  # (n, D)
         return [pooled.unflatten(0, (-1, len(self.rows), len(self.columns))).movedim(-1, 1)]
 
