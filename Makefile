@@ -1,10 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test dev-mode lint format clean
 PYTHON ?= python3
 BIN := .venv/bin
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: .venv/installed ## .venv with blemish in editable mode
 
@@ -25,6 +25,9 @@ test: .venv/installed-dev ## all tests, after lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+dev-mode: .venv/installed-dev ## quick tests in Python's development mode, every warning an error
+	$(BIN)/python -X dev -W error -m pytest tests/ops tests/scoring tests/data tests/noise tests/records tests/backbone/test_features.py
 
 lint: .venv/installed-dev ## style only
 	$(BIN)/ruff check .

@@ -1,0 +1,179 @@
+"""What happens where there is no room: one clear error, earlier results as they were, and a run that goes well once there is room again.
+
+Run by `test_full_disk.py`, where disks can be mounted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import CONFIGS, composed, tiny_overrides, tiny_run
+
+from blemish.api import AnomalyDetector
+from blemish.deploy.export import export_run
+from blemish.records import tables
+from blemish.records.record import FINISHED, read_record
+from blemish.run import build, load, predict, train
+from blemish.types import InputError
+
+SHARES = (0, 0.02, 0.1, 0.3, 0.7)
+LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20", "batch_size=8"]
+
+
+class Disk:
+    """A folder of `size` bytes of which all but what is asked for can be taken away."""
+
+    def __init__(self, place: Path):
+        self.place, self.ballast = place, place / "ballast"
+
+    def leave(self, free: int) -> None:
+        """Fill the disk but for about `free` bytes, in pages of 4 KiB."""
+        self.ballast.unlink(missing_ok=True)
+        facts = os.statvfs(self.place)
+        pages = facts.f_bavail - free // facts.f_frsize
+        with self.ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(pages, 0) * facts.f_frsize or 1)
+
+    def clear(self) -> None:
+        self.ballast.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    place = tmp_path / "small disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], check=True)
+    yield Disk(place)
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fills(disk: Disk, work: Callable[[], object], keep: Path, shares: Sequence[float] = SHARES) -> int:
+    """Do the work with room for more and more of what `keep` takes, until it goes well, at last with all room there is.
+
+    Each time before, it has to say that there is no room, and to leave `keep` as it was. Returns how often.
+    """
+    before = content(keep)
+    size = sum(map(len, before.values()))
+    for failed, share in enumerate(shares):
+        disk.leave(int(share * size))
+        try:
+            work()
+        except InputError as error:
+            assert "No space left on device" in str(error), error
+            assert str(disk.place) in str(error), error
+            assert content(keep) == before
+        else:
+            return failed
+    disk.clear()
+    work()
+    return len(shares)
+
+
+@pytest.mark.parametrize("method", ["padim", "autoencoder"])
+def test_a_run_folder(disk, tiny, method):
+    lean = LEAN if method == "padim" else ["save.curves=false", "save.pictures=2", "trainer.max_epochs=2", "model.latent=16"]
+    first = train(tiny_run(tiny, disk.place / "first", f"model={method}", *lean))
+    again = disk.place / "second"
+    failed = fills(disk, lambda: train(tiny_run(tiny, again, f"model={method}", *lean)), disk.place / "first")
+    assert failed >= 3
+    disk.clear()
+    assert {path.name for path in again.iterdir()} == {path.name for path in (disk.place / "first").iterdir()}, "nothing unfinished is left"
+    assert read_record(again)["status"] == FINISHED
+    second = json.loads((again / "metrics.json").read_text())
+    assert [second[name] for name in tables.FIGURES] == [first[name] for name in tables.FIGURES]
+    assert len(tables.collect(disk.place)) == 2
+
+
+def test_the_tool_ends_with_one_message(disk, tiny):
+    disk.leave(40 * 1024)
+    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), f"run_dir={disk.place / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert f"{disk.place / 'run'}" in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_a_run_that_was_stopped_by_it_is_resumed(disk, tiny):
+    options = ["model=autoencoder", "trainer.max_epochs=3", "save.curves=false", "save.pictures=0", "model.latent=16"]
+    whole = train(tiny_run(tiny, disk.place / "whole", *options))
+    disk.leave(60 * 1024)
+    with pytest.raises(InputError, match=r"last\.ckpt.*o space left"):
+        train(tiny_run(tiny, disk.place / "cut", *options))
+    assert read_record(disk.place / "cut")["status"] == "failed"
+    disk.clear()
+    found = train(composed(f"resume='{disk.place / 'cut'}'"))
+    assert [found[name] for name in tables.FIGURES] == [whole[name] for name in tables.FIGURES]
+
+
+def test_a_store(disk, tiny, tmp_path, caplog):
+    store = disk.place / "store"
+    options = ["store=on", f"store.root='{store}'", *LEAN]
+    expected = train(tiny_run(tiny, tmp_path / "off", *LEAN))
+    train(tiny_run(tiny, tmp_path / "first", *options))
+    before = content(store)
+    disk.leave(0)
+    other = ["image_size=96"]  # other maps, for which there is no room
+    found = train(tiny_run(tiny, tmp_path / "second", *options, *other))
+    assert "maps are computed and not stored" in caplog.text
+    assert found["image_auroc"] is not None
+    assert content(store) == before
+    read = train(tiny_run(tiny, tmp_path / "third", *options))
+    assert read_record(tmp_path / "third")["store"]["computed"] == 0
+    assert read["image_auroc"] == pytest.approx(expected["image_auroc"], abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_run(tiny, folder, *LEAN))
+    return folder
+
+
+def test_predictions(disk, finished, tiny):
+    def work(output: Path):
+        return predict(composed(f"run='{finished}'", f"input='{tiny / 'square'}'", f"output='{output}'", "device=cpu", config="predict"))
+
+    work(disk.place / "first")
+    failed = fills(disk, lambda: work(disk.place / "second"), disk.place / "first")
+    assert failed >= 3
+    disk.clear()
+    assert content(disk.place / "second").keys() == content(disk.place / "first").keys()
+
+
+def test_an_export(disk, finished):
+    def work(output: Path):
+        options = ["format=torch_export", f"output='{output}'", f"run='{finished}'", "n=2"]
+        return export_run(composed(*options, config="export"), load, build)
+
+    first = disk.place / "first" / "model.pt2"
+    work(first)
+    second = disk.place / "second" / "model.pt2"
+    failed = fills(disk, lambda: work(second), first.parent, (0, 0.3, 0.9))
+    assert failed >= 2
+    assert [path.name for path in second.parent.iterdir()] == ["model.pt2"]
+
+
+def test_a_saved_detector_a_table_and_a_manifest(disk, finished, tiny):
+    detector = AnomalyDetector.load(finished, device="cpu")
+    detector.save(disk.place / "first" / "detector.safetensors")
+    failed = fills(disk, lambda: detector.save(disk.place / "second.safetensors"), disk.place / "first")
+    assert failed >= 2
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert AnomalyDetector.load(disk.place / "second.safetensors", device="cpu").predict(image).score == detector.predict(image).score
+    args = (None, None, None, "run", "image_auroc", None)
+    fills(disk, lambda: tables.write(finished, disk.place / "table.csv", *args), disk.place / "first")
+    data = build(tiny_run(tiny, tiny).data)
+    data.setup()
+    from blemish.data.samples import write_manifest
+
+    assert fills(disk, lambda: write_manifest(disk.place / "manifest.csv", data.samples), disk.place / "first") >= 1

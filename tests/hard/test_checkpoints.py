@@ -1,0 +1,275 @@
+"""Files of runs that were cut at any byte or had a bit flipped: a named error or the same result, never a crash or another's code."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import composed, tiny_run
+
+from blemish.api import AnomalyDetector
+from blemish.deploy.export import Program, export_run
+from blemish.records import report, tables
+from blemish.run import build, load, predict, read_config, train
+from blemish.types import InputError
+
+LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20"]
+
+
+def cuts(whole: bytes, count: int) -> list[int]:
+    """Places to cut at: the first bytes, the last ones, and a spread between."""
+    spread = np.linspace(0, len(whole) - 1, count).astype(int)
+    return sorted({0, 1, 2, 30, len(whole) - 1, len(whole) - 2, len(whole) - 23, *spread.tolist()} & set(range(len(whole))))
+
+
+def flips(whole: bytes, count: int) -> list[bytes]:
+    """Copies with one bit flipped, spread over the file."""
+    rng, copies = np.random.default_rng(0), []
+    for place in (len(whole) * (np.arange(count) + rng.random(count)) / count).astype(int):
+        copy = bytearray(whole)
+        copy[place] ^= 1 << rng.integers(8)
+        copies.append(bytes(copy))
+    return copies
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_run(tiny, folder, *LEAN))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of a finished run that a test may damage."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def image(tiny) -> np.ndarray:
+    return np.array(Image.open(tiny / "square" / "000.png"))
+
+
+def same(model, other) -> bool:
+    state, found = model.state_dict(), other.state_dict()
+    return state.keys() == found.keys() and all(torch.equal(state[key], found[key]) for key in state)
+
+
+def test_a_checkpoint_of_a_run(run):
+    path, model = run / "model.ckpt", load(run, "cpu")[1]
+    whole = path.read_bytes()
+    for place in cuts(whole, 40):
+        path.write_bytes(whole[:place])
+        with pytest.raises(InputError, match=r"run/model\.ckpt: not a whole checkpoint"):
+            load(run, "cpu")
+    refused = 0
+    for damaged in flips(whole, 150):
+        path.write_bytes(damaged)
+        try:
+            assert same(load(run, "cpu")[1], model)
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+    path.write_bytes(whole)
+    assert same(load(run, "cpu")[1], model)
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "archive"])
+def test_a_checkpoint_runs_no_code(kind, run, tmp_path):
+    trap, path = tmp_path / "owned", run / "model.ckpt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Evil(trap)}))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        data = next(name for name in parts if name.endswith("data.pkl"))
+        parts[data] = pickle.dumps({"state_dict": Evil(trap)})
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+    with pytest.raises(InputError, match=r"run/model\.ckpt: not a whole checkpoint"):
+        load(run, "cpu")
+    assert not trap.exists()
+
+
+def test_the_state_of_a_training(tiny, tmp_path):
+    run = tmp_path / "run"
+    options = ["model=autoencoder", "trainer.max_epochs=2", "model.latent=16", "save.curves=false", "save.pictures=0"]
+    from blemish.methods.autoencoder import Autoencoder
+
+    conclude = Autoencoder.conclude
+    Autoencoder.conclude = lambda *_: (_ for _ in ()).throw(RuntimeError("cut off"))
+    try:
+        with pytest.raises(RuntimeError, match="cut off"):
+            train(tiny_run(tiny, run, *options))
+    finally:
+        Autoencoder.conclude = conclude
+    state = run / "last.ckpt"
+    whole = state.read_bytes()
+    for place in cuts(whole, 6):
+        state.write_bytes(whole[:place])
+        with pytest.raises(InputError, match=r"run/last\.ckpt: not the whole state of a training .* remove it"):
+            train(composed(f"resume='{run}'"))
+    state.unlink()
+    found = train(composed(f"resume='{run}'"))
+    assert found["image_auroc"] == train(tiny_run(tiny, tmp_path / "fresh", *options))["image_auroc"]
+
+
+def test_a_config(run, image):
+    path, model = run / "config.yaml", load(run, "cpu")[1]
+    whole = path.read_bytes()
+    expected = model(torch.from_numpy(image / np.float32(255)).expand(3, -1, -1)[None]).score
+    equal = 0
+    for place in cuts(whole, 60):
+        path.write_bytes(whole[:place])
+        try:
+            cfg, found = load(run, "cpu")
+        except InputError as error:
+            assert str(path) in str(error), error
+            continue
+        assert torch.equal(found(torch.from_numpy(image / np.float32(255)).expand(3, -1, -1)[None]).score, expected)
+        assert {"data", "batch_size", "seed", "alpha"} <= cfg.keys()
+        equal += 1
+    assert equal <= 3, "the last byte alone is not missed"
+    for damaged in flips(whole, 60):
+        path.write_bytes(damaged)
+        try:
+            cfg, found = load(run, "cpu")
+        except InputError as error:
+            assert str(path) in str(error) or str(run / "model.ckpt") in str(error), error
+    path.write_bytes(b"\xff\xfe\x00 no text")
+    with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
+        read_config(run)
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.json", "scores.csv", "config.yaml", "manifest.csv"])
+def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, caplog):
+    path = run / name
+    whole = path.read_bytes()
+    shutil.copytree(run, tmp_path / "sound")
+    table = (run.parent, tmp_path / "t.csv", None, None, None, "run", "image_auroc", None)
+    options = [f"run='{run}'", f"input='{tiny / 'square' / '000.png'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
+    damages = (
+        [whole[:place] for place in cuts(whole, 12)] + flips(whole, 25) + [b"[1, 2]", b"null", b"{}", b'{"status": "finished"}', b"\xff\0"]
+    )
+    for number, damaged in enumerate(damages):
+        path.write_bytes(damaged)
+        caplog.clear()
+        rows = tables.write(*table)
+        assert rows in (1, 2)
+        assert rows == 2 or name != "scores.csv"
+        assert rows == 2 or str(run) in caplog.text, "what is left out is named"
+        if number % 6 == 0:
+            assert report.write(run.parent, tmp_path / "report.html", 1, 1, 64) >= 1
+            try:
+                assert predict(composed(*options, config="predict")) == 1
+            except InputError as error:
+                assert str(run) in str(error)
+
+
+def test_a_saved_detector(finished, image, tmp_path):
+    detector, path = AnomalyDetector.load(finished, device="cpu"), tmp_path / "detector.safetensors"
+    detector.save(path)
+    whole, expected = path.read_bytes(), detector.predict(image).score
+    for place in cuts(whole, 30):
+        path.write_bytes(whole[:place])
+        with pytest.raises(InputError, match=r"detector\.safetensors: "):
+            AnomalyDetector.load(path, device="cpu")
+    refused = 0
+    for damaged in flips(whole, 80):
+        path.write_bytes(damaged)
+        try:
+            assert AnomalyDetector.load(path, device="cpu").predict(image).score == expected
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 60
+
+
+OPENED = """
+import sys
+from pathlib import Path
+from blemish.runtime import InputError, Model
+import numpy as np
+
+place, image = Path(sys.argv[1]), np.load(sys.argv[2])
+for path in sorted(place.glob("damaged*")):
+    try:
+        score = Model(path).predict(image)[0].score
+        print(path.name, "score", score, flush=True)
+    except InputError as error:
+        assert str(path) in str(error) or "expected" in str(error), error
+        print(path.name, "refused", flush=True)
+print("end")
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_onnx_file(finished, image, tmp_path):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    path, _ = export_run(composed(f"run='{finished}'", f"output='{tmp_path / 'model.onnx'}'", "n=2", config="export"), load, build)
+    whole = path.read_bytes()
+    copies = [whole[:place] for place in cuts(whole, 25)] + flips(whole, 40)
+    for number, damaged in enumerate(copies):
+        (tmp_path / f"damaged{number:03}.onnx").write_bytes(damaged)
+    np.save(tmp_path / "image.npy", image)
+    command = [sys.executable, "-c", OPENED, str(tmp_path), str(tmp_path / "image.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)  # in a process of its own: a crash would be seen
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "end"
+    assert len(lines) == len(copies) + 1
+    assert all(line.endswith("refused") for line in lines[: len(cuts(whole, 25))]), "a file that was cut is never whole"
+
+
+@pytest.mark.slow
+def test_an_exported_program(finished, tmp_path):
+    options = ["format=torch_export", f"output='{tmp_path / 'model.pt2'}'", "n=2"]
+    path, _ = export_run(composed(f"run='{finished}'", *options, config="export"), load, build)
+    whole = path.read_bytes()
+    for place in cuts(whole, 8):
+        path.write_bytes(whole[:place])
+        with pytest.raises(InputError, match=r"model\.pt2: "):
+            Program(path)
+
+
+READER = """
+import json, sys
+from pathlib import Path
+while not Path(sys.argv[2]).exists():
+    json.loads(Path(sys.argv[1]).read_text())
+"""
+
+
+def test_json_of_a_run_is_never_half(run):
+    """What is written aside and renamed: readers at work see one of the contents, whole."""
+    from blemish.records.record import write_json
+
+    path = run / "metrics.json"
+    reader = subprocess.Popen([sys.executable, "-c", READER, str(path), str(run / "stop")])
+    try:
+        for number in range(300):
+            write_json(path, {"values": list(range(number % 7 * 1000)), "number": number})
+    finally:
+        (run / "stop").touch()
+        assert reader.wait(60) == 0
+    assert json.loads(path.read_text())["number"] == 299

@@ -1,0 +1,386 @@
+"""Folders and files as they really are: ten thousand of them, odd names, links, files that change under a run, pixels that are none."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from support import CONFIGS, composed, tiny_overrides, tiny_run
+
+from blemish.cli import path_as_typed
+from blemish.data.images import find_images, read
+from blemish.data.module import Images
+from blemish.data.samples import read_manifest
+from blemish.records.record import read_record
+from blemish.run import build, predict, train
+from blemish.types import InputError
+
+LEAN = ["save.curves=false", "save.pictures=0", "model.n_features=20"]
+ODD = "a b, [c]{d}=e 'f' \"g\" #h %20 größe 大"  # all that means something to a shell, to Hydra, or to a URL
+
+
+@pytest.fixture
+def data(tiny, tmp_path) -> Path:
+    """A copy of the tiny data that a test may change."""
+    shutil.copytree(tiny, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def data_of(root: Path, *overrides: str):
+    found = build(tiny_run(root, root, *overrides).data)
+    found.setup()
+    return found
+
+
+def scores(folder: Path) -> list[dict]:
+    with (folder / "scores.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- many
+
+
+@pytest.mark.slow
+def test_ten_thousand_files(tiny, tmp_path):
+    many = tmp_path / "many"
+    for part in ("normal", "normal_test", "square"):
+        (many / part).mkdir(parents=True)
+        for i, path in enumerate(sorted((tiny / part).iterdir())):
+            Image.open(path).resize((16, 16)).save(many / part / f"first{i:02}.png")
+    copies = sorted((many / "square").iterdir())
+    (many / "square" / "deep").mkdir()
+    for i in range(10_000 - len(copies)):
+        os.link(copies[i % len(copies)], many / "square" / "deep" / f"{i:05}.png")
+    train(tiny_run(many, tmp_path / "run", *LEAN, "data.masks=null", "image_size=32", "batch_size=64"))
+    assert len(scores(tmp_path / "run")) == 10_006
+    samples = read_manifest(tmp_path / "run" / "manifest.csv")
+    assert len(samples) == len({sample.path for sample in samples}) == 10_030
+    peak = read_record(tmp_path / "run")["peak_memory_mb"]["host"]
+    options = [f"run='{tmp_path / 'run'}'", f"input='{many / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
+    assert predict(composed(*options, config="predict")) == 10_000
+    rows = scores(tmp_path / "out")
+    assert [row["path"] for row in rows] == [str(path) for path in find_images(many / "square")]
+    assert len({row["score"] for row in rows}) <= 3 * len(copies), "copies of one file score alike"
+    assert sum(1 for path in (tmp_path / "out").rglob("*_map.png")) == 10_000
+    assert peak < 4000
+
+
+# ---- names
+
+CALLS = """
+import json, sys
+from blemish.cli import main
+for call in json.loads(sys.argv[1]):
+    sys.argv = ["blemish", *call]
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_odd_names_from_beginning_to_end(tiny, tmp_path):
+    place = tmp_path / ODD
+    shutil.copytree(tiny, place / "data")
+    quiet = [text for text in tiny_overrides(tiny) if not text.startswith("data.root=")]
+    run, pictures = place / "run", place / "pictures"
+    pictures.mkdir()
+    shutil.copy(tiny / "square" / "000.png", pictures / f"{ODD}.png")
+    calls = [
+        ["train", *quiet, *LEAN, f"data.root={place / 'data'}", f"run_dir={run}", "store=on", f"store.root={place / 'store'}"],
+        ["predict", f"run={run}", f"input={pictures}", f"output={place / 'out'}", "device=cpu"],
+        ["test", f"run={run}", f"output={place / 'again'}", "device=cpu"],
+        ["table", f"runs={place}", f"output={place / 'table.csv'}"],
+    ]
+    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert read_record(run)["status"] == "finished"
+    assert list((place / "store").rglob("*.safetensors"))
+    assert [row["path"] for row in scores(place / "out")] == [str(pictures / f"{ODD}.png")]
+    assert (place / "out" / f"{ODD}_overlay.png").is_file()
+    assert scores(place / "again") == scores(run)
+    assert (place / "table.csv").is_file()
+
+
+PLACES = [
+    "/tmp/a b",
+    "/tmp/ä",
+    "a=b",
+    "a,b",
+    "[a]",
+    "{a}",
+    "it's",
+    '"a',
+    "2024",
+    "2024_05",
+    "1e5",
+    "true",
+    "a(b)",
+    "C:\\x",
+    "#1",
+    "a: b",
+    "~/x",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("key", ["run_dir", "data.root"])
+def test_a_path_is_what_was_typed(key, place):
+    cfg = composed("data=folder", path_as_typed(f"{key}={place}", several=False))
+    found = cfg.run_dir if key == "run_dir" else cfg.data.root
+    assert found == place.replace("\\\\", "\\")
+    quoted = f"{key}='{place}'"
+    assert "'" in place or path_as_typed(quoted, several=False) == quoted, "what is quoted is left"
+
+
+def test_what_is_no_path_is_left():
+    for text in (
+        "seed=1",
+        "run_dir=null",
+        "resume=true",
+        "model.stages=[1,2]",
+        "-m",
+        "seed=1,2",
+        "output=",
+        "weights=pretrained",
+        "~run_dir",
+    ):
+        assert path_as_typed(text, several=False) == text
+    assert path_as_typed("data.root=a,b", several=True) == "data.root=a,b"
+    assert path_as_typed("data.root=a,b", several=False) == "data.root='a,b'"
+    assert path_as_typed("+change.data.root=a,b", several=False) == "+change.data.root='a,b'"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take names of text only")
+def test_a_name_that_is_not_text(data, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    os.rename(data / "square" / "000.png", data / "square" / name)  # noqa: PTH104
+    os.rename(data / "masks" / "000.png", data / "masks" / name)  # noqa: PTH104
+    run = tmp_path / "run"
+    train(tiny_run(data, run, *LEAN, "save.pictures=-1"))
+    assert b"square/caf\xe9.png" in [os.fsencode(row["path"]) for row in scores(run)]
+    assert any(sample.path == f"square/{name}" for sample in read_manifest(run / "manifest.csv"))
+    options = [f"run='{run}'", f"input='{data / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
+    assert predict(composed(*options, config="predict")) == 6
+
+
+# ---- links
+
+
+def test_links_are_followed_and_lead_nowhere_twice(data, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(data / "normal", elsewhere)
+    (data / "normal").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "round").symlink_to(data, target_is_directory=True)  # normal/round/normal/round/…
+    inside = data / "square" / "deeper"
+    inside.mkdir()
+    (inside / "up").symlink_to("..", target_is_directory=True)
+    found = find_images(data / "square")
+    assert len(found) == len({path.resolve() for path in found}) == 6
+    (elsewhere / "round").unlink()
+    (data / "normal" / "000.png").rename(tmp_path / "one.png")
+    (data / "normal" / "000.png").symlink_to(tmp_path / "one.png")
+    assert len([sample for sample in data_of(data).samples if sample.path.startswith("normal/")]) == 24
+
+
+@pytest.mark.parametrize("kind", ["dangling", "circle", "folder"])
+def test_a_link_that_leads_nowhere_is_named(kind, data, tmp_path):
+    path = data / "square" / "zzz.png"
+    if kind == "folder":
+        path.mkdir()
+        assert len(find_images(data / "square")) == 6, "a folder is no image, whatever it is called"
+        return
+    path.symlink_to(tmp_path / "nothing" if kind == "dangling" else path)
+    with pytest.raises(InputError, match=r"zzz\.png: cannot be read"):
+        data_of(data)
+    assert data_of(data, "data.on_error=skip").skipped.keys() == {"square/zzz.png"}
+    options = ["run=null", "model=noise_residual", f"input='{path}'", f"output='{tmp_path / 'out'}'"]
+    with pytest.raises(InputError, match=r"zzz\.png: no such file"):
+        predict(composed(*options, config="predict"))
+
+
+def test_what_is_no_file_is_named(data):
+    os.mkfifo(data / "square" / "zzz.png")  # nobody writes: whoever opens it waits for ever
+    with pytest.raises(InputError, match=r"zzz\.png: .*expected an image file"):
+        data_of(data)
+    assert data_of(data, "data.on_error=skip").skipped.keys() == {"square/zzz.png"}
+
+
+# ---- files that change
+
+
+def replaced(path: Path) -> None:
+    Image.fromarray(255 - np.array(Image.open(path))).save(path)
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "cut"])
+@pytest.mark.parametrize("store", ["off", "on"])
+def test_an_image_that_changes_during_a_run_ends_it(change, store, data, tmp_path, monkeypatch):
+    victim, load, count = data / "square" / "003.png", Images.__getitem__, []
+    whole = victim.read_bytes()
+
+    def changed(self, index):
+        if not count:
+            count.append(index)
+            {
+                "replaced": lambda: replaced(victim),
+                "removed": victim.unlink,
+                "cut": lambda: victim.write_bytes(whole[: len(whole) // 2]),
+            }[change]()
+        return load(self, index)
+
+    monkeypatch.setattr(Images, "__getitem__", changed)
+    options = [f"store={store}", *([f"store.root='{tmp_path / 'store'}'"] if store == "on" else [])]
+    said = "cannot be read" if change == "removed" else "changed while it was in use"
+    with pytest.raises(InputError, match=rf"003\.png: {said}"):
+        train(tiny_run(data, tmp_path / "run", *LEAN, *options))
+    assert said in read_record(tmp_path / "run")["error"]["message"]
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    monkeypatch.undo()
+    victim.write_bytes(whole)
+    again = train(tiny_run(data, tmp_path / "run", *LEAN, *options))
+    fresh = train(tiny_run(data, tmp_path / "fresh", *LEAN, *(text.replace("store'", "other'") for text in options)))
+    assert again["image_auroc"] == fresh["image_auroc"]
+    if store == "off":
+        assert scores(tmp_path / "run") == scores(tmp_path / "fresh")
+
+
+def test_a_training_image_that_changes_between_epochs(data, tmp_path, monkeypatch):
+    victim = data / "normal" / "003.png"
+    from blemish.methods.autoencoder import Autoencoder
+
+    def at_end(self):
+        if self.current_epoch == 1:
+            replaced(victim)
+
+    monkeypatch.setattr(Autoencoder, "on_train_epoch_end", at_end)
+    split = data_of(data)
+    if next(sample.split for sample in split.samples if sample.path == "normal/003.png") != "train":
+        victim = data / next(sample.path for sample in split.samples if sample.split == "train")
+    with pytest.raises(InputError, match=rf"{victim.name}: changed while it was in use"):
+        train(tiny_run(data, tmp_path / "run", "model=autoencoder", "trainer.max_epochs=4"))
+    assert read_record(tmp_path / "run")["status"] == "failed"
+
+
+# ---- pixels
+
+
+def test_pixels_that_are_no_numbers(tiny, tmp_path):
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    for part, count in (("normal", 24), ("normal_test", 6), ("square", 6)):
+        (root / part).mkdir(parents=True)
+        for i in range(count):
+            tifffile.imwrite(root / part / f"{i:03}.tif", rng.normal(size=(64, 64)).astype(np.float32))
+    for name, value in (("square/001.tif", np.nan), ("square/004.tif", np.inf), ("normal/007.tif", -np.inf)):
+        array = tifffile.imread(root / name)
+        array[5, 6] = value
+        tifffile.imwrite(root / name, array)
+    with pytest.raises(InputError, match=r"\.tif: 1 values are NaN or infinite"):
+        train(tiny_run(root, tmp_path / "run", *LEAN, "data.masks=null"))
+    train(tiny_run(root, tmp_path / "skipping", *LEAN, "data.masks=null", "data.on_error=skip"))
+    listed = {sample.path for sample in read_manifest(tmp_path / "skipping" / "manifest.csv") if sample.split == "skipped"}
+    assert listed == {"square/001.tif", "square/004.tif", "normal/007.tif"}
+    assert len(scores(tmp_path / "skipping")) == 10
+    options = [f"run='{tmp_path / 'skipping'}'", f"input='{root / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
+    with pytest.raises(InputError, match=r"square/001\.tif: 1 values are NaN"):
+        predict(composed(*options, config="predict"))
+
+
+@pytest.mark.parametrize("method", ["padim", "patchcore", "dfm", "spade", "self_similarity", "autoencoder", "stfpm"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_images_of_one_value(method, kind, tmp_path):
+    root = tmp_path / "data"
+    for part, count in (("normal", 12), ("normal_test", 4), ("square", 4)):
+        (root / part).mkdir(parents=True)
+        for i in range(count):
+            array = np.full((64, 64), 100, kind)
+            if part == "square":
+                array[20:40, 20:40] = 200
+            Image.fromarray(array).save(root / part / f"{i}.png")
+    lean = ["save.curves=false", "save.pictures=1", "data.masks=null"]
+    quick = ["trainer.max_epochs=1"] if method in ("autoencoder", "stfpm") else []
+    cfg = tiny_run(root, tmp_path / "run", f"model={method}", *lean, *quick)
+    if method in ("dfm", "self_similarity"):
+        with pytest.raises(InputError, match="all rows are equal"):
+            train(cfg)
+        return
+    metrics = train(cfg)
+    assert metrics["image_auroc"] is not None
+    found = np.array([float(row["score"]) for row in scores(tmp_path / "run")])
+    assert np.isfinite(found).all()
+    if method not in ("autoencoder", "stfpm"):
+        assert metrics["image_auroc"] == 1
+
+
+def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
+    import resource
+
+    claims = {}
+    small = tmp_path / "small.bmp"
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(small)
+    bmp = bytearray(small.read_bytes())
+    bmp[18:26] = (30000).to_bytes(4, "little") * 2
+    claims["bmp"] = bytes(bmp)
+    for name, array in (("deep.tif", np.zeros((16, 16), np.uint16)), ("bytes.tif", np.zeros((16, 16), np.uint8))):
+        tifffile.imwrite(tmp_path / name, array)
+        with tifffile.TiffFile(tmp_path / name, mode="r+") as tiff:
+            tiff.pages[0].tags["ImageWidth"].overwrite(30000)
+            tiff.pages[0].tags["ImageLength"].overwrite(30000)
+        claims[name] = (tmp_path / name).read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, content in claims.items():
+        path = tmp_path / f"claim {name}"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="claim "):
+            read(path)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 1024
+
+
+# ---- two at once
+
+HOLDER = """
+import sys
+from blemish.records.record import Record, claim, release, write_text
+claim(sys.argv[1], overwrite=False)
+Record.start(sys.argv[1], {})
+write_text(sys.argv[1] + "/config.yaml", "model: {_target_: blemish.methods.padim.PaDiM}\\n")
+print("claimed", flush=True)
+sys.stdin.readline()
+release(sys.argv[1])
+"""
+
+
+def test_the_second_of_two_runs_in_one_folder_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "claimed\n"
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        for cfg in (tiny_run(tiny, run, *LEAN), tiny_run(tiny, run, *LEAN, "overwrite=true"), composed(f"resume='{run}'")):
+            with pytest.raises(InputError, match=rf"{run}: process {first.pid} on .* is writing to this folder"):
+                train(cfg)
+            assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    finally:
+        first.communicate("end\n", timeout=60)
+    train(tiny_run(tiny, run, *LEAN))
+    assert read_record(run)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_of_two_runs_begun_together_one_ends_well(tiny, tmp_path):
+    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *LEAN, f"run_dir={tmp_path / 'run'}"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    loser = next(text for process, text in zip(both, said, strict=True) if process.returncode == 2)
+    assert str(tmp_path / "run") in loser
+    assert "is writing to this folder" in loser or "holds a finished run" in loser
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "finished"
+    fresh = train(tiny_run(tiny, tmp_path / "fresh", *LEAN))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["image_auroc"] == fresh["image_auroc"]
