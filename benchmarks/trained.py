@@ -1,6 +1,6 @@
 """Seconds and memory of an epoch of every trained method: python benchmarks/trained.py [METHOD…]
 
-On 90 training images of screw at 256 px, batch as in the method's recipe: an epoch is what each further one adds to a fit of one, each fit
+On 90 training images of screw at 256 px, with the options that METHODS has: an epoch is what each further one adds to a fit of one, each fit
 in a process of its own, and scoring is the test of 38 normal images. Methods with a frozen teacher alone are measured with a filled store
 too. Processor time, of all threads, hardly depends on what else the machine does. Writes results/performance/trained.json, where the rows
 of methods that are not named stay, and docs/performance.md.
@@ -24,7 +24,7 @@ from blemish.run import build
 ROOT = Path(__file__).parents[1]
 BUNDLED = ["backbone=tf_efficientnet_lite0", "weights=bundled"]
 METHODS = {
-    "stfpm": [*BUNDLED, "batch_size=16"],
+    "stfpm": [*BUNDLED, "batch_size=8"],
     "reverse_distillation": ["backbone=resnet18", "weights=random", "batch_size=16"],
     "cflow": BUNDLED,
     "dfr": BUNDLED,
