@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CONFIGS, tiny_overrides, tiny_run
+from support import CONFIGS, QUICK, composed, tiny_overrides, tiny_run
 
 from blemish.data.module import Dealt, Shuffled
+from blemish.run import test as retest
 from blemish.run import train
 from blemish.types import InputError
 
@@ -21,6 +22,8 @@ METHODS = {
     "padim": [],
     "autoencoder": ["trainer.max_epochs=2", "model.learning_rate=0.001", "batch_size=9"],
 }
+
+ONE = ["+change.trainer.devices=1", "+change.trainer.strategy=auto"]
 
 
 def scores(folder: Path) -> dict[str, tuple[float, ...]]:
@@ -49,6 +52,25 @@ def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
     for figure in ("image_auroc", "pixel_auroc", "aupro", "images", "image_false_alarm_rate"):
         assert metrics[0][figure] == pytest.approx(metrics[1][figure], abs=2e-3), figure
     assert {path.name for path in place.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", ["cflow", "ganomaly", "stfpm"])
+def test_the_processes_have_one_model(name, tiny, tmp_path):
+    """Steps of one part of the parameters, several backward passes, BatchNorm: the saved model gives the scores of both processes."""
+    quick = [option for option in QUICK[name] if not option.startswith("trainer.max_epochs")]
+    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false", "trainer.max_epochs=2"]
+    options = [f"model={name}", *quick, *more, "batch_size=7", f"run_dir='{tmp_path / 'run'}'"]
+    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    again = composed(f"run='{tmp_path / 'run'}'", f"output='{tmp_path / 'again'}'", "device=cpu", *ONE, config="test")
+    retest(again)
+    expected, found = scores(tmp_path / "run"), scores(tmp_path / "again")
+    assert list(found) == list(expected)
+    for key in expected:
+        assert found[key] == pytest.approx(expected[key], rel=2e-4)
 
 
 @pytest.mark.parametrize(("count", "size", "processes"), [(10, 4, 2), (9, 4, 2), (9, 4, 3), (4, 4, 4), (101, 8, 3)])

@@ -1,6 +1,7 @@
 """The contract: what every method is (three bases), and what one-pass methods remember of the training images (two accumulators)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning.pytorch as pl
 import torch
@@ -184,6 +185,11 @@ class TrainedDetector(Detector):
     @torch.no_grad()
     def on_train_end(self) -> None:
         self.eval()
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():  # the last batch has moved each process's BatchNorm its own way
+                first = buffer.contiguous()
+                torch.distributed.broadcast(first, 0)
+                buffer.copy_(first)
         self.conclude(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
@@ -201,8 +207,31 @@ class TrainedDetector(Detector):
         """What a process's loss counts in the mean over all processes, so that this is the mean over all images of the batch."""
         if not self._trainer or self.trainer.world_size == 1:
             return 1.0
-        count = torch.tensor(float(len(batch.image)), device=self.device)
-        return float(count * self.trainer.world_size / self.trainer.strategy.reduce(count.clone(), reduce_op="sum"))
+        return len(batch.image) * self.trainer.world_size / self.summed(len(batch.image))
+
+    def summed(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if not self._trainer or self.trainer.world_size == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
+
+    def apart(self) -> AbstractContextManager:
+        """A block of forward and backward passes that DDP has no part in; `average` follows.
+
+        For steps that DDP does not know: several backward passes over one forward pass, or over a part of the parameters.
+        """
+        return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give those of the parameters that have a gradient, the same in every process, the mean of it over the processes."""
+        if self.trainer.world_size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        mean = torch.cat([gradient.flatten() for gradient in gradients])  # one message for all
+        torch.distributed.all_reduce(mean)
+        parts = (mean / self.trainer.world_size).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
 
     def watch(self, loss: Tensor, batch: Batch) -> None:
         """Log a step's loss; InputError unless it is finite."""

@@ -70,7 +70,7 @@ class CFlow(TrainedDetector):
             rows, encoding = self.rows(map).flatten(0, 1), self.encoding(map)  # (B·P, C), (P, condition)
             order = torch.randperm(len(rows), generator=generator, device=rows.device)
             # the official code leaves out what does not fill a batch; here it is spread over the others
-            for drawn in order.tensor_split(max(1, len(rows) // self.fibres)):
+            for drawn in order.tensor_split(max(1, int(self.summed(len(rows))) // self.fibres)):
                 yield stage, rows[drawn], encoding[drawn % len(encoding)]
 
     def rows(self, map: Tensor) -> Tensor:
@@ -92,9 +92,13 @@ class CFlow(TrainedDetector):
         return lambda batch: learning_rate_factor(batch / batches)
 
     def optimizer_step(self, epoch: int, index: int, optimizer: torch.optim.Optimizer, closure: Callable) -> None:
-        optimizer.step(closure)  # its closure takes the loss, and with it the first fibre batch
-        while self.queue:
-            optimizer.step(closure)
+        with self.apart():  # a step is of one stage's flow
+            optimizer.step(closure)  # its closure takes the loss, and with it the first fibre batch
+            while self.queue:
+                optimizer.step(closure)
+
+    def on_after_backward(self) -> None:
+        self.average(self.flows.parameters())
 
     def likelihood(self, maps: Maps) -> list[Tensor]:
         """Log-likelihood of every position divided by the number of dimensions, (B, h, w) per stage."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import check_side, input_side
-from blemish.ops.randomness import seeded
+from blemish.ops.randomness import seeded, stream
 from blemish.types import Batch, InputError, Prediction
 
 COLLAPSED = 1e-5  # a discriminator's loss below which the authors draw its weights anew
@@ -84,21 +84,25 @@ class GANomaly(TrainedDetector):
         # Both networks learn from the discriminator's weights of before the step, so that one pass over x and one over x̂ serve both;
         # a graph is freed as soon as it was used, which halves the memory.
         x, fake, code, again = self.generate(batch.image)
-        logits, real_features = discriminator(x)
-        real_loss = 0.5 * F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
-        self.manual_backward(real_loss)
-        logits, fake_features = discriminator(fake)
-        fake_loss = 0.5 * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
-        self.manual_backward(fake_loss, inputs=list(discriminator.parameters()), retain_graph=True)
-        loss = self.generator_loss(x, fake, real_features.detach(), fake_features, code, again)
-        self.watch(loss, batch)
-        self.manual_backward(loss, inputs=list(generator.parameters()))
+        share = self.share(batch)
+        with self.apart():
+            logits, real_features = discriminator(x)
+            real_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+            self.manual_backward(real_loss)
+            logits, fake_features = discriminator(fake)
+            fake_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+            self.manual_backward(fake_loss, inputs=list(discriminator.parameters()), retain_graph=True)
+            loss = self.generator_loss(x, fake, real_features.detach(), fake_features, code, again)
+            self.watch(loss, batch)
+            self.manual_backward(share * loss, inputs=list(generator.parameters()))
+        self.average(self.networks.parameters())
         for optimizer in optimizers:
             if self.clip is not None:
                 self.clip_gradients(optimizer, self.clip, "norm")
             optimizer.step()
-        if real_loss + fake_loss < COLLAPSED:
-            draw_weights(discriminator, self.generator())
+        if self.summed(float((real_loss + fake_loss).detach())) < COLLAPSED * self.trainer.world_size:
+            # alike in every process
+            draw_weights(discriminator, stream(self.hparams.seed, self.trainer.fit_loop.total_batch_idx, 0, device=self.device))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         rates = {"lr": self.hparams.learning_rate, "betas": (self.hparams.beta1, 0.999)}
