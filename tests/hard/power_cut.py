@@ -94,9 +94,9 @@ def results(folder: Path) -> tuple[dict, str]:
 
 def assert_whole(folder: Path) -> None:
     """No file has its name and not its content."""
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         json.loads(path.read_text())
-    for path in folder.glob("*.ckpt"):
+    for path in folder.glob("[!.]*.ckpt"):
         contents(path)
     if (folder / "model.ckpt").exists() and (folder / "config.yaml").exists():
         load(folder, "cpu")
