@@ -1,6 +1,6 @@
 """Seconds and memory of an epoch of every trained method: python benchmarks/trained.py [METHOD…]
 
-On 90 training images of screw at 256 px, with the options that METHODS has: an epoch is what each further one adds to a fit of one, each fit
+On 90 training images of screw at 256 px, with the options in METHODS: an epoch is what each further one adds to a fit of one, each fit
 in a process of its own, and scoring is the test of 38 normal images. Methods with a frozen teacher alone are measured with a filled store
 too. Processor time, of all threads, hardly depends on what else the machine does. Writes results/performance/trained.json, where the rows
 of methods that are not named stay, and docs/performance.md.
