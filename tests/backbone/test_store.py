@@ -512,7 +512,7 @@ for moment in range(12):
 whole = prepared(Path(sys.argv[4]))
 def together():
     fill(whole)
-    os.write(1, f"computed {whole.computed}\n".encode())  # in one piece, as the others write as well
+    os.write(1, f"computed {whole.computed}\\n".encode())  # in one piece, as the others write as well
 first = forked(together)
 while not any(Path(sys.argv[4]).rglob("*.safetensors")):
     time.sleep(0.001)  # or all three could be done before anyone has written
