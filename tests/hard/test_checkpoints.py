@@ -225,7 +225,7 @@ print("end")
 @pytest.mark.slow
 def test_an_exported_onnx_file(finished, image, tmp_path):
     for needed in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(needed)
+        pytest.importorskip(needed, reason=f"{needed} is not installed, which writes or reads ONNX files: pip install blemish[export]")
     path, _ = export_run(composed(f"run='{finished}'", f"output='{tmp_path / 'model.onnx'}'", "n=2", config="export"), load, build)
     whole = path.read_bytes()
     copies = [whole[:place] for place in cuts(whole, 25)] + flips(whole, 40)

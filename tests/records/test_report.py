@@ -384,7 +384,9 @@ def rows(browser, group):
 
 def wait(browser, until):
     """Return when `until()` holds; TimeoutException after 20 s."""
-    pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser, 20).until(lambda _: until())
+    from selenium.webdriver.support.ui import WebDriverWait  # where it is absent, there is no browser to wait for
+
+    WebDriverWait(browser, 20).until(lambda _: until())
 
 
 def heading(browser, column):
