@@ -9,7 +9,9 @@ Files are read with Pillow, which arrays do not need; `.xml` files are run by op
 
 import base64
 import bisect
+import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
@@ -19,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KEY = "blemish"  # of the facts among a file's metadata
-FORMAT = "blemish artefact 1"
+FORMAT = "blemish artefact 2"
+SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # among the facts, and before it is known
 STRIP = 16  # rows or columns resized by one product: few enough that it has few zeros
 GREY = 128  # of 255: what is painted where nothing is looked at, and what lies beside an image in a letterbox
 RESIZES = ("stretch", "letterbox")
@@ -142,6 +145,7 @@ def opened(path: Path, threads: int | None) -> tuple[dict, Run]:
         raise InputError(f"{path}: no such file; expected an export of blemish ({', '.join(SUFFIXES)})")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file that ends with {' or '.join(SUFFIXES)}")
+    intact(path)
     try:
         text, run = (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
     except ImportError as error:
@@ -149,6 +153,33 @@ def opened(path: Path, threads: int | None) -> tuple[dict, Run]:
     except Exception as error:  # each engine has errors of its own for a file it cannot read
         raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish") from error
     return facts_of(text, path), run
+
+
+def seal(path: Path) -> tuple[int | None, str, str]:
+    """Where in an export its seal is (None without one), what it says, and what it should say: the digest of all bytes but its own.
+
+    An .xml file's .bin is part of it.
+    """
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    content, *others = (file.read_bytes() for file in files)
+    found = SEAL.search(content)
+    first, last = found.span(1) if found else (0, 0)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (memoryview(content)[:first], memoryview(content)[last:], *others):
+        digest.update(part)
+    return (first, found[1].decode(), digest.hexdigest()) if found else (None, "", digest.hexdigest())
+
+
+def intact(path: Path) -> None:
+    """InputError unless the bytes of an export are those that were written: of others, engines make a crash, or a score that is wrong."""
+    try:
+        place, written, expected = seal(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected an export of blemish") from error
+    if place is None:
+        raise InputError(f"{path}: bears no seal of blemish; expected a file made by `blemish export` of this version, and whole")
+    if written != expected:
+        raise InputError(f"{path}: damaged, its bytes are not those that were exported; copy the file anew or export the run again")
 
 
 def facts_of(text: str | None, path: Path) -> dict:

@@ -152,6 +152,8 @@ def test_an_export_says_what_its_run_says(run, exports, format):
         facts = json.loads(extra["blemish.json"])
     assert facts["parity"] == {**parity._asdict(), "tolerance": 0.01, "map_tolerance": 0.05, "flips": 0}
     assert facts["method"] == "padim"
+    for own in (Path(export.__file__).parent, Path(torch.__file__).parent):  # an artefact travels: nothing of this machine in it
+        assert not any(str(own).encode() in file.read_bytes() for file in path.parent.iterdir())
     model = load(run, "cpu")[1]
     assert facts["threshold"] == conformal_threshold(model.calibration[:, 0], 0.05).value
     assert facts["calibration"] == sorted(model.calibration[:, 0].double().tolist())
@@ -298,18 +300,21 @@ def test_foreign_files(tmp_path, pictures):
     onnx.save(model, tmp_path / "foreign.onnx")
     (tmp_path / "text.onnx").write_text("no graph")
     messages = {
-        tmp_path / "foreign.onnx": "says nothing of blemish",
-        tmp_path / "text.onnx": "cannot be opened",
+        tmp_path / "foreign.onnx": "no seal of blemish",
+        tmp_path / "text.onnx": "no seal of blemish",
         tmp_path / "absent.onnx": "no such file",
         pictures[0]: "ends with .onnx or .xml",
     }
     for path, message in messages.items():
         with pytest.raises(runtime.InputError, match=message):
             runtime.Model(path)
-    onnx.helper.set_model_props(model, {runtime.KEY: json.dumps({"format": "blemish artefact 0"})})
-    onnx.save(model, tmp_path / "old.onnx")
-    with pytest.raises(runtime.InputError, match="export the run again"):
-        runtime.Model(tmp_path / "old.onnx")
+    later = json.dumps({"format": "blemish artefact 9"})
+    for facts, message in {"other": "says nothing of blemish", later: "export the run again"}.items():
+        onnx.helper.set_model_props(model, {runtime.KEY: facts, "seal": runtime.NO_SEAL})
+        onnx.save(model, tmp_path / "sealed.onnx")
+        export.set_seal(tmp_path / "sealed.onnx")
+        with pytest.raises(runtime.InputError, match=message):
+            runtime.Model(tmp_path / "sealed.onnx")
 
 
 CHILDREN = """

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
 from blemish.detector import Detector, within
 from blemish.records.record import no_room, read_record, tidy
-from blemish.runtime import FORMAT, GREY, KEY, Geometry, Model, exact_strips, facts_of, middle
+from blemish.runtime import FORMAT, GREY, KEY, NO_SEAL, Geometry, Model, exact_strips, facts_of, middle, seal
 from blemish.scoring.calibration import conformal_threshold
 from blemish.types import UNKNOWN, InputError, Prediction
 
@@ -121,6 +122,9 @@ class Program(Model):
     def __init__(self, path: Path):
         extra = {f"{KEY}.json": ""}
         try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} inside is damaged")
             program = torch.export.load(path, extra_files=extra).module()
         except Exception as error:  # of many kinds
             raise InputError(
@@ -219,6 +223,7 @@ def export(
         "maps": maps,
         "batch": batch,
         "opset": opset if format != "torch_export" else None,
+        "seal": NO_SEAL if format != "torch_export" else None,  # an archive has sums of its own
         "exporter": f"torch {torch.__version__}" + (f", openvino {version('openvino')}" if format == "openvino" else ""),
     }
     with folder_aside(path) as (temporary, final):
@@ -306,13 +311,18 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Ca
         raise InputError(
             f"{size / 2**30:.1f} GiB of constants, of which an ONNX file holds 2; use format=torch_export or a smaller image_size"
         )
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     with expected_warnings():
-        torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False).save(path, external_data=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    ClearMetadataAndDocStringPass()(exported.model)  # every node's lines of source, with the paths of this machine
+    exported.save(path, external_data=False)
 
     def write(facts: dict) -> None:
         proto = onnx.load(path)
         onnx.helper.set_model_props(proto, {KEY: json.dumps(facts)})
         onnx.save(proto, path)
+        set_seal(path)
 
     return write
 
@@ -329,12 +339,23 @@ def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -
     def write(facts: dict) -> None:
         converted.set_rt_info(json.dumps(facts), [KEY, "facts"])
         openvino.save_model(converted, path, compress_to_fp16=False)
+        set_seal(path)
 
     return write
 
 
+def set_seal(path: Path) -> None:
+    """Put into the facts of a written file the digest of its other bytes."""
+    place, _, digest = seal(path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
 def to_torch(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
     """Write the program as torch's own archive, with facts beside it in `blemish.json`."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of source, with the paths of this machine
 
     def write(facts: dict) -> None:
         whole = io.BytesIO()  # on a full disk torch's own writer of files ends the process
