@@ -12,7 +12,7 @@ from support import composed, images
 from torch.utils.data import DataLoader
 
 from blemish.methods.cflow import CFlow, learning_rate_factor
-from blemish.ops.flow import log_likelihood, positional_encoding
+from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
 from blemish.run import build
 from blemish.types import Batch, InputError
 
@@ -46,28 +46,39 @@ def trained(model: CFlow, pictures: torch.Tensor, epochs: int, **options) -> tup
     return model.eval(), trainer
 
 
-def test_fibre_batches_hold_every_position_once_with_its_own_encoding():
+def whole_encoding(dim: int, height: int, width: int) -> torch.Tensor:
+    """(height·width, dim) plainly: the column's encoding, then the row's."""
+    columns, rows = positional_encoding(dim // 2, width), positional_encoding(dim // 2, height)
+    return torch.stack([torch.cat([columns[x], rows[y]]) for y in range(height) for x in range(width)])
+
+
+def projected(flow: ConditionalFlow, condition: torch.Tensor) -> torch.Tensor:
+    return condition @ flow.weight_condition.mT + flow.bias_hidden[:, None]
+
+
+def test_fibre_batches_hold_every_position_once_with_its_own_place():
     model = cflow(fibres=100)
     maps = model.features(images(3))
     found = list(model.fibre_batches(maps))
     for stage, map in enumerate(maps):
-        parts = [(x, encoding) for s, x, encoding in found if s == stage]
+        parts = [(x, whole_encoding(16, *map.shape[-2:])[places]) for s, x, places, _ in found if s == stage]
         assert len(parts) == len(map) * map[0, 0].numel() // 100
         assert all(100 <= len(x) < 200 for x, _ in parts)
         got = torch.cat([torch.cat(part, 1) for part in parts])
-        places = positional_encoding(16, *map.shape[-2:]).repeat(3, 1)
-        expected = torch.cat([map.permute(0, 2, 3, 1).flatten(0, 2), places], 1)
+        encodings = whole_encoding(16, *map.shape[-2:]).repeat(3, 1)
+        expected = torch.cat([map.permute(0, 2, 3, 1).flatten(0, 2), encodings], 1)
         assert not torch.equal(got, expected)  # in another order
         assert {tuple(row) for row in got.tolist()} == {tuple(row) for row in expected.tolist()}
-    assert [s for s, _, _ in found] == sorted(s for s, _, _ in found)
+    assert [one.stage for one in found] == sorted(one.stage for one in found)
 
 
 def test_loss_takes_the_fibre_batches_one_by_one():
     model, one = cflow(), batch(2)
     expected = []
     with torch.no_grad():
-        for stage, x, encoding in model.fibre_batches(model.maps(one)):
-            z, log_det = (part.double().numpy() for part in model.flows[stage](x, model.flows[stage].project(encoding)))
+        for stage, x, places, (columns, rows) in model.fibre_batches(model.maps(one)):
+            condition = whole_encoding(16, len(rows), len(columns))[places]
+            z, log_det = (part.double().numpy() for part in model.flows[stage](x, projected(model.flows[stage], condition)))
             channels = z.shape[1]
             log_p = -0.5 * (z**2).sum(1) - channels * 0.5 * np.log(2 * np.pi) + log_det
             expected.append(np.log1p(np.exp(-log_p / channels)).mean())
@@ -124,7 +135,8 @@ def test_map_is_in_the_order_of_the_official_one():
     for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
         height, width = map_s.shape[-2:]
         x = map_s.permute(0, 2, 3, 1).flatten(1, 2)
-        logs = torch.stack([log_likelihood(*flow(one, flow.project(positional_encoding(16, height, width)))) for one in x]) / map_s.shape[1]
+        condition = projected(flow, whole_encoding(16, height, width))
+        logs = torch.stack([log_likelihood(*flow(one, condition)) for one in x]) / map_s.shape[1]
         relative = (logs.double() - top).exp().view(2, 1, height, width)
         total = total + F.interpolate(relative, (64, 64), mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close((-map.double()).exp(), total, rtol=1e-4, atol=1e-7)

@@ -23,6 +23,11 @@ def flow(channels: int, condition: int = 8, blocks: int = 3, clamp: float = 1.9)
     return made
 
 
+def projected_by(net: ConditionalFlow, condition: torch.Tensor) -> torch.Tensor:
+    """What conditions (N, condition) add to the hidden units of every block, plainly."""
+    return condition @ net.weight_condition.mT + net.bias_hidden[:, None]
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -30,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [2, 5, 8])
 def test_the_determinant_is_that_of_the_jacobian(channels):
     net, x, condition = flow(channels), normal(4, channels), normal(4, 8, seed=1)
-    projected = net.project(condition)
+    projected = projected_by(net, condition)
     _, log_det = net(x, projected)
     for i in range(4):
         one = projected[:, i : i + 1]
@@ -42,7 +47,7 @@ def test_the_determinant_is_that_of_the_jacobian(channels):
 
 @pytest.mark.parametrize("channels", [2, 5, 8])
 def test_inverse(channels):
-    net, x, projected = flow(channels), normal(20, channels), flow(channels).project(normal(20, 8, seed=1))
+    net, x, projected = flow(channels), normal(20, channels), projected_by(flow(channels), normal(20, 8, seed=1))
     torch.testing.assert_close(net.inverse(net(x, projected)[0], projected), x)
 
 
@@ -55,7 +60,7 @@ def test_the_likelihood_is_a_density():
     axis = torch.linspace(-9, 9, 361, dtype=torch.float64)
     x = torch.cartesian_prod(axis, axis)
     for seed in range(2):
-        projected = net.project(normal(1, 4, seed=seed).expand(len(x), 4))
+        projected = projected_by(net, normal(1, 4, seed=seed).expand(len(x), 4))
         integral = log_likelihood(*net(x, projected)).exp().sum() * (axis[1] - axis[0]) ** 2
         assert integral.item() == pytest.approx(1, abs=1e-3)
 
@@ -67,7 +72,7 @@ def test_log_likelihood_is_the_normal_density():
 
 
 def test_leading_dimensions_share_the_conditions():
-    net, x, projected = flow(5), normal(3, 6, 5), flow(5).project(normal(6, 8, seed=1))
+    net, x, projected = flow(5), normal(3, 6, 5), projected_by(flow(5), normal(6, 8, seed=1))
     z, log_det = net(x, projected)
     for i in range(3):
         one = net(x[i], projected)
@@ -117,18 +122,27 @@ def test_it_is_a_chain_of_freias_blocks(channels):
         block.w_perm.data = net.rotation[k]
         (expected,), log_det = block((expected,), [condition])
         total = total + log_det
-    z, log_det = net(x, net.project(condition))
+    z, log_det = net(x, projected_by(net, condition))
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(log_det, total)
 
 
+@pytest.mark.parametrize(("left", "right"), [(4, 4), (2, 6)])
+def test_places_are_projected_as_their_whole_conditions(left, right):
+    net, columns, rows = flow(5), normal(7, left, seed=1), normal(3, right, seed=2)
+    y, x = (torch.randint(length, (40,), generator=torch.Generator().manual_seed(0)) for length in (3, 7))
+    found, expected = net.project(columns, rows, x, y), projected_by(net, torch.cat([columns[x], rows[y]], 1))
+    torch.testing.assert_close(found, expected)
+    parameters, weights = (net.weight_condition, net.bias_hidden), normal(*found.shape, seed=3)
+    ours, plain = (torch.autograd.grad((projected * weights).sum(), parameters) for projected in (found, expected))
+    torch.testing.assert_close(ours, plain)
+
+
 def test_positional_encoding():
-    dim, height, width = 16, 3, 5
-    expected = np.zeros((height, width, dim))
-    for y in range(height):
-        for x in range(width):
-            for k in range(dim // 4):
-                frequency = 10000 ** (-2 * k / (dim // 2))
-                expected[y, x, 2 * k : 2 * k + 2] = np.sin(x * frequency), np.cos(x * frequency)
-                expected[y, x, dim // 2 + 2 * k : dim // 2 + 2 * k + 2] = np.sin(y * frequency), np.cos(y * frequency)
-    np.testing.assert_allclose(positional_encoding(dim, height, width), expected.reshape(-1, dim), atol=1e-6)
+    dim, length = 8, 5
+    expected = np.zeros((length, dim))
+    for x in range(length):
+        for k in range(dim // 2):
+            frequency = 10000 ** (-2 * k / dim)
+            expected[x, 2 * k : 2 * k + 2] = np.sin(x * frequency), np.cos(x * frequency)
+    np.testing.assert_allclose(positional_encoding(dim, length), expected, atol=1e-6)

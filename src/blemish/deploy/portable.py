@@ -224,8 +224,9 @@ class CFlowForm(Form):
     def score(self, maps: Maps) -> Prediction:
         normal = 0
         for s, map in enumerate(maps):
-            flow, rows = self.model.flows[s], self.model.rows(map)  # (B, P, C)
-            logs = log_likelihood(*flow(rows, flow.project(self.model.encoding(map)))) / map.shape[1]  # (B, P)
+            rows, places = self.model.rows(map), torch.arange(map.shape[-2] * map.shape[-1])  # (B, P, C), (P,)
+            condition = self.model.condition_at(s, places, self.model.encodings(map))
+            logs = log_likelihood(*self.model.flows[s](rows, condition)) / map.shape[1]  # (B, P)
             relative = (logs - self.model.highest[s]).exp().unflatten(1, map.shape[-2:])
             normal = normal + smooth_upsample(relative, self.size, 0.0)  # (B, H, W)
         map = -normal.clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,15 @@ from blemish.types import Batch, InputError, Prediction
 
 META_EPOCHS, WARM_UP = 25, 2  # the official code's: the learning rate falls in so many steps, and rises during so many first ones
 ROWS = 4096  # vectors scored at a time: their hidden units stay in a processor's cache
+
+
+class FibreBatch(NamedTuple):
+    """Vectors of one stage for one step of the optimiser."""
+
+    stage: int
+    vectors: Tensor  # (n, C)
+    places: Tensor  # (n,) on the map, line by line
+    grid: tuple[Tensor, Tensor]  # encodings of its columns and rows, (w, condition/2) and (h, condition/2)
 
 
 class CFlow(TrainedDetector):
@@ -51,33 +61,38 @@ class CFlow(TrainedDetector):
             self.flows = nn.ModuleList(ConditionalFlow(channels, condition, blocks, clamp) for channels in self.backbone.channels)
         self.register_buffer("highest", torch.zeros(len(self.flows)))  # log-likelihood per dimension, of the training images
         self.condition, self.fibres, self.learning_rate = condition, fibres, learning_rate
-        self.queue: list[tuple[int, Tensor, Tensor]] = []  # the fibre batches of the current batch, last first
+        self.queue: list[FibreBatch] = []  # of the current batch, last first
 
     def loss(self, batch: Batch) -> Tensor:
         """That of the fibre batch whose turn it is; when none is left, the batch's maps make new ones."""
         if not self.queue:
             self.queue = list(self.fibre_batches(self.maps(batch)))[::-1]
-        stage, x, encoding = self.queue.pop()
-        flow = self.flows[stage]
-        likelihood = log_likelihood(*flow(x, flow.project(encoding)))  # (n,)
+        stage, x, places, grid = self.queue.pop()
+        likelihood = log_likelihood(*self.flows[stage](x, self.condition_at(stage, places, grid)))  # (n,)
         # the official code's loss: the paper's eq. 6 is the mean of −log p itself, which has no lower bound
         return -F.logsigmoid(likelihood / x.shape[-1]).mean()
 
-    def fibre_batches(self, maps: Maps) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(stage, vectors (n, C), encodings (n, condition)), n ≥ `fibres` where there are as many; every position once."""
+    def fibre_batches(self, maps: Maps) -> Iterator[FibreBatch]:
+        """Of `fibres` vectors or more where there are as many; every position of every image once."""
         generator = self.generator()
         for stage, map in enumerate(maps):
-            rows, encoding = self.rows(map).flatten(0, 1), self.encoding(map)  # (B·P, C), (P, condition)
+            rows, grid = self.rows(map).flatten(0, 1), self.encodings(map)  # (B·P, C)
             order = torch.randperm(len(rows), generator=generator, device=rows.device)
             # the official code leaves out what does not fill a batch; here it is spread over the others
             for drawn in order.tensor_split(max(1, int(self.summed(len(rows))) // self.fibres)):
-                yield stage, rows[drawn], encoding[drawn % len(encoding)]
+                yield FibreBatch(stage, rows[drawn], drawn % map[0, 0].numel(), grid)
 
     def rows(self, map: Tensor) -> Tensor:
         return map.flatten(2).mT.float()  # (B, P, C)
 
-    def encoding(self, map: Tensor) -> Tensor:
-        return positional_encoding(self.condition, *map.shape[-2:], device=map.device)  # (P, condition)
+    def encodings(self, map: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = (positional_encoding(self.condition // 2, length, map.device) for length in map.shape[-2:])
+        return columns, rows
+
+    def condition_at(self, stage: int, places: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
+        """What a stage's flow takes of places (n,), see `FibreBatch`."""
+        width = len(grid[0])
+        return self.flows[stage].project(*grid, places % width, places // width)
 
     def configure_optimizers(self) -> dict:
         if self.trainer.accumulate_grad_batches != 1:
@@ -103,9 +118,12 @@ class CFlow(TrainedDetector):
     def likelihood(self, maps: Maps) -> list[Tensor]:
         """Log-likelihood of every position divided by the number of dimensions, (B, h, w) per stage."""
         found = []
-        for flow, map in zip(self.flows, maps, strict=True):
-            parts = zip(*(part.split(max(1, ROWS // len(map)), -2) for part in (self.rows(map), self.encoding(map))), strict=True)
-            logs = [log_likelihood(*flow(x, flow.project(encoding))) for x, encoding in parts]  # (B, p) each
+        for stage, map in enumerate(maps):
+            rows, grid = self.rows(map), self.encodings(map)  # (B, P, C)
+            step = max(1, ROWS // len(map))
+            places = torch.arange(rows.shape[1], device=map.device).split(step)
+            parts = zip(rows.split(step, dim=1), places, strict=True)
+            logs = [log_likelihood(*self.flows[stage](x, self.condition_at(stage, at, grid))) for x, at in parts]  # (B, p) each
             found.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
         return found
 

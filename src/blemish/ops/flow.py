@@ -32,9 +32,16 @@ class ConditionalFlow(nn.Module):
         # by the signs of r they are uniform among the orthogonal matrices; with reflections, which have |det| = 1 as well
         self.register_buffer("rotation", q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
 
-    def project(self, condition: Tensor) -> Tensor:
-        """What conditions (N, condition) add to the hidden units of every block, (blocks, N, hidden): the same for all vectors there."""
-        return condition @ self.weight_condition.mT + self.bias_hidden[:, None]
+    def project(self, columns: Tensor, rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """What the conditions [columns[x], rows[y]] of N places add to the hidden units of every block, (blocks, N, hidden).
+
+        columns (w, a) and rows (h, b) with a + b = condition, x and y (N,). The product with W₁ is taken before the places are picked: a
+        grid has far fewer columns and rows than places.
+        """
+        of_columns, of_rows = self.weight_condition.flatten(0, 1).split([columns.shape[1], rows.shape[1]], dim=1)  # (K·hidden, a), (…, b)
+        bias = self.bias_hidden.flatten()
+        picked = F.embedding(x, F.linear(columns, of_columns)) + F.embedding(y, F.linear(rows, of_rows, bias))  # (N, K·hidden)
+        return picked.unflatten(1, self.bias_hidden.shape).movedim(1, 0)
 
     def forward(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Latent vectors (…, N, channels) of x (…, N, channels), and log |det ∂z/∂x| (…, N); `projected` is from `project`."""
@@ -74,17 +81,14 @@ def log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
     return log_det - 0.5 * (z.to(log_det.dtype).square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
 
-def positional_encoding(dim: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(height·width, dim): sin and cos, by turns, of the column in the first half and of the row in the other, at dim/4 frequencies.
+def positional_encoding(dim: int, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """(length, dim): sin and cos, by turns, of 0 … length − 1 at dim/2 frequencies, which fall from 1 to nearly 10⁻⁴ (Vaswani et al. 2017).
 
-    The frequencies fall from 1 to nearly 10⁻⁴, as in Vaswani et al. 2017. `dim` is a multiple of 4.
+    `dim` is even. CFlow's encoding of a position has that of its column in the first half of its numbers, that of its row in the other.
     """
-    frequency = 1e4 ** (-torch.arange(0, dim // 2, 2, device=device) / (dim // 2))  # (dim/4,)
-    column = torch.arange(width, device=device)[:, None] * frequency  # (w, dim/4)
-    row = torch.arange(height, device=device)[:, None] * frequency  # (h, dim/4)
-    waves = [torch.stack([angle.sin(), angle.cos()], -1).flatten(1) for angle in (column, row)]  # (w, dim/2), (h, dim/2)
-    grid = (height, width, dim // 2)
-    return torch.cat([waves[0].expand(grid), waves[1][:, None].expand(grid)], -1).flatten(0, 1)
+    frequency = 1e4 ** (-torch.arange(0, dim, 2, device=device) / dim)  # (dim/2,)
+    angle = torch.arange(length, device=device)[:, None] * frequency  # (length, dim/2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
 def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
