@@ -24,7 +24,7 @@ from blemish.run import build
 ROOT = Path(__file__).parents[1]
 BUNDLED = ["backbone=tf_efficientnet_lite0", "weights=bundled"]
 METHODS = {
-    "stfpm": [*BUNDLED, "batch_size=16"],
+    "stfpm": [*BUNDLED, "batch_size=8", "+trainer.accumulate_grad_batches=2"],
     "reverse_distillation": ["backbone=resnet18", "weights=random", "batch_size=16"],
     "cflow": BUNDLED,
     "dfr": BUNDLED,
