@@ -37,7 +37,7 @@ METHODS = {
     "patch_svdd": ["model.strides={64: 16, 32: 8}"],
 }
 STORED = ("stfpm", "reverse_distillation", "cflow", "dfr", "dfr, vgg19")
-LONGER = {"patch_svdd": 9}  # epochs of the longer fit, where an epoch is short beside what comes before and after; else 3
+LONGER = {"patch_svdd": 9, "dfr, vgg19": 2}  # epochs of the longer fit, where one is short beside the rest of a fit, or long; else 3
 TRAIN, TEST = 90, 38
 FIXED = ["data=mvtec", "data.category=screw", "protocol=paper", "image_size=256", "trainer=cpu", "trainer.enable_progress_bar=false"]
 FIXED += ["logger=none", "save.pictures=0", "save.curves=false", "save.state=false", "save.checkpoint=false"]

@@ -33,6 +33,7 @@ from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData
 from blemish.data.images import fit_window
 from blemish.data.module import ImageData
+from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.deploy.detect import COLUMNS, detect
 from blemish.deploy.export import view_of
@@ -50,6 +51,7 @@ from blemish.records.record import (
     Record,
     aside,
     claim,
+    held,
     no_room,
     read_record,
     release,
@@ -68,6 +70,7 @@ log = logging.getLogger(__name__)
 
 # a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
 GROUPS = ("model", "data", "trainer", "logger")
+ELSEWHERE = "choose another folder with output=FOLDER"
 CHECKED = 2**30  # bytes of a checkpoint up to which its checksums are compared: a larger one is read from where it lies
 
 
@@ -174,8 +177,9 @@ def predict(cfg: DictConfig) -> int:
     scale = (read_record(run) or {}).get("scale")
     found = track(apply(model, paths, view, saved.batch_size, output), "predicting", len(paths), console=Console(stderr=True))
     level = getattr(model, "map_threshold", None)  # a method's own, from its paper
-    monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
-    rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level, monitor)
+    with held(output, ELSEWHERE):
+        monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
+        rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level, monitor)
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
     return len(rows)
@@ -193,20 +197,18 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     """Detections in each image by itself; deep images are shown by a window fitted to the input."""
     if "model" not in cfg:
         raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
-    if cfg.get("region"):
-        raise InputError(
-            f"region={cfg.region}: detections in an image by itself have none; expected it with run=<folder of a finished run>"
-        )
     model = build(cfg.model)
     if not isinstance(model, NoiseResidual):
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
     model = model.eval().to(device_of(cfg.device))
-    monitor = monitor_of(cfg, output, [], cfg.seed)
-    found = detect(model, paths, fit_window(paths), output_names(paths, root), output)
-    rows = list(track(found, "detecting", len(paths), console=Console(stderr=True)))
-    write_csv(output / "scores.csv", COLUMNS, rows)
-    monitor.take([row[1] for row in rows])
-    monitor.save()
+    region = Region(cfg.region, root) if cfg.region else None
+    found = detect(model, paths, fit_window(paths), output_names(paths, root), output, region)
+    with held(output, ELSEWHERE):
+        monitor = monitor_of(cfg, output, [], cfg.seed)
+        rows = list(track(found, "detecting", len(paths), console=Console(stderr=True)))
+        write_csv(output / "scores.csv", COLUMNS, rows)
+        monitor.take([row[1] for row in rows])
+        monitor.save()
     return len(rows)
 
 

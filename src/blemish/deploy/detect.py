@@ -1,31 +1,42 @@
 """The noise-residual detector on single images: no run and no training, each image in its own pixels."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from blemish.data.images import prepare, read
+from blemish.data.regions import Region
 from blemish.methods.noise_residual import NoiseResidual
-from blemish.noise.false_alarms import Detection, detections, overlay, strength
+from blemish.noise.false_alarms import Alarms, Detection, detections, overlay, strength
 from blemish.records.record import aside, write_csv, write_json
 from blemish.runtime import Geometry
+from blemish.types import InputError
 
 COLUMNS = ("path", "score", "detections", "strength", "map_min", "map_max")
 
 
 @torch.inference_mode()
-def detect(model: NoiseResidual, paths: Sequence[Path], window: Mapping, names: Mapping[Path, Path], output: Path) -> Iterator[tuple]:
+def detect(
+    model: NoiseResidual, paths: Sequence[Path], window: Mapping, names: Mapping[Path, Path], output: Path, region: Region | None = None
+) -> Iterator[tuple]:
     """Write what is found in each image, and yield its row of scores.csv, see COLUMNS; the score is −min log10 NFA.
 
     `<name>_detections.csv` and `.json` list box, area, radius, scale and log10 NFA, strongest first; `_overlay.png` colours them by
-    strength; `_mask.png` is NFA ≤ ε; the 16 bits of `_map.png` run from map_min to map_max, values of −log10 NFA.
+    strength; `_mask.png` is NFA ≤ ε; the 16 bits of `_map.png` run from map_min to map_max, values of −log10 NFA. Nothing is detected
+    outside of a region; what is there still serves as noise, so that a region's border is none of the picture's.
     """
     for path in paths:
-        image = prepare(read(path), dict(window), Geometry())[None].to(model.device)  # (1, 3, H, W)
+        array = read(path)
+        seen = region and region.seen(path, *array.shape[:2])
+        image = prepare(array, dict(window), Geometry())[None].to(model.device)  # (1, 3, H, W)
         alarms = model.alarms(image)
+        if seen is not None:
+            alarms = inside(alarms, torch.from_numpy(seen).to(image.device), model.epsilon, path)
         (found,) = detections(alarms, model.epsilon)
         map = -alarms.log10_nfa[0].double().cpu().numpy()  # (H, W)
         low, high = float(map.min()), float(map.max())
@@ -43,6 +54,14 @@ def detect(model: NoiseResidual, paths: Sequence[Path], window: Mapping, names: 
             with aside(_beside(stem, f"{kind}.png")) as temporary:
                 Image.fromarray(picture).save(temporary)
         yield str(path), high, len(found), strength(-high), low, high
+
+
+def inside(alarms: Alarms, seen: Tensor, epsilon: float, path: Path) -> Alarms:
+    """The alarms of what is seen (H, W); the rest has the largest NFA there, and more than ε. As many tests count: the bound stays one."""
+    if not seen.any():
+        raise InputError(f"{path}: nothing of this image is inside the region")
+    rest = alarms.log10_nfa[:, seen].amax().clamp_min(math.log10(epsilon) + 1)
+    return alarms._replace(log10_nfa=torch.where(seen, alarms.log10_nfa, rest))
 
 
 def _beside(stem: Path, ending: str) -> Path:

@@ -290,7 +290,7 @@ def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> Non
     folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder / LOCK)
+        _lock(folder / LOCK, CHOOSE)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {CHOOSE}") from error
     try:
@@ -313,7 +313,22 @@ def taken(run_dir: str | Path) -> bool:
     return path.is_file() and _alive(_holder(path))
 
 
-def _lock(path: Path) -> None:
+@contextlib.contextmanager
+def held(folder: str | Path, choose: str) -> Iterator[None]:
+    """Keep other processes out of a folder while results are written to it; `choose` says how to have another. InputError if one is in."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder / LOCK, choose)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {choose}") from error
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def _lock(path: Path, choose: str) -> None:
     """Make the lock with its content in one step: one without any, of a process killed in between, would be held for ever."""
     made = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -328,30 +343,30 @@ def _lock(path: Path) -> None:
             with path.open("x", encoding="utf-8") as file:
                 json.dump(_identity(), file)
     except FileExistsError:
-        _take_over(path, made)
+        _take_over(path, made, choose)
     finally:
         made.unlink(missing_ok=True)
 
 
-def _take_over(path: Path, made: Path) -> None:
+def _take_over(path: Path, made: Path, choose: str) -> None:
     """Take a lock whose process is dead; of several that try at once one succeeds."""
     if fcntl is None:
-        raise _held(path)
+        raise _held(path, choose)
     with contextlib.suppress(FileNotFoundError), path.open("r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         # released while we waited: the open file is no longer the one in the folder
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             if _alive(_holder(path)):
-                raise _held(path)
+                raise _held(path, choose)
             made.replace(path)
             return
-    _lock(path)
+    _lock(path, choose)
 
 
-def _held(path: Path) -> InputError:
+def _held(path: Path, choose: str) -> InputError:
     holder = _holder(path) or {}
     return InputError(
-        f"{path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is writing to this folder; {CHOOSE}, "
+        f"{path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is writing to this folder; {choose}, "
         f"or remove {path} if that process is gone"
     )
 
