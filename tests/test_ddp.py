@@ -41,7 +41,7 @@ def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
     more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
     place = tmp_path / "two processes"
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options, *more, f"run_dir='{place}'"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder") == 1
     one, two = scores(tmp_path / "one"), scores(place)
@@ -63,7 +63,7 @@ def test_the_processes_have_one_model(name, tiny, tmp_path):
     more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false", "trainer.max_epochs=2"]
     options = [f"model={name}", *quick, *more, "batch_size=7", f"run_dir='{tmp_path / 'run'}'"]
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     again = composed(f"run='{tmp_path / 'run'}'", f"output='{tmp_path / 'again'}'", "device=cpu", *ONE, config="test")
     retest(again)

@@ -32,7 +32,7 @@ def together(tmp_path_factory) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [[sys.executable, str(WORKER), str(rank), "2", str(folder), *METHODS] for rank in (0, 1)]
     processes = [subprocess.Popen(c, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in command]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

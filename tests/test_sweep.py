@@ -28,7 +28,7 @@ def command(root: Path, *overrides: str) -> list[str]:
 def sweep(root: Path, place: Path, *overrides: str) -> tuple[int, str, dict[str, dict]]:
     """Exit status, what was said, and the rows of cells.csv by the cells' names."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(root, *overrides), cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(root, *overrides), cwd=place, env=environment, capture_output=True, text=True, timeout=600)
     with (place / "results/runs/sweeps/s/cells.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     return done.returncode, done.stdout + done.stderr, rows
@@ -73,7 +73,7 @@ def test_a_killed_sweep_takes_its_cell_with_it(tiny, tmp_path):
         command(tiny, "model=autoencoder", "trainer.max_epochs=1000000"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (locks := list(tmp_path.glob("results/runs/sweeps/s/*/.lock"))) and time.monotonic() < deadline:
             time.sleep(0.2)
         pid = json.loads(locks[0].read_text())["pid"]

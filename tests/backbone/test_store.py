@@ -528,7 +528,7 @@ def written(tiny, tmp_path_factory):
         pytest.skip("this system cannot fork, which is how the writers to be killed are made")
     killed, together = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("together")
     command = [sys.executable, "-c", WRITERS, str(CONFIGS.parent / "tests"), *map(str, (tiny, killed, together))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return killed, together, done.stdout.splitlines()
 

@@ -333,7 +333,7 @@ print("alive")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGCHLD")
 def test_models_that_go_in_the_order_they_came_leave_the_process_whole(exports):
-    done = subprocess.run([sys.executable, "-c", CHILDREN, str(exports("openvino")[0])], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CHILDREN, str(exports("openvino")[0])], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 

@@ -96,7 +96,7 @@ def test_a_run_folder(disk, tiny, method):
 def test_the_tool_ends_with_one_message(disk, tiny):
     disk.leave(40 * 1024)
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), f"run_dir={disk.place / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert f"{disk.place / 'run'}" in done.stderr

@@ -97,7 +97,7 @@ def test_odd_names_from_beginning_to_end(tiny, tmp_path):
         ["test", f"run={run}", f"output={place / 'again'}", "device=cpu"],
         ["table", f"runs={place}", f"output={place / 'table.csv'}"],
     ]
-    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert read_record(run)["status"] == "finished"
     assert list((place / "store").rglob("*.safetensors"))
@@ -366,7 +366,7 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(tiny, tmp_path):
                 train(cfg)
             assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     finally:
-        first.communicate("end\n", timeout=60)
+        first.communicate("end\n", timeout=240)
     train(tiny_run(tiny, run, *LEAN))
     assert read_record(run)["status"] == "finished"
 
@@ -375,7 +375,7 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(tiny, tmp_path):
 def test_of_two_runs_begun_together_one_ends_well(tiny, tmp_path):
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *LEAN, f"run_dir={tmp_path / 'run'}"]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    said = [process.communicate(timeout=900)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     loser = next(text for process, text in zip(both, said, strict=True) if process.returncode == 2)
     assert str(tmp_path / "run") in loser

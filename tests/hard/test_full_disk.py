@@ -28,6 +28,6 @@ def namespace() -> list[str]:
 def test_a_full_disk(tmp_path):
     options = ["-p", "no:cacheprovider", f"--rootdir={HERE.parents[1]}", f"--basetemp={tmp_path / 'inner'}", "--show-capture=no"]
     command = [*namespace(), sys.executable, "-m", "pytest", *options, str(HERE / "full_disk.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=HERE.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert " passed" in done.stdout

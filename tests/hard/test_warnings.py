@@ -23,6 +23,6 @@ QUICK = [
 def test_no_warning_of_ours():
     command = [sys.executable, "-X", "dev", "-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *[f"tests/{name}" for name in QUICK]]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BLEMISH_"))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert "Exception ignored" not in done.stderr

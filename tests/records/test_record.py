@@ -387,7 +387,7 @@ def test_of_many_processes_one_gets_the_folder(tmp_path, stale):
     children = [context.Process(target=compete, args=(tmp_path, start, results)) for _ in range(8)]
     for child in children:
         child.start()
-    won = [results.get(timeout=20) for _ in children]
+    won = [results.get(timeout=120) for _ in children]
     for child in children:
         child.join()
     assert sum(won) == 1

@@ -288,11 +288,7 @@ def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> Non
     if rank_zero_only.rank != 0:
         return
     folder = Path(run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder / LOCK, CHOOSE)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {CHOOSE}") from error
+    _take(folder, CHOOSE)
     try:
         _clear(folder, overwrite, set(keep))
     except BaseException:
@@ -316,16 +312,19 @@ def taken(run_dir: str | Path) -> bool:
 @contextlib.contextmanager
 def held(folder: str | Path, choose: str) -> Iterator[None]:
     """Keep other processes out of a folder while results are written to it; `choose` says how to have another. InputError if one is in."""
-    folder = Path(folder)
+    _take(Path(folder), choose)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def _take(folder: Path, choose: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder / LOCK, choose)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {choose}") from error
-    try:
-        yield
-    finally:
-        release(folder)
 
 
 def _lock(path: Path, choose: str) -> None:
