@@ -54,7 +54,9 @@ def test_a_killed_training_resumes_to_the_same_weights(method, tiny, tmp_path):
             break
     assert 1 <= epochs < 8
     assert not (cut / "model.ckpt").exists()
-    train(composed(f"resume='{cut}'"))
+    cfg = composed(f"resume='{cut}'")
+    train(cfg)
+    assert cfg.run_dir == str(cut)  # what the tool prints
     assert not (cut / "last.ckpt").exists()
     expected, found = weights(whole), weights(cut)
     assert all(torch.equal(found[key], value) for key, value in expected.items())

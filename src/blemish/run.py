@@ -81,6 +81,7 @@ def train(cfg: DictConfig) -> dict:
     With `resume`, the folder of a run that was stopped, that run goes on from its last epoch, with its own config and split.
     """
     if resumed := Path(cfg.resume) if cfg.get("resume") else None:
+        cfg.run_dir = str(resumed)  # for the caller, who tells where it is
         cfg = continued(cfg, resumed)
     past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
     model = adopt(cfg, past) if past else None
@@ -487,6 +488,8 @@ def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, 
     if not cfg.get("store") or not cfg.store.enabled:  # runs of earlier versions have no store
         return data
     if data.tile is not None:
+        if getattr(model, "backbone", None) is None:
+            return data  # nothing that a store would save: a sweep may turn it on for all its methods
         raise InputError(f"store=on with tiling={data.tile}: maps of tiles are not stored; expected store=off, or tiling=null")
     store = Store(cfg.store.root, cfg.store.dtype, cfg.store.max_gb)
     shown = trainer.progress_bar_callback is not None
@@ -648,9 +651,7 @@ def expected_warnings() -> Iterator[None]:
 
 def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
-    # notes on devices, advertisements and what was tried at import are not ours to repeat
-    for chatty in ("lightning.pytorch", "faiss"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # notes on devices and advertisements are not ours to repeat
     try:
         return work(cfg)
     except (InputError, OmegaConfBaseException, OSError) as error:  # the second for a value that a config lacks

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from support import composed, tiny_run
+from support import QUICK, composed, tiny_run
 from torch.nn import functional as F
 
 from blemish import run as tools
@@ -393,6 +393,12 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
         data = tools.data_of(tools.read_config(folder))
         data.processes = 2
         data.test_dataloader()
+
+
+def test_a_method_without_a_backbone_takes_tiles_in_a_sweep_with_a_store(large, tmp_path):
+    options = ["crop=null", "image_size=32", "tiling=96", "store=on", f"store.root='{tmp_path / 'store'}'", *QUICK["ganomaly"]]
+    train(tiny_run(large, tmp_path / "run", "model=ganomaly", *options, "trainer.max_epochs=1"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_what_tiles_do_not_go_with(large, tmp_path):

@@ -1,10 +1,13 @@
 """Exact nearest neighbours in L2, in bounded memory."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from blemish.types import InputError
 
+logging.getLogger("faiss").setLevel(logging.WARNING)  # at import it tells what it tried to load
 try:
     import faiss
 except ImportError:
