@@ -597,6 +597,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "protocol": cfg.protocol,
         "image_size": cfg.data.image_size,
         "crop": cfg.data.crop,
+        "tiling": data.tile,
         "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,  # as of runs of before there was a choice
         "region": data.region.digest() if data.region else None,
         "unit": cfg.data.get("unit", "image"),

@@ -21,6 +21,7 @@ from blemish.records.tables import (
     collect,
     in_latex,
     in_markdown,
+    label,
     latex,
     markdown,
     pooled,
@@ -99,6 +100,18 @@ def test_writes_csv_and_between_the_markers(runs, tmp_path):
     readme.write_text("no markers")
     with pytest.raises(InputError, match="runs: begin"):
         write(runs[0], tmp_path / "measured.csv", readme)
+
+
+def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
+    shown = {
+        "256 → 224": {},
+        "256 → 224, tiles of 512": {"tiling": 512},
+        "256 → 224, letterbox, region": {"resize": "letterbox", "region": "d"},
+    }
+    for number, facts in enumerate(shown.values()):
+        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **facts)
+    groups = pooled(collect(tmp_path))
+    assert {label(group)[2]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(shown, (0.5, 0.6, 0.7), strict=True))
 
 
 def test_nothing_measured_is_an_error(tmp_path):

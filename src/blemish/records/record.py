@@ -67,6 +67,7 @@ FIELDS = (
     "protocol",
     "image_size",
     "crop",
+    "tiling",  # side of the tiles that images were cut into, None for whole images
     "resize",  # letterbox, None where images are stretched
     "region",  # digest of the mask, or masks, of what is looked at
     "unit",  # image, or tile where large images were cut

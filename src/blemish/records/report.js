@@ -39,7 +39,8 @@ const count = (n, one) => `${n} ${one}${n === 1 ? "" : /(ss|x|ch|sh)$/.test(one)
 const base = path => path === null || path === undefined ? "" : String(path).split("/").pop();
 const category = value => value === null || value === undefined ? "whole set" : String(value);
 const unit = value => value === null || value === undefined ? "image" : String(value);
-const pixels = setting => setting.image_size === null ? "–" : `${setting.image_size}${setting.crop ? ` → ${setting.crop}` : ""}`;
+const pixels = setting => (setting.image_size === null ? "–" : `${setting.image_size}${setting.crop ? ` → ${setting.crop}` : ""}`)
+  + (setting.tiling ? `, tiles of ${setting.tiling}` : "");
 const network = setting => setting.backbone === null ? "–" : `${setting.backbone}${setting.weights ? ` (${base(setting.weights)})` : ""}`;
 const epochs = setting => setting.epochs === null ? "–" : String(setting.epochs);
 
@@ -60,6 +61,7 @@ function shown(setting, name) {
 const PARTS = [
   of => of.variant, of => of.epochs === null ? null : count(of.epochs, "epoch"), of => of.backbone, of => base(of.weights) || null,
   of => of.image_size === null ? null : `${of.image_size} px`, of => of.crop === null ? null : `crop ${of.crop}`,
+  of => of.tiling === null ? null : `tiles of ${of.tiling}`, of => of.resize, of => of.region === null ? null : "region",
 ];
 function names(settings) {
   const found = new Map();
@@ -309,7 +311,7 @@ function drawMatrix() {
   const single = new Set(columns.map(([, of]) => of.dataset)).size === 1;
   const lines = new Map();
   for (const of of settings) {
-    const key = JSON.stringify([of.method, of.variant, of.epochs, of.backbone, of.weights, of.image_size, of.crop]);
+    const key = JSON.stringify(data.setting.filter(name => !["dataset", "category", "unit", "protocol"].includes(name)).map(name => of[name]));
     if (!lines.has(key)) lines.set(key, { setting: of, cells: new Map() });
     lines.get(key).cells.set(`${tell.dataset(of)} ${category(of.category)}`, value(of, state.metric));
   }

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
 SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
-SETTING += ("resize", "region", "protocol")
+SETTING += ("tiling", "resize", "region", "protocol")
 PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
@@ -140,7 +140,8 @@ def label(group: Mapping) -> list[str]:
     method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
     size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
-    return [method, backbone, ", ".join(filter(None, (size, group["resize"], "region" * bool(group["region"])))), str(group["protocol"])]
+    how = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "region" * bool(group["region"]))
+    return [method, backbone, ", ".join(filter(None, how)), str(group["protocol"])]
 
 
 def costs(runs: Sequence[Mapping]) -> list[str]:
