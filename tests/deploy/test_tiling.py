@@ -37,7 +37,7 @@ from blemish.data.tiles import (
 )
 from blemish.deploy.predict import View
 from blemish.deploy.predict import predict as apply
-from blemish.deploy.tiling import Blend, RowsOnDisk, Stitch, ramp, score_image, write_png
+from blemish.deploy.tiling import Blend, RowsOnDisk, Stitch, ramp, reconstruct_tiles, score_image, write_png
 from blemish.detector import Detector
 from blemish.run import load, predict, train
 from blemish.runtime import Geometry
@@ -180,6 +180,27 @@ def test_stitched_maps_and_truth_keep_every_peak(width, height, side):
         assert prediction.map.shape == batch.mask.shape == (1, *batch.image.shape[-2:])
         assert float(prediction.map.amax()) == pytest.approx(float(whole.max()), abs=1e-6)
         assert float(prediction.score) == pytest.approx(float(whole.max()), abs=1e-6)
+
+
+class Again(torch.nn.Module):
+    """Reconstructs every image as it is, but for what `darker` takes from it."""
+
+    darker, device = 0.0, torch.device("cpu")
+
+    def reconstruct(self, image: torch.Tensor) -> torch.Tensor:
+        return image - self.darker
+
+
+@pytest.mark.parametrize(("height", "width", "tile", "overlap"), [(70, 101, 32, 8), (64, 64, 32, 0), (20, 50, 32, 31), (9, 12, 32, 4)])
+def test_reconstructions_of_tiles_make_that_of_the_image(height, width, tile, overlap):
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    model = Again()
+    again = reconstruct_tiles(model, image, None, tile, overlap)
+    torch.testing.assert_close(again, image, atol=0.5 / 255 + 1e-6, rtol=0)
+    model.darker = 0.25
+    torch.testing.assert_close(reconstruct_tiles(model, image, None, tile, overlap), again - 0.25, atol=1e-6, rtol=0)
+    flat = torch.full((1, 3, height, width), 0.4)
+    torch.testing.assert_close(reconstruct_tiles(Again(), flat, tile // 2, tile, overlap), flat, atol=1e-6, rtol=0)
 
 
 def test_a_small_image_is_one_tile_continued_by_its_mirror_image():
@@ -397,8 +418,11 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
 
 def test_a_method_without_a_backbone_takes_tiles_in_a_sweep_with_a_store(large, tmp_path):
     options = ["crop=null", "image_size=32", "tiling=96", "store=on", f"store.root='{tmp_path / 'store'}'", *QUICK["ganomaly"]]
-    train(tiny_run(large, tmp_path / "run", "model=ganomaly", *options, "trainer.max_epochs=1"))
+    train(tiny_run(large, tmp_path / "run", "model=ganomaly", *options, "trainer.max_epochs=1", "save.pictures=2"))
     assert not (tmp_path / "store").exists()
+    train(tiny_run(large, tmp_path / "other", "model=dfkde", "crop=null", "image_size=32", "tiling=96", "save.pictures=2"))
+    widths = [{read(path).shape[1] for path in (tmp_path / run / "images").iterdir()} for run in ("run", "other")]
+    assert min(widths[0]) > 1.15 * max(widths[1]), "a panel more, of the reconstruction"
 
 
 def test_what_tiles_do_not_go_with(large, tmp_path):

@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ from blemish.data.images import prepare, unplace
 from blemish.data.module import ImageData
 from blemish.data.tiles import grid, largest_blocks, mirrored, reduction, tile_at
 from blemish.detector import Detector, within
+from blemish.records.evaluate import bytes_of
 from blemish.runtime import Geometry, place_mask
 from blemish.types import OUTSIDE, Batch, InputError, Prediction
+
+TOGETHER = 64  # tiles that are reconstructed at a time
 
 
 def ramp(length: int, overlap: int) -> np.ndarray:
@@ -177,6 +181,23 @@ def score_image(
     return best, map
 
 
+@torch.inference_mode()
+def reconstruct_tiles(model: Detector, image: Tensor, size: int | None, tile: int, overlap: int) -> Tensor:
+    """What a method that reconstructs makes of the tiles of an image (1, 3, H, W) in [0, 1], blended as their maps are: of its shape."""
+    height, width = image.shape[2:]
+    array, channels = bytes_of(image[0]), [[], [], []]
+    blends = [Blend(height, width, tile, overlap, lambda rows, kept=kept: kept.append(rows.copy())) for kept in channels]
+    places = list(grid(width, height, tile, overlap))
+    for begin in range(0, len(places), TOGETHER):
+        some = places[begin : begin + TOGETHER]
+        pixels = [mirrored(np.ascontiguousarray(array[y : y + h, x : x + w]), tile) for x, y, w, h in some]
+        again = model.reconstruct(torch.stack([prepare(one, {}, Geometry(size)) for one in pixels]).to(model.device))  # (n, 3, h, w)
+        for (x, y, _, _), one in zip(some, again, strict=True):
+            for blend, channel in zip(blends, one.float(), strict=True):
+                blend.add(own_pixels(channel, tile, size), x, y)
+    return torch.from_numpy(np.stack([np.concatenate(kept) for kept in channels]))[None]
+
+
 class Stitch(Callback):
     """Shows a callback whole images in place of their tiles: score the largest, map blended, the truth in the image's own pixels.
 
@@ -246,9 +267,15 @@ class Stitch(Callback):
         self.inner.on_test_start(trainer, module)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
-        for prediction, image in self._done(trainer.test_dataloaders.dataset.tiles, outputs, batch, truth=True):
-            # without the module, whose reconstruction of a whole image would not be that of its tiles
-            self.inner.on_test_batch_end(trainer, None, prediction, image, index, loader)
+        dataset = trainer.test_dataloaders.dataset.tiles
+        for prediction, image in self._done(dataset, outputs, batch, truth=True):
+            self.inner.on_test_batch_end(trainer, self._by_tiles(module, dataset), prediction, image, index, loader)
+
+    def _by_tiles(self, module, dataset) -> SimpleNamespace | None:
+        """What of a module a callback may ask of whole images: its reconstruction, None where there is none or the image is reduced."""
+        if not hasattr(module, "reconstruct") or self.side > 1:
+            return None
+        return SimpleNamespace(reconstruct=lambda image: reconstruct_tiles(module, image, dataset.geometry.size, self.tile, self.overlap))
 
     def on_test_end(self, trainer, module) -> None:
         self.inner.on_test_end(trainer, module)
