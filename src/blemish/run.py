@@ -7,7 +7,6 @@ import re
 import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -50,6 +49,7 @@ from blemish.records.record import (
     STATE,
     Record,
     aside,
+    check_archive,
     claim,
     held,
     no_room,
@@ -248,9 +248,7 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
 def contents(checkpoint: Path) -> dict:
     """What a checkpoint holds, tensors mapped from the file; nothing is unpickled. An error of some kind where it is not whole."""
     if checkpoint.stat().st_size <= CHECKED:
-        with zipfile.ZipFile(checkpoint) as archive:  # torch compares no checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
+        check_archive(checkpoint)
     return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
 
 

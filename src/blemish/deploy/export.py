@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from blemish.data.samples import Sample, read_manifest
 from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
 from blemish.detector import Detector, within
-from blemish.records.record import no_room, read_record, tidy
+from blemish.records.record import check_archive, no_room, read_record, tidy
 from blemish.runtime import FORMAT, GREY, KEY, NO_SEAL, Geometry, Model, exact_strips, facts_of, middle, seal
 from blemish.scoring.calibration import conformal_threshold
 from blemish.types import UNKNOWN, InputError, Prediction
@@ -122,9 +121,7 @@ class Program(Model):
     def __init__(self, path: Path):
         extra = {f"{KEY}.json": ""}
         try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} inside is damaged")
+            check_archive(path)
             program = torch.export.load(path, extra_files=extra).module()
         except Exception as error:  # of many kinds
             raise InputError(

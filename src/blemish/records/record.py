@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,6 +179,13 @@ def tidy(folder: Path, age: float = STALE) -> None:
         for path in list(folder.iterdir()):
             if ASIDE.fullmatch(path.name) and path.lstat().st_mtime <= time.time() - age:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def check_archive(path: Path) -> None:
+    """ValueError, or zipfile's error, for a file of torch's of which a part is not what was written: torch compares no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} inside is damaged")
 
 
 def environment() -> dict:
