@@ -20,7 +20,7 @@ from blemish.types import InputError
 METHODS = {
     "noise_residual": ["model.neighbors=4", "model.scales=1"],
     "padim": [],
-    "autoencoder": ["trainer.max_epochs=2", "model.learning_rate=0.001", "batch_size=9"],
+    "autoencoder": ["trainer.max_epochs=2", "model.learning_rate=0.001", "batch_size=9", "epoch_size=32"],
 }
 
 ONE = ["+change.trainer.devices=1", "+change.trainer.strategy=auto"]

@@ -19,7 +19,7 @@ from blemish.types import InputError
 ROOT = Path(__file__).parents[1]
 # gradient descent on images, on stored maps with a schedule, and with two optimisers
 METHODS = {
-    "autoencoder": ["model.learning_rate=0.002", "batch_size=8"],
+    "autoencoder": ["model.learning_rate=0.002", "batch_size=8", "epoch_size=19"],  # neither all images nor full batches
     "cflow": ["backbone=test_resnet", "weights=random", "model.stages=[1,2]", "model.blocks=2", "batch_size=8"],
     "ganomaly": ["model.channels=4", "batch_size=8"],
 }

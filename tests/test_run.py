@@ -134,6 +134,22 @@ def test_paper_protocol_trains_on_all_and_decides_nothing(tiny, tmp_path):
         assert {row["decision"] for row in csv.DictReader(file)} == {""}
 
 
+def test_an_epoch_of_so_many_images(tiny, tmp_path):
+    more = ["model=lake", "model.latent=4", "model.components=4", "trainer.max_epochs=2", "batch_size=8", "store=off"]
+    runs = {size: tmp_path / str(size) for size in (None, 5, 18, 40)}
+    for size, run in runs.items():
+        train(tiny_run(tiny, run, *more, f"epoch_size={'null' if size is None else size}"))
+    records = [json.loads((run / "record.json").read_text()) for run in runs.values()]
+    assert [(record["epochs"], record["epoch_size"]) for record in records] == [(2, size) for size in runs]
+    models = {size: load(run, "cpu")[1] for size, run in runs.items()}
+    assert [len(model.points) for model in models.values()] == [18] * 4  # its density knows every image once, whatever an epoch is
+    parameters = {size: torch.cat([value.flatten() for value in model.encoder.parameters()]) for size, model in models.items()}
+    assert torch.equal(parameters[None], parameters[18])
+    assert not torch.equal(parameters[5], parameters[40])
+    with pytest.raises(InputError, match=r"epoch_size=5: PaDiM looks at every image once"):
+        train(tiny_run(tiny, tmp_path / "padim", "epoch_size=5"))
+
+
 def test_everything_can_be_switched_off(tiny, tmp_path):
     off = ["save.checkpoint=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
     train(tiny_run(tiny, tmp_path / "run", *off))

@@ -41,7 +41,8 @@ from blemish.types import InputError
 log = logging.getLogger(__name__)
 
 # as train.yaml has them
-SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "workers", "seed", "alpha")
+SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "epoch_size")
+SETTINGS += ("workers", "seed", "alpha")
 OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
 FORMAT = "blemish detector 1"
 REGION = "region of interest"  # beside the tensors of a method
@@ -63,9 +64,10 @@ class AnomalyDetector:
     """A method by its name, with the settings of its recipe but for `options`; see docs/python.md.
 
     Options are backbone, weights, image_size, crop, resize, tiling, overlap, batch_size, workers, seed, alpha (bound on false alarms),
-    recipe (False: the paper's settings), epochs (of a method that trains), calibration (share held out), value_range ((lo, hi) of deep
-    images), device, progress, and every constructor argument of the method. Without `backbone` and `weights` the bundled ones are taken,
-    which need no network. `region` is a mask, a file or an array (H, W), white where images are looked at.
+    recipe (False: the paper's settings), epochs (of a method that trains), epoch_size (images that one draws; None: each once),
+    calibration (share held out), value_range ((lo, hi) of deep images), device, progress, and every constructor argument of the method.
+    Without `backbone` and `weights` the bundled ones are taken, which need no network. `region` is a mask, a file or an array (H, W),
+    white where images are looked at.
     Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
     InputError for an option, a value or an image that cannot be used.
     """
@@ -316,6 +318,7 @@ def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], region:
     settings = (cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg), cfg.resize)
     data = Given(train, val, *settings, region and region.mask)
     data.tiled(cfg.tiling, cfg.overlap)
+    data.paced(cfg.get("epoch_size"))
     return data
 
 

@@ -130,7 +130,11 @@ class OnePassDetector(Detector):
     def on_train_start(self) -> None:
         if self.trainer.max_epochs != 1:
             raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} looks at every image once; use 1")
-        self.total = len(self.trainer.train_dataloader.dataset) + (int(self.fitted) if self.updating else 0)
+        loader = self.trainer.train_dataloader
+        seen = len(getattr(loader.batch_sampler, "sampler", loader.dataset))
+        if seen != len(loader.dataset):
+            raise InputError(f"epoch_size={seen}: {type(self).__name__} looks at every image once; use null")
+        self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
         self.kept = self.accumulator(self.total).to(self.device)
         if self.updating and self.global_rank == 0:
             with torch.no_grad():
@@ -195,8 +199,10 @@ class TrainedDetector(Detector):
     def _batches(self) -> Iterator[Batch]:
         # every process looks at all images, so that all come to the same
         shared = self.trainer.world_size > 1
-        for batch in self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader:
-            yield self.trainer.strategy.batch_to_device(batch)
+        loader = self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader
+        with getattr(getattr(loader.batch_sampler, "sampler", None), "whole", nullcontext)():  # every image once, whatever an epoch is
+            for batch in loader:
+                yield self.trainer.strategy.batch_to_device(batch)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.loss(batch)

@@ -429,6 +429,7 @@ def data_of(cfg: DictConfig, past: Path | None = None) -> ImageData:
     """The data module, set up, with what it fitted to the training images written back into the config; `past` is the run to update."""
     data = build(cfg.data)
     data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
+    data.paced(cfg.get("epoch_size"))
     side = data.geometry.side or data.tile
     if data.tile not in (None, side):
         log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)
@@ -589,6 +590,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "method": module_of(cfg.model),
         "variant": cfg.get("variant"),
         "epochs": cfg.trainer.max_epochs if isinstance(model, TrainedDetector) else None,
+        "epoch_size": data.epoch_size if isinstance(model, TrainedDetector) else None,
         "dataset": module_of(cfg.data),
         "category": cfg.data.get("category"),
         "seed": cfg.seed,

@@ -167,6 +167,38 @@ def test_shuffling_is_seeded_and_epochs_differ(root):
     assert epochs(1) != first
 
 
+@pytest.mark.parametrize("size", [3, 10, 24])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_an_epoch_of_so_many_images_goes_on_where_the_one_before_ended(root, size, tile):
+    def loader(epoch_size):
+        data = data_of(root, protocol="paper", batch_size=4, **({} if tile is None else {"image_size": None}))
+        data.tiled(tile, 0)
+        data.paced(epoch_size)
+        data.setup()
+        return data.train_dataloader()
+
+    def keys(loader):
+        return [path for batch in loader for path in batch.path]
+
+    plain, paced = loader(None), loader(size)
+    rows = len(plain.dataset)
+    orders = [key for _ in range(-(-4 * size // rows)) for key in keys(plain)]  # of whole epochs, laid end to end
+    assert [len(paced), *(len(keys(paced)) for _ in range(2))] == [-(-size // 4), size, size]
+    paced.sampler.set_epoch(0)
+    assert [key for _ in range(4) for key in keys(paced)] == orders[: 4 * size]
+    paced.sampler.set_epoch(2)  # as a resumed training does
+    assert keys(paced) == orders[2 * size : 3 * size]
+    with paced.sampler.whole():
+        assert sorted(keys(paced)) == sorted(orders[:rows])
+    assert len(keys(paced)) == size
+
+
+def test_an_epoch_is_of_a_number_of_images(root):
+    for wrong in (0, -1, 2.5, True, "all"):
+        with pytest.raises(InputError, match=r"epoch_size=.*: expected a number of images"):
+            data_of(root).paced(wrong)
+
+
 def test_same_seed_same_manifest_and_setup_only_once(root, tmp_path_factory):
     files = []
     for i in range(2):

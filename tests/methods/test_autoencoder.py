@@ -3,14 +3,15 @@
 import pytest
 import torch
 from kornia.losses import ssim_loss
+from scipy.ndimage import gaussian_filter
 from support import batch, images, stripes, trained
 
 from blemish.methods.autoencoder import Autoencoder
 from blemish.types import InputError
 
 
-def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11):
-    return Autoencoder(side, None, latent, loss, window, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed)
+def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11, **more):
+    return Autoencoder(side, None, latent, loss, window, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed, **more)
 
 
 @torch.no_grad()
@@ -31,6 +32,17 @@ def test_scores(loss):
     score, map = autoencoder(loss, "max")(x)
     assert torch.equal(score, map.flatten(1).max(1).values)
     torch.testing.assert_close(autoencoder(loss, "mean")(x).score, map.flatten(1).mean(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loss", ["l2", "ssim"])
+def test_a_blurred_map_has_a_score_of_its_own(loss):
+    x = images(3, side=32)
+    map = autoencoder(loss)(x).map
+    expected = gaussian_filter(map.double().numpy(), (0, 2.5, 2.5), mode="reflect", truncate=4)
+    score, blurred = autoencoder(loss, sigma=2.5)(x)
+    torch.testing.assert_close(blurred, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(score, blurred.amax((1, 2)))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from support import batch, images, stripes, trained
 from torch.distributions import Normal, kl_divergence
 
@@ -9,8 +10,8 @@ from blemish.methods.vae import VAE
 from blemish.types import InputError
 
 
-def vae(score="reconstruction", kl_weight=1.0, latent=8, seed=0):
-    return VAE(32, None, latent, kl_weight, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed)
+def vae(score="reconstruction", kl_weight=1.0, latent=8, seed=0, sigma=0.0):
+    return VAE(32, None, latent, kl_weight, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed, sigma=sigma)
 
 
 @torch.no_grad()
@@ -42,6 +43,17 @@ def test_the_loss_is_the_bound_at_a_draw():
 def test_reconstruction_score_is_the_maps_largest_value():
     score, map = vae()(images(3, side=32))
     assert torch.equal(score, map.amax((1, 2)))
+
+
+@torch.no_grad()
+def test_a_blurred_map_leaves_the_bound():
+    x, sigma = images(3, side=32), 2.5
+    map = vae()(x).map
+    expected = gaussian_filter(map.double().numpy(), (0, sigma, sigma), mode="reflect", truncate=4)
+    score, blurred = vae(sigma=sigma)(x)
+    torch.testing.assert_close(blurred, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(score, blurred.amax((1, 2)))
+    assert torch.equal(vae("elbo", sigma=sigma)(x).score, vae("elbo")(x).score)
 
 
 @pytest.mark.parametrize("score", ["reconstruction", "elbo"])

@@ -114,6 +114,18 @@ def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
     assert {label(group)[2]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(shown, (0.5, 0.6, 0.7), strict=True))
 
 
+def test_epochs_of_so_many_images_make_rows_of_their_own(tmp_path):
+    names = {
+        "vae, 5 epochs": {},
+        "vae, 5 epochs of 320 images": {"epoch_size": 320},
+        "vae, 5 epochs of 320 tiles": {"epoch_size": 320, "tiling": 32},
+    }
+    for number, facts in enumerate(names.values()):
+        recorded(tmp_path / f"{number}", "vae", "wood", 0, 0.5 + number / 10, epochs=5, **facts)
+    groups = pooled(collect(tmp_path))
+    assert {label(group)[0]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(names, (0.5, 0.6, 0.7), strict=True))
+
+
 def test_nothing_measured_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         collect(tmp_path)

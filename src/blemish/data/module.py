@@ -1,5 +1,6 @@
 """From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
 
+import contextlib
 import difflib
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from threading import Lock
@@ -95,6 +97,7 @@ class ImageData(LightningDataModule):
         self.process, self.processes = 0, 1  # the number of this process, and how many share the batches
         self.tile: int | None = None  # side of the tiles that loaders cut images into, None for whole images
         self.overlap = 0
+        self.epoch_size: int | None = None  # rows that an epoch draws, None for every one once
 
     def tiled(self, tile: int | None, overlap: int) -> None:
         """Let the loaders give tiles, each resized to what the network's input would be of a whole image; None for whole images.
@@ -103,6 +106,12 @@ class ImageData(LightningDataModule):
         """
         check_tiling(tile, overlap)
         self.tile, self.overlap = tile, overlap
+
+    def paced(self, epoch_size: int | None) -> None:
+        """Let an epoch draw so many images, or tiles, however many there are; None for every one once. InputError for none."""
+        whole = isinstance(epoch_size, int) and not isinstance(epoch_size, bool) and epoch_size > 0
+        _check("epoch_size", epoch_size, epoch_size is None or whole, "a number of images (tiles with tiling), or null for every one once")
+        self.epoch_size = epoch_size
 
     def scan(self) -> list[Sample]:
         """Every sample found under self.folder(), paths relative to self.root; splits "train", "test" or "unlabelled"."""
@@ -250,7 +259,7 @@ class ImageData(LightningDataModule):
         if not shuffle:
             batches = Batches(dataset, by_image(counts, self.batch_size))
             return self._loader(batches, {"batch_size": 1}, itemgetter(0), self.workers)
-        order = {"sampler": ShuffledTiles(counts, pixels, self.seed), "batch_size": self.batch_size}
+        order = {"sampler": self._pace(ShuffledTiles(counts, pixels, self.seed)), "batch_size": self.batch_size}
         return self._loader(dataset, order, collate, self.workers)
 
     def tiles(self, samples: list[Sample], fit: bool = False) -> "Tiles":
@@ -270,7 +279,7 @@ class ImageData(LightningDataModule):
 
     def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int, dealt: bool = True) -> DataLoader:
         """A loader of a data set in the order and the batches of this module; batch_size is that of all processes together."""
-        sampler: Sampler = Shuffled(len(dataset), self.seed) if shuffle else SequentialSampler(dataset)
+        sampler: Sampler = self._pace(Shuffled(len(dataset), self.seed)) if shuffle else SequentialSampler(dataset)
         order = {"sampler": sampler, "batch_size": self.batch_size}
         if dealt and self.processes > 1 and shuffle:
             order = {"batch_sampler": Dealt(sampler, self.batch_size, self.process, self.processes)}
@@ -278,6 +287,9 @@ class ImageData(LightningDataModule):
             order["sampler"] = range(self.process, len(dataset), self.processes)
             order["batch_size"] = max(1, self.batch_size // self.processes)
         return self._loader(dataset, order, collate, workers)
+
+    def _pace(self, sampler: "Shuffled | ShuffledTiles") -> Sampler:
+        return sampler if self.epoch_size is None else Paced(sampler, self.epoch_size)
 
     def _loader(self, dataset: Dataset, order: dict, collate: Callable[[list], Batch], workers: int) -> DataLoader:
         return DataLoader(
@@ -340,13 +352,52 @@ class Shuffled(Sampler):
         return iter(order.tolist())
 
 
+class Paced(Sampler):
+    """`count` rows an epoch: the next so many of the orders that a sampler draws for one epoch after the other, laid end to end.
+
+    All rows come equally often, but for one time, and a resumed training sees what it would have seen. Within `whole` an epoch is every
+    row once.
+    """
+
+    def __init__(self, sampler: Shuffled | ShuffledTiles, count: int):
+        self.sampler, self.count, self.epoch, self.all = sampler, count, 0, False
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        self.all = True
+        try:
+            yield
+        finally:
+            self.all = False
+
+    def __len__(self) -> int:
+        return len(self.sampler) if self.all else self.count
+
+    def __iter__(self) -> Iterator[int]:
+        if self.all:
+            self.sampler.set_epoch(0)
+            yield from self.sampler
+            return
+        order, seen = divmod(self.epoch * self.count, len(self.sampler))
+        self.epoch += 1
+        left = self.count
+        while left:
+            self.sampler.set_epoch(order)
+            rows = list(islice(self.sampler, seen, seen + left))
+            yield from rows
+            order, seen, left = order + 1, 0, left - len(rows)
+
+
 class Dealt(Sampler):
     """One process's share of every batch, so that all processes together see the batches that one alone would see, each image once.
 
     A last batch of fewer images than processes joins the one before. InputError if there are fewer images than processes.
     """
 
-    def __init__(self, sampler: Shuffled, batch_size: int, process: int, processes: int):
+    def __init__(self, sampler: Shuffled | Paced, batch_size: int, process: int, processes: int):
         if len(sampler) < processes or batch_size < processes:
             found = f"{len(sampler)} images in batches of {batch_size} for {processes} processes"
             raise InputError(f"trainer.devices: {found}; expected an image of every batch for each")

@@ -8,6 +8,7 @@ from torch import Tensor
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import dissimilarity, squared_error
+from blemish.ops.maps import blur
 from blemish.ops.randomness import seeded
 from blemish.types import Batch, InputError, Prediction
 
@@ -16,8 +17,8 @@ class Autoencoder(TrainedDetector):
     """Anomaly = what a code of `latent` values, learned on normal images, cannot reproduce of a pixel.
 
     loss=l2: squared error (paper, eq. 1); ssim: 1 − SSIM over `window`×`window` pixels (eq. 8 and 9). The map is the loss before it is
-    averaged over the pixels. The image's score is the `score` of its map: max, as MVTec AD's authors rank images (Bergmann et al. 2021,
-    IJCV 129, section 5), or mean; the paper itself scores pixels only.
+    averaged over the pixels, blurred by a Gaussian of `sigma` pixels, which the paper does without. The image's score is the `score` of
+    its map: max, as MVTec AD's authors rank images (Bergmann et al. 2021, IJCV 129, section 5), or mean; the paper scores pixels only.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Autoencoder(TrainedDetector):
         learning_rate: float,
         weight_decay: float,
         seed: int,
+        sigma: float = 0.0,  # runs of earlier versions have none
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -41,7 +43,7 @@ class Autoencoder(TrainedDetector):
             raise InputError(f"model.window={window}: expected an odd number of pixels, 31 at most")
         if score not in ("max", "mean"):
             raise InputError(f"model.score={score}: expected max or mean")
-        self.error, self.ranking = errors[loss], score
+        self.error, self.sigma, self.ranking = errors[loss], sigma, score
         side = input_side(image_size, crop)
         with seeded(seed):
             self.encoder, self.decoder = Encoder(side, latent), Decoder(side, latent)
@@ -55,7 +57,7 @@ class Autoencoder(TrainedDetector):
         return self.error(batch.image, self.reconstruct(batch.image)).mean()
 
     def forward(self, image: Tensor) -> Prediction:
-        map = self.error(image, self.reconstruct(image))  # (B, H, W)
+        map = blur(self.error(image, self.reconstruct(image)), self.sigma)  # (B, H, W)
         return Prediction(map.amax((1, 2)) if self.ranking == "max" else map.mean((1, 2)), map)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ from torch import Tensor
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import gaussian_kl, sampled, squared_error
+from blemish.ops.maps import blur
 from blemish.ops.randomness import seeded
 from blemish.types import Batch, InputError, Prediction
 
@@ -16,7 +17,7 @@ class VAE(TrainedDetector):
     Training minimises the negative evidence lower bound ‖x − x̂‖² + `kl_weight`·KL(q(z|x) ‖ N(0, I)), x̂ decoded from a draw of q; for a
     Gaussian p(x|z) of variance σ², kl_weight is 2σ². All is divided by the number of values of an image, so that losses and scores read
     the same for all sizes. The image's score is the map's largest value (score=reconstruction), or the bound with the mean in place of
-    a draw (score=elbo).
+    a draw (score=elbo). The map is blurred by a Gaussian of `sigma` pixels.
     """
 
     def __init__(
@@ -29,12 +30,13 @@ class VAE(TrainedDetector):
         learning_rate: float,
         weight_decay: float,
         seed: int,
+        sigma: float = 0.0,  # runs of earlier versions have none
     ):
         super().__init__()
         self.save_hyperparameters()
         if score not in ("reconstruction", "elbo"):
             raise InputError(f"model.score={score}: expected reconstruction or elbo")
-        self.kl_weight, self.ranking = kl_weight, score
+        self.kl_weight, self.sigma, self.ranking = kl_weight, sigma, score
         side = input_side(image_size, crop)
         with seeded(seed):
             self.encoder, self.decoder = Encoder(side, 2 * latent), Decoder(side, latent)
@@ -59,8 +61,9 @@ class VAE(TrainedDetector):
 
     def forward(self, image: Tensor) -> Prediction:
         mean, log_variance = self.posterior(image)
-        map = squared_error(image, self.decoder(mean))  # (B, H, W)
-        score = map.amax((1, 2)) if self.ranking == "reconstruction" else self.bound(image, map, mean, log_variance)
+        error = squared_error(image, self.decoder(mean))  # (B, H, W)
+        map = blur(error, self.sigma)
+        score = map.amax((1, 2)) if self.ranking == "reconstruction" else self.bound(image, error, mean, log_variance)
         return Prediction(score, map)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

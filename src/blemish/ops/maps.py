@@ -25,6 +25,11 @@ def smooth_upsample(map: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     return rows @ map @ columns.mT  # (B, H, W)
 
 
+def blur(map: Tensor, sigma: float) -> Tensor:
+    """A map (B, H, W) after a Gaussian blur of `sigma` pixels, as `smooth_upsample` does it; σ = 0 leaves it as it is."""
+    return smooth_upsample(map, tuple(map.shape[-2:]), sigma) if sigma else map
+
+
 @lru_cache(maxsize=64)
 def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
     """The (pixels, cells) matrix of 1-D bilinear resizing (half-pixel centres) then the blur, in float64; σ = 0 leaves it out."""

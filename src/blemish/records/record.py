@@ -62,6 +62,7 @@ FIELDS = (
     "method",
     "variant",  # a name for settings that are not the method's own, as a recipe gives it
     "epochs",  # of a method that trains
+    "epoch_size",  # images, or tiles, of an epoch; None for every one once
     "dataset",
     "category",
     "seed",

@@ -42,7 +42,8 @@ const unit = value => value === null || value === undefined ? "image" : String(v
 const pixels = setting => (setting.image_size === null ? "–" : `${setting.image_size}${setting.crop ? ` → ${setting.crop}` : ""}`)
   + (setting.tiling ? `, tiles of ${setting.tiling}` : "");
 const network = setting => setting.backbone === null ? "–" : `${setting.backbone}${setting.weights ? ` (${base(setting.weights)})` : ""}`;
-const epochs = setting => setting.epochs === null ? "–" : String(setting.epochs);
+const drawn = of => of.epoch_size === null ? "" : ` of ${of.epoch_size}`;
+const epochs = setting => setting.epochs === null ? "–" : String(setting.epochs) + drawn(setting);
 
 function cost(name, value) {
   if (value === null) return "–";
@@ -59,7 +60,7 @@ function shown(setting, name) {
 
 // names for settings that are shown together: the method, and what tells it from its namesakes
 const PARTS = [
-  of => of.variant, of => of.epochs === null ? null : count(of.epochs, "epoch"), of => of.backbone, of => base(of.weights) || null,
+  of => of.variant, of => of.epochs === null ? null : count(of.epochs, "epoch") + drawn(of), of => of.backbone, of => base(of.weights) || null,
   of => of.image_size === null ? null : `${of.image_size} px`, of => of.crop === null ? null : `crop ${of.crop}`,
   of => of.tiling === null ? null : `tiles of ${of.tiling}`, of => of.resize, of => of.region === null ? null : "region",
 ];

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
-SETTING = ("method", "variant", "epochs", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
+SETTING = ("method", "variant", "epochs", "epoch_size", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
 SETTING += ("tiling", "resize", "region", "protocol")
 PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
@@ -137,6 +137,7 @@ def figure_of(tables: Sequence[Mapping], group: Mapping, metric: str) -> Figure 
 def label(group: Mapping) -> list[str]:
     """Method, backbone, size and protocol of a row, as a reader wants them."""
     epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
+    epochs = f"{epochs} of {group['epoch_size']} {'tiles' if group['tiling'] else 'images'}" if epochs and group["epoch_size"] else epochs
     method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
     size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
