@@ -353,10 +353,10 @@ class Shuffled(Sampler):
 
 
 class Paced(Sampler):
-    """`count` rows an epoch: the next so many of the orders that a sampler draws for one epoch after the other, laid end to end.
+    """`count` rows an epoch, of a sampler that draws an order of all rows for each epoch.
 
-    All rows come equally often, but for one time, and a resumed training sees what it would have seen. Within `whole` an epoch is every
-    row once.
+    Fewer than all are the first of that epoch's order. More are the next ones of all orders laid end to end, so that rows come equally
+    often, but for one time. A resumed training sees what it would have seen. Within `whole` an epoch is every row once.
     """
 
     def __init__(self, sampler: Shuffled | ShuffledTiles, count: int):
@@ -381,14 +381,15 @@ class Paced(Sampler):
             self.sampler.set_epoch(0)
             yield from self.sampler
             return
-        order, seen = divmod(self.epoch * self.count, len(self.sampler))
+        rows = len(self.sampler)
+        order, seen = divmod(self.epoch * self.count, rows) if self.count > rows else (self.epoch, 0)
         self.epoch += 1
         left = self.count
         while left:
             self.sampler.set_epoch(order)
-            rows = list(islice(self.sampler, seen, seen + left))
-            yield from rows
-            order, seen, left = order + 1, 0, left - len(rows)
+            part = list(islice(self.sampler, seen, seen + left))
+            yield from part
+            order, seen, left = order + 1, 0, left - len(part)
 
 
 class Dealt(Sampler):
