@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 
-from blemish.ops.maps import align, smooth_upsample
+from blemish.ops.maps import align, blur, smooth_upsample
+from blemish.types import InputError
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,12 @@ def test_without_blur_and_constant_maps():
     expected = F.interpolate(map[:, None], (16, 16), mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close(smooth_upsample(map, (16, 16), 0.0), expected)
     torch.testing.assert_close(smooth_upsample(torch.full((1, 4, 4), 7.0), (32, 32), 4.0), torch.full((1, 32, 32), 7.0))
+
+
+def test_a_blur_that_is_none():
+    for sigma in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"model\.sigma=.*: expected 0 to 1000 pixels"):
+            blur(torch.rand(1, 4, 4), sigma)
 
 
 def test_align_brings_stages_to_the_first_grid():

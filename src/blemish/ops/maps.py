@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blemish.types import InputError
+
+MOST = 1000  # pixels of a blur: none of use is wider, and its kernel has eight times as many
+
 
 def align(maps: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
     """Stages (B, C_s, h_s, w_s) resized to the first one's grid and concatenated: (B, ΣC_s, h, w)."""
@@ -33,6 +37,8 @@ def blur(map: Tensor, sigma: float) -> Tensor:
 @lru_cache(maxsize=64)
 def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
     """The (pixels, cells) matrix of 1-D bilinear resizing (half-pixel centres) then the blur, in float64; σ = 0 leaves it out."""
+    if not 0 <= sigma <= MOST:
+        raise InputError(f"model.sigma={sigma}: expected 0 to {MOST} pixels")
     with torch.inference_mode(False):
         eye = torch.eye(cells, dtype=torch.float64)[None]  # (1, cells, cells)
         up = F.interpolate(eye, pixels, mode="linear", align_corners=False)[0].T  # (pixels, cells)
