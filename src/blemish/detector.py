@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -131,9 +132,8 @@ class OnePassDetector(Detector):
         if self.trainer.max_epochs != 1:
             raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} looks at every image once; use 1")
         loader = self.trainer.train_dataloader
-        seen = len(getattr(loader.batch_sampler, "sampler", loader.dataset))
-        if seen != len(loader.dataset):
-            raise InputError(f"epoch_size={seen}: {type(self).__name__} looks at every image once; use null")
+        if hasattr(order := order_of(loader), "whole"):
+            raise InputError(f"epoch_size={len(order)}: {type(self).__name__} looks at every image once; use null")
         self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
         self.kept = self.accumulator(self.total).to(self.device)
         if self.updating and self.global_rank == 0:
@@ -200,7 +200,7 @@ class TrainedDetector(Detector):
         # every process looks at all images, so that all come to the same
         shared = self.trainer.world_size > 1
         loader = self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader
-        with getattr(getattr(loader.batch_sampler, "sampler", None), "whole", nullcontext)():  # every image once, whatever an epoch is
+        with getattr(order_of(loader), "whole", nullcontext)():  # every image once, whatever an epoch is
             for batch in loader:
                 yield self.trainer.strategy.batch_to_device(batch)
 
@@ -248,6 +248,11 @@ class TrainedDetector(Detector):
             )
         shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
         self.log("loss", loss.detach(), batch_size=len(batch.image), **shown)
+
+
+def order_of(loader: DataLoader) -> Sampler | None:
+    """What draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `whole`: `data.module.Paced`."""
+    return getattr(loader.batch_sampler, "sampler", None)
 
 
 class Bank(Metric):

@@ -89,7 +89,13 @@ def test_weights_come_from_the_seed_and_leave_the_global_stream():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"loss": "l1"}, "l2 or ssim"), ({"score": "sum"}, "max or mean"), ({"side": 40}, "image_size=40"), ({"window": 10}, "window=10")],
+    [
+        ({"loss": "l1"}, "l2 or ssim"),
+        ({"score": "sum"}, "max or mean"),
+        ({"side": 40}, "image_size=40"),
+        ({"window": 10}, "window=10"),
+        ({"sigma": -1}, "sigma=-1"),
+    ],
 )
 def test_wrong_choices(change, message):
     with pytest.raises(InputError, match=message):

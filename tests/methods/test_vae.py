@@ -74,6 +74,8 @@ def test_a_large_weight_gives_the_prior():
     assert log_variance.abs().mean() < 0.2
 
 
-def test_wrong_score():
+def test_wrong_settings():
     with pytest.raises(InputError, match="reconstruction or elbo"):
         vae("max")
+    with pytest.raises(InputError, match=r"model\.sigma=-1"):
+        vae(sigma=-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import dissimilarity, squared_error
-from blemish.ops.maps import blur
+from blemish.ops.maps import blur, check_blur
 from blemish.ops.randomness import seeded
 from blemish.types import Batch, InputError, Prediction
 
@@ -43,6 +43,7 @@ class Autoencoder(TrainedDetector):
             raise InputError(f"model.window={window}: expected an odd number of pixels, 31 at most")
         if score not in ("max", "mean"):
             raise InputError(f"model.score={score}: expected max or mean")
+        check_blur(sigma)
         self.error, self.sigma, self.ranking = errors[loss], sigma, score
         side = input_side(image_size, crop)
         with seeded(seed):

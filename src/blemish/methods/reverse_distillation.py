@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blemish.backbone.features import Features, stage_indices
 from blemish.detector import Maps, TrainedDetector
-from blemish.ops.maps import smooth_upsample
+from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.randomness import seeded
 from blemish.types import Batch, InputError, Prediction
 
@@ -40,6 +40,7 @@ class ReverseDistillation(TrainedDetector):
         self.save_hyperparameters()
         if loss not in ("flattened", "position"):
             raise InputError(f"model.loss={loss}: expected flattened or position")
+        check_blur(sigma)
         self.flattened, self.sigma = loss == "flattened", sigma
         shapes, beyond = shapes_of(backbone, stages)
         self.backbone = Features(backbone, stages, weights, seed)

@@ -6,7 +6,7 @@ from torch import Tensor
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import gaussian_kl, sampled, squared_error
-from blemish.ops.maps import blur
+from blemish.ops.maps import blur, check_blur
 from blemish.ops.randomness import seeded
 from blemish.types import Batch, InputError, Prediction
 
@@ -36,6 +36,7 @@ class VAE(TrainedDetector):
         self.save_hyperparameters()
         if score not in ("reconstruction", "elbo"):
             raise InputError(f"model.score={score}: expected reconstruction or elbo")
+        check_blur(sigma)
         self.kl_weight, self.sigma, self.ranking = kl_weight, sigma, score
         side = input_side(image_size, crop)
         with seeded(seed):

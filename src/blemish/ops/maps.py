@@ -37,8 +37,7 @@ def blur(map: Tensor, sigma: float) -> Tensor:
 @lru_cache(maxsize=64)
 def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
     """The (pixels, cells) matrix of 1-D bilinear resizing (half-pixel centres) then the blur, in float64; σ = 0 leaves it out."""
-    if not 0 <= sigma <= MOST:
-        raise InputError(f"model.sigma={sigma}: expected 0 to {MOST} pixels")
+    check_blur(sigma)
     with torch.inference_mode(False):
         eye = torch.eye(cells, dtype=torch.float64)[None]  # (1, cells, cells)
         up = F.interpolate(eye, pixels, mode="linear", align_corners=False)[0].T  # (pixels, cells)
@@ -51,6 +50,12 @@ def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
         index = reflect(torch.arange(pixels)[:, None] + offset.long(), pixels)  # (pixels, 2·radius+1)
         blur = torch.zeros(pixels, pixels, dtype=torch.float64).scatter_add_(1, index, kernel.expand(pixels, -1))
         return blur @ up
+
+
+def check_blur(sigma: float) -> None:
+    """InputError for a blur that is none; methods that train ask before they do."""
+    if not 0 <= sigma <= MOST:
+        raise InputError(f"model.sigma={sigma}: expected 0 to {MOST} pixels")
 
 
 def reflect(index: Tensor, length: int) -> Tensor:
