@@ -37,7 +37,8 @@ METHODS = {
     "patch_svdd": ["model.strides={64: 16, 32: 8}"],
 }
 STORED = ("stfpm", "reverse_distillation", "cflow", "dfr", "dfr, vgg19")
-LONGER = {"patch_svdd": 9, "dfr, vgg19": 2}  # epochs of the longer fit, where one is short beside the rest of a fit, or long; else 3
+# epochs of the longer fit, else 3: many where one is short beside the rest of a fit
+LONGER = {"dfr": 9, "patch_svdd": 9, "stfpm": 5, "dfr, vgg19": 2}
 TRAIN, TEST = 90, 38
 REPEATS = 2
 FIXED = ["data=mvtec", "data.category=screw", "protocol=paper", "image_size=256", "trainer=cpu", "trainer.enable_progress_bar=false"]

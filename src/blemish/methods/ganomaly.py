@@ -52,9 +52,13 @@ class GANomaly(TrainedDetector):
 
     def generate(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Image and reconstruction (B, 3, H, W) in [−1, 1], their codes (B, d)."""
-        check_side(image, self.side)
-        x = (2 * image - 1).contiguous(memory_format=torch.channels_last)
+        x = self.scaled(image)
         return x, *self.networks["generator"](x)
+
+    def scaled(self, image: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [−1, 1]."""
+        check_side(image, self.side)
+        return (2 * image - 1).contiguous(memory_format=torch.channels_last)
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """What the generator makes of images (B, 3, H, W), in [0, 1]."""
@@ -82,13 +86,13 @@ class GANomaly(TrainedDetector):
         for optimizer in optimizers:
             optimizer.zero_grad()
         # Both networks learn from the discriminator's weights of before the step, so that one pass over x and one over x̂ serve both;
-        # a graph is freed as soon as it was used, which halves the memory.
-        x, fake, code, again = self.generate(batch.image)
+        # a graph is made when it is used and freed as soon as it was, which halves the memory.
         share = self.share(batch)
         with self.apart():
-            logits, real_features = discriminator(x)
+            logits, real_features = discriminator(self.scaled(batch.image))
             real_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
             self.manual_backward(real_loss)
+            x, fake, code, again = self.generate(batch.image)
             logits, fake_features = discriminator(fake)
             fake_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
             self.manual_backward(fake_loss, inputs=list(discriminator.parameters()), retain_graph=True)
