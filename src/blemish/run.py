@@ -174,7 +174,7 @@ def predict(cfg: DictConfig) -> int:
         return predict_untrained(cfg, paths, root, output)
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
-    view = view_of(saved.data, cfg.get("region"), root)._replace(tile=saved.get("tiling"), overlap=saved.get("overlap", 0))
+    view = view_of(saved, cfg.get("region"), root)
     scale = (read_record(run) or {}).get("scale")
     found = track(apply(model, paths, view, saved.batch_size, output), "predicting", len(paths), console=Console(stderr=True))
     level = getattr(model, "map_threshold", None)  # a method's own, from its paper

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KEY = "blemish"  # of the facts among a file's metadata
-FORMAT = "blemish artefact 2"
+FORMAT = "blemish artefact 3"
 SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # among the facts, and before it is known
 STRIP = 16  # rows or columns resized by one product: few enough that it has few zeros
 GREY = 128  # of 255: what is painted where nothing is looked at, and what lies beside an image in a letterbox
@@ -72,7 +72,7 @@ class Result(NamedTuple):
     score: float  # larger is more anomalous
     p_value: float | None  # (1 + normal images held out that score at least as high) / (1 + all of them); None without any
     decision: bool | None  # anomalous: score > threshold; None without a threshold
-    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input; None without one
+    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input, or by tiles in the image's own; None without one
 
 
 class Model:
@@ -96,6 +96,8 @@ class Model:
         if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         size = batch_size if self.facts["batch"] is None else self.facts["batch"]
+        if self.facts["tiling"]:
+            return [self.by_tiles(read(image) if isinstance(image, str | Path) else np.asarray(image), size) for image in images]
         found: list[Result] = []
         waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
         for image in images:
@@ -127,6 +129,30 @@ class Model:
         found = [(float(score), maps[0][i] if maps else None) for i, score in enumerate(scores)]
         return [self.judged(*within(score, map, where)) for (score, map), where in zip(found, hidden or [None] * len(found), strict=True)]
 
+    def by_tiles(self, image: np.ndarray, batch_size: int) -> Result:
+        """The result of one image from its tiles, so many at a time: their largest score, their maps blended in the image's own pixels."""
+        side, overlap, geometry = self.facts["tiling"]["side"], self.facts["tiling"]["overlap"], geometry_of(self.facts)
+        check_shape(image)
+        height, width = image.shape[:2]
+        seen = seen_in(height, width, self.facts)
+        image = image if seen is None else painted(image, seen, self.facts["window"])
+        best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
+        places = list(grid(width, height, side, overlap))
+        for begin in range(0, len(places), batch_size):
+            some = places[begin : begin + batch_size]
+            parts = [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in some]
+            scores, *maps = self.run(np.stack([given(mirrored(image[part], side), self.facts) for part in parts]))
+            for i, (x, y, _, _) in enumerate(some):
+                hidden = None if seen is None else place_mask(~mirrored(seen[parts[i]], side), geometry, True)
+                score, map = within(float(scores[i]), maps[0][i] if maps else None, hidden)
+                best = max(best, score)
+                if map is not None:
+                    blend.add(enlarged(map, side, side, geometry), x, y)
+        if seen is not None and best == -np.inf:
+            raise InputError(f"an image of {width}×{height} pixels: nothing of it is inside the region of this detector")
+        map = np.concatenate(rows) if rows else None
+        return self.judged(best, map if map is None or seen is None else np.where(seen, map, map[seen].min()))
+
     def judged(self, score: float, map: np.ndarray | None) -> Result:
         decision = None if self.threshold is None else score > self.threshold
         count = len(self.calibration)
@@ -135,6 +161,8 @@ class Model:
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
         """A map in the pixels of its image, (height, width): what was not looked at takes the least value of the rest."""
+        if self.facts["tiling"]:
+            return map
         own, seen = enlarged(map, height, width, geometry_of(self.facts)), seen_in(height, width, self.facts)
         return own if seen is None else np.where(seen, own, own[seen].min())
 
@@ -258,10 +286,19 @@ def read(path: str | Path) -> np.ndarray:
 
 def prepared(array: np.ndarray, facts: dict) -> np.ndarray:
     """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], as the facts say under `input`."""
-    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
-        raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+    check_shape(array)
     seen = seen_in(*array.shape[:2], facts)
-    array = array if seen is None else painted(array, seen, facts["window"])
+    return given(array if seen is None else painted(array, seen, facts["window"]), facts)
+
+
+def check_shape(array: np.ndarray) -> None:
+    """InputError unless this may be an image."""
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
+        raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+
+
+def given(array: np.ndarray, facts: dict) -> np.ndarray:
+    """An image, or a tile of one, as a graph takes it, wherever it is looked at."""
     if facts["source"]:
         if array.dtype != np.uint8 or list(array.shape[:2]) != facts["source"]:
             raise InputError(f"an image {array.dtype} {array.shape[:2]}; this export takes uint8 of (H, W) = {facts['source']} alone")
@@ -358,6 +395,8 @@ def unseen(height: int, width: int, geometry: Geometry, seen: np.ndarray | None)
 
 def within(score: float, map: np.ndarray | None, hidden: np.ndarray | None) -> tuple[float, np.ndarray | None]:
     """Score and map (h, w) of what is not hidden, whose least value the rest takes; a score that is the map's largest value is theirs."""
+    if hidden is not None and hidden.all():  # as a tile may be
+        return -np.inf, map if map is None else np.full_like(map, map.max())
     if map is None or hidden is None:
         return score, map
     shown = map[~hidden]
@@ -397,6 +436,74 @@ def enlarged(map: np.ndarray, height: int, width: int, geometry: Geometry) -> np
         map = beside(np.asarray(map, np.float32), outer, map.min())
     map = map if inner == outer else map[middle(outer, inner)]
     return resized(resized(map, 1, width), 0, height)
+
+
+def starts(length: int, tile: int, stride: int) -> list[int]:
+    """First pixels of tiles that cover `length` pixels; the last tile is flush with the end, a tile longer than it is cut."""
+    last = max(length - tile, 0)
+    return [*range(0, last, stride), last]
+
+
+def grid(width: int, height: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int, int]]:
+    """(x, y, w, h) of the tiles of an image, row by row: the last ones are flush with its ends, a side below `tile` is one tile's."""
+    for y in starts(height, tile, tile - overlap):
+        for x in starts(width, tile, tile - overlap):
+            yield x, y, min(tile, width), min(tile, height)
+
+
+def mirrored(array: np.ndarray, tile: int) -> np.ndarray:
+    """An array (H, W, …) continued to the right and below by its mirror image, as often as needed, where a side is below `tile`."""
+    more = [(0, max(0, tile - side)) for side in array.shape[:2]]
+    return np.pad(array, more + [(0, 0)] * (array.ndim - 2), mode="symmetric") if any(after for _, after in more) else array
+
+
+def ramp(length: int, overlap: int) -> np.ndarray:
+    """Weights (length,) of a tile's pixels along one axis: 1, falling linearly towards either end within the overlap."""
+    inwards = np.minimum(np.arange(length), np.arange(length)[::-1]) + 1.0
+    return np.minimum(inwards / (overlap + 1), 1).astype(np.float32)
+
+
+class Blend:
+    """The weighted mean of tiles' maps, which `add` takes row by row from the left; finished rows (n, width) go to `emit` in order.
+
+    A pixel's weight in a tile is the product of `ramp` along both axes. Means are updated tile by tile, m ← m + (new − m)·w / Σw, so that
+    where all tiles agree the result is what they say to the last bit.
+    """
+
+    def __init__(self, height: int, width: int, tile: int, overlap: int, emit: Callable[[np.ndarray], None]):
+        self.height, self.width, self.emit = height, width, emit
+        self.high, self.wide = min(tile, height), min(tile, width)  # of every tile
+        self.down, self.across = ramp(self.high, overlap), ramp(self.wide, overlap)
+        self.strip, self.strip_weight = np.zeros((self.high, width), np.float32), np.zeros(width, np.float32)
+        self.open, self.open_weight = np.zeros((self.high, width), np.float32), np.zeros(self.high, np.float32)
+        self.top = 0  # the image's row that is the first of `open`
+
+    def add(self, map: np.ndarray, x: int, y: int) -> None:
+        """A tile's map, at least (high, wide), whose pixel (0, 0) is the image's (y, x)."""
+        columns = slice(x, x + self.wide)
+        self.strip_weight[columns] += self.across
+        share = self.across / self.strip_weight[columns]  # (wide,)
+        part = self.strip[:, columns]
+        part += (map[: self.high, : self.wide] - part) * share
+        if x + self.wide == self.width:
+            self._row_done(y)
+
+    def _row_done(self, y: int) -> None:
+        """Blend a whole row of tiles, which are a grid, so that the mean over both axes is a mean over one of means over the other."""
+        self._move_to(y)
+        self.open_weight += self.down
+        self.open += (self.strip - self.open) * (self.down / self.open_weight)[:, None]
+        self.strip[:], self.strip_weight[:] = 0, 0
+        if y + self.high == self.height:
+            self.emit(self.open)
+
+    def _move_to(self, y: int) -> None:
+        done = y - self.top
+        if done:
+            self.emit(self.open[:done])
+            for rows in (self.open, self.open_weight):
+                rows[:-done], rows[-done:] = rows[done:].copy(), 0
+            self.top = y
 
 
 def resized(array: np.ndarray, axis: int, pixels: int) -> np.ndarray:

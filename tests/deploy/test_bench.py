@@ -40,7 +40,7 @@ def test_engines_compute_the_run_whole_and_in_parts(run, arrays, name, tmp_path)
     for module in ("onnx", "onnxscript", name):
         pytest.importorskip(module, reason=f"no {module} here: pip install blemish[export]")
     saved, model = load(run, "cpu")
-    view = view_of(saved.data)
+    view = view_of(saved)
     plain = torch_engine(model, view)
     other = graph_engine(name, load(run, "cpu")[1], view, (48, 48), "uint8", True, 1, 20, tmp_path)
     expected = plain.whole(plain.stack([plain.resize(array) for array in arrays]))
@@ -75,7 +75,7 @@ def test_what_is_written(run, tiny, tmp_path, monkeypatch):
 
 
 def test_without_maps_there_is_no_stage_for_them(run, arrays):
-    view = view_of(load(run, "cpu")[0].data)
+    view = view_of(load(run, "cpu")[0])
     rows = measured("torch", torch_engine(load(run, "cpu")[1], view), arrays, 1, False, Plan(0, 1, 9))
     assert [r.stage for r in rows] == ["resize", "backbone", "score", "image to score"]
 

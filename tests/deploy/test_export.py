@@ -24,6 +24,7 @@ from blemish.data.images import place, prepare, read, to_unit, unplace
 from blemish.deploy import export
 from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
 from blemish.deploy.portable import BLOCKS, portable
+from blemish.deploy.predict import predict
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.run import build, load, train
 from blemish.runtime import Geometry
@@ -246,6 +247,73 @@ def test_a_crop_and_deep_images(tiny, tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="input=float for deep images"):
         exported(folder, tmp_path / "m.pt2", "format=torch_export", f"images='{tmp_path}/deep.png'")
+
+
+@pytest.fixture(scope="module")
+def by_tiles(tiny, tmp_path_factory):
+    """Runs that score images by tiles of 40 px, made when they are first asked for: without a region, and looking at a half."""
+    root = tmp_path_factory.mktemp("tiles")
+    half = np.zeros((64, 64), np.uint8)
+    half[:, :30] = 255
+    Image.fromarray(half).save(root / "half.png")
+
+    @cache
+    def made(region: bool) -> Path:
+        options = ["tiling=40", "overlap=12", "image_size=32", "crop=null", "save.pictures=0", "save.curves=false"]
+        more = [f"data.region='{root / 'half.png'}'"] if region else []
+        train(tiny_run(tiny, root / f"{region}", "model=padim", *options, *more))
+        return root / f"{region}"
+
+    return made
+
+
+@pytest.mark.parametrize("region", [False, True])
+@pytest.mark.parametrize("input", ["uint8", "float"])
+def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, region, input):
+    """Images of many sizes, of which one is smaller than a tile, against `predict`."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    folder = by_tiles(region)
+    path, parity = exported(folder, tmp_path / "m.onnx", f"input={input}")
+    assert parity.images > 8 and parity.score_difference <= 1e-4 * parity.score_scale
+    assert parity.map_difference <= 1e-3 * parity.map_scale
+    saved, model = load(folder, "cpu")
+    other = runtime.Model(path, threads=1)
+    assert other.facts["tiling"] == {"side": 40, "overlap": 12}
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in [(64, 64), (30, 70), (25, 31, 3), (100, 41)]]
+    expected = list(predict(model, arrays, export.view_of(saved), 3, tmp_path, load=lambda array: array))
+    for batch_size in (1, 7):
+        found = other.predict(arrays, batch_size)
+        assert [result.score for result in found] == pytest.approx([one.score for one in expected], rel=1e-4)
+        for result, one, array in zip(found, expected, arrays, strict=True):
+            np.testing.assert_allclose(result.map, one.map[:], rtol=1e-3, atol=1e-4)
+            assert result.map.shape == array.shape[:2] and result.map.dtype == np.float32
+            assert other.own_pixels(result.map, *array.shape[:2]) is result.map
+            assert result.score == pytest.approx(result.map.max(), rel=0.5)
+
+
+def test_an_export_by_tiles_without_maps(by_tiles, tmp_path):
+    path, _ = exported(by_tiles(False), tmp_path / "m.pt2", "format=torch_export", "maps=false")
+    whole, _ = exported(by_tiles(False), tmp_path / "w.pt2", "format=torch_export")
+    array = np.random.default_rng(1).integers(0, 256, (90, 70), dtype=np.uint8)
+    ((score, _, _, map),) = export.Program(path).predict([array])
+    assert map is None and score == pytest.approx(export.Program(whole).predict([array])[0].score, rel=1e-5)
+    with pytest.raises(InputError, match="maps=false: the score is the largest value of the map"):
+        exported(by_tiles(True), tmp_path / "r.pt2", "format=torch_export", "maps=false")
+    with pytest.raises(InputError, match="by its tiles, of 40 pixels; leave both out"):
+        exported(by_tiles(False), tmp_path / "s.pt2", "format=torch_export", "source=[64,64]")
+
+
+def test_an_export_by_tiles_of_which_nothing_is_seen(by_tiles, tmp_path):
+    path, _ = exported(by_tiles(True), tmp_path / "m.pt2", "format=torch_export")
+    other = export.Program(path)
+    seen = np.zeros((64, 64), bool)
+    seen[2, 5] = True  # row 2 of a tile of 40 px is under no centre of its 32
+    other.facts["region"] = runtime.packed(seen)
+    with pytest.raises(runtime.InputError, match="nothing of it is inside the region"):
+        other.predict(np.zeros((64, 64), np.uint8))
+    with pytest.raises(runtime.InputError, match=r"an array of shape \(0, 5\)"):
+        other.predict(np.zeros((0, 5), np.uint8))
 
 
 def test_an_export_that_differs_is_not_kept(run, tmp_path):

@@ -27,20 +27,18 @@ from blemish.data.tiles import (
     by_image,
     bytes_of,
     check_tiling,
-    grid,
     largest_blocks,
     mean_blocks,
-    mirrored,
     reduction,
     size_of,
     tiles_of,
 )
 from blemish.deploy.predict import View
 from blemish.deploy.predict import predict as apply
-from blemish.deploy.tiling import Blend, RowsOnDisk, Stitch, ramp, reconstruct_tiles, score_image, write_png
+from blemish.deploy.tiling import RowsOnDisk, Stitch, reconstruct_tiles, score_image, write_png
 from blemish.detector import Detector
 from blemish.run import load, predict, train
-from blemish.runtime import Geometry
+from blemish.runtime import Blend, Geometry, grid, mirrored, ramp
 from blemish.types import Batch, InputError, Prediction
 
 
@@ -451,7 +449,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from blemish.detector import Detector
-from blemish.runtime import Geometry
+from blemish.runtime import Blend, Geometry, grid, mirrored, ramp
 from blemish.types import Prediction
 class Local(Detector):
     def forward(self, image):

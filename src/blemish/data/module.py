@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, ge
 from blemish.data.images import UINT16, binary, check_seen, file_digest, fit_window, place_mask, prepare, read
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
-from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, mirrored, reduction, size_of, tiles_of
+from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, size_of, tiles_of
 from blemish.ops.randomness import stream
-from blemish.runtime import RESIZES, Geometry
+from blemish.runtime import RESIZES, Geometry, mirrored
 from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch, InputError
 
 PROTOCOLS = ("clean", "paper")

@@ -12,8 +12,8 @@ from torch.utils.data import Sampler
 
 from blemish.data.images import FORMATS, PAGES, read, to_unit
 from blemish.data.samples import Sample, parse_region
-from blemish.ops.maps import starts
 from blemish.ops.randomness import stream
+from blemish.runtime import grid
 from blemish.types import InputError
 
 SIDE = 2048  # pixels of the longer side at most of what a test keeps of an image and its map
@@ -65,24 +65,11 @@ def _has_chunk(path: Path, name: bytes) -> bool:
     return False
 
 
-def grid(width: int, height: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int, int]]:
-    """(x, y, w, h) of the tiles of an image, row by row: the last ones are flush with its ends, a side below `tile` is one tile's."""
-    for y in starts(height, tile, tile - overlap).tolist():
-        for x in starts(width, tile, tile - overlap).tolist():
-            yield x, y, min(tile, width), min(tile, height)
-
-
 def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> list[Sample]:
     """The tiles of an image of size (width, height), as samples; InputError if it is a tile already."""
     if sample.region:
         raise InputError(f"tiling={tile}: {sample.key} is a tile already; expected whole images, or tiling=null")
     return [sample._replace(region=",".join(map(str, place))) for place in grid(*size, tile, overlap)]
-
-
-def mirrored(array: np.ndarray, tile: int) -> np.ndarray:
-    """An array (H, W, …) continued to the right and below by its mirror image, as often as needed, where a side is below `tile`."""
-    more = [(0, max(0, tile - side)) for side in array.shape[:2]]
-    return np.pad(array, more + [(0, 0)] * (array.ndim - 2), mode="symmetric") if any(after for _, after in more) else array
 
 
 class ShuffledTiles(Sampler):

@@ -96,7 +96,11 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     if wrong := [f"{key}={cfg[key]}" for key in ("batch", "threads", "repeats", "n") if cfg[key] < 1]:
         raise InputError(f"{', '.join(wrong)}: expected 1 or more")
     saved, model = load(run, cfg.device)
-    view = view_of(saved.data)
+    view = view_of(saved)
+    if view.tile:
+        raise InputError(
+            f"run={run}: it scores an image by its tiles (tiling={view.tile}), here are stages of whole ones; expected another"
+        )
     images = chosen(cfg.images, run, partial(build, saved.data), cfg.n)
     arrays = [loaded(*image) for image in images]
     side = view.geometry.side

@@ -28,6 +28,7 @@ from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest
 from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
+from blemish.deploy.tiling import TOGETHER, score_image
 from blemish.detector import Detector, within
 from blemish.records.record import check_archive, no_room, read_record, tidy
 from blemish.runtime import FORMAT, GREY, KEY, NO_SEAL, Geometry, Model, exact_strips, facts_of, middle, seal
@@ -139,9 +140,7 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     """
     run = Path(cfg.run)
     saved, model = load(run, "cpu")
-    if saved.get("tiling") is not None:
-        raise InputError(f"run={run}: it scores an image by its tiles (tiling={saved.tiling}), which no export cuts; use predict run=…")
-    view = view_of(saved.data)
+    view = view_of(saved)
     record = read_record(run) or {}
     facts = {
         "method": record.get("method") or type(model).__module__.rpartition(".")[2],
@@ -159,12 +158,14 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
 
 
-def view_of(data: Any, region: str | None = None, root: str | Path | None = None) -> View:
-    """How a run's images came to the network, from the config of its data, with another region, or images below another root."""
+def view_of(saved: Any, region: str | None = None, root: str | Path | None = None) -> View:
+    """How a run's images came to the network, from its config, with another region, or images below another root."""
+    data = saved.data
     window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
     geometry = Geometry(data.image_size, data.crop, data.get("resize") or "stretch")  # runs of earlier versions have no such key
     region = region or data.get("region")
-    return View(geometry, window, region=Region(region, root or data.root) if region else None)
+    region = Region(region, root or data.root) if region else None
+    return View(geometry, window, saved.get("tiling"), saved.get("overlap", 0), region)
 
 
 def geometry_facts(geometry: Geometry) -> dict:
@@ -192,11 +193,14 @@ def export(
     images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
     """
     side = view.geometry.side
+    if view.tile and (size or source):
+        raise InputError(f"size={size}, source={source}: this run scores an image by its tiles, of {view.tile} pixels; leave both out")
     if size and side:
         raise InputError(f"size={size}: this run has image_size={view.geometry.size} and crop={view.geometry.crop}; leave size out")
     if view.region and view.region.folder:
         raise InputError(f"data.region={view.region.folder}: a mask for each image, which no export holds; use predict run=…")
     check(format, input, source, view, path)
+    side = side or view.tile
     size = [side, side] if side else size or source
     if not size:
         raise InputError("size: this run takes images of any size, an export of one alone; expected size=[height,width]")
@@ -215,6 +219,7 @@ def export(
         "source": source,
         "size": size,
         **geometry_facts(view.geometry),
+        "tiling": {"side": view.tile, "overlap": view.overlap} if view.tile else None,
         "region": runtime.packed(view.region.mask) if view.region else None,
         "window": {dtype: list(ends) for dtype, ends in view.window.items()},
         "maps": maps,
@@ -371,28 +376,42 @@ def compare(model: Detector, view: View, other: Model, images: Iterable[np.ndarr
     """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its own."""
     scores, differences, map_differences, flipped, peaks = [], [], [], 0, []
     for array in images:
-        size = array.shape[:2]
-        seen = view.region and view.region.seen(None, *size)
-        score, map = model(prepare(array, view.window, view.geometry, seen)[None])
-        if (where := hidden(*size, view.geometry, seen)) is not None:
-            if not other.facts["maps"] and map is not None and float(score) == float(map.max()):
-                raise InputError("maps=false: the score is the largest value of the map where images are looked at; expected maps=true")
-            score, map = within(Prediction(score, map), where[None])
+        score, map = of_run(model, view, array, other.facts["maps"])
         try:
-            (found,) = other.predict([array])
+            (found,) = other.predict([array], TOGETHER)
         except runtime.InputError as error:
             raise InputError(f"images: {error}") from None
-        scores.append(float(score))
-        differences.append(abs(found.score - float(score)))
-        flipped += other.threshold is not None and (float(score) > other.threshold) != found.decision
+        scores.append(score)
+        differences.append(abs(found.score - score))
+        flipped += other.threshold is not None and (score > other.threshold) != found.decision
         if found.map is not None:
-            peaks.append(float(map.amax()))
-            map_differences.append(float(np.abs(found.map - map[0].numpy()).max()))
+            peaks.append(float(map.max()))
+            map_differences.append(float(np.abs(found.map - map).max()))
     if not np.isfinite(differences + map_differences).all():
         differences = [float("inf")]
     calibration = model.calibration.cpu().double().numpy()
     maps = (max(map_differences), spread(calibration[:, 1], peaks)) if map_differences else (None, None)
     return Parity(len(scores), max(differences), spread(calibration[:, 0], scores), *maps, int(flipped))
+
+
+def of_run(model: Detector, view: View, array: np.ndarray, maps: bool) -> tuple[float, np.ndarray | None]:
+    """Score and map of an image as the run has them: (h, w) in the pixels of the network's input, or by tiles in the image's own.
+
+    InputError where an artefact without `maps` could not have the score.
+    """
+    seen = view.region and view.region.seen(None, *array.shape[:2])
+    if view.tile is None:
+        score, map = model(prepare(array, view.window, view.geometry, seen)[None])
+        where = hidden(*array.shape[:2], view.geometry, seen)
+        inside = (score, map) if where is None else within(Prediction(score, map), where[None])
+        largest, score, map = where is not None and map is not None and float(score) == float(map.max()), *inside
+        map = None if map is None else map[0].numpy()
+    else:
+        score, map = score_image(model, array, view.window, view.geometry.side, view.tile, view.overlap, TOGETHER, None, seen)
+        largest, map = seen is not None and map is not None, None if map is None else map[:]
+    if largest and not maps:
+        raise InputError("maps=false: the score is the largest value of the map where images are looked at; expected maps=true")
+    return float(score), map
 
 
 def spread(normal: Sequence[float], shown: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,62 +15,13 @@ from torch import Tensor
 
 from blemish.data.images import prepare, unplace
 from blemish.data.module import ImageData
-from blemish.data.tiles import grid, largest_blocks, mirrored, reduction, tile_at
+from blemish.data.tiles import largest_blocks, reduction, tile_at
 from blemish.detector import Detector, within
 from blemish.records.evaluate import bytes_of
-from blemish.runtime import Geometry, place_mask
+from blemish.runtime import Blend, Geometry, grid, mirrored, place_mask
 from blemish.types import OUTSIDE, Batch, InputError, Prediction
 
-TOGETHER = 64  # tiles that are reconstructed at a time
-
-
-def ramp(length: int, overlap: int) -> np.ndarray:
-    """Weights (length,) of a tile's pixels along one axis: 1, falling linearly towards either end within the overlap."""
-    inwards = np.minimum(np.arange(length), np.arange(length)[::-1]) + 1.0
-    return np.minimum(inwards / (overlap + 1), 1).astype(np.float32)
-
-
-class Blend:
-    """The weighted mean of tiles' maps, which `add` takes row by row from the left; finished rows (n, width) go to `emit` in order.
-
-    A pixel's weight in a tile is the product of `ramp` along both axes. Means are updated tile by tile, m ← m + (new − m)·w / Σw, so that
-    where all tiles agree the result is what they say to the last bit.
-    """
-
-    def __init__(self, height: int, width: int, tile: int, overlap: int, emit: Callable[[np.ndarray], None]):
-        self.height, self.width, self.emit = height, width, emit
-        self.high, self.wide = min(tile, height), min(tile, width)  # of every tile
-        self.down, self.across = ramp(self.high, overlap), ramp(self.wide, overlap)
-        self.strip, self.strip_weight = np.zeros((self.high, width), np.float32), np.zeros(width, np.float32)
-        self.open, self.open_weight = np.zeros((self.high, width), np.float32), np.zeros(self.high, np.float32)
-        self.top = 0  # the image's row that is the first of `open`
-
-    def add(self, map: np.ndarray, x: int, y: int) -> None:
-        """A tile's map, at least (high, wide), whose pixel (0, 0) is the image's (y, x)."""
-        columns = slice(x, x + self.wide)
-        self.strip_weight[columns] += self.across
-        share = self.across / self.strip_weight[columns]  # (wide,)
-        part = self.strip[:, columns]
-        part += (map[: self.high, : self.wide] - part) * share
-        if x + self.wide == self.width:
-            self._row_done(y)
-
-    def _row_done(self, y: int) -> None:
-        """Blend a whole row of tiles, which are a grid, so that the mean over both axes is a mean over one of means over the other."""
-        self._move_to(y)
-        self.open_weight += self.down
-        self.open += (self.strip - self.open) * (self.down / self.open_weight)[:, None]
-        self.strip[:], self.strip_weight[:] = 0, 0
-        if y + self.high == self.height:
-            self.emit(self.open)
-
-    def _move_to(self, y: int) -> None:
-        done = y - self.top
-        if done:
-            self.emit(self.open[:done])
-            for rows in (self.open, self.open_weight):
-                rows[:-done], rows[-done:] = rows[done:].copy(), 0
-            self.top = y
+TOGETHER = 64  # tiles at a time where nobody says how many
 
 
 class Shown:
