@@ -46,21 +46,20 @@ class PatchSVDD(TrainedDetector):
         for size in SIZES:
             self.register_buffer(f"bank{size}", torch.empty(0))  # (M, D) patches of all training images
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
-        self.register_buffer("deviation", torch.ones(1, 1, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, 1, 1, 1))  # runs of earlier versions divide by the images'
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
-        count = total = square = 0
+        count = total = 0
         for batch in batches:
             total = total + batch.image.double().sum((0, 2, 3))
-            square = square + batch.image.double().square().sum()
             count += batch.image[:, 0].numel()
-        mean = total / count  # (3,)
-        self.mean.copy_(mean.view(1, 3, 1, 1))
-        self.deviation.fill_(float((square / count / 3 - mean.square().mean()).clamp_min(1e-12).sqrt()))
+        # The official code takes off a mean for every pixel. Neither divides by the deviation, which would let slow changes of the light,
+        # by which the classifier tells directions as well, fill the range of tanh and leave nothing to what is much darker.
+        self.mean.copy_((total / count).view(1, 3, 1, 1))
 
     def embed(self, x: Tensor, size: int) -> Tensor:
-        """Embeddings (B, D, h, w) in [−1, 1] of the patches of `size` px at every 4th pixel of standardised images (B, 3, H, W)."""
+        """Embeddings (B, D, h, w) in [−1, 1] of the patches of `size` px at every 4th pixel of images (B, 3, H, W) less their mean."""
         x = self.small(x)
         return x if size == 32 else self.large(x)
 
