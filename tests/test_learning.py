@@ -1,0 +1,83 @@
+"""Training pays: on drawn textures of 64 px each method that trains finds a gross defect better than its untrained network does."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import CONFIGS, bricks, tiny_run
+
+from blemish.detector import TrainedDetector
+from blemish.run import train
+
+SIDE, BLOCK = 64, 24
+MARGIN = 0.1  # of AUROC
+# method: (texture, defect, deviation of the noise in grey levels, metric, what is changed of support.QUICK)
+TASKS = {
+    "autoencoder": ("waves", "turned", 4, "pixel_auroc", []),
+    "cflow": ("waves", "turned", 4, "pixel_auroc", []),
+    "dfr": ("waves", "turned", 4, "pixel_auroc", []),
+    "ganomaly": ("bricks", "squares", 4, "image_auroc", []),
+    "lake": ("waves", "squares", 60, "image_auroc", []),
+    "patch_svdd": ("ramp", "mirrored", 50, "pixel_auroc", ["trainer.max_epochs=20", "model.weight=1.0"]),
+    "reverse_distillation": ("waves", "turned", 4, "pixel_auroc", []),
+    "riad": ("waves", "turned", 4, "pixel_auroc", []),
+    "stfpm": ("waves", "turned", 4, "pixel_auroc", []),
+    "vae": ("waves", "turned", 4, "pixel_auroc", ["trainer.max_epochs=25", "model.kl_weight=0.02"]),
+}
+
+
+def texture(kind: str, noise: float, generator: np.random.Generator) -> np.ndarray:
+    """Waves with a phase of their own, a ramp from left to right, or a crop of a photograph; grey levels (64, 64) as floats."""
+    if kind == "bricks":
+        clean = 255 * bricks(1, int(generator.integers(2**31)))[0, 0].numpy()
+        return clean + generator.normal(0, noise, clean.shape)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    clean = 128 + 60 * np.sin(0.5 * x + 0.3 * y + generator.uniform(0, 2 * np.pi)) if kind == "waves" else 60 + 130 * x / SIDE
+    return clean + generator.normal(0, noise, (SIDE, SIDE))
+
+
+def spoil(image: np.ndarray, defect: str, generator: np.random.Generator) -> np.ndarray:
+    """Draw the defect into an image, and return its mask (64, 64)."""
+    mask = np.zeros(image.shape, np.uint8)
+    if defect == "squares":
+        for (y, x), grey in zip(generator.integers(2, 51, (2, 2)), (255, 0), strict=True):
+            image[y : y + 11, x : x + 11], mask[y : y + 11, x : x + 11] = grey, 255
+        return mask
+    y, x = generator.integers(4, SIDE - BLOCK - 4, 2)
+    part = slice(y, y + BLOCK), slice(x, x + BLOCK)
+    image[part], mask[part] = image[part][::-1].T if defect == "turned" else image[part][:, ::-1], 255
+    return mask
+
+
+def write(root, kind: str, defect: str, noise: float) -> None:
+    """24 normal images for training, 12 normal and 12 with the defect for the test, as `support.tiny_overrides` names their folders."""
+    generator = np.random.default_rng(0)
+    for name, count in (("masks", 0), ("normal", 24), ("normal_test", 12), ("square", 12)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            image = texture(kind, noise, generator)
+            if name == "square":
+                Image.fromarray(spoil(image, defect, generator)).save(root / "masks" / f"{i:03}.png")
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03}.png")
+
+
+def test_every_method_that_trains_has_a_task():
+    def trains(method: str) -> bool:
+        module = import_module(f"blemish.methods.{method}")
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        return any(issubclass(c, TrainedDetector) for c in own)
+
+    assert {path.stem for path in (CONFIGS / "model").glob("*.yaml") if trains(path.stem)} == set(TASKS)
+
+
+@pytest.mark.parametrize("method", sorted(TASKS))
+def test_training_beats_the_untrained_network(method, tmp_path):
+    kind, defect, noise, metric, more = TASKS[method]
+    write(tmp_path / "data", kind, defect, noise)
+    found = []
+    for name, options in (("untrained", ["trainer.max_epochs=1", "model.learning_rate=0"]), ("trained", more)):
+        run = tiny_run(tmp_path / "data", tmp_path / name, f"model={method}", "save.pictures=0", "save.curves=false", *options)
+        found.append(train(run)[metric])
+    assert found[1] >= 0.7, found
+    assert found[1] > found[0] + MARGIN, found
