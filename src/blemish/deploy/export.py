@@ -399,19 +399,20 @@ def of_run(model: Detector, view: View, array: np.ndarray, maps: bool) -> tuple[
 
     InputError where an artefact without `maps` could not have the score.
     """
-    seen = view.region and view.region.seen(None, *array.shape[:2])
-    if view.tile is None:
-        score, map = model(prepare(array, view.window, view.geometry, seen)[None])
-        where = hidden(*array.shape[:2], view.geometry, seen)
-        inside = (score, map) if where is None else within(Prediction(score, map), where[None])
-        largest, score, map = where is not None and map is not None and float(score) == float(map.max()), *inside
-        map = None if map is None else map[0].numpy()
-    else:
+    size = array.shape[:2]
+    impossible = "maps=false: the score is the largest value of the map where images are looked at; expected maps=true"
+    seen = view.region and view.region.seen(None, *size)
+    if view.tile is not None:
         score, map = score_image(model, array, view.window, view.geometry.side, view.tile, view.overlap, TOGETHER, None, seen)
-        largest, map = seen is not None and map is not None, None if map is None else map[:]
-    if largest and not maps:
-        raise InputError("maps=false: the score is the largest value of the map where images are looked at; expected maps=true")
-    return float(score), map
+        if seen is not None and map is not None and not maps:
+            raise InputError(impossible)
+        return score, None if map is None else map[:]
+    score, map = model(prepare(array, view.window, view.geometry, seen)[None])
+    if (where := hidden(*size, view.geometry, seen)) is not None:
+        if map is not None and not maps and float(score) == float(map.max()):
+            raise InputError(impossible)
+        score, map = within(Prediction(score, map), where[None])
+    return float(score), None if map is None else map[0].numpy()
 
 
 def spread(normal: Sequence[float], shown: Sequence[float]) -> float:
