@@ -25,9 +25,14 @@ METHODS = {
 }
 
 
-def overrides(tiny: Path, run_dir: Path, method: str) -> list[str]:
+DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+
+
+def overrides(tiny: Path, run_dir: Path, method: str, device: str = "cpu") -> list[str]:
     data = ["data=folder", f"data.root='{tiny}'", "data.normal_test=normal_test", "data.abnormal=[square]", "image_size=64"]
-    quiet = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "save.pictures=0", "save.curves=false"]
+    quiet = [f"trainer={device}", "trainer.enable_progress_bar=false", "logger=none", "save.pictures=0", "save.curves=false"]
+    if device == "gpu":  # cuDNN's quickest algorithms add in an order of their own
+        quiet.append("+trainer.deterministic=true")
     return [f"model={method}", *data, *quiet, *METHODS[method], "trainer.max_epochs=8", f"run_dir='{run_dir}'"]
 
 
@@ -35,11 +40,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "model.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_training_resumes_to_the_same_weights(method, tiny, tmp_path):
+def test_a_killed_training_resumes_to_the_same_weights(method, device, tiny, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(composed(*overrides(tiny, whole, method)))
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), *overrides(tiny, cut, method)]
+    train(composed(*overrides(tiny, whole, method, device)))
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *overrides(tiny, cut, method, device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are rounded alike then
     for _ in range(5):  # on a busy machine the training may end before it is killed
         shutil.rmtree(cut, ignore_errors=True)

@@ -108,3 +108,8 @@ def test_it_learns_to_inpaint():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_no_device_of_its_own_draws_the_masks_of_inference():
+    score, map = model_of().to("meta").eval()(images(2).to("meta"))  # which could not: the scores would differ from device to device
+    assert (score.shape, map.shape) == ((2,), (2, 64, 64))

@@ -43,7 +43,7 @@ class RIAD(TrainedDetector):
         multiple = max(2**HALVINGS, cell)
         if any(side % multiple for side in image.shape[-2:]):
             raise InputError(f"image_size: sides {tuple(image.shape[-2:])}; RIAD with cells of {cell} px needs multiples of {multiple}")
-        masks = deal(image.shape[-2:], cell, self.sets, generator)[:, None, None]  # (n, 1, 1, H, W), 1 where hidden
+        masks = deal(image.shape[-2:], cell, self.sets, generator)[:, None, None].to(image.device)  # (n, 1, 1, H, W), 1 where hidden
         hidden = (image * (1 - masks)).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (n·B, 3, H, W)
         return (self.net(hidden).unflatten(0, (self.sets, -1)) * masks).sum(0)
 
@@ -55,8 +55,8 @@ class RIAD(TrainedDetector):
         return F.mse_loss(again, batch.image) + gradient + dissimilarity(batch.image, again, WINDOW).mean()
 
     def inpaintings(self, image: Tensor) -> list[Tensor]:
-        """One for each k, with masks that are the same for every image."""
-        return [self.inpaint(image, cell, stream(self.hparams.seed, cell, device=image.device)) for cell in self.cells]
+        """One for each k, with masks that are the same for every image and on every device."""
+        return [self.inpaint(image, cell, stream(self.hparams.seed, cell)) for cell in self.cells]
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The mean of the inpaintings (B, 3, H, W), in [0, 1]."""
