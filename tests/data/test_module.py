@@ -125,6 +125,37 @@ def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
     assert len(opened) == 2
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_images_of_a_training_are_decoded_twice_and_stay_as_they_are(root, tmp_path, dtype, monkeypatch):
+    samples = []
+    for i in range(6):
+        path = tmp_path / f"{i}.png"
+        pixels = np.random.default_rng(i).integers(0, np.iinfo(dtype).max, (20, 24), dtype)
+        Image.fromarray(pixels).save(path)
+        samples.append(Sample(path.name, "train", 0, "good"))
+    opened = []
+    monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
+    dataset = Images(samples, tmp_path, {"uint16": (0.0, 65535.0)}, Geometry(16))
+    epochs = [dataset.__getitems__(rows) for rows in ([0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3, 4, 4])]
+    assert [path.name for path in opened] and len(opened) == 4 + 4 + 1
+    for row, same, again in zip(epochs[0], reversed(epochs[1]), epochs[2], strict=False):
+        assert all(torch.equal(row[i], same[i]) and torch.equal(row[i], again[i]) for i in (0, 2))
+        assert row[1::2] == same[1::2] == again[1::2]
+    assert sorted(dataset.kept) == [0, 1, 2, 3]
+    assert {image.dtype for image, *_ in dataset.kept.values()} == {torch.uint8 if dtype == "uint8" else torch.float32}
+    assert dataset.room == module.KEPT - sum(image.nbytes + mask.nbytes for image, _, mask, _ in dataset.kept.values())
+
+
+def test_no_more_images_are_kept_than_there_is_room_for(root, monkeypatch):
+    monkeypatch.setattr(module, "KEPT", 3 * 2 * 16 * 16 + 5)  # images and masks of 16×16 bytes
+    data = data_of(root, protocol="paper", image_size=16, crop=None)
+    data.setup()
+    loader = data.train_dataloader()
+    epochs = [{path: image for batch in loader for path, image in zip(batch.path, batch.image, strict=True)} for _ in range(4)]
+    assert len(loader.dataset.kept) <= 3 and loader.dataset.room >= 0
+    assert all(torch.equal(epoch[path], image) for epoch in epochs for path, image in epochs[0].items())
+
+
 def test_recent_keeps_what_fits_and_one_at_least(root):
     paths = [root / "train" / f"{i:03}.png" for i in range(3)]
     recent = Recent(most=1)

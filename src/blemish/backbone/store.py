@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blemish.backbone.features import Features
-from blemish.data.images import place_mask
+from blemish.data.images import compact, place_mask, restored
 from blemish.data.module import ImageData, Images, collate, hidden_in, threaded
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
@@ -68,17 +68,9 @@ def unpack_maps(stored: list[Tensor]) -> Tensor:
 
 
 def pack_image(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """An image (3, H, W) in [0, 1] as bytes if it is made of bytes, else as `packed`; a grey one as (1, H, W)."""
-    image = image[:1] if torch.equal(image, image[:1].expand_as(image)) else image
-    bytes = (image * 255).round().byte()
-    return (bytes if torch.equal(unpack_image(bytes)[: len(image)], image) else packed(image[None], dtype)[0]).contiguous()
-
-
-def unpack_image(stored: Tensor) -> Tensor:
-    """What `pack_image` was given, (3, H, W) float32."""
-    # the division of data.images.prepare, to the last bit
-    image = torch.from_numpy(stored.numpy() / np.float32(255)) if stored.dtype == torch.uint8 else stored.float()
-    return image.expand(3, -1, -1)
+    """An image (3, H, W) in [0, 1] as `compact` has it, and what is not bytes as `packed`; `restored` gives it back."""
+    small = compact(image)
+    return (small if small.dtype == torch.uint8 else packed(small[None], dtype)[0]).contiguous()
 
 
 def name_of(sample: Sample, region: Region | None = None) -> str:
@@ -387,7 +379,7 @@ class Stored(Dataset):
             return collate(self.rows.__getitems__(indices))._replace(maps=maps)
         image = torch.empty(len(names), 0, self.side, self.side)
         if self.images is not None:
-            image = torch.stack([unpack_image(self.images[name]) for name in names])  # (B, 3, H, W)
+            image = torch.stack([restored(self.images[name]) for name in names])  # (B, 3, H, W)
         mask = torch.stack(threaded(self.mask, samples))  # (B, H, W)
         label, path = torch.tensor([sample.label for sample in samples]), [sample.key for sample in samples]
         return Batch(image, label, mask, path, maps, hidden_in(mask))

@@ -364,6 +364,19 @@ def prepare(array: np.ndarray, window: Mapping[str, tuple[float, float]], geomet
     return image.expand(3, -1, -1)
 
 
+def compact(image: Tensor) -> Tensor:
+    """An image (3, H, W) in [0, 1] as the bytes it was made of if there are such, and (1, H, W) if it is grey; see `restored`."""
+    image = image[:1] if torch.equal(image, image[:1].expand_as(image)) else image
+    bytes = (image * 255).round().byte()
+    return bytes if torch.equal(restored(bytes)[: len(image)], image) else image
+
+
+def restored(stored: Tensor) -> Tensor:
+    """What `compact` was given, (3, H, W) float32, to the last bit."""
+    image = torch.from_numpy(stored.numpy() / np.float32(255)) if stored.dtype == torch.uint8 else stored.float()  # divided as in `prepare`
+    return image.expand(3, -1, -1)
+
+
 def hidden(height: int, width: int, geometry: Geometry, seen: np.ndarray | None) -> Tensor | None:
     """Where in the network's input (h, w) of an image (height, width) nothing is looked at, see `runtime.unseen`; None where all is.
 

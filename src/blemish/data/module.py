@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import UINT16, binary, check_seen, file_digest, fit_window, place_mask, prepare, read
+from blemish.data.images import UINT16, binary, check_seen, compact, file_digest, fit_window, place_mask, prepare, read, restored
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
 from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, size_of, tiles_of
@@ -34,6 +34,7 @@ ON_ERROR = ("stop", "skip")
 FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
 MANY = 5000  # files from which on even a digest of each takes seconds
 RECENT = 2**28  # bytes of decoded images kept for the next tile
+KEPT = 2**29  # bytes of images, at their size in the network, kept for the next epoch
 
 log = logging.getLogger(__name__)
 
@@ -417,7 +418,11 @@ class Dealt(Sampler):
 
 
 class Images(Dataset):
-    """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads."""
+    """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads.
+
+    Rows of batches that are asked for a second time, as in each epoch of a training, are kept up to KEPT bytes: decoding them again would
+    cost more than a step on a GPU.
+    """
 
     def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, region: Region | None = None):
         self.samples, self.root = samples, root
@@ -425,6 +430,9 @@ class Images(Dataset):
         self.digests = {root / sample.path: sample.digest for sample in samples}
         self.recent = Recent(RECENT, digests=self.digests)
         self.tile: int | None = None
+        self.asked: set[int] = set()  # rows decoded once
+        self.kept: dict[int, tuple[Tensor, int, Tensor, str]] = {}  # rows with their images `compact`
+        self.room = KEPT
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -456,11 +464,28 @@ class Images(Dataset):
         if get_worker_info() is not None:  # the processes are the threads
             return [self[index] for index in indices]
         groups: dict[str, list[int]] = {}  # tiles of one image stay with one thread, which decodes it once
-        for index in indices:
+        for index in set(indices) - self.kept.keys():
             groups.setdefault(self.samples[index].path, []).append(index)
         rows = threaded(lambda group: [(index, self[index]) for index in group], list(groups.values()))
         by_index = dict(row for group in rows for row in group)
-        return [by_index[index] for index in indices]
+        if self.tile is None:  # tiles have their whole images in `recent`
+            self._keep(by_index)
+        return [by_index[index] if index in by_index else self._again(index) for index in indices]
+
+    def _keep(self, rows: Mapping[int, tuple[Tensor, int, Tensor, str]]) -> None:
+        for index in rows.keys() & self.asked:
+            image, label, mask, key = rows[index]
+            if image[0].numel() + mask.nbytes > self.room:  # a byte a pixel is the least
+                continue
+            image = compact(image)
+            if (size := image.nbytes + mask.nbytes) <= self.room:
+                self.kept[index] = (image, label, mask, key)
+                self.room -= size
+        self.asked |= rows.keys()
+
+    def _again(self, index: int) -> tuple[Tensor, int, Tensor, str]:
+        image, *rest = self.kept[index]
+        return restored(image), *rest
 
 
 class Tiles(Images):
