@@ -19,7 +19,7 @@ TASKS = {
     "dfr": ("waves", "turned", 4, "pixel_auroc", []),
     "ganomaly": ("bricks", "squares", 4, "image_auroc", []),
     "lake": ("waves", "squares", 60, "image_auroc", []),
-    "patch_svdd": ("ramp", "mirrored", 50, "pixel_auroc", ["trainer.max_epochs=20", "model.weight=1.0"]),
+    "patch_svdd": ("ramp", "mirrored", 50, "pixel_auroc", ["trainer.max_epochs=20"]),
     "reverse_distillation": ("waves", "turned", 4, "pixel_auroc", []),
     "riad": ("waves", "turned", 4, "pixel_auroc", []),
     "stfpm": ("waves", "turned", 4, "pixel_auroc", []),

@@ -77,6 +77,17 @@ def test_scores_are_those_of_a_plain_search():
     np.testing.assert_allclose(found.score.numpy(), found.map.amax((1, 2)).numpy())
 
 
+@torch.no_grad()
+def test_codes_that_are_all_alike_are_told(caplog):
+    model = model_of("model.weight=0.5").eval()
+    model.conclude([batch(images(2, side=96))])
+    assert not caplog.records
+    model.small[-2].weight *= 1e-6
+    model.conclude([batch(images(2, side=96))])
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "model.weight=0.5: all patches of 64 px have nearly one code" in caplog.text
+
+
 def test_errors():
     with pytest.raises(InputError, match=r"model\.strides"):
         model_of("model.strides={64: 16, 32: 3}")

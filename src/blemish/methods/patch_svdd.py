@@ -1,5 +1,6 @@
 """Patch SVDD: patches unlike all normal ones in an embedding learned from where patches lie (Yi, Yoon 2020, arXiv 2006.16067)."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -16,7 +17,10 @@ SIZES = (64, 32)  # sides of the patches, pixels
 STEP = 4  # stride of the small encoder, pixels
 SLOPE = 0.1  # of the leaky rectifiers
 SHAKE = 0.02  # deviation of the noise and of the shift of each colour channel, against guessing a place from colours
+COLLAPSED = 1e-4  # deviation of all codes, of values in [−1, 1], below which they tell nothing; an untrained network's have ten times as much
 OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+
+log = logging.getLogger(__name__)
 
 
 class PatchSVDD(TrainedDetector):
@@ -99,7 +103,11 @@ class PatchSVDD(TrainedDetector):
             for size in SIZES:
                 found[size].append(self.patches(batch.image, size).flatten(0, 2))
         for size in SIZES:
-            setattr(self, f"bank{size}", torch.cat(found[size]))
+            codes = torch.cat(found[size])  # (M, D)
+            setattr(self, f"bank{size}", codes)
+            if (deviation := float(codes.std(0).norm())) < COLLAPSED:
+                told = f"all patches of {size} px have nearly one code (deviation {deviation:.1e}), which tells nothing of them"
+                log.warning("model.weight=%g: %s; a smaller weight keeps them apart", self.weight, told)
 
     def forward(self, image: Tensor) -> Prediction:
         map = 1
