@@ -17,7 +17,7 @@ SIZES = (64, 32)  # sides of the patches, pixels
 STEP = 4  # stride of the small encoder, pixels
 SLOPE = 0.1  # of the leaky rectifiers
 SHAKE = 0.02  # deviation of the noise and of the shift of each colour channel, against guessing a place from colours
-COLLAPSED = 1e-4  # deviation of all codes, of values in [−1, 1], below which they tell nothing; an untrained network's have ten times as much
+COLLAPSED = 1e-4  # deviation of all codes, of values in [−1, 1]; an untrained network's have ten times as much
 OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
 log = logging.getLogger(__name__)
