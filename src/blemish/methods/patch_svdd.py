@@ -105,7 +105,7 @@ class PatchSVDD(TrainedDetector):
         for size in SIZES:
             codes = torch.cat(found[size])  # (M, D)
             setattr(self, f"bank{size}", codes)
-            if (deviation := float(codes.std(0).norm())) < COLLAPSED:
+            if len(codes) > 1 and (deviation := float(codes.std(0).norm())) < COLLAPSED:
                 told = f"all patches of {size} px have nearly one code (deviation {deviation:.1e}), which tells nothing of them"
                 log.warning("model.weight=%g: %s; a smaller weight keeps them apart", self.weight, told)
 
