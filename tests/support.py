@@ -48,6 +48,13 @@ def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
     return composed(*tiny_overrides(root), f"run_dir='{run_dir}'", *QUICK.get(method, []), *overrides)
 
 
+def check_gross_defect(metrics: dict) -> None:
+    """What every method must reach on `tiny`."""
+    assert metrics["image_auroc"] >= 0.9
+    if metrics["pixel_auroc"] is not None:
+        assert metrics["pixel_auroc"] >= 0.8
+
+
 def images(n: int, seed: int = 0, side: int = 64) -> Tensor:
     """Images (n, 3, side, side) of uniform noise."""
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
