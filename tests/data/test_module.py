@@ -1,5 +1,6 @@
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -142,8 +143,13 @@ def test_images_of_a_training_are_decoded_twice_and_stay_as_they_are(root, tmp_p
         assert all(torch.equal(row[i], same[i]) and torch.equal(row[i], again[i]) for i in (0, 2))
         assert row[1::2] == same[1::2] == again[1::2]
     assert sorted(dataset.kept) == [0, 1, 2, 3]
-    assert {image.dtype for image, *_ in dataset.kept.values()} == {torch.uint8 if dtype == "uint8" else torch.float32}
-    assert dataset.room == module.KEPT - sum(image.nbytes + mask.nbytes for image, _, mask, _ in dataset.kept.values())
+    assert {image.dtype for _, image, *_ in dataset.kept.values()} == {torch.uint8 if dtype == "uint8" else torch.float32}
+    assert dataset.room == module.KEPT - sum(image.nbytes + mask.nbytes for _, image, _, mask, _ in dataset.kept.values())
+    os.utime(tmp_path / "0.png", (0, 0))
+    again = dataset.__getitems__([0, 1])  # a file that was touched is read again, and kept as it was
+    assert len(opened) == 10 and torch.equal(again[0][0], epochs[0][0][0]) and len(dataset.kept) == 4
+    dataset.__getitems__([0, 1])
+    assert len(opened) == 10
 
 
 def test_no_more_images_are_kept_than_there_is_room_for(root, monkeypatch):

@@ -431,7 +431,7 @@ class Images(Dataset):
         self.recent = Recent(RECENT, digests=self.digests)
         self.tile: int | None = None
         self.asked: set[int] = set()  # rows decoded once
-        self.kept: dict[int, tuple[Tensor, int, Tensor, str]] = {}  # rows with their images `compact`
+        self.kept: dict[int, tuple] = {}  # the file's stamp, and the row with its image `compact`
         self.room = KEPT
 
     def __len__(self) -> int:
@@ -464,7 +464,8 @@ class Images(Dataset):
         if get_worker_info() is not None:  # the processes are the threads
             return [self[index] for index in indices]
         groups: dict[str, list[int]] = {}  # tiles of one image stay with one thread, which decodes it once
-        for index in set(indices) - self.kept.keys():
+        known = {index for index in set(indices) & self.kept.keys() if self.kept[index][0] == self._stamp(index)}
+        for index in set(indices) - known:
             groups.setdefault(self.samples[index].path, []).append(index)
         rows = threaded(lambda group: [(index, self[index]) for index in group], list(groups.values()))
         by_index = dict(row for group in rows for row in group)
@@ -475,17 +476,26 @@ class Images(Dataset):
     def _keep(self, rows: Mapping[int, tuple[Tensor, int, Tensor, str]]) -> None:
         for index in rows.keys() & self.asked:
             image, label, mask, key = rows[index]
-            if image[0].numel() + mask.nbytes > self.room:  # a byte a pixel is the least
-                continue
-            image = compact(image)
-            if (size := image.nbytes + mask.nbytes) <= self.room:
-                self.kept[index] = (image, label, mask, key)
-                self.room -= size
+            if index in self.kept:  # written anew, with the same content
+                self.kept[index] = (self._stamp(index), *self.kept[index][1:])
+            elif image[0].numel() + mask.nbytes <= self.room:  # a byte a pixel is the least
+                image = compact(image)
+                if (size := image.nbytes + mask.nbytes) <= self.room:
+                    self.kept[index] = (self._stamp(index), image, label, mask, key)
+                    self.room -= size
         self.asked |= rows.keys()
 
     def _again(self, index: int) -> tuple[Tensor, int, Tensor, str]:
-        image, *rest = self.kept[index]
+        _, image, *rest = self.kept[index]
         return restored(image), *rest
+
+    def _stamp(self, index: int) -> tuple[int, int, int] | None:
+        """What changes with a sample's file: one that does is read again, and refused."""
+        try:
+            facts = (self.root / self.samples[index].path).stat()
+        except OSError:
+            return None
+        return facts.st_mtime_ns, facts.st_size, facts.st_ino
 
 
 class Tiles(Images):
