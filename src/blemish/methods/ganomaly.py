@@ -74,31 +74,39 @@ class GANomaly(TrainedDetector):
         """The generator's loss, with the discriminator's weights as they are."""
         x, fake, code, again = self.generate(batch.image)
         discriminator = self.networks["discriminator"]
-        return self.generator_loss(x, fake, discriminator(x)[1].detach(), discriminator(fake)[1], code, again)
+        return self.adversarial_loss(discriminator(x)[1].detach(), discriminator(fake)[1]) + self.drawing_loss(x, fake, code, again)
 
-    def generator_loss(self, x: Tensor, fake: Tensor, real_features: Tensor, fake_features: Tensor, code: Tensor, again: Tensor) -> Tensor:
-        adversarial, context = F.mse_loss(fake_features.float(), real_features.float()), F.l1_loss(fake.float(), x)
-        return self.w_adv * adversarial + self.w_con * context + self.w_enc * F.mse_loss(again.float(), code.float())
+    def adversarial_loss(self, real_features: Tensor, fake_features: Tensor) -> Tensor:
+        return self.w_adv * F.mse_loss(fake_features.float(), real_features.float())
+
+    def drawing_loss(self, x: Tensor, fake: Tensor, code: Tensor, again: Tensor) -> Tensor:
+        return self.w_con * F.l1_loss(fake.float(), x) + self.w_enc * F.mse_loss(again.float(), code.float())
 
     def training_step(self, batch: Batch, index: int) -> None:
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         optimizers = self.optimizers()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # Both networks learn from the discriminator's weights of before the step, so that one pass over x and one over x̂ serve both;
-        # a graph is made when it is used and freed as soon as it was, which halves the memory.
+        # Both networks learn from the discriminator's weights of before the step, so that one pass over x and one over x̂ serve both.
+        # Gradients reach x̂ and z through one network at a time, whose graph is freed before the next one's is made: memory never holds
+        # those of discriminator and second encoder together.
         share = self.share(batch)
         with self.apart():
-            logits, real_features = discriminator(self.scaled(batch.image))
+            x = self.scaled(batch.image)
+            logits, real_features = discriminator(x)
             real_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
             self.manual_backward(real_loss)
-            x, fake, code, again = self.generate(batch.image)
-            logits, fake_features = discriminator(fake)
+            code, fake = generator.draw(x)
+            its_code, its_fake = (drawn.detach().requires_grad_() for drawn in (code, fake))
+            logits, fake_features = discriminator(its_fake)
             fake_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
             self.manual_backward(fake_loss, inputs=list(discriminator.parameters()), retain_graph=True)
-            loss = self.generator_loss(x, fake, real_features.detach(), fake_features, code, again)
-            self.watch(loss, batch)
-            self.manual_backward(share * loss, inputs=list(generator.parameters()))
+            adversarial = self.adversarial_loss(real_features.detach(), fake_features)
+            self.manual_backward(share * adversarial, inputs=[its_fake])
+            drawing = self.drawing_loss(x, its_fake, its_code, generator.again(its_fake))
+            self.manual_backward(share * drawing)
+            self.watch((adversarial + drawing).detach(), batch)
+            torch.autograd.backward([code, fake], [its_code.grad, its_fake.grad])
         self.average(self.networks.parameters())
         for optimizer in optimizers:
             if self.clip is not None:
@@ -130,9 +138,13 @@ class Generator(nn.Module):
         self.again = nn.Sequential(*halvings(widths), nn.Conv2d(widths[-1], latent, grid, bias=False))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        code = self.encoder(x)  # (B, d, 1, 1)
-        fake = self.decoder(code)
+        code, fake = self.draw(x)
         return fake, code.flatten(1), self.again(fake).flatten(1)
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Code (B, d, 1, 1) and reconstruction."""
+        code = self.encoder(x)
+        return code, self.decoder(code)
 
 
 class Discriminator(nn.Module):
