@@ -10,6 +10,7 @@ import pytest
 import skimage.data
 from hypothesis import settings
 from PIL import Image
+from support import draw_squares
 
 # a busy machine is slow, not wrong
 settings.register_profile("blemish", deadline=None, print_blob=True)
@@ -47,10 +48,7 @@ def tiny(tmp_path_factory) -> Path:
         for i in range(count):
             image, mask = crop(), np.zeros((64, 64), np.uint8)
             if name == "square":
-                # gross for the whole image, yet small beside it, and of two values: alike, they would explain each other
-                for (y, x), value in zip(generator.integers(2, 51, (2, 2)), (255, 0), strict=True):
-                    image[y : y + 11, x : x + 11] = value
-                    mask[y : y + 11, x : x + 11] = 255
+                draw_squares(image, mask, generator)
                 (root / "masks").mkdir(exist_ok=True)
                 Image.fromarray(mask).save(root / "masks" / f"{i:03}.png")
             Image.fromarray(image).save(root / name / f"{i:03}.png")

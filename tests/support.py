@@ -67,6 +67,12 @@ def stripes(n: int, seed: int, side: int = 32) -> Tensor:
     return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
 
 
+def draw_squares(image: np.ndarray, mask: np.ndarray, generator: np.random.Generator) -> None:
+    """A white and a black square, gross for a whole image of 64 px, yet small beside it; alike, they would explain each other."""
+    for (y, x), grey in zip(generator.integers(2, 51, (2, 2)), (255, 0), strict=True):
+        image[y : y + 11, x : x + 11], mask[y : y + 11, x : x + 11] = grey, 255
+
+
 def bricks(count: int, seed: int) -> Tensor:
     """Crops (count, 3, 64, 64) of one photograph."""
     photo, generator = skimage.data.brick(), np.random.default_rng(seed)

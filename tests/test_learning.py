@@ -5,7 +5,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS, bricks, tiny_run
+from support import CONFIGS, bricks, draw_squares, tiny_run
 
 from blemish.detector import TrainedDetector
 from blemish.run import train
@@ -41,8 +41,7 @@ def spoil(image: np.ndarray, defect: str, generator: np.random.Generator) -> np.
     """Draw the defect into an image, and return its mask (64, 64)."""
     mask = np.zeros(image.shape, np.uint8)
     if defect == "squares":
-        for (y, x), grey in zip(generator.integers(2, 51, (2, 2)), (255, 0), strict=True):
-            image[y : y + 11, x : x + 11], mask[y : y + 11, x : x + 11] = grey, 255
+        draw_squares(image, mask, generator)
         return mask
     y, x = generator.integers(4, SIDE - BLOCK - 4, 2)
     part = slice(y, y + BLOCK), slice(x, x + BLOCK)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blemish.data.images import dtype_of, find_images, fit_window, place, place_mask, prepare, read, to_unit, unplace
+from blemish.data.images import compact, dtype_of, find_images, fit_window, place, place_mask, prepare, read, restored, to_unit, unplace
 from blemish.runtime import Geometry
 from blemish.types import InputError
 
@@ -433,3 +433,12 @@ def test_find_images(tmp_path):
     (tmp_path / "set" / "deep" / "loop").symlink_to(tmp_path / "set")
     found = [path.relative_to(tmp_path / "set").as_posix() for path in find_images(tmp_path / "set")]
     assert sorted(found) == sorted([*names, "link/f.webp"]) and find_images(tmp_path / "set") == sorted(find_images(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(("levels", "grey"), [(255, True), (255, False), (65535, True), (65535, False)])
+def test_an_image_is_kept_in_no_more_memory_than_it_needs(levels, grey):
+    values = torch.randint(levels + 1, (1 if grey else 3, 6, 5), generator=torch.Generator().manual_seed(0))
+    image = (values.float().numpy() / np.float32(levels)).repeat(3 // len(values), 0)
+    small = compact(torch.from_numpy(image))
+    assert small.untyped_storage().nbytes() == values.numel() * (1 if levels == 255 else 4)
+    assert np.array_equal(restored(small), image)

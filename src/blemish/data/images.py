@@ -368,7 +368,7 @@ def compact(image: Tensor) -> Tensor:
     """An image (3, H, W) in [0, 1] as the bytes it was made of if there are such, and (1, H, W) if it is grey; see `restored`."""
     image = image[:1] if torch.equal(image, image[:1].expand_as(image)) else image
     bytes = (image * 255).round().byte()
-    return bytes if torch.equal(restored(bytes)[: len(image)], image) else image
+    return bytes if torch.equal(restored(bytes)[: len(image)], image) else image.clone()  # one channel must not hold on to three
 
 
 def restored(stored: Tensor) -> Tensor:
