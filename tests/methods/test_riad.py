@@ -28,7 +28,7 @@ def plain_gms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_similarity_is_that_of_scipy():
     image, other = images(2, 0).double(), images(2, 1).double()
-    found = similarities(image, other)
+    found = similarities(image, other, 4)
     for level in range(4):
         for i in range(2):
             a, b = (x[i].mean(0).numpy().reshape(64 >> level, 1 << level, 64 >> level, 1 << level).mean((1, 3)) for x in (image, other))
@@ -37,8 +37,8 @@ def test_similarity_is_that_of_scipy():
 
 def test_equal_images_are_similar_everywhere():
     image = images(2)
-    torch.testing.assert_close(similarity(image, image), torch.ones(2, 64, 64))
-    assert similarity(image, 1 - image.flip(3)).min() < 0.9
+    torch.testing.assert_close(similarity(image, image, 4), torch.ones(2, 64, 64))
+    assert similarity(image, 1 - image.flip(3), 4).min() < 0.9
 
 
 def test_gradients_are_finite_on_a_flat_image():
@@ -73,7 +73,7 @@ def test_loss_is_its_three_parts():
     seen = batch(images(2))
     loss = model.loss(seen)
     again = model.inpaint(seen.image, 8, rewound(model)).detach()
-    gradient = np.mean([1 - float(level.mean()) for level in similarities(seen.image, again)])
+    gradient = np.mean([1 - float(level.mean()) for level in similarities(seen.image, again, 4)])
     pairs = zip(seen.image.flatten(0, 1).numpy(), again.flatten(0, 1).numpy(), strict=True)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "win_size": 11}
     ssim = np.mean([structural_similarity(a.astype(float), b.astype(float), **options) for a, b in pairs])
@@ -93,6 +93,8 @@ def test_images_of_a_size_that_cannot_be_halved_are_refused():
         model_of()(images(1, side=72))
     with pytest.raises(InputError, match=r"model\.smooth=4"):
         model_of("model.smooth=4")
+    with pytest.raises(InputError, match=r"model\.scales=0"):
+        model_of("model.scales=0")
 
 
 def test_it_learns_to_inpaint():
@@ -113,3 +115,12 @@ def test_it_learns_to_inpaint():
 def test_no_device_of_its_own_draws_the_masks_of_inference():
     score, map = model_of().to("meta").eval()(images(2).to("meta"))  # which could not: the scores would differ from device to device
     assert (score.shape, map.shape) == ((2,), (2, 64, 64))
+
+
+@torch.no_grad()
+def test_the_map_is_a_mean_over_the_window_with_zeros_beside_the_image():
+    model, image = model_of("model.cells=[2,8]", "model.scales=2", "model.smooth=5").eval(), images(2)
+    found = model(image)
+    raw = np.mean([[1 - similarity(image, again, 2).numpy()] for again in model.inpaintings(image)], (0, 1))
+    np.testing.assert_allclose(found.map.numpy(), ndimage.uniform_filter(raw, (0, 5, 5), mode="constant"), atol=1e-6)
+    torch.testing.assert_close(found.score, found.map.amax((1, 2)))

@@ -12,7 +12,6 @@ from blemish.ops.randomness import seeded, stream
 from blemish.types import Batch, InputError, Prediction
 
 WINDOW = 11  # side of SSIM's window, pixels
-SCALES = 4  # of the gradient magnitude similarity
 FLAT = 0.0026  # c of the similarity, for images in [0, 1]
 HALVINGS = 4  # of the U-Net
 
@@ -21,12 +20,20 @@ class RIAD(TrainedDetector):
     """Anomaly = gradient dissimilarity of an image and its inpainting, averaged over the sides of the masked cells.
 
     The image's cells of k×k pixels are dealt at random to `sets` disjoint masks; a U-Net fills in each set from the others, and what it
-    filled in is put together. `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM. The map is
-    1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, and the image's score its maximum.
+    filled in is put together. `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM, with MSGMS the
+    similarity on `scales` scales. The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, and the image's score its maximum.
     """
 
     def __init__(
-        self, channels: int, cells: Sequence[int], sets: int, smooth: int, learning_rate: float, milestones: Sequence[int], seed: int
+        self,
+        channels: int,
+        cells: Sequence[int],
+        sets: int,
+        smooth: int,
+        learning_rate: float,
+        milestones: Sequence[int],
+        seed: int,
+        scales: int = 4,  # runs of earlier versions have none
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -34,7 +41,9 @@ class RIAD(TrainedDetector):
             raise InputError(f"model.sets={sets}: expected 2 or more, an image masked as a whole shows nothing")
         if smooth < 1 or smooth % 2 == 0:
             raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
-        self.cells, self.sets, self.smooth = list(cells), sets, smooth
+        if scales < 1:
+            raise InputError(f"model.scales={scales}: expected 1 or more")
+        self.cells, self.sets, self.scales, self.smooth = list(cells), sets, scales, smooth
         with seeded(seed):
             self.net = UNet(channels).to(memory_format=torch.channels_last)
 
@@ -51,7 +60,7 @@ class RIAD(TrainedDetector):
         generator = self.generator()
         pick = int(torch.randint(len(self.cells), (1,), generator=generator, device=generator.device))
         again = self.inpaint(batch.image, self.cells[pick], generator)
-        gradient = sum(1 - level.mean() for level in similarities(batch.image, again)) / SCALES
+        gradient = sum(1 - level.mean() for level in similarities(batch.image, again, self.scales)) / self.scales
         return F.mse_loss(again, batch.image) + gradient + dissimilarity(batch.image, again, WINDOW).mean()
 
     def inpaintings(self, image: Tensor) -> list[Tensor]:
@@ -63,8 +72,9 @@ class RIAD(TrainedDetector):
         return torch.stack(self.inpaintings(image)).mean(0)
 
     def forward(self, image: Tensor) -> Prediction:
-        map = torch.stack([1 - similarity(image, again) for again in self.inpaintings(image)]).mean(0)  # (B, H, W)
-        map = F.avg_pool2d(F.pad(map[:, None], [self.smooth // 2] * 4, mode="replicate"), self.smooth, stride=1)[:, 0]
+        map = torch.stack([1 - similarity(image, again, self.scales) for again in self.inpaintings(image)]).mean(0)  # (B, H, W)
+        # zeros beside the image: at its border, where there is less to fill in from, the errors of normal images are half as large again
+        map = F.avg_pool2d(map[:, None], self.smooth, stride=1, padding=self.smooth // 2)[:, 0]
         return Prediction(map.amax((1, 2)), map)
 
     def configure_optimizers(self) -> dict:
@@ -80,17 +90,17 @@ def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) 
     return F.one_hot(owner, sets).movedim(-1, 0).float()
 
 
-def similarity(image: Tensor, other: Tensor) -> Tensor:
+def similarity(image: Tensor, other: Tensor, scales: int) -> Tensor:
     """Multi-scale gradient magnitude similarity (B, H, W) of images (B, C, H, W): the mean over the scales, resized."""
-    levels = [F.interpolate(level[:, None], image.shape[-2:], mode="bilinear")[:, 0] for level in similarities(image, other)]
+    levels = [F.interpolate(level[:, None], image.shape[-2:], mode="bilinear")[:, 0] for level in similarities(image, other, scales)]
     return torch.stack(levels).mean(0)
 
 
-def similarities(image: Tensor, other: Tensor) -> list[Tensor]:
-    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on SCALES scales, each half the one before."""
+def similarities(image: Tensor, other: Tensor, scales: int) -> list[Tensor]:
+    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on so many scales, each half the one before."""
     grey = torch.stack([image.mean(1), other.mean(1)])  # (2, B, H, W): of the channels' mean, which the paper leaves open
     found = []
-    for level in range(SCALES):
+    for level in range(scales):
         if level:
             grey = F.avg_pool2d(grey, 2)
         first, second = gradient_magnitude(grey)
