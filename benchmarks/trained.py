@@ -68,7 +68,8 @@ def spent() -> float:
 
 def measure(method: str, manifest: Path, scratch: Path) -> dict:
     """Seconds of an epoch without and with a filled store, of the test, and peak memory."""
-    row = {"method": method}
+    machine = environment()
+    row = {"method": method, "machine": f"{machine['cpu']}, {machine['cores']} cores, torch {machine['packages']['torch']}"}
     for name, options in {"epoch": [], "epoch, store": ["store=on", f"store.root='{scratch}/store'"]}.items():
         if options and method not in STORED:
             row |= {name: None, f"{name}, CPU": None}
@@ -96,8 +97,12 @@ def page(result: dict) -> str:
     names = ["method", "epoch", "epoch, CPU", "epoch, store", "epoch, store, CPU", "score", "MB"]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in result["rows"]]
-    machine = result["environment"]
-    return "\n".join(lines) + f"\n\nSeconds; {machine['cpu']}, {machine['cores']} cores, torch {machine['packages']['torch']}.\n"
+    machines: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        machines.setdefault(row["machine"], []).append(row["method"])
+    usual = max(machines, key=lambda machine: len(machines[machine]))
+    others = [f"; {' and '.join(names)}: {machine}" for machine, names in machines.items() if machine != usual]
+    return "\n".join(lines) + f"\n\nSeconds; {usual}{''.join(others)}.\n"
 
 
 def main() -> None:
