@@ -17,7 +17,7 @@ from blemish.methods.noise_residual import NoiseResidual
 from blemish.methods.padim import PaDiM
 from blemish.methods.patch_svdd import SIZES, PatchSVDD
 from blemish.methods.patchcore import PatchCore, pooling_root
-from blemish.methods.riad import RIAD, deal, similarity
+from blemish.methods.riad import RIAD, deal
 from blemish.methods.self_similarity import SelfSimilarity
 from blemish.methods.spade import SPADE, describe
 from blemish.ops import pca
@@ -243,14 +243,12 @@ class RIADForm(Form):
             self.register_buffer(f"masks{cell}", deal(size, cell, model.sets, stream(model.hparams.seed, cell))[:, None, None])
 
     def whole(self, image: Tensor) -> Prediction:
-        maps = []
+        inpaintings = []
         for cell in self.model.cells:
             masks = getattr(self, f"masks{cell}")  # (n, 1, 1, H, W)
             hidden = (image * (1 - masks)).flatten(0, 1)  # (n·B, 3, H, W)
-            maps.append(1 - similarity(image, (self.model.net(hidden).unflatten(0, (self.model.sets, -1)) * masks).sum(0)))
-        smooth = self.model.smooth
-        map = F.avg_pool2d(F.pad(torch.stack(maps).mean(0)[:, None], [smooth // 2] * 4, mode="replicate"), smooth, stride=1)[:, 0]
-        return Prediction(map.amax((1, 2)), map)
+            inpaintings.append((self.model.net(hidden).unflatten(0, (self.model.sets, -1)) * masks).sum(0))
+        return self.model.judged(image, inpaintings)
 
 
 class SelfSimilarityForm(Form):

@@ -72,8 +72,12 @@ class RIAD(TrainedDetector):
         return torch.stack(self.inpaintings(image)).mean(0)
 
     def forward(self, image: Tensor) -> Prediction:
-        map = torch.stack([1 - similarity(image, again, self.scales) for again in self.inpaintings(image)]).mean(0)  # (B, H, W)
-        # zeros beside the image: at its border, where there is less to fill in from, the errors of normal images are half as large again
+        return self.judged(image, self.inpaintings(image))
+
+    def judged(self, image: Tensor, inpaintings: Sequence[Tensor]) -> Prediction:
+        """What images (B, 3, H, W) have that their inpaintings have not."""
+        map = torch.stack([1 - similarity(image, again, self.scales) for again in inpaintings]).mean(0)  # (B, H, W)
+        # zeros beside the image: at its border, where there is less to fill in from, the errors of normal images are largest
         map = F.avg_pool2d(map[:, None], self.smooth, stride=1, padding=self.smooth // 2)[:, 0]
         return Prediction(map.amax((1, 2)), map)
 
