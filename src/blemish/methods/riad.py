@@ -77,7 +77,7 @@ class RIAD(TrainedDetector):
     def judged(self, image: Tensor, inpaintings: Sequence[Tensor]) -> Prediction:
         """What images (B, 3, H, W) have that their inpaintings have not."""
         map = torch.stack([1 - similarity(image, again, self.scales) for again in inpaintings]).mean(0)  # (B, H, W)
-        # zeros beside the image: at its border, where there is less to fill in from, the errors of normal images are largest
+        # zeros beside the image, as at its border the errors of normal images are largest
         map = F.avg_pool2d(map[:, None], self.smooth, stride=1, padding=self.smooth // 2)[:, 0]
         return Prediction(map.amax((1, 2)), map)
 
