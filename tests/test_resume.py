@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,17 +80,26 @@ def test_a_finished_run_and_a_missing_one_are_refused(tiny, tmp_path):
             train(tiny_run(tiny, tmp_path / "other", "model=autoencoder", f"resume='{folder}'"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
-    cfg = tiny_run(tiny, tmp_path / "run", "model=autoencoder", "model.loss=l2", "model.learning_rate=1e30", "trainer.max_epochs=3")
-    with pytest.raises(InputError, match=r"epoch \d, step \d.*model\.learning_rate"):
+@pytest.mark.parametrize("method", ["autoencoder", "ganomaly"])
+def test_a_loss_that_is_no_number_stops_the_run(method, tiny, tmp_path):
+    cfg = tiny_run(tiny, tmp_path / "run", f"model={method}", "model.learning_rate=1e30", "trainer.max_epochs=3")
+    with pytest.raises(InputError, match=r"epoch \d, step \d.*model\.learning_rate") as error:
         train(cfg)
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
     assert not (tmp_path / "run" / "model.ckpt").exists()
+    advice = re.findall(r"[a-z_.]+=[\w-]+", str(error.value))  # can be followed as it stands
+    assert len(advice) == 2
+    train(tiny_run(tiny, tmp_path / "again", f"model={method}", "model.learning_rate=1e-5", *advice))
+
+
+def test_clipping_that_a_method_does_itself_is_refused_elsewhere(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"trainer\.gradient_clip_val=0\.5.*model\.clip"):
+        train(tiny_run(tiny, tmp_path / "run", "model=ganomaly", "trainer.gradient_clip_val=0.5"))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_precision_and_clipping_by_config(precision, tiny, tmp_path):
-    options = [f"trainer.precision={precision}", "+trainer.gradient_clip_val=0.5", "trainer.max_epochs=2"]
+    options = [f"trainer.precision={precision}", "trainer.gradient_clip_val=0.5", "trainer.max_epochs=2"]
     metrics = train(tiny_run(tiny, tmp_path / "run", "model=autoencoder", *options))
     assert metrics["image_auroc"] is not None
     with torch.inference_mode():

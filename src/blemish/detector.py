@@ -163,6 +163,7 @@ class TrainedDetector(Detector):
     """
 
     looks_at_images = True
+    clipped_by = "trainer.gradient_clip_val"  # the config key that bounds its gradients
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """What has to be known of the training images before the optimiser is made; done anew when a training is resumed."""
@@ -244,7 +245,7 @@ class TrainedDetector(Detector):
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss is {float(loss.detach())} in epoch {self.current_epoch}, step {self.trainer.fit_loop.total_batch_idx}; choose a "
-                "smaller model.learning_rate, trainer.gradient_clip_val=1, or trainer.precision=32-true if it is another"
+                f"smaller model.learning_rate, {self.clipped_by}=1, or trainer.precision=32-true if it is another"
             )
         shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
         self.log("loss", loss.detach(), batch_size=len(batch.image), **shown)

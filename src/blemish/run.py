@@ -93,6 +93,8 @@ def train(cfg: DictConfig) -> dict:
         data, model = data_of(cfg, past), model or build(cfg.model)
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
+        if trainer.gradient_clip_val is not None and not model.automatic_optimization:
+            raise InputError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: this method steps by itself; use {model.clipped_by}")
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))

@@ -22,6 +22,8 @@ class GANomaly(TrainedDetector):
     many after every other up to `max_channels`. `clip` bounds the norm of each network's gradient.
     """
 
+    clipped_by = "model.clip"
+
     def __init__(
         self,
         image_size: int | None,
