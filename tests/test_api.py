@@ -354,7 +354,7 @@ def test_a_run_folder_is_a_detector_too(tiny, tmp_path):
 
 
 def test_a_loaded_detector_can_be_trained_again(padim, saved, tiny):
-    again = AnomalyDetector.load(saved, device="cpu")
+    again = AnomalyDetector.load(saved)  # where `padim` was trained
     again.cfg.trainer.enable_progress_bar = False
     images = arrays(tiny / "square")
     assert all(equal(a, b) for a, b in zip(again.train(tiny / "normal").predict(images), padim.predict(images), strict=True))

@@ -194,8 +194,8 @@ def test_residual_of_a_trained_reconstruction(tiny, tmp_path, monkeypatch):
     metrics = train(tiny_run(tiny, Path("residual"), *options))
     assert metrics["image_auroc"] > 0.8  # squares of 11 px that three steps of training cannot redraw
     assert metrics["pixel_auroc"] > 0.5
-    _, first = load(Path("autoencoder"))
-    _, model = load(Path("residual"))
+    _, first = load(Path("autoencoder"), "cpu")
+    _, model = load(Path("residual"), "cpu")
     image = stained(64, 64, 20, 30)
     with torch.inference_mode():
         left = 255 * (image - first.reconstruct(image)).mean(1, keepdim=True)

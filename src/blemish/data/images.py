@@ -326,8 +326,9 @@ def place(image: Tensor, geometry: Geometry) -> Tensor:
     """
     inner, outer, crop = geometry.inner(*image.shape[-2:]), geometry.outer(*image.shape[-2:]), geometry.crop
     if image.shape[-2:] != inner:
-        # torch 2.14 on a CPU takes wrong rows of floats where the width becomes 1: on its side an image is resized right
-        turned = inner[1] == 1
+        # torch 2.14 on a CPU takes wrong rows of floats where the width becomes 1: on its side an image is resized right;
+        # bytes are right as they are, and rounded after one axis and then the other
+        turned = inner[1] == 1 and image.is_floating_point()
         image, shape = (image.mT.contiguous(), inner[::-1]) if turned else (image, inner)
         image = F.interpolate(image[None], shape, mode="bilinear", antialias=True, align_corners=False)[0]
         image = image.mT if turned else image
