@@ -1,5 +1,6 @@
 """SPADE against its paper written plainly, the arithmetic of its correspondences, and its outlier filter."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_levels_hold_every_cell(grids):
     assert set(finest.children.flatten().tolist()) == set(range(len(finest.at)))
     assert set(middle.children.flatten().tolist()) == set(range(len(middle.at)))
     assert coarsest.at.tolist() == list(range(6 if len(coarsest.at) == 6 else 4))
+
+
+@pytest.mark.parametrize("grids", [((8, 8), (4, 4)), ((8, 8), (4, 4), (2, 2)), ((9, 7), (5, 4), (3, 2))])
+def test_images_of_one_value_are_alike(grids):
+    """The first guess is the nearest then, and no pair is left to look at any finer."""
+    query = [torch.zeros(h * w, 5) for h, w in grids]
+    assert torch.equal(correspondences(query, [q.expand(3, -1, -1) for q in query], grids), torch.zeros(math.prod(grids[0])))
+    found = correspondences(query, [1 + q.expand(3, -1, -1) for q in query], grids)
+    torch.testing.assert_close(found, torch.full_like(found, math.sqrt(5 * len(grids))))
 
 
 def test_a_training_image_finds_itself():

@@ -254,7 +254,8 @@ class _Descent:
         below = table[own]
         image, cell = other // len(table), other % len(table)
         under = (image[..., None] * count + table[cell]).flatten(1)
-        rows = self.gallery[level].index_select(0, other.flatten()).view(*under.shape, -1)  # (n, w·m, C+2)
+        gallery = self.gallery[level]  # n may be 0, where the first guess was the nearest: its shape has to be said
+        rows = gallery.index_select(0, other.flatten()).view(*under.shape, gallery.shape[-1])  # (n, w·m, C+2)
         return below, under, self.query[level].index_select(0, own) @ rows.mT
 
     def _guess(self, cells: Tensor, square: Tensor) -> None:
