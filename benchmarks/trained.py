@@ -101,7 +101,7 @@ def page(result: dict) -> str:
     for row in result["rows"]:
         machines.setdefault(row["machine"], []).append(row["method"])
     usual = max(machines, key=lambda machine: len(machines[machine]))
-    others = [f"; {' and '.join(names)}: {machine}" for machine, names in machines.items() if machine != usual]
+    others = [f"; {', '.join(names)}: {machine}" for machine, names in machines.items() if machine != usual]
     return "\n".join(lines) + f"\n\nSeconds; {usual}{''.join(others)}.\n"
 
 
