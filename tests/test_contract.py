@@ -50,6 +50,15 @@ def test_shapes_and_finite(model, batch):
         assert map.isfinite().all()
 
 
+@torch.inference_mode()
+def test_images_of_one_value_have_a_score(model, batch):
+    """As a covered lens or a lamp that is out gives them."""
+    blank = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, *batch.image.shape[1:])
+    score, map = model(blank)
+    assert score.isfinite().all()
+    assert map is None or map.isfinite().all()
+
+
 def test_a_gross_defect_is_found(run):
     check_gross_defect(run[2])
 
