@@ -43,6 +43,7 @@ from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
+from blemish.records.progress import ProgressBar
 from blemish.records.record import (
     FINISHED,
     REGION,
@@ -62,7 +63,7 @@ from blemish.records.record import (
     write_json,
     write_text,
 )
-from blemish.records.tables import summary
+from blemish.records.tables import decisions, summary
 from blemish.records.timing import StageTimes
 from blemish.types import InputError
 
@@ -467,7 +468,9 @@ def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     names = {"auto": "auto", "gpu": "gpu", "cuda": "gpu"}
     if cfg.trainer.get("sync_batchnorm") and device_of(names.get(cfg.trainer.accelerator, "cpu")).type != "cuda":
         fixed["sync_batchnorm"] = False  # torch has it for CUDA alone
-    trainer = build(cfg.trainer, callbacks=callbacks, logger=logger, **fixed)
+    bar = [ProgressBar()] if cfg.trainer.enable_progress_bar and ProgressBar.is_visible() else []
+    fixed |= {"enable_progress_bar": bool(bar), "callbacks": [*callbacks, *bar]}
+    trainer = build(cfg.trainer, logger=logger, **fixed)
     trainer.strategy.checkpoint_io = Streamed()
     return trainer
 
@@ -674,7 +677,10 @@ def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 @rank_zero_only
 def report(metrics: dict, folder: str) -> None:
-    """The table a person wants to see at the end of a run, and where the rest is."""
-    console = Console(soft_wrap=True)
+    """Print the table of metrics, how the decisions came out, and where the rest is."""
+    console = Console(soft_wrap=True, highlight=False)
     console.print(summary(metrics))
-    console.print(f"run folder: {folder}", highlight=False)
+    calibration = (read_record(Path(folder)) or {}).get("calibration") or {}
+    for line in decisions(metrics, calibration):
+        console.print(line, markup=False)
+    console.print(f"run folder: {folder}", markup=False)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from blemish.records.paper import Figure, published, read
 from blemish.records.record import FINISHED, read_record, write_csv, write_text
+from blemish.scoring.calibration import chance_of_alarms
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
 COST_NAMES = ["fit s", "test s", "MB"]
+UNLIKELY = 0.001  # probability of the false alarms of a test below which it warns
 LAYOUTS = ("run", "category")
 
 
@@ -51,6 +53,31 @@ def summary(metrics: Mapping) -> Table:
         cells = ["–" if row[column] is None else f"{row[column]:.4f}" for column in FIGURES]
         table.add_row(name, str(row["images"]), *cells, style="bold" if name == "all" else "")
     return table
+
+
+def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
+    """Lines on the decisions of a test: defects found, false alarms beside their bound, and a warning where these are too many by chance.
+
+    calibration: of the run's record, see `Evaluate.calibration_facts`.
+    """
+    if calibration.get("value") is None:
+        return ["no decisions: there is no threshold without held-out normal images; protocol=clean holds some out"]
+    defective, normal = metrics["images_anomalous"], metrics["images_normal"]
+    alpha, requested, n = (calibration[name] for name in ("alpha", "requested", "n"))
+    bound = f"bound {100 * alpha:.3g} %" + ("" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %")
+    parts, alarms = [], 0
+    if defective:
+        parts.append(f"found {round(metrics['image_recall'] * defective)} of {defective} defective")
+    if normal:
+        alarms = round(metrics["image_false_alarm_rate"] * normal)
+        parts.append(f"false alarms {alarms} of {normal} ({bound})")
+    lines = [", ".join(parts)] if parts else []
+    if normal and (chance := chance_of_alarms(alarms, normal, requested, n)) < UNLIKELY:
+        lines.append(
+            f"warning: so many false alarms have a probability of {chance:.1g} if the normal test images are like the {n} calibration "
+            "images; they differ from the training images (light, position, product?), and the bound does not hold for them"
+        )
+    return lines
 
 
 def collect(folder: str | Path) -> list[dict]:

@@ -62,6 +62,22 @@ def conformal_threshold(scores: Tensor, alpha: float) -> Threshold:
     return Threshold(scores.sort().values[min(k, n) - 1].item(), bound, float(alpha), n)
 
 
+def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
+    """Probability of at least so many false alarms among `normal` images like the n that a threshold was calibrated with at `alpha`.
+
+    The threshold is the k-th smallest of n exchangeable scores, k = ceil((n + 1)(1 − alpha)): the share above it is Beta(n + 1 − k, k),
+    and the alarms among m new images are beta-binomial (Vovk 2012, Conditional validity of inductive conformal predictors).
+    """
+    k = min(math.ceil((n + 1) * (1 - exact(alpha))), n)
+    a, b = n + 1 - k, k
+
+    def log_beta(x: float, y: float) -> float:
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    terms = (log_beta(a + j, b + normal - j) - log_beta(a, b) - log_beta(j + 1, normal - j + 1) for j in range(alarms, normal + 1))
+    return min(1.0, sum(math.exp(term) for term in terms) / (normal + 1))  # the last quotient makes the third term a binomial coefficient
+
+
 def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
     """(1 + #{calibration ≥ score}) / (n + 1) for scores (B,) against calibration (n,) → (B,) float64, on the scores' device.
 

@@ -1,0 +1,44 @@
+"""Lightning's progress bar on stderr, without epochs where there is one only, and without the logger's version number."""
+
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+
+class ProgressBar(RichProgressBar):
+    """A bar for each stage of a run."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+
+    @staticmethod
+    def is_visible() -> bool:
+        """Whether stderr can show a bar: a terminal or a notebook, not a file."""
+        console = Console(stderr=True)
+        return console.is_terminal or console.is_jupyter
+
+    @property
+    def predict_description(self) -> str:
+        return "calibrating"
+
+    @property
+    def test_description(self) -> str:
+        return "testing"
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs
+        return "fitting" if epochs == 1 else f"epoch {current_epoch + 1}" + (f" of {epochs}" if epochs and epochs > 0 else "")
+
+    def get_metrics(self, trainer, pl_module) -> dict:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def configure_columns(self, trainer) -> list:
+        return [*super().configure_columns(trainer)[:-1], Speed()]  # its last shows 0.00 before it knows
+
+
+class Speed(ProgressColumn):
+    """Batches per second, once they are known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.3g} batches/s", style="progress.data.speed")
