@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from blemish import runtime
 from blemish.compose import composed, names
 from blemish.deploy.export import ENDINGS, export_run
 from blemish.records.record import environment, write_json
@@ -49,7 +48,7 @@ def tried(method: str, run: Path, format: str, *overrides: str) -> dict:
     try:
         cfg = composed(f"run='{run}'", f"format={format}", f"output='{path}'", *overrides, config="export")
         _, parity = export_run(cfg, load, build)
-    except (InputError, runtime.InputError) as error:
+    except InputError as error:
         return {"refused": str(error)}
     maps = None if parity.map_difference is None else parity.map_difference / parity.map_scale
     return {"score": parity.score_difference / parity.score_scale, "map": maps, "flipped": parity.flipped}

@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from blemish.backbone.features import Features
-from blemish.data.images import find_images, prepare, read
+from blemish.data.images import prepare
 from blemish.detector import OnePassDetector
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import find_images, read
 from blemish.methods.spade import SPADE, describe
 from blemish.ops.neighbours import nearest
 from blemish.run import build
-from blemish.runtime import Geometry
 from blemish.scoring.metrics import auroc
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy import ndimage
 from skimage.measure import label, regionprops
 from support import CONFIGS, QUICK, composed, tiny_run
 
@@ -22,7 +23,7 @@ from blemish import AnomalyDetector, Result
 from blemish import api as module
 from blemish import run as runs
 from blemish.api import OTHERS, boxes_of
-from blemish.data.images import read
+from blemish.edge.reading import read
 from blemish.types import InputError
 
 METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
@@ -134,6 +135,19 @@ def test_maps_and_boxes_are_in_the_pixels_of_the_input(padim, tiny):
     for x, y, w, h in result.boxes:
         inside[y : y + h, x : x + w] = True
     assert inside[mask].mean() > 0.5
+
+
+def test_boxes_are_ordered_by_the_peaks_of_their_own_parts():
+    rng = np.random.default_rng(0)
+    for number in range(60):  # parts inside the boxes of others, ties, and what is not looked at
+        map = ndimage.gaussian_filter(rng.random(rng.integers(1, 50, 2)), number % 3 / 2).astype(np.float32)
+        map = (map * 8).round() / 8 if number % 2 else map
+        level = float(np.quantile(map, rng.random()))
+        map[rng.random(map.shape) < 0.2] = -np.inf
+        parts, count = ndimage.label(map > level, np.ones((3, 3)))
+        peaks = ndimage.maximum(map, parts, range(1, count + 1))
+        boxes = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in ndimage.find_objects(parts)]
+        assert boxes_of(map, level) == [boxes[i] for i in np.argsort(-np.array(peaks), kind="stable")]
 
 
 def test_boxes_of_nothing_and_of_all():

@@ -10,9 +10,10 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from support import composed, tiny_run
 
-from blemish import AnomalyDetector, runtime
-from blemish.data.images import read
+from blemish import AnomalyDetector
 from blemish.deploy.export import export_run
+from blemish.edge import runtime
+from blemish.edge.reading import read
 from blemish.records.record import read_record
 from blemish.run import build, data_of, load, predict, train
 from blemish.run import test as retest

@@ -25,16 +25,15 @@ from blemish.backbone.store import crc32
 from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
-from blemish.data.images import UINT16
 from blemish.data.regions import Region
 from blemish.deploy.predict import Found, View, images_at, output_names, predict, write
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.edge.geometry import UINT16, Geometry
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
 from blemish.run import build, calibrated, device_of, expected_warnings, load, module_of, trainer_of
-from blemish.runtime import Geometry
 from blemish.scoring.calibration import Threshold, conformal_threshold, exact, p_values
 from blemish.types import InputError
 
@@ -376,9 +375,9 @@ def quiet() -> Iterator[None]:
 
 def boxes_of(map: np.ndarray, level: float) -> list[tuple[int, int, int, int]]:
     """(x, y, w, h) of every part of a map (H, W) above a level, corners connect, the part with the largest value first."""
-    label, count = ndimage.label(map > level, structure=np.ones((3, 3)))
-    if not count:
-        return []
-    peaks = ndimage.maximum(map, label, range(1, count + 1))
-    places = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in ndimage.find_objects(label)]
-    return [places[i] for i in np.argsort(-peaks, kind="stable")]
+    label, _ = ndimage.label(map > level, structure=np.ones((3, 3)))
+    found = []
+    for number, (y, x) in enumerate(ndimage.find_objects(label), 1):
+        peak = map[y, x].max(where=label[y, x] == number, initial=-np.inf)
+        found.append((peak, (x.start, y.start, x.stop - x.start, y.stop - y.start)))
+    return [box for _, box in sorted(found, key=lambda one: -one[0])]

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from blemish.edge.errors import InputError  # noqa: F401 the rooms above know it from here
+
 NORMAL, ANOMALOUS, UNKNOWN = 0, 1, -1  # image labels
 NO_TRUTH = 255  # mask value of a pixel whose truth is not known; pixel metrics leave it out
 OUTSIDE = 254  # mask value of a pixel that is not looked at: beside an image in a letterbox, or outside the region of interest
@@ -25,7 +27,3 @@ class Prediction(NamedTuple):
 
     score: Tensor  # (B,) float32
     map: Tensor | None = None  # (B, H, W) float32 in the pixels of the network's input, None for an image-level method
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used: the message names the path or key and what would do."""

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blemish.data.given import Given, array_of, images_of, window_of
-from blemish.data.images import prepare, read
-from blemish.runtime import Geometry
+from blemish.data.images import prepare
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import read
 from blemish.types import NORMAL, InputError
 
 WINDOW = window_of(None)

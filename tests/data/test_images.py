@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blemish.data.images import compact, dtype_of, find_images, fit_window, place, place_mask, prepare, read, restored, to_unit, unplace
-from blemish.runtime import Geometry
+from blemish.data.images import compact, fit_window, place, place_mask, prepare, restored, to_unit, unplace
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import dtype_of, find_images, read
 from blemish.types import InputError
 
 H, W = 24, 40

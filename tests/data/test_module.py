@@ -12,7 +12,7 @@ from blemish.data import module
 from blemish.data.images import place, place_mask, to_unit
 from blemish.data.module import ImageData, Images, Recent, binary, held_out
 from blemish.data.samples import Sample, read_manifest, write_manifest
-from blemish.runtime import Geometry
+from blemish.edge.geometry import Geometry
 from blemish.types import NO_TRUTH, InputError
 
 SIZE = 48

@@ -9,8 +9,8 @@ from support import composed, tiny_overrides
 from blemish.data.module import Images
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
+from blemish.edge.geometry import GREY, Geometry
 from blemish.run import build
-from blemish.runtime import GREY, Geometry
 from blemish.types import NO_TRUTH, OUTSIDE, InputError
 
 

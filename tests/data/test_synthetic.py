@@ -6,8 +6,8 @@ import skimage.data
 from PIL import Image
 from support import composed
 
-from blemish.data.images import read
 from blemish.data.synthetic import blemish, place, write
+from blemish.edge.reading import read
 from blemish.run import build
 from blemish.types import InputError
 

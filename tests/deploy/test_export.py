@@ -2,10 +2,9 @@
 
 import csv
 import json
-import struct
+import shutil
 import subprocess
 import sys
-import zlib
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +18,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import CONFIGS, QUICK, batch, bricks, composed, fitted, tiny_overrides, tiny_run
 
-from blemish import runtime
-from blemish.data.images import place, prepare, read, to_unit, unplace
+from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
 from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
 from blemish.deploy.portable import BLOCKS, portable
-from blemish.deploy.predict import predict
+from blemish.deploy.predict import View, predict
 from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.edge import geometry as edge
+from blemish.edge import runtime
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import read
 from blemish.run import build, load, train
-from blemish.runtime import Geometry
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
@@ -164,21 +165,24 @@ ALONE = """
 import importlib.abc, json, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "lightning", "timm", "omegaconf", "hydra"):
+        if name.partition(".")[0] in ("torch", "torchvision", "lightning", "timm", "omegaconf", "hydra", "blemish"):
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Blocked())
-from blemish.runtime import Model
-model = Model(sys.argv[1], threads=1)
-found = model.predict(sys.argv[2:])
-assert not {"torch", "lightning", "hydra"} & set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+from edge.runtime import Model
+model = Model(sys.argv[2], threads=1)
+found = model.predict(sys.argv[3:])
 print(json.dumps([[r.score, r.p_value, r.decision, r.map.shape] for r in found]))
 """
 
 
-def test_the_runtime_gives_the_scores_of_the_run_without_torch(run, onnx, tiny):
+def test_the_runtime_gives_the_scores_of_the_run_without_torch(run, onnx, tiny, tmp_path):
+    shutil.copytree(Path(runtime.__file__).parent, tmp_path / "edge")
     with (run / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
-    done = subprocess.run([sys.executable, "-c", ALONE, onnx, *(tiny / row["path"] for row in rows)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path, onnx, *(tiny / row["path"] for row in rows)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     calibration = load(run, "cpu")[1].calibration[:, 0]
@@ -222,7 +226,7 @@ def test_scores_are_the_same_without_maps_from_floats_and_from_the_camera(run, o
     camera = runtime.Model(exported(run, tmp_path / "c.onnx", "source=[90,70]", f"images='{folder}'")[0], threads=1)
     assert camera.facts["parity"]["images"] == 3
     assert camera.run(np.stack(arrays))[0] == pytest.approx([r.score for r in expected], rel=1e-5)
-    with pytest.raises(runtime.InputError, match=r"\[90, 70\] alone"):
+    with pytest.raises(InputError, match=r"\[90, 70\] alone"):
         camera.predict(np.zeros((64, 64, 3), np.uint8))
 
 
@@ -242,9 +246,15 @@ def test_a_crop_and_deep_images(tiny, tmp_path):
     assert found.score == pytest.approx(float(score), rel=1e-4)
     own = other.own_pixels(found.map, 80, 100)
     np.testing.assert_allclose(own, unplace(map[0], 80, 100, Geometry(64, 48)).numpy(), rtol=1e-3, atol=1e-4)
-    with pytest.raises(runtime.InputError, match="float64"):
+    with pytest.raises(InputError, match="float64"):
         other.predict(deep.astype(np.float64))
     Image.fromarray(deep).save(tmp_path / "deep.png")
+    colour = np.random.default_rng(1).integers(0, 65536, (80, 100, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "colour.tif", colour, photometric="rgb")
+    expected = list(predict(model, [tmp_path / "deep.png", tmp_path / "colour.tif"], export.view_of(saved), 2))
+    found = other.predict([tmp_path / "deep.png", str(tmp_path / "colour.tif")])
+    assert [result.score for result in found] == pytest.approx([one.score for one in expected], rel=1e-4)
+    assert other.predict(colour)[0].score == found[1].score
     with pytest.raises(InputError, match="input=float for deep images"):
         exported(folder, tmp_path / "m.pt2", "format=torch_export", f"images='{tmp_path}/deep.png'")
 
@@ -310,9 +320,9 @@ def test_an_export_by_tiles_of_which_nothing_is_seen(by_tiles, tmp_path):
     seen = np.zeros((64, 64), bool)
     seen[2, 5] = True  # row 2 of a tile of 40 px is under no centre of its 32
     other.facts["region"] = runtime.packed(seen)
-    with pytest.raises(runtime.InputError, match="nothing of it is inside the region"):
+    with pytest.raises(InputError, match="nothing of it is inside the region"):
         other.predict(np.zeros((64, 64), np.uint8))
-    with pytest.raises(runtime.InputError, match=r"an array of shape \(0, 5\)"):
+    with pytest.raises(InputError, match=r"an array of shape \(0, 5\)"):
         other.predict(np.zeros((0, 5), np.uint8))
 
 
@@ -320,6 +330,36 @@ def test_an_export_that_differs_is_not_kept(run, tmp_path):
     with pytest.raises(InputError, match="not kept, as it differs from its run"):
         exported(run, tmp_path / "m.pt2", "format=torch_export", "tolerance=0", "map_tolerance=0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_goes_through_files(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "pixels", lambda image: read(image)[::-1] if isinstance(image, Path) else image)
+    with pytest.raises(InputError, match="not kept, as it differs from its run"):
+        exported(run, tmp_path / "m.pt2", "format=torch_export")
+
+
+def test_the_names_of_what_goes_in_and_comes_out(exports):
+    needs(*NEEDS["onnx"], *NEEDS["openvino"])
+    assert names_of(exports("onnx")[0]) == names_of(exports("openvino")[0]) == [["image"], ["score"], ["map"]]
+
+
+def names_of(path: Path) -> list[list[str]]:
+    """By OpenVINO, which reads both; a value may have several."""
+    graph = runtime.openvino_core().read_model(path)
+    return [sorted(value.get_names()) for value in [*graph.inputs, *graph.outputs]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("noise_residual", "padim")])
+def test_every_graph_has_the_same_names(method, tmp_path):
+    needs(*NEEDS["openvino"])
+    (model, side), maps = quick(method), method != "spade"
+    form = portable(model, (side, side), maps)
+    program, _ = export.traced(export.Graph(form, "uint8", None, View(Geometry(side), {}), maps), export.example("uint8", (side, side)))
+    export.to_onnx(program, tmp_path / "m.onnx", 20)
+    with torch.no_grad():
+        mapped = form(torch.rand(1, 3, side, side)).map is not None
+    assert names_of(tmp_path / "m.onnx") == [["image"], ["score"], ["map"]][: 3 if mapped else 2]
 
 
 def test_limits():
@@ -352,6 +392,12 @@ def test_options_that_do_not_fit(run, tmp_path, overrides, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_smaller_than_the_crop(tmp_path):
+    for geometry in (Geometry(None, 48), Geometry(40, 48)):
+        with pytest.raises(InputError, match=r"source=\[40, 44\].*crop of 48"):
+            export.check("torch_export", "uint8", [40, 44], View(geometry, {}), tmp_path / "m.pt2")
+
+
 def test_a_file_that_would_be_too_large_is_refused(run, tmp_path, monkeypatch):
     needs("onnx", "onnxscript", "onnxruntime")
     monkeypatch.setattr(export, "LARGEST", 10**5)
@@ -374,20 +420,20 @@ def test_foreign_files(tmp_path, pictures):
         pictures[0]: "ends with .onnx or .xml",
     }
     for path, message in messages.items():
-        with pytest.raises(runtime.InputError, match=message):
+        with pytest.raises(InputError, match=message):
             runtime.Model(path)
     later = json.dumps({"format": "blemish artefact 9"})
     for facts, message in {"other": "says nothing of blemish", later: "export the run again"}.items():
         onnx.helper.set_model_props(model, {runtime.KEY: facts, "seal": runtime.NO_SEAL})
         onnx.save(model, tmp_path / "sealed.onnx")
         export.set_seal(tmp_path / "sealed.onnx")
-        with pytest.raises(runtime.InputError, match=message):
+        with pytest.raises(InputError, match=message):
             runtime.Model(tmp_path / "sealed.onnx")
 
 
 CHILDREN = """
 import signal, subprocess, sys
-from blemish.runtime import Model
+from blemish.edge.runtime import Model
 signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does for the processes of a loader
 first = Model(sys.argv[1])
 second = Model(sys.argv[1])
@@ -413,9 +459,9 @@ def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
     tensor = torch.from_numpy(array).permute(2, 0, 1) if colour else torch.from_numpy(array)[None]
     crop = size // 2 if seed % 2 else None
     expected = place(tensor, Geometry(size, crop)).permute(1, 2, 0).numpy()
-    assert np.array_equal(runtime.place(array, {}, Geometry(size, crop)).reshape(expected.shape), expected)
+    assert np.array_equal(edge.place(array, {}, Geometry(size, crop)).reshape(expected.shape), expected)
     assert np.array_equal(
-        runtime.place(array, {}, Geometry(None, 8)), runtime.place(array, {}, Geometry())[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
+        edge.place(array, {}, Geometry(None, 8)), edge.place(array, {}, Geometry())[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
     )
 
 
@@ -425,51 +471,8 @@ def test_deep_images_are_placed_as_torch_does_it(height, width, size, dtype):
     array = (np.random.default_rng(height).random((height, width)) * 60000).astype(dtype)
     window = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
     expected = place(to_unit(array, window), Geometry(size))[0].numpy()
-    np.testing.assert_allclose(runtime.place(array, window, Geometry(size)), expected, atol=2e-5)
+    np.testing.assert_allclose(edge.place(array, window, Geometry(size)), expected, atol=2e-5)
     map = np.random.default_rng(width).random((size, size), dtype=np.float32)
     np.testing.assert_allclose(
-        runtime.enlarged(map, height, width, Geometry(size)), unplace(torch.from_numpy(map), height, width, Geometry(size)), atol=2e-5
+        edge.enlarged(map, height, width, Geometry(size)), unplace(torch.from_numpy(map), height, width, Geometry(size)), atol=2e-5
     )
-
-
-def test_files_are_read_as_the_run_reads_them(tmp_path):
-    rng = np.random.default_rng(0)
-    grey, colour = rng.integers(0, 256, (20, 30), dtype=np.uint8), rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[274] = 6
-    made = {
-        "grey.png": Image.fromarray(grey),
-        "colour.png": Image.fromarray(colour[..., :3]),
-        "alpha.png": Image.fromarray(colour),
-        "grey_alpha.png": Image.fromarray(grey).convert("LA"),
-        "palette.png": Image.fromarray(colour[..., :3]).quantize(7),
-        "bits.png": Image.fromarray(grey > 99),
-        "deep.png": Image.fromarray(rng.integers(0, 65536, (20, 30)).astype(np.uint16)),
-        "photo.jpg": Image.fromarray(colour[..., :3]),
-        "cmyk.jpg": Image.fromarray(colour[..., :3]).convert("CMYK"),
-        "bitmap.bmp": Image.fromarray(colour[..., :3]),
-    }
-    for name, image in made.items():
-        image.save(tmp_path / name)
-    made["photo.jpg"].save(tmp_path / "turned.jpg", exif=exif)
-    for path in tmp_path.iterdir():
-        expected, found = read(path), runtime.read(path)
-        assert found.dtype == expected.dtype, path
-        assert np.array_equal(found, expected), path
-
-
-def test_files_that_pillow_would_spoil_are_refused(tmp_path):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 9, 9, 16, 2, 0, 0, 0)  # 9×9 px of three channels of 16 bits
-    pixels = zlib.compress(9 * (b"\0" + 54 * b"\1"))
-    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    tifffile.imwrite(tmp_path / "float.tif", np.zeros((9, 9), np.float32))
-    tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 9, 9), np.uint8))
-    for path in tmp_path.iterdir():
-        with pytest.raises(runtime.InputError, match="hand over an array"):
-            runtime.read(path)
-    (tmp_path / "text.png").write_text("none")
-    with pytest.raises(runtime.InputError, match="expected an image file"):
-        runtime.read(tmp_path / "text.png")

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from blemish import run as tools
 from blemish.api import AnomalyDetector
-from blemish.data.images import read
 from blemish.data.samples import Sample
 from blemish.data.tiles import (
     ShuffledTiles,
@@ -37,8 +36,9 @@ from blemish.deploy.predict import View
 from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import RowsOnDisk, Stitch, reconstruct_tiles, score_image, write_png
 from blemish.detector import Detector
+from blemish.edge.geometry import Blend, Geometry, grid, mirrored, ramp
+from blemish.edge.reading import read
 from blemish.run import load, predict, train
-from blemish.runtime import Blend, Geometry, grid, mirrored, ramp
 from blemish.types import Batch, InputError, Prediction
 
 
@@ -449,7 +449,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from blemish.detector import Detector
-from blemish.runtime import Blend, Geometry, grid, mirrored, ramp
+from blemish.edge.geometry import Blend, Geometry, grid, mirrored, ramp
 from blemish.types import Prediction
 class Local(Detector):
     def forward(self, image):

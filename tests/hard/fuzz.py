@@ -20,8 +20,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from blemish.data.images import read
-from blemish.data.tiles import size_of
+from blemish.edge.reading import read, size_of
 from blemish.types import InputError
 
 PLACE, COUNT, SEED = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from support import composed, tiny_run
 
-from blemish import runtime
 from blemish.api import AnomalyDetector
 from blemish.deploy.export import Program, export_run
+from blemish.edge.runtime import Model
 from blemish.records import report, tables
 from blemish.run import build, load, predict, read_config, train
-from blemish.runtime import Model
 from blemish.types import InputError
 
 LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20"]
@@ -220,10 +219,10 @@ def test_an_exported_file(finished, image, tmp_path, capfd, format, name, engine
         whole = file.read_bytes()
         for damaged in [*(whole[:place] for place in cuts(whole, 25)), *flips(whole, 200), whole + b"\n"]:
             file.write_bytes(damaged)
-            with pytest.raises(runtime.InputError, match=rf"{re.escape(str(path))}: (damaged|bears no seal)"):
+            with pytest.raises(InputError, match=rf"{re.escape(str(path))}: (damaged|bears no seal)"):
                 Model(path)
         file.unlink()
-        with pytest.raises(runtime.InputError, match=re.escape(str(file))):
+        with pytest.raises(InputError, match=re.escape(str(file))):
             Model(path)
         file.write_bytes(whole)
     assert capfd.readouterr().out == ""  # no engine has seen them: ONNX Runtime prints there what it makes of some

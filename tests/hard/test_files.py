@@ -15,9 +15,9 @@ from PIL import Image
 from support import CONFIGS, composed, tiny_overrides, tiny_run
 
 from blemish.cli import path_as_typed
-from blemish.data.images import find_images, read
 from blemish.data.module import Images
 from blemish.data.samples import read_manifest
+from blemish.edge.reading import find_images, read
 from blemish.records.record import read_record
 from blemish.run import build, predict, train
 from blemish.types import InputError

@@ -15,11 +15,12 @@ from support import composed
 from blemish import run
 from blemish.backbone import tiles
 from blemish.backbone.features import Features
-from blemish.data.images import prepare, read
+from blemish.data.images import prepare
 from blemish.data.samples import read_manifest
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import read
 from blemish.methods.self_similarity import SelfSimilarity, threshold_of
 from blemish.ops.maps import paint, starts
-from blemish.runtime import Geometry
 from blemish.types import InputError
 
 

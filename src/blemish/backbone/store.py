@@ -28,7 +28,7 @@ from blemish.data.images import compact, place_mask, restored
 from blemish.data.module import ImageData, Images, collate, hidden_in, threaded
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
-from blemish.data.tiles import size_of
+from blemish.edge.reading import size_of
 from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
 
 FORMAT = 1  # one more whenever what is stored changes its meaning

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from blemish.data.images import read
 from blemish.data.module import ImageData, binary, threaded
 from blemish.data.samples import SPLITS, Sample, write_manifest
+from blemish.edge.reading import read
 from blemish.types import NORMAL, InputError
 
 

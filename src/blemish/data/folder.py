@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 
-from blemish.data.images import find_images
 from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
+from blemish.edge.reading import find_images
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label, regionprops
 
-from blemish.data.images import read
 from blemish.data.module import ImageData, binary, drawn
 from blemish.data.samples import Sample
+from blemish.edge.reading import read
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
 GROUPS = {"B": "Baggages", "C": "Castings", "N": "Nature", "S": "Settings", "W": "Welds"}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blemish.data.images import SMALLEST, UINT16, hidden, prepare, read
+from blemish.data.images import hidden, prepare
 from blemish.data.module import ImageData, Recent, Tiles, threaded
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
-from blemish.data.tiles import size_of
-from blemish.runtime import Geometry
+from blemish.edge.geometry import UINT16, Geometry
+from blemish.edge.reading import SMALLEST, read, size_of
 from blemish.types import NORMAL, OUTSIDE, InputError
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given

@@ -21,12 +21,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import UINT16, binary, check_seen, compact, file_digest, fit_window, place_mask, prepare, read, restored
+from blemish.data.images import binary, check_seen, compact, fit_window, place_mask, prepare, restored
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
-from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, size_of, tiles_of
+from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, tiles_of
+from blemish.edge.geometry import RESIZES, UINT16, Geometry, mirrored
+from blemish.edge.reading import file_digest, read, size_of
 from blemish.ops.randomness import stream
-from blemish.runtime import RESIZES, Geometry, mirrored
 from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch, InputError
 
 PROTOCOLS = ("clean", "paper")
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 class ImageData(LightningDataModule):
     """A data set of normal training images and mixed test images; subclasses say by `scan` which file is what.
 
-    root: folder of the data set. category: its part to use, None for all there is. image_size, crop, resize: as `runtime.Geometry`.
+    root: folder of the data set. category: its part to use, None for all there is. image_size, crop, resize: as `edge.geometry.Geometry`.
     protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: range of
     the values of 16-bit and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or
     {dtype: [lo, hi]}. on_error: "stop" at the first image that cannot be used, or "skip" all of them. manifest: CSV that

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blemish.data.images import read
 from blemish.data.module import ImageData, shuffled, threaded
 from blemish.data.samples import Sample
+from blemish.edge.reading import read
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
 FREE = "MT_Free"

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from blemish.data.images import find_images
 from blemish.data.module import ImageData
 from blemish.data.samples import Sample
+from blemish.edge.reading import find_images
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
 OBJECTS = ("bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper")

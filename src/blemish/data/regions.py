@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blemish.data.images import binary, digest_of, file_digest, find_images, read
-from blemish.runtime import nearest
+from blemish.data.images import binary
+from blemish.edge.geometry import nearest
+from blemish.edge.reading import digest_of, file_digest, find_images, read
 from blemish.types import InputError
 
 Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels

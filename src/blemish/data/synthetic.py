@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from scipy import ndimage
 
-from blemish.data.images import read
 from blemish.data.module import ImageData, cut, drawn
 from blemish.data.textures import DEFECTS, blemished
+from blemish.edge.reading import read
 from blemish.types import InputError
 
 SIDES = 0.12, 0.45  # of the square that a defect is drawn in, as shares of the image's shorter side

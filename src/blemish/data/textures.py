@@ -15,9 +15,9 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage import draw
 
-from blemish.data.images import find_images, read
 from blemish.data.module import threaded
 from blemish.data.mvtec import MVTec
+from blemish.edge.reading import find_images, read
 from blemish.types import InputError
 
 TEXTURES = ("brick", "grass", "gravel")  # 512×512 grey photographs, CC0, inside the scikit-image wheel

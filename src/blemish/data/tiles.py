@@ -1,19 +1,15 @@
 """Large images as tiles: where these lie, and batches in which the tiles of an image stay together, so that it is decoded once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
-from PIL import Image
 from torch.utils.data import Sampler
 
-from blemish.data.images import FORMATS, PAGES, read, to_unit
+from blemish.data.images import to_unit
 from blemish.data.samples import Sample, parse_region
+from blemish.edge.geometry import grid
 from blemish.ops.randomness import stream
-from blemish.runtime import grid
 from blemish.types import InputError
 
 SIDE = 2048  # pixels of the longer side at most of what a test keeps of an image and its map
@@ -27,42 +23,6 @@ def check_tiling(tile: int | None, overlap: int) -> None:
         raise InputError(f"tiling={tile}: expected a tile's side of at least 8 pixels, or null for whole images")
     if tile is not None and (not isinstance(overlap, int) or not 0 <= overlap < tile):
         raise InputError(f"overlap={overlap}: expected 0 to tiling − 1 = {tile - 1} pixels")
-
-
-def size_of(path: str | Path) -> tuple[int, int]:
-    """(width, height) of what `images.read` gives, from the file's header where that is enough; InputError as there."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            with tifffile.TiffFile(path) as tiff:
-                page = next(page for page in islice(tiff.pages, PAGES) if not page.is_reduced)
-                width, height, turned = page.imagewidth, page.imagelength, page.tags.valueof(274, 1)
-        else:
-            with Image.open(path, formats=FORMATS) as image:
-                (width, height), turned = image.size, _orientation(image, path)
-    except Exception:  # what is wrong with a file is told by the one who reads it
-        height, width = read(path).shape[:2]
-        return width, height
-    return (height, width) if turned in (5, 6, 7, 8) else (width, height)
-
-
-def _orientation(image: Image.Image, path: Path) -> int:
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels
-    if image.format == "PNG" and not (_has_chunk(path, b"eXIf") or "exif" in image.info or "Raw profile type exif" in image.info):
-        return 1
-    return image.getexif().get(274, 1)
-
-
-def _has_chunk(path: Path, name: bytes) -> bool:
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            if head[4:] == name:
-                return True
-            file.seek(int.from_bytes(head[:4]) + 4, 1)
-    return False
 
 
 def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> list[Sample]:

@@ -18,12 +18,14 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from blemish import runtime
-from blemish.data.images import prepare, read, unplace
+from blemish.data.images import prepare, unplace
 from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, to_onnx, traced, view_of
 from blemish.deploy.portable import portable, splits
 from blemish.deploy.predict import View
 from blemish.detector import Detector
+from blemish.edge import runtime
+from blemish.edge.geometry import enlarged
+from blemish.edge.reading import read
 from blemish.records.record import environment, read_record, write_json
 from blemish.records.tables import between
 from blemish.types import InputError
@@ -198,7 +200,7 @@ def torch_engine(model: Detector, view: View) -> Engine:
 def graph_engine(
     name: str, model: Detector, view: View, size: tuple[int, int], input: str, maps: bool, threads: int, opset: int, folder: Path
 ) -> Engine:
-    """The run's export, whole and in two parts, run as `blemish.runtime` runs it."""
+    """The run's export, whole and in two parts, run as `blemish.edge.runtime` runs it."""
 
     def graph() -> Graph:  # one for each part: what a part does not use is taken from its copy of the method
         return Graph(portable(model, size, maps), input, None, view, maps).eval()
@@ -211,7 +213,7 @@ def graph_engine(
     calls, batches = {}, []
     for part, (module, given) in parts.items():
         program, batch = traced(module, given)
-        to_onnx(program, folder / f"{part}.onnx", opset)
+        to_onnx(program, folder / f"{part}.onnx", opset, names=None)
         _, calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(folder / f"{part}.onnx", threads)
         batches.append(batch)
     window, apart = {dtype: list(ends) for dtype, ends in view.window.items()}, calls.get("score")
@@ -222,7 +224,7 @@ def graph_engine(
         backbone=calls.get("backbone"),
         score=apart and (lambda maps: apart(*maps)),
         whole=calls["whole"],
-        enlarge=partial(runtime.enlarged, geometry=view.geometry),
+        enlarge=partial(enlarged, geometry=view.geometry),
         batch=1 if 1 in batches else None,
     )
 

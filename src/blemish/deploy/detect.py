@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blemish.data.images import prepare, read
+from blemish.data.images import prepare
 from blemish.data.regions import Region
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import read
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.noise.false_alarms import Alarms, Detection, detections, overlay, strength
 from blemish.records.record import aside, write_csv, write_json
-from blemish.runtime import Geometry
 from blemish.types import InputError
 
 COLUMNS = ("path", "score", "detections", "strength", "map_min", "map_max")

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import logging
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blemish import runtime
-from blemish.data.images import hidden, prepare, read
+from blemish.data.images import hidden, prepare
 from blemish.data.module import cut
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest
@@ -30,8 +28,11 @@ from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
 from blemish.deploy.tiling import TOGETHER, score_image
 from blemish.detector import Detector, within
+from blemish.edge import runtime
+from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
+from blemish.edge.reading import file_digest, read
+from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, facts_of, seal
 from blemish.records.record import check_archive, no_room, read_record, tidy
-from blemish.runtime import FORMAT, GREY, KEY, NO_SEAL, Geometry, Model, exact_strips, facts_of, middle, seal
 from blemish.scoring.calibration import conformal_threshold
 from blemish.types import UNKNOWN, InputError, Prediction
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch_export": ()}
+NAMES = (["image"], ["score", "map"])  # of what goes in and comes out, the map where there is one
 LARGEST = 2**31 - 2**20  # bytes of constants: what a protobuf may hold, less its graph
 
 
@@ -154,7 +156,7 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     path = Path(cfg.output) if cfg.output else run / "export" / f"model{ENDINGS.get(cfg.format, '')}"
     limits = {"tolerance": cfg.tolerance, "map_tolerance": cfg.map_tolerance, "flips": cfg.flips}
     source, size = (list(pair) if pair else None for pair in (cfg.source, cfg.size))
-    images = (loaded(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
+    images = (both(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
     return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
 
 
@@ -177,7 +179,7 @@ def export(
     model: Detector,
     view: View,
     facts: dict,
-    images: Iterable[np.ndarray],
+    images: Iterable[tuple[Path | np.ndarray, np.ndarray]],
     path: Path,
     format: str,
     input: str,
@@ -187,7 +189,7 @@ def export(
     opset: int,
     limits: Mapping[str, float],
 ) -> tuple[Path, Parity]:
-    """Write a fitted detector as an artefact to `path`, compare the two on images, and keep it if they agree.
+    """Write a fitted detector as an artefact to `path`, compare the two on images, see `both`, and keep it if they agree.
 
     `facts` go into its metadata; see `Graph` for `input` and `source`, `Parity.holds` for what `limits` has. `size` (H, W) is that of the
     images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
@@ -255,7 +257,7 @@ def check(format: str, input: str, source: list[int] | None, view: View, path: P
     if source and (input != "uint8" or len(source) != 2 or min(source) < 8):
         raise InputError(f"source={source}: expected [height,width] of all images, of 8 pixels or more, together with input=uint8")
     if source and view.geometry.crop and view.geometry.crop > (view.geometry.size or min(source)):
-        raise InputError(f"source={source}: smaller than the run's crop of {view.crop}")
+        raise InputError(f"source={source}: smaller than the run's crop of {view.geometry.crop}")
     if path.suffix != ENDINGS[format]:
         raise InputError(f"output={path}: expected a name that ends with {ENDINGS[format]}")
     if absent := [name for name in NEEDS[format] if not find_spec(name)]:
@@ -303,8 +305,10 @@ def slimmer(graph: nn.Module, program: torch.export.ExportedProgram) -> bool:
     return bool(chosen)
 
 
-def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
-    """Write the program as ONNX; what is returned writes it anew with facts."""
+def to_onnx(
+    program: torch.export.ExportedProgram, path: Path, opset: int, names: tuple[list[str], list[str]] | None = NAMES
+) -> Callable[[dict], None]:
+    """Write the program as ONNX with the names of its inputs and outputs; what is returned writes it anew with facts."""
     import onnx
 
     values = [value for value in [*program.state_dict.values(), *program.constants.values()] if isinstance(value, Tensor)]
@@ -315,8 +319,9 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Ca
         )
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    inputs, outputs = names or (None, None)
     with expected_warnings():
-        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, input_names=inputs, output_names=outputs)
     ClearMetadataAndDocStringPass()(exported.model)  # every node's lines of source, with the paths of this machine
     exported.save(path, external_data=False)
 
@@ -372,15 +377,12 @@ WRITERS = {"onnx": to_onnx, "openvino": to_openvino, "torch_export": to_torch}
 
 
 @torch.inference_mode()
-def compare(model: Detector, view: View, other: Model, images: Iterable[np.ndarray]) -> Parity:
-    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its own."""
+def compare(model: Detector, view: View, other: Model, images: Iterable[tuple[Path | np.ndarray, np.ndarray]]) -> Parity:
+    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its file."""
     scores, differences, map_differences, flipped, peaks = [], [], [], 0, []
-    for array in images:
+    for image, array in images:
         score, map = of_run(model, view, array, other.facts["maps"])
-        try:
-            (found,) = other.predict([array], TOGETHER)
-        except runtime.InputError as error:
-            raise InputError(f"images: {error}") from None
+        (found,) = other.predict([image], TOGETHER)
         scores.append(score)
         differences.append(abs(found.score - score))
         flipped += other.threshold is not None and (score > other.threshold) != found.decision
@@ -450,13 +452,10 @@ def loaded(path: Path, sample: Sample) -> np.ndarray:
         raise InputError(f"{error}; images come from the run's own test: where they have moved, give images=FOLDER") from None
 
 
-def file_digest(path: Path) -> str:
-    """16 hex digits of the blake2b of a file's content."""
-    text = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            text.update(block)
-    return text.hexdigest()
+def both(path: Path, sample: Sample) -> tuple[Path | np.ndarray, np.ndarray]:
+    """An image for the artefact and for the run: its file, but the pixels of a sample that is a part of a file, and its pixels."""
+    array = loaded(path, sample)
+    return (array if sample.region else path), array
 
 
 @contextlib.contextmanager

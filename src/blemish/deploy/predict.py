@@ -1,6 +1,5 @@
 """A fitted detector on images of any size: scores, decisions, and maps in each image's own pixels."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish.data.images import find_images, hidden, prepare, read, unplace
+from blemish.data.images import hidden, prepare, unplace
 from blemish.data.regions import Region
 from blemish.data.tiles import bands, bytes_of, largest_blocks, mean_blocks, reduction
 from blemish.deploy.monitor import Monitor
 from blemish.deploy.tiling import RowsOnDisk, score_image, write_png
 from blemish.detector import Detector, within
+from blemish.edge.errors import named
+from blemish.edge.geometry import Geometry
+from blemish.edge.reading import find_images, read
 from blemish.records.draw import overlay
 from blemish.records.record import aside, tidy, write_csv
-from blemish.runtime import Geometry
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError, Prediction
 
@@ -120,15 +121,6 @@ def brought(
         return model(batch), None
     none = torch.zeros(batch.shape[2:], dtype=torch.bool)
     return model(batch), torch.stack([none if one is None else one for one in hides]).to(model.device)
-
-
-@contextlib.contextmanager
-def named(image: Path | np.ndarray) -> Iterator[None]:
-    """An InputError tells which image it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{image if isinstance(image, Path) else f'an array {image.shape}'}: {error}") from None
 
 
 def path_of(image: Path | np.ndarray) -> Path | None:

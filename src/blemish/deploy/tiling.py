@@ -17,8 +17,8 @@ from blemish.data.images import prepare, unplace
 from blemish.data.module import ImageData
 from blemish.data.tiles import largest_blocks, reduction, tile_at
 from blemish.detector import Detector, within
+from blemish.edge.geometry import Blend, Geometry, grid, mirrored, place_mask
 from blemish.records.evaluate import bytes_of
-from blemish.runtime import Blend, Geometry, grid, mirrored, place_mask
 from blemish.types import OUTSIDE, Batch, InputError, Prediction
 
 TOGETHER = 64  # tiles at a time where nobody says how many

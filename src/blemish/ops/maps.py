@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish import runtime
+from blemish.edge import geometry
 from blemish.types import InputError
 
 MOST = 1000  # pixels of a blur: none of use is wider, and its kernel has eight times as many
@@ -67,7 +67,7 @@ def reflect(index: Tensor, length: int) -> Tensor:
 
 def starts(length: int, tile: int, stride: int) -> Tensor:
     """First pixels of tiles that cover `length` pixels; the last tile is flush with the end, a tile longer than it is cut."""
-    return torch.tensor(runtime.starts(length, tile, stride))
+    return torch.tensor(geometry.starts(length, tile, stride))
 
 
 def paint(tiles: Tensor, size: tuple[int, int], tile: int, stride: int) -> Tensor:

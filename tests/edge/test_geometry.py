@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blemish import runtime
 from blemish.data.images import hidden, place, place_mask, prepare, to_unit, unplace
 from blemish.detector import within
-from blemish.runtime import GREY, Geometry
+from blemish.edge import geometry as edge
+from blemish.edge import runtime
+from blemish.edge.geometry import GREY, Geometry
 from blemish.types import OUTSIDE, InputError, Prediction
 
 SIDES = st.integers(8, 400)
@@ -22,7 +23,7 @@ def geometries(draw, sizes=(None, 8, 33, 64, 129, 256), height=8, width=8):
     """A geometry that images (height, width) can take."""
     size = draw(st.sampled_from(sizes))
     crop = draw(st.none() | st.integers(8, size or min(height, width)))
-    return Geometry(size, crop, draw(st.sampled_from(runtime.RESIZES)))
+    return Geometry(size, crop, draw(st.sampled_from(edge.RESIZES)))
 
 
 def extent(length: int, inner: int, outer: int, crop: int | None) -> tuple[float, float]:
@@ -104,7 +105,7 @@ def test_a_smooth_image_comes_back(height, width, data):
 
 def test_an_image_of_the_right_size_is_left_alone():
     image = torch.rand(3, 48, 48)
-    for resize in runtime.RESIZES:
+    for resize in edge.RESIZES:
         assert place(image, Geometry(48, None, resize)) is image
         assert torch.equal(unplace(image[0], 48, 48, Geometry(48, None, resize)), image[0])
 
@@ -142,9 +143,9 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, region, seed, 
         assert np.array_equal(found, expected)
     np.testing.assert_allclose(found, expected, atol=3e-5)
     map = np.random.default_rng(seed).random(expected.shape[1:], dtype=np.float32)
-    back = runtime.enlarged(map, height, width, geometry)
+    back = edge.enlarged(map, height, width, geometry)
     np.testing.assert_allclose(back, unplace(torch.from_numpy(map), height, width, geometry), atol=3e-5)
-    where = runtime.unseen(height, width, geometry, runtime.seen_in(height, width, facts))
+    where = edge.unseen(height, width, geometry, runtime.seen_in(height, width, facts))
     if where is not None and where.all():
         with pytest.raises(InputError, match="nothing of its region"):
             hidden(height, width, geometry, seen)
@@ -155,7 +156,7 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, region, seed, 
         return
     assert np.array_equal(where, other)
     for score in (float(map.max()), 0.123):
-        judged = runtime.within(score, map, where)
+        judged = edge.within(score, map, where)
         again = within(Prediction(torch.tensor([score]), torch.from_numpy(map)[None]), other[None])
         assert judged[0] == pytest.approx(float(again.score), rel=1e-6) and np.array_equal(judged[1], again.map[0])
 
@@ -169,8 +170,8 @@ def test_bytes_become_one_pixel_wide_as_torch_rounds(height, width, size, colour
         image = torch.from_numpy(runtime.coloured(picture(seed, height, width, "uint8", colour))).permute(2, 0, 1)
         expected = F.interpolate(image[None], inner, mode="bilinear", antialias=True)[0]
         placed = place(image, geometry)
-        assert torch.equal(placed[..., *runtime.middle(outer, inner)], expected)
-        found = runtime.place(image.permute(1, 2, 0).numpy(), WINDOW, geometry)
+        assert torch.equal(placed[..., *edge.middle(outer, inner)], expected)
+        found = edge.place(image.permute(1, 2, 0).numpy(), WINDOW, geometry)
         assert np.array_equal(found, placed.permute(1, 2, 0))
 
 
@@ -210,7 +211,7 @@ def test_pixels_outside_of_the_region_change_nothing(height, width, dtype, colou
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_the_grey_is_the_same_share_of_every_range(dtype):
     array = np.full((9, 9), 7, dtype)
-    painted = to_unit(runtime.painted(array, np.zeros((9, 9), bool), WINDOW), WINDOW)
+    painted = to_unit(edge.painted(array, np.zeros((9, 9), bool), WINDOW), WINDOW)
     np.testing.assert_allclose(painted, GREY / 255, atol=2e-5)
 
 

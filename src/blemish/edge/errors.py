@@ -1,0 +1,20 @@
+"""The error a user can act on."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message names the path or key and what would do."""
+
+
+@contextlib.contextmanager
+def named(image: Any) -> Iterator[None]:
+    """Name the image, a file or an array, in an InputError about it."""
+    try:
+        yield
+    except InputError as error:
+        name = image if isinstance(image, str | Path) else f"an array {getattr(image, 'shape', '')}"
+        raise InputError(f"{name}: {error}") from None
