@@ -1,7 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test dev-mode lint format clean
+.PHONY: help install demo test test-full test-gpu lint format clean
 PYTHON ?= python3
 BIN := .venv/bin
+# a worker for each core, of one thread each; a test that a worker is done with is nobody else's
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,13 +23,14 @@ install: .venv/installed ## .venv with blemish in editable mode
 demo: .venv/installed ## train PaDiM on the embedded textures and look at the result
 	$(BIN)/python tools/train.py model=padim data=textures recipe=bundled
 
-test: .venv/installed-dev ## all tests, after lint
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+test: lint ## lint and the tests that guard correctness: 6 minutes on two cores
+	$(PYTEST)
 
-dev-mode: .venv/installed-dev ## quick tests in Python's development mode, every warning an error
-	$(BIN)/python -X dev -W error -m pytest tests/ops tests/scoring tests/data tests/noise tests/records tests/backbone/test_features.py
+test-full: .venv/installed-dev ## all other tests: kills, fuzzing, sweeps, DDP, notebooks, wheel, browser
+	$(PYTEST) -m slow
+
+test-gpu: .venv/installed-dev ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m '' tests/test_cuda.py tests/test_resume.py
 
 lint: .venv/installed-dev ## style only
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker, and for what it starts; before numpy and torch count the cores
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
 import numpy as np
 import pytest
 import skimage.data

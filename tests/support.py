@@ -13,6 +13,8 @@ from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.types import NORMAL, Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+UNDRAWN, DRAWN = ["save.pictures=0", "save.curves=false"], ["save.pictures=4", "save.curves=true"]
 
 # what a method that trains changes of its paper's recipe to learn 24 small images in seconds
 QUICK: dict[str, list[str]] = {
@@ -36,10 +38,10 @@ QUICK: dict[str, list[str]] = {
 
 
 def tiny_overrides(root: Path) -> list[str]:
-    """What makes a quick run on `tiny` with timm's test network."""
+    """What makes a quick run on `tiny` with timm's test network, that draws nothing."""
     data = ["data=folder", f"data.root='{root}'", "data.normal_test=normal_test", "data.abnormal=[square]", "data.masks=masks"]
     quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
-    return [*data, "data.calibration=0.2", *quick, "batch_size=8", "save.pictures=4"]
+    return [*data, "data.calibration=0.2", *quick, "batch_size=8", *UNDRAWN]
 
 
 def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import ndimage
 from skimage.measure import label, regionprops
-from support import CONFIGS, QUICK, composed, tiny_run
+from support import CONFIGS, METHODS, QUICK, composed, tiny_run
 
 from blemish import AnomalyDetector, Result
 from blemish import api as module
@@ -26,7 +26,6 @@ from blemish.api import OTHERS, boxes_of
 from blemish.edge.reading import read
 from blemish.types import InputError
 
-METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "batch_size": 8, "device": "cpu", "progress": False}
 # a method's file is tested here, not what it learns
 LEAST = {
@@ -352,7 +351,7 @@ def test_writes_pictures_and_scores(padim, tiny, tmp_path):
 
 
 def test_a_run_folder_is_a_detector_too(tiny, tmp_path):
-    cfg = tiny_run(tiny, tmp_path / "run", "model=padim", "save.pictures=0")
+    cfg = tiny_run(tiny, tmp_path / "run", "model=padim")
     runs.train(cfg)
     detector = AnomalyDetector.load(tmp_path / "run", device="cpu")
     predict = composed(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from support import CONFIGS, tiny_overrides
+from support import CONFIGS, DRAWN, tiny_overrides
 
 from blemish import cli
 from blemish.data.samples import read_manifest
@@ -79,7 +79,7 @@ def test_a_commands_help_is_hydras(blemish, name):
 def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
     assert blemish("data", "check", *tiny_overrides(tiny)[:5])[0] == 0
     assert len(read_manifest(tmp_path / "manifest.csv")) == 36
-    status, out, _ = blemish("train", "model=padim", *tiny_overrides(tiny), "run_dir=runs/one")
+    status, out, _ = blemish("train", "model=padim", *tiny_overrides(tiny), *DRAWN, "run_dir=runs/one")
     assert status == 0
     assert "run folder: runs/one" in out
     record = json.loads(Path("runs/one/record.json").read_text())

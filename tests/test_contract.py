@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CONFIGS, check_gross_defect, tiny_run
+from support import METHODS, check_gross_defect, tiny_run
 
 from blemish.backbone.features import Features
 from blemish.records.record import read_record
 from blemish.run import build, load, module_of, train
 from blemish.types import Batch
-
-METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module", params=METHODS)

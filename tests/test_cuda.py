@@ -5,7 +5,7 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from support import CONFIGS, check_gross_defect, tiny_run
+from support import CONFIGS, METHODS, check_gross_defect, tiny_run
 
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.ops.coreset import farthest_first
@@ -14,7 +14,6 @@ from blemish.records.record import read_record
 from blemish.run import build, load, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CONFIGS, QUICK, composed, tiny_overrides, tiny_run
+from support import CONFIGS, DRAWN, QUICK, composed, tiny_overrides, tiny_run
 
 from blemish.data.module import Dealt, Shuffled
 from blemish.run import test as retest
@@ -36,7 +36,7 @@ def scores(folder: Path) -> dict[str, tuple[float, ...]]:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
-    options = [f"model={name}", *METHODS[name]]
+    options = [f"model={name}", *METHODS[name], *DRAWN]
     train(tiny_run(tiny, tmp_path / "one", *options))
     more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
     place = tmp_path / "two processes"

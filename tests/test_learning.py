@@ -70,13 +70,14 @@ def test_every_method_that_trains_has_a_task():
     assert {path.stem for path in (CONFIGS / "model").glob("*.yaml") if trains(path.stem)} == set(TASKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(TASKS))
 def test_training_beats_the_untrained_network(method, tmp_path):
     kind, defect, noise, metric, more = TASKS[method]
     write(tmp_path / "data", kind, defect, noise)
     found = []
     for name, options in (("untrained", ["trainer.max_epochs=1", "model.learning_rate=0"]), ("trained", more)):
-        run = tiny_run(tmp_path / "data", tmp_path / name, f"model={method}", "save.pictures=0", "save.curves=false", *options)
+        run = tiny_run(tmp_path / "data", tmp_path / name, f"model={method}", *options)
         found.append(train(run)[metric])
     assert found[1] >= 0.7, found
     assert found[1] > found[0] + MARGIN, found

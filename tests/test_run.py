@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from support import CONFIGS, composed, tiny_run
+from support import CONFIGS, DRAWN, composed, tiny_overrides, tiny_run
 
 from blemish.run import load, predict, train
 from blemish.run import test as retest
@@ -33,16 +33,10 @@ def tool(name: str, *overrides: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, **options)
 
 
-def tiny_overrides(tiny: Path) -> list[str]:
-    data = ["data=folder", f"data.root={tiny}", "data.normal_test=normal_test", "data.abnormal=[square]", "data.masks=masks"]
-    quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "logger=none", "save.pictures=2"]
-    return [*data, *quick, "data.calibration=0.2"]
-
-
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, train(tiny_run(tiny, folder, "logger=csv"))
+    return folder, train(tiny_run(tiny, folder, "logger=csv", *DRAWN))
 
 
 def test_leaves_every_file(finished):
@@ -119,7 +113,7 @@ def test_predicts_in_the_images_own_pixels(finished, tiny, tmp_path):
 
 
 def test_too_few_calibration_images_are_said(finished, tiny, tmp_path, caplog):
-    train(tiny_run(tiny, tmp_path / "run", "save.pictures=0"))
+    train(tiny_run(tiny, tmp_path / "run"))
     assert "cannot be promised" in caplog.text  # 6 images, alpha 0.05
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["calibration"]["alpha"] == pytest.approx(1 / 7)
@@ -151,8 +145,7 @@ def test_an_epoch_of_so_many_images(tiny, tmp_path):
 
 
 def test_everything_can_be_switched_off(tiny, tmp_path):
-    off = ["save.checkpoint=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
-    train(tiny_run(tiny, tmp_path / "run", *off))
+    train(tiny_run(tiny, tmp_path / "run", "save.checkpoint=false", "save.scores=false"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.json", "manifest.csv", "record.json"}
 
 
@@ -161,7 +154,7 @@ def test_loggers(logger, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     extra = ["logger.offline=true", "sweep.name=cells-of-one-sweep"] if logger == "wandb" else []
-    train(tiny_run(tiny, tmp_path / "run", f"logger={logger}", *extra))
+    train(tiny_run(tiny, tmp_path / "run", f"logger={logger}", *DRAWN, *extra))
     written = [path.name for path in (tmp_path / "run").rglob("*")]
     assert any(name.startswith("events.out") if logger == "tensorboard" else name.endswith(".wandb") for name in written)
     if logger == "wandb":

@@ -22,7 +22,7 @@ TRAIN = CONFIGS.parent / "tools" / "train.py"
 
 
 def command(root: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(TRAIN), "-m", *tiny_overrides(root), "save.pictures=0", "sweep.name=s", *overrides]
+    return [sys.executable, str(TRAIN), "-m", *tiny_overrides(root), "sweep.name=s", *overrides]
 
 
 def sweep(root: Path, place: Path, *overrides: str) -> tuple[int, str, dict[str, dict]]:

@@ -561,6 +561,7 @@ def assert_sound(tiny: Path, root: Path) -> tuple[int, StoredData]:
     return there, whole
 
 
+@pytest.mark.slow
 def test_killed_writers_leave_nothing_that_is_believed(tiny, written):
     assert written[2].count("killed") >= 6
     there, whole = assert_sound(tiny, written[0])
@@ -568,6 +569,7 @@ def test_killed_writers_leave_nothing_that_is_believed(tiny, written):
     assert whole.read + whole.computed == 36
 
 
+@pytest.mark.slow
 def test_processes_fill_one_store_together(tiny, written):
     computed = [int(line.split()[1]) for line in written[2] if line.startswith("computed")]
     assert len(computed) == 3

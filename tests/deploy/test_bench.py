@@ -22,7 +22,7 @@ STAGES = ["resize", "backbone", "score", "map", "image to score", "image to map"
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "padim"
-    train(tiny_run(tiny, folder, "model=padim", "crop=48", "save.pictures=0", "save.curves=false"))
+    train(tiny_run(tiny, folder, "model=padim", "crop=48"))
     return folder
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from PIL import Image
-from support import CONFIGS, QUICK, batch, bricks, composed, fitted, tiny_overrides, tiny_run
+from support import METHODS, QUICK, batch, bricks, composed, fitted, tiny_overrides, tiny_run
 
 from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
@@ -32,8 +32,6 @@ from blemish.run import build, load, train
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
 
-METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
-
 
 def needs(*names: str) -> None:
     for name in names:
@@ -44,7 +42,7 @@ def needs(*names: str) -> None:
 def run(tiny, tmp_path_factory) -> Path:
     """A PaDiM fitted to images of 64 px."""
     folder = tmp_path_factory.mktemp("run") / "padim"
-    train(tiny_run(tiny, folder, "model=padim", "save.pictures=0", "save.curves=false"))
+    train(tiny_run(tiny, folder, "model=padim"))
     return folder
 
 
@@ -233,7 +231,7 @@ def test_scores_are_the_same_without_maps_from_floats_and_from_the_camera(run, o
 def test_a_crop_and_deep_images(tiny, tmp_path):
     needs("onnx", "onnxscript", "onnxruntime")
     folder = tmp_path / "run"
-    train(tiny_run(tiny, folder, "model=padim", "crop=48", "save.pictures=0", "save.curves=false", "data.window=[10,60000]"))
+    train(tiny_run(tiny, folder, "model=padim", "crop=48", "data.window=[10,60000]"))
     saved, model = load(folder, "cpu")
     path, parity = exported(folder, tmp_path / "m.onnx", "input=float")
     assert parity.map_difference <= 1e-3 * parity.map_scale
@@ -269,7 +267,7 @@ def by_tiles(tiny, tmp_path_factory):
 
     @cache
     def made(region: bool) -> Path:
-        options = ["tiling=40", "overlap=12", "image_size=32", "crop=null", "save.pictures=0", "save.curves=false"]
+        options = ["tiling=40", "overlap=12", "image_size=32", "crop=null"]
         more = [f"data.region='{root / 'half.png'}'"] if region else []
         train(tiny_run(tiny, root / f"{region}", "model=padim", *options, *more))
         return root / f"{region}"

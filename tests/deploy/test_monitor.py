@@ -102,7 +102,7 @@ def test_refuses(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "padim"
-    train(tiny_run(tiny, folder, "model=padim", "save.pictures=0", "save.curves=false"))
+    train(tiny_run(tiny, folder, "model=padim"))
     return folder
 
 

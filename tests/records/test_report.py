@@ -393,6 +393,7 @@ def heading(browser, column):
     return browser.find_elements("css selector", "#board thead th")[column]
 
 
+@pytest.mark.slow
 def test_sorts_by_click_and_by_key(opened):
     def figures(column):
         return [float(re.search(r"[\d.]+", row[column])[0]) for row in rows(opened, "screw · protocol paper")]
@@ -411,6 +412,7 @@ def test_sorts_by_click_and_by_key(opened):
     assert [re.sub(r"^\d+", "", row[0]) for row in rows(opened, "bottle")] == ["padim", "patchcore", "reverse_distillation"]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_column_is_marked_in_its_group_alone(opened):
     for group in ("screw · protocol paper", "bottle", "mean of 3 categories"):
         found = rows(opened, group)
@@ -427,6 +429,7 @@ def visible(browser):
     )
 
 
+@pytest.mark.slow
 def test_filters_by_text_and_by_choice(opened):
     assert opened.find_element("id", "count").text == "9 of 9 settings"
     opened.find_element("id", "text").send_keys("PATCH core")
@@ -446,6 +449,7 @@ def test_filters_by_text_and_by_choice(opened):
     assert opened.find_element("id", "count").text == "9 of 9 settings"
 
 
+@pytest.mark.slow
 def test_the_matrix_has_a_number_in_every_cell_and_a_mean_over_what_all_have(opened):
     table = opened.execute_script(
         "return [...document.querySelectorAll('#heat tr')].map(row => [...row.cells].map(cell => cell.textContent))"
@@ -460,6 +464,7 @@ def test_the_matrix_has_a_number_in_every_cell_and_a_mean_over_what_all_have(ope
     assert "2 of 3 columns" in opened.find_element("id", "matrix-note").text
 
 
+@pytest.mark.slow
 def test_opens_an_image_with_every_method_and_closes_it(opened):
     dialog = opened.find_element("id", "viewer")
     opened.find_element("css selector", "#cards button").click()
@@ -486,6 +491,7 @@ def test_opens_an_image_with_every_method_and_closes_it(opened):
     assert not dialog.is_displayed()
 
 
+@pytest.mark.slow
 def test_curves_are_chosen_and_drawn(opened):
     def lines():
         return len(opened.find_elements("css selector", "#curves-chart .curve"))
@@ -506,6 +512,7 @@ def body(browser, details):
     wait(browser, lambda: details.find_elements("css selector", ".body"))
 
 
+@pytest.mark.slow
 def test_records_say_how_every_run_ended(opened):
     texts = [of.text for of in opened.find_elements("css selector", "#records > div > details > summary")]
     assert sorted(text.split()[0] for text in texts) == ["FAILED:", "RUNNING", "UNREADABLE:"]
@@ -524,6 +531,7 @@ def test_records_say_how_every_run_ended(opened):
     assert "hole 12 " in run.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "scheme"), [(360, 740, "light"), (360, 740, "dark"), (1600, 1000, "light")])
 def test_fits_a_phone_and_a_wide_screen(opened, tmp_path, width, height, scheme):
     resized(opened, width, height, scheme)

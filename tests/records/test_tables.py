@@ -36,7 +36,7 @@ from blemish.types import InputError
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    metrics = [train(tiny_run(tiny, folder / str(seed), f"seed={seed}", "save.pictures=0")) for seed in (0, 1)]
+    metrics = [train(tiny_run(tiny, folder / str(seed), f"seed={seed}")) for seed in (0, 1)]
     (folder / "failed").mkdir()
     (folder / "failed" / "record.json").write_text('{"status": "failed"}')
     return folder, metrics
