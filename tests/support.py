@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import skimage.data
 import torch
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from blemish.compose import composed
@@ -15,6 +17,17 @@ from blemish.types import NORMAL, Batch
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 UNDRAWN, DRAWN = ["save.pictures=0", "save.curves=false"], ["save.pictures=4", "save.curves=true"]
+
+
+def slow(*values: object):
+    """The values of a case that is left to `make test-full`, for pytest's parametrize."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def methods_of(base: type) -> list[str]:
+    """The methods whose class is a `base`."""
+    return [name for name in METHODS if issubclass(get_class(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model._target_), base)]
+
 
 # what a method that trains changes of its paper's recipe to learn 24 small images in seconds
 QUICK: dict[str, list[str]] = {

@@ -63,9 +63,10 @@ def test_every_tool_is_a_command():
     ],
 )
 def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
-    status, _, err = blemish(*arguments)
+    status, out, err = blemish(*arguments)
     assert status == 2
     assert says in err
+    assert "Traceback" not in out + err
 
 
 @pytest.mark.parametrize("name", ["train", "data"])

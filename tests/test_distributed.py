@@ -9,21 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import IMAGES, scores
-from support import CONFIGS, composed, images
+from support import images, methods_of
 
 from blemish.detector import OnePassDetector
-from blemish.run import build
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def one_pass_methods() -> list[str]:
-    recipes = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
-    built = {name: build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model) for name in recipes}
-    return [name for name, model in built.items() if isinstance(model, OnePassDetector)]
-
-
-METHODS = one_pass_methods()
+METHODS = methods_of(OnePassDetector)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +28,7 @@ def together(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_fit_what_one_fits(name, together):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
-from support import composed, tiny_run
+from support import composed, slow, tiny_run
 
 from blemish import AnomalyDetector
 from blemish.deploy.export import export_run
@@ -273,7 +273,7 @@ def test_an_export_without_the_map_is_refused(both, shapes, tmp_path):
         export_run(composed(f"run='{both}'", f"output='{tmp_path / 'm.pt2'}'", *more, config="export"), load, build)
 
 
-@pytest.mark.parametrize("more", [("input=uint8",), ("input=float",), ("source=[37,91]",)])
+@pytest.mark.parametrize("more", [("input=uint8",), slow(("input=float",)), slow(("source=[37,91]",))])
 def test_exports_hold_region_and_letterbox(both, shapes, tmp_path, more):
     run, source = both, tmp_path / "images"
     for path in (shapes / "square").glob("*.png"):

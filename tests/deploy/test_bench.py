@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import composed, tiny_run
+from support import composed, slow, tiny_run
 
 from blemish.deploy import bench
 from blemish.deploy.bench import Engine, Plan, Row, bench_run, graph_engine, limited, measured, timed, torch_engine
@@ -35,7 +35,7 @@ def arrays(run) -> list[np.ndarray]:
     return [loaded(*image) for image in chosen(None, run, partial(build, load(run, "cpu")[0].data), 3)]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", slow("openvino")])
 def test_engines_compute_the_run_whole_and_in_parts(run, arrays, name, tmp_path):
     for module in ("onnx", "onnxscript", name):
         pytest.importorskip(module, reason=f"no {module} here: pip install blemish[export]")

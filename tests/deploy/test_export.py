@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from PIL import Image
-from support import METHODS, QUICK, batch, bricks, composed, fitted, tiny_overrides, tiny_run
+from support import METHODS, QUICK, batch, bricks, composed, fitted, slow, tiny_overrides, tiny_run
 
 from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
@@ -136,7 +136,7 @@ def test_what_cannot_be_a_graph_says_why():
         portable(quick("spade")[0], (64, 64), True)
 
 
-@pytest.mark.parametrize("format", ENDINGS)
+@pytest.mark.parametrize("format", ["onnx", *(slow(name) for name in ENDINGS if name != "onnx")])
 def test_an_export_says_what_its_run_says(run, exports, format):
     path, parity = exports(format)
     assert parity.images == 12
@@ -275,8 +275,8 @@ def by_tiles(tiny, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("region", [False, True])
-@pytest.mark.parametrize("input", ["uint8", "float"])
+@pytest.mark.parametrize("region", [slow(False), True])
+@pytest.mark.parametrize("input", ["uint8", slow("float")])
 def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, region, input):
     """Images of many sizes, of which one is smaller than a tile, against `predict`."""
     needs("onnx", "onnxscript", "onnxruntime")
@@ -443,6 +443,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGCHLD")
 def test_models_that_go_in_the_order_they_came_leave_the_process_whole(exports):
     done = subprocess.run([sys.executable, "-c", CHILDREN, str(exports("openvino")[0])], capture_output=True, text=True, timeout=300)
