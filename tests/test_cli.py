@@ -92,7 +92,53 @@ def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
     )
     assert "runs: table.csv" in blemish("table", "runs=runs", "output=table.csv")[1]
     assert "runs: runs/report.html" in blemish("report", "runs=runs")[1]
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.csv", "runs", "out", "table.csv"}  # nothing of Hydra's own
+    assert {path.name for path in tmp_path.iterdir()} == {".blemish", "manifest.csv", "runs", "out", "table.csv"}  # nothing of Hydra's own
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("manifest.csv", ["data", "check"]),
+        ("mine.csv", ["data", "check", "output=mine.csv"]),
+        ("table.csv", ["table", "runs=.", "output=table.csv"]),
+        ("table.md", ["table", "runs=.", "output=table.csv", "markdown=table.md"]),
+        ("table.tex", ["table", "runs=.", "output=table.csv", "latex=table.tex"]),
+        ("report.html", ["report", "runs=.", "output=report.html"]),
+    ],
+)
+def test_no_tool_replaces_a_file_of_the_users(blemish, name, arguments, tiny, tmp_path):
+    data = tiny_overrides(tiny)[:5] if arguments[0] == "data" else []
+    run = tmp_path / "run"
+    run.mkdir()
+    facts = {"status": "finished", "method": "padim", "dataset": "folder", "counts": {}, "environment": {}}
+    (run / "record.json").write_text(json.dumps(facts))
+    (run / "metrics.json").write_text("{}")
+    path = tmp_path / name
+    path.write_text("mine")
+    status, _, err = blemish(*arguments, *data)
+    assert status == 2 and name in err and "output=" in err
+    assert path.read_text() == "mine"
+    path.unlink()
+    if arguments[0] == "data":
+        assert blemish(*arguments, *data)[0] == blemish(*arguments, *data)[0] == 0, "its own it does"
+        path.write_text(path.read_text().replace("test", "train"))
+        assert blemish(*arguments, *data)[0] == 2, "unless somebody has edited it"
+
+
+def test_what_is_said_of_a_prediction(blemish, tiny, tmp_path):
+    bad = tmp_path / "in"
+    bad.mkdir()
+    (bad / "a.png").write_bytes((tiny / "square" / "000.png").read_bytes())
+    options = ["predict", "model=noise_residual", "model.channels=1", "input=in", "output=out"]
+    status, out, _ = blemish(*options)
+    assert status == 0
+    assert "1 of 1 with detections" in out and "out/a_overlay.png" in out and "1 images scored: out/scores.csv" in out
+    (bad / "b.png").write_bytes(b"")
+    status, out, err = blemish(*options)
+    assert status == 1
+    assert "1 images scored" in out and "in/b.png" in err and "out/failed.csv" in err
+    (bad / "a.png").write_bytes(b"")
+    assert blemish(*options)[0] == 2
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
 from blemish.data.regions import Region
-from blemish.deploy.predict import Found, View, images_at, output_names, predict, write
+from blemish.deploy.monitor import unusual
+from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.edge.geometry import UINT16, Geometry
@@ -34,7 +35,7 @@ from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
 from blemish.run import build, calibrated, device_of, expected_warnings, load, module_of, trainer_of
-from blemish.scoring.calibration import Threshold, conformal_threshold, exact, p_values
+from blemish.scoring.calibration import Threshold, exact, finite, p_values, rate
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class AnomalyDetector:
 
     def _begin(self, cfg: DictConfig, device: str, region: Region | None, weights: str | None = None) -> None:
         self.cfg, self.device, self.region, self.low = cfg, device_of(device), region, None
+        self._by_hand: dict[str, float | None] = {}
         self.model = self._built(weights).eval().to(self.device)
         self.ready = not isinstance(self.model, OnePassDetector | TrainedDetector)
 
@@ -93,16 +95,45 @@ class AnomalyDetector:
 
     @property
     def threshold(self) -> Threshold:
-        """Of scores, from the held-out normal images; its `explain()` says what it promises."""
-        return conformal_threshold(self.model.calibration[:, 0].cpu(), self.cfg.alpha)
+        """Of scores, from the held-out normal images; its `explain()` says what it promises.
+
+        A number that is assigned takes its place, without a promise, until None is assigned, `alpha` is, or it is trained anew.
+        """
+        return self._thresholds()[0]
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._set_by_hand("threshold", value)
 
     @property
     def map_threshold(self) -> float | None:
-        """Of maps: the method's own, else from the largest map values of the held-out normal images; None without any."""
-        if isinstance(self.model, NoiseResidual):
-            return -math.log10(self.model.epsilon)
-        own = getattr(self.model, "map_threshold", None)
-        return conformal_threshold(self.model.calibration[:, 1].cpu(), self.cfg.alpha).value if own is None else own
+        """Of maps: the method's own, else from the largest map values of the held-out normal images; None without any.
+
+        A number that is assigned takes its place until None is, or it is trained anew.
+        """
+        return self._thresholds()[1]
+
+    @map_threshold.setter
+    def map_threshold(self, value: float | None) -> None:
+        self._set_by_hand("map_threshold", value)
+
+    @property
+    def alpha(self) -> float:
+        """The bound on false alarms that the threshold comes from; assigned, it gives a threshold that was set by hand up."""
+        return self.cfg.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.cfg.alpha = rate("alpha", vetted("alpha", value))
+        self._by_hand.pop("threshold", None)
+
+    def _set_by_hand(self, name: str, value: float | None) -> None:
+        self._check_ready(name)
+        self._by_hand[name] = None if value is None else finite(name, vetted(name, value))
+
+    def _thresholds(self) -> tuple[Threshold, float | None]:
+        own = -math.log10(self.model.epsilon) if isinstance(self.model, NoiseResidual) else getattr(self.model, "map_threshold", None)
+        return thresholds(self.model.calibration, self.cfg.alpha, own, **self._by_hand)
 
     def train(self, train: Any, val: Any = None) -> "AnomalyDetector":
         """Fit to normal images, anew each time, with thresholds from those in `val`, else from a share of `train`; returns itself."""
@@ -124,7 +155,7 @@ class AnomalyDetector:
             if fits:
                 trainer.fit(model, datamodule=data)
             calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if data.count("calibrate") else [])
-        self.model, self.ready, self.low = model.eval().to(self.device), True, lowest.value
+        self.model, self.ready, self.low, self._by_hand = model.eval().to(self.device), True, lowest.value, {}
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
 
@@ -137,21 +168,24 @@ class AnomalyDetector:
     def test(self, folder: str | Path, output: str | Path) -> list[Result]:
         """Write `<name>_overlay.png`, `_mask.png`, `_map.png` (16 bit) of every image of a folder, or of one file, and scores.csv.
 
-        Pictures need a map and masks a threshold. The results come without their maps, which may be more than the memory holds.
+        Pictures need a map and masks a threshold. The results come without their maps, which may be more than the memory holds. Images
+        that cannot be used are listed in failed.csv, with a warning, and have no result; InputError where that is all of them, and where
+        an output would replace a file that blemish did not write.
         """
         folder, output = Path(folder).expanduser(), Path(output).expanduser()
-        paths = [path for path in images_at(folder) if not path.resolve().is_relative_to(output.resolve())]
-        if not paths:
-            raise InputError(f"output={output}: holds all images of {folder}; choose another folder")
-        results = []
+        paths, results, failed = images_at(folder), [], []
 
         def noted() -> Iterator[Found]:
-            for found in self._found(paths):
+            for found in self._found(paths, failed):
                 results.append(self._result(found)._replace(map=None))
                 yield found
 
         names = output_names(paths, folder.parent if folder.is_file() else folder)
-        write(noted(), names, output, self.model.calibration, self.cfg.alpha, self._scale(), self.map_threshold)
+        rows = write(noted(), names, output, self.model.calibration, *self._thresholds(), self._scale(), failed)
+        for path, reason in failed:
+            log.warning("not scored: %s: %s", path, reason)
+        if warning := unusual(anomalous(rows), len(rows), self.threshold):
+            log.warning(warning)
         return results
 
     def save(self, path: str | Path) -> None:
@@ -160,10 +194,12 @@ class AnomalyDetector:
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         if self.region:
             state[REGION] = torch.from_numpy(self.region.mask.astype(np.uint8))
-        facts = {"method": self.method, "options": options_of(self.cfg), "low": self.low}
+        facts = {"method": self.method, "options": options_of(self.cfg), "low": self.low, "by_hand": self._by_hand}
         text = json.dumps(facts)
         metadata = {"format": FORMAT, "version": version("blemish"), "detector": text, "crc32": json.dumps(checksums(text, state))}
         path = Path(path).expanduser()
+        if path.exists() and not is_detector(path):
+            raise InputError(f"{path}: is there already and no file of AnomalyDetector.save; move it away, or choose another place")
         try:
             with aside(path) as temporary:
                 save_file(state, temporary, metadata)
@@ -182,6 +218,10 @@ class AnomalyDetector:
             detector.model.load_state_dict(state)
             detector.model.eval().to(detector.device)  # loading may have made layers
             detector.ready, detector.low = True, None if facts["low"] is None else float(facts["low"])
+            for name, value in facts.get("by_hand", {}).items():
+                if name not in ("threshold", "map_threshold"):
+                    raise InputError(f"by_hand: {name}; expected threshold or map_threshold")
+                detector._set_by_hand(name, value)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except Exception as error:
@@ -197,20 +237,21 @@ class AnomalyDetector:
         low = 0.0 if isinstance(self.model, NoiseResidual) else self.low
         return None if low is None or self.map_threshold is None else (low, 2 * self.map_threshold - low)
 
-    def _found(self, images: Sequence[Image]) -> Iterator[Found]:
-        """What the method says of images, read a batch at a time."""
+    def _found(self, images: Sequence[Image], failed: list[Failure] | None = None) -> Iterator[Found]:
+        """What the method says of images, read a batch at a time; those that cannot be used are added to `failed`, None to raise."""
         self._check_ready("predict")
         window = window_in(self.cfg)
         geometry = Geometry(self.cfg.image_size, self.cfg.crop, self.cfg.resize)
         view = View(geometry, window, self.cfg.tiling, self.cfg.overlap, self.region)
-        return predict(self.model, images, view, self.cfg.batch_size, load=partial(array_of, window=window))
+        return predict(self.model, images, view, self.cfg.batch_size, load=partial(array_of, window=window), failed=failed)
 
     def _result(self, found: Found) -> Result:
-        value, level = self.threshold.value, self.map_threshold
+        threshold, level = self._thresholds()
         p = decision = None
-        if value is not None:
+        if threshold.n:
             p = float(p_values(torch.tensor([found.score]), self.model.calibration[:, 0].cpu()))
-            decision = found.score > value
+        if threshold.value is not None:
+            decision = found.score > threshold.value
         elif isinstance(self.model, NoiseResidual):
             decision = found.score > level
         map = None if found.map is None else np.asarray(found.map[:])
@@ -300,6 +341,13 @@ def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if "crc32" in metadata and json.loads(metadata["crc32"]) != checksums(text, state):  # earlier versions wrote none
         raise InputError("damaged: its content does not have its checksums; expected the file as AnomalyDetector.save wrote it")
     return json.loads(text), state
+
+
+def is_detector(path: Path) -> bool:
+    """Whether a file is of AnomalyDetector.save."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("format") == FORMAT
+    return False
 
 
 def checksums(text: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -38,17 +38,27 @@ def test(cfg: Any) -> None:
 def predict(cfg: Any) -> None:
     from blemish import run
 
-    say(f"{run.guarded(run.predict, cfg)} images scored: {cfg.output}/scores.csv")
+    done = run.guarded(run.predict, cfg)
+    for line in done.said:
+        say(line)
+    for path, reason in done.failed[:20]:
+        say(f"not scored: {path}: {reason}", sys.stderr)
+    if done.failed:
+        say(f"{len(done.failed)} images could not be scored: {done.output / 'failed.csv'}", sys.stderr)
+        sys.exit(1)
 
 
 def data(cfg: Any) -> None:
     from blemish import run
     from blemish.data import check, synthetic
+    from blemish.outputs import replacing
 
     def work(cfg: Any) -> None:
         images = run.build(cfg.data)
         if cfg.action == "check":
-            sys.exit(check.report(images, cfg.output or "manifest.csv"))
+            with replacing(output := cfg.output or "manifest.csv"):
+                found = check.report(images, output)
+            sys.exit(found)
         images.setup()
         say(f"{synthetic.write(images, cfg.output or 'synthetic', cfg.share, cfg.seed)} images drawn on: {cfg.output or 'synthetic'}")
 
@@ -57,10 +67,12 @@ def data(cfg: Any) -> None:
 
 def table(cfg: Any) -> None:
     from blemish import run
-    from blemish.records.tables import write
+    from blemish.outputs import replacing
+    from blemish.records.tables import RUN, write
 
     def work(c: Any) -> int:
-        return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published)
+        with replacing(c.output, c.markdown, c.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
+            return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published)
 
     files = filter(None, (cfg.output, cfg.readme, cfg.markdown, cfg.latex))
     say(f"{run.guarded(work, cfg)} runs: {', '.join(files)}")
@@ -68,9 +80,14 @@ def table(cfg: Any) -> None:
 
 def report(cfg: Any) -> None:
     from blemish import run
+    from blemish.outputs import replacing
     from blemish.records.report import write
 
-    runs = run.guarded(lambda c: write(c.runs, c.output, c.max_mb, c.images, c.picture_px), cfg)
+    def work(c: Any) -> int:
+        with replacing(c.output):
+            return write(c.runs, c.output, c.max_mb, c.images, c.picture_px)
+
+    runs = run.guarded(work, cfg)
     say(f"{runs} runs: {cfg.output} ({Path(cfg.output).stat().st_size / 1e6:.1f} MB)")
 
 
@@ -168,8 +185,10 @@ def path_as_typed(override: str, several: bool) -> str:
     return override if kept else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+def say(text: str, stream: Any = None) -> None:
+    stream = stream or sys.stdout
+    code = stream.encoding or "utf-8"
+    stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")  # a file's name may be no text
 
 
 def usage() -> str:

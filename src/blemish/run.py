@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -25,19 +25,32 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData
-from blemish.data.images import fit_window
+from blemish.data.images import fit_window, read
 from blemish.data.module import ImageData
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest, write_manifest
-from blemish.deploy.detect import COLUMNS, detect
+from blemish.deploy.detect import COLUMNS, KINDS, detect
 from blemish.deploy.export import view_of
-from blemish.deploy.monitor import Monitor
-from blemish.deploy.predict import images_at, output_names, write
+from blemish.deploy.monitor import Monitor, unusual
+from blemish.deploy.predict import (
+    Failure,
+    anomalous,
+    claimed,
+    finished,
+    images_at,
+    output_names,
+    shown,
+    thresholds,
+    told,
+    where,
+    write,
+    write_tables,
+)
 from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
@@ -65,6 +78,7 @@ from blemish.records.record import (
 )
 from blemish.records.tables import decisions, summary
 from blemish.records.timing import StageTimes
+from blemish.scoring.calibration import finite, rate
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -150,8 +164,10 @@ def test(cfg: DictConfig) -> dict:
     folder = Path(cfg.output) if cfg.output else run / "retest"
     if folder.resolve() == run.resolve():
         raise InputError(f"output={folder}: is the run itself, which would be lost; choose another folder")
+    if (folder / "model.ckpt").exists():
+        raise InputError(f"output={folder}: holds the model of a run, which would be lost; choose another folder")
     saved.run_dir = str(folder)
-    with recorded(folder, saved, overwrite=True) as record:
+    with recorded(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
         data = data_of(saved)
         times, _, evaluate = observers(saved)
         saved.logger = None
@@ -166,11 +182,21 @@ def test(cfg: DictConfig) -> dict:
     return metrics
 
 
-def predict(cfg: DictConfig) -> int:
+class Predicted(NamedTuple):
+    """What there is to tell of a prediction."""
+
+    rows: list[tuple]  # of scores.csv
+    failed: list[Failure]  # of failed.csv
+    said: list[str]  # lines for a person
+    output: Path
+
+
+def predict(cfg: DictConfig) -> Predicted:
     """Score the image or folder `cfg.input` by a run, or by a model that needs none, and write what is found under `cfg.output`.
 
-    Returns the number of images.
+    InputError where no image can be scored; those that cannot are told, and do not keep the others from it.
     """
+    check_thresholds(cfg)
     paths, output = images_at(cfg.input), Path(cfg.output)
     root = paths[0].parent if Path(cfg.input).expanduser().is_file() else Path(cfg.input).expanduser()
     if cfg.run is None:
@@ -178,15 +204,45 @@ def predict(cfg: DictConfig) -> int:
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
     view = view_of(saved, cfg.get("region"), root)
+    if cfg.alpha is not None and not len(model.calibration):
+        raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER instead")
     scale = (read_record(run) or {}).get("scale")
-    found = track(apply(model, paths, view, saved.batch_size, output), "predicting", len(paths), console=Console(stderr=True))
-    level = getattr(model, "map_threshold", None)  # a method's own, from its paper
+    failed: list[Failure] = []
+    found = apply(model, paths, view, saved.batch_size, output, failed=failed)
+    found = followed(found, "predicting", len(paths), failed)
+    own = getattr(model, "map_threshold", None)  # from its paper
+    alpha = saved.alpha if cfg.alpha is None else cfg.alpha
+    threshold, level = thresholds(model.calibration, alpha, own, cfg.threshold, cfg.map_threshold)
+    names = output_names(paths, root)
     with held(output, ELSEWHERE):
         monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
-        rows = write(found, output_names(paths, root), output, model.calibration, saved.alpha, scale, level, monitor)
+        rows = write(found, names, output, model.calibration, threshold, level, scale, failed, monitor)
+    said = told(rows, threshold, output, names)
+    if cfg.map_threshold is not None:
+        said.insert(
+            1, f"masks: map above {level:.6g}, set by hand" if shown(rows) else f"map_threshold={level:.6g}: this method has no map"
+        )
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
-    return len(rows)
+    elif warning := unusual(anomalous(rows), len(rows), threshold):
+        log.warning(warning)
+    return Predicted(rows, failed, said, output)
+
+
+def check_thresholds(cfg: DictConfig) -> None:
+    """InputError for thresholds set by hand that are none, or do not go together."""
+    given = [key for key in ("threshold", "alpha", "map_threshold") if cfg[key] is not None]
+    for key in given:
+        (rate if key == "alpha" else finite)(key, cfg[key])
+    if {"threshold", "alpha"} <= set(given):
+        raise InputError(
+            f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, as alpha is what the threshold comes from"
+        )
+    if given and cfg.run is None:
+        raise InputError(
+            f"{given[0]}={cfg[given[0]]}: without a run the threshold is that of noise_residual, NFA ≤ model.epsilon; expected "
+            "model.epsilon=NUMBER, or run=FOLDER"
+        )
 
 
 def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed: int) -> Monitor:
@@ -197,7 +253,7 @@ def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed
     return Monitor(path, cfg.monitor in ("on", True), cfg.monitor_rate, calibration, seed)
 
 
-def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Path) -> int:
+def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Path) -> Predicted:
     """Detections in each image by itself; deep images are shown by a window fitted to the input."""
     if "model" not in cfg:
         raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
@@ -206,14 +262,39 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
     model = model.eval().to(device_of(cfg.device))
     region = Region(cfg.region, root) if cfg.region else None
-    found = detect(model, paths, fit_window(paths), output_names(paths, root), output, region)
+    names, failed = output_names(paths, root), []
+    window = fit_window(path for path in paths if is_sound(path))
     with held(output, ELSEWHERE):
-        monitor = monitor_of(cfg, output, [], cfg.seed)
-        rows = list(track(found, "detecting", len(paths), console=Console(stderr=True)))
-        write_csv(output / "scores.csv", COLUMNS, rows)
-        monitor.take([row[1] for row in rows])
-        monitor.save()
-    return len(rows)
+        monitor, outputs = monitor_of(cfg, output, [], cfg.seed), claimed(output, names, KINDS)
+        found = detect(model, paths, window, names, output, region, failed, outputs)
+
+        def finish(rows: list[tuple], whole: bool) -> None:
+            write_tables(output, COLUMNS, rows, failed, outputs)
+            if whole:
+                monitor.take([row[1] for row in rows])
+                monitor.save()
+
+        rows = finished(followed(found, "detecting", len(paths), failed), finish, failed)
+    count = sum(bool(row[COLUMNS.index("detections")]) for row in rows)
+    law = f"NFA ≤ model.epsilon={model.epsilon:g}, the false detections expected in an image of noise"
+    return Predicted(rows, failed, [f"{count} of {len(rows)} with detections ({law})", *where(rows, output, names)], output)
+
+
+def followed(found: Iterator, what: str, total: int, failed: Sequence[Failure]) -> Iterator:
+    """What is found, with a bar on the screen that counts what has failed as done."""
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        for count, one in enumerate(found, 1):
+            yield one
+            bar.update(task, completed=count + len(failed))
+        bar.update(task, completed=total)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether an image can be read."""
+    with contextlib.suppress(InputError):
+        return read(path) is not None
+    return False
 
 
 def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:

@@ -107,7 +107,9 @@ def finished(tiny, tmp_path_factory):
 
 
 def told(run, source, output, *overrides: str) -> int:
-    return predict(composed(f"run='{run}'", f"input='{source}'", f"output='{output}'", "device=cpu", *overrides, config="predict"))
+    return len(
+        predict(composed(f"run='{run}'", f"input='{source}'", f"output='{output}'", "device=cpu", *overrides, config="predict")).rows
+    )
 
 
 def test_prediction_with_a_monitor(finished, tiny, tmp_path, caplog):

@@ -342,7 +342,7 @@ def test_prediction_and_retest_give_the_runs_scores(run, large, tmp_path):
     again = tools.test(composed(f"run='{folder}'", f"output='{tmp_path / 'again'}'", config="test"))
     assert all(again[key] == metrics[key] for key in metrics if not key.endswith("seconds"))
     cfg = composed(f"run='{folder}'", f"input='{large / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu", config="predict")
-    assert predict(cfg) == 3
+    assert len(predict(cfg).rows) == 3
     scores = [row.split(",")[1] for row in (tmp_path / "out" / "scores.csv").read_text().splitlines()[1:]]
     assert scores == [row.split(",")[2] for row in (folder / "scores.csv").read_text().splitlines() if row.startswith("square")]
     for i in range(3):
@@ -373,7 +373,7 @@ def test_other_kinds_of_methods_take_tiles(model, large, tmp_path):
     cfg = composed(
         f"run='{tmp_path / 'run'}'", f"input='{large / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu", config="predict"
     )
-    assert predict(cfg) == 3
+    assert len(predict(cfg).rows) == 3
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
@@ -455,11 +455,12 @@ class Local(Detector):
     def forward(self, image):
         map = (image - 0.5).abs().mean(1)
         return Prediction(map.amax((1, 2)), map)
-from blemish.deploy.predict import View, output_names, predict, write
+from blemish.deploy.predict import View, output_names, predict, thresholds, write
 path, out = Path(sys.argv[1]), Path(sys.argv[2])
 def run(path):
     found = predict(Local(), [path], View(Geometry(), {}, 512, 64), 4, out)
-    write(found, output_names([path], path.parent), out, torch.tensor([[0.1, 0.1]] * 20), 0.05, None)
+    calibration = torch.tensor([[0.1, 0.1]] * 20)
+    write(found, output_names([path], path.parent), out, calibration, *thresholds(calibration, 0.05), None)
 run(path.with_name("small.png"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(path)

@@ -141,7 +141,8 @@ def finished(tiny, tmp_path_factory):
 
 def test_predictions(disk, finished, tiny):
     def work(output: Path):
-        return predict(composed(f"run='{finished}'", f"input='{tiny / 'square'}'", f"output='{output}'", "device=cpu", config="predict"))
+        cfg = composed(f"run='{finished}'", f"input='{tiny / 'square'}'", f"output='{output}'", "device=cpu", config="predict")
+        return len(predict(cfg).rows)
 
     work(disk.place / "first")
     failed = fills(disk, lambda: work(disk.place / "second"), disk.place / "first")

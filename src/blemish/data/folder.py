@@ -112,9 +112,11 @@ class Folder(ImageData):
         folder = base / self.masks
         if not folder.is_dir():
             raise self.missing(f"{folder}: no such folder (data.masks)")
-        masks = {mask: mask.relative_to(folder).with_suffix("").as_posix() for mask in find_images(folder)}
+        masks = {mask: mask.relative_to(folder).with_suffix("").as_posix() for mask in find_images(folder, results=True)}
         # all images count, also normal ones, whose masks are all 0, and those of a defect that this run leaves out
-        images = (path.relative_to(base).with_suffix("").parts for path in find_images(base) if not path.is_relative_to(folder))
+        images = (
+            path.relative_to(base).with_suffix("").parts for path in find_images(base, results=True) if not path.is_relative_to(folder)
+        )
         ends = {"/".join(parts[i:]) for parts in images for i in range(len(parts))}
         owned = {mask for mask, name in masks.items() if ends & {name, name.removesuffix("_mask")}}
         by_path_only = {mask for mask in owned if mask.parent != folder}

@@ -48,7 +48,7 @@ with <category> one of """ + ", ".join(CATEGORIES)
 def samples(folder: Path) -> list[Sample]:
     """The samples of one category, paths relative to its folder; InputError for a defect without a mask or a mask without an image."""
     found = [Sample(_under(path, folder), "train", NORMAL, GOOD) for path in find_images(folder / "train" / GOOD)]
-    masks = {(path.parent.name, path.stem): path for path in find_images(folder / "ground_truth") if path.parent.name != GOOD}
+    masks = {(path.parent.name, path.stem): path for path in find_images(folder / "ground_truth", results=True) if path.parent.name != GOOD}
     for defect in sorted(path.name for path in (folder / "test").iterdir() if path.is_dir()):
         for path in find_images(folder / "test" / defect):
             if defect == GOOD:

@@ -9,6 +9,7 @@ from PIL import Image
 from blemish.data.images import binary
 from blemish.edge.geometry import nearest
 from blemish.edge.reading import digest_of, file_digest, find_images, read
+from blemish.outputs import picture_info
 from blemish.types import InputError
 
 Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels
@@ -33,7 +34,7 @@ class Region:
             self.mask = None if self.folder else read(path)
         if self.mask is not None:
             self.mask = white(self.mask, f"data.region: {self.name}")
-        found = find_images(self.folder) if self.folder else []
+        found = find_images(self.folder, results=True) if self.folder else []
         self.files = {path.relative_to(self.folder).with_suffix(""): path for path in reversed(found)}
         self.digests: dict[Path | None, str] = {}
 
@@ -77,7 +78,7 @@ class Region:
 
     def save(self, path: Path) -> None:
         """Write the one mask for all images as a PNG, white on black."""
-        Image.fromarray(self.mask).save(path)
+        Image.fromarray(self.mask).save(path, pnginfo=picture_info())
 
 
 def white(mask: np.ndarray, name: str) -> np.ndarray:

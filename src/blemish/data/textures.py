@@ -115,7 +115,11 @@ def make(root: Path, name: str, crop_size: int, seed: int) -> None:
 
 def whole(folder: Path) -> bool:
     """Whether every file that `make` writes is there."""
-    return len(find_images(folder)) == CROPS["train"] + CROPS["test"] + 2 * len(DEFECTS) * CROPS["defect"] if folder.is_dir() else False
+    return (
+        len(find_images(folder, results=True)) == CROPS["train"] + CROPS["test"] + 2 * len(DEFECTS) * CROPS["defect"]
+        if folder.is_dir()
+        else False
+    )
 
 
 def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from blemish.detector import Detector
 from blemish.edge import runtime
 from blemish.edge.geometry import enlarged
 from blemish.edge.reading import read
+from blemish.outputs import Outputs
 from blemish.records.record import environment, read_record, write_json
 from blemish.records.tables import between
 from blemish.types import InputError
@@ -97,6 +98,8 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
         raise InputError(f"engines={list(cfg.engines)}: no {', '.join(sorted(unknown))}; expected torch, onnxruntime, openvino")
     if wrong := [f"{key}={cfg[key]}" for key in ("batch", "threads", "repeats", "n") if cfg[key] < 1]:
         raise InputError(f"{', '.join(wrong)}: expected 1 or more")
+    output, outputs = Path(cfg.output) if cfg.output else run / "bench.json", Outputs()
+    outputs.check([output], "output=FILE")
     saved, model = load(run, cfg.device)
     view = view_of(saved)
     if view.tile:
@@ -142,7 +145,7 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
         "versions": versions,
         "environment": environment(),
     }
-    write_json(Path(cfg.output) if cfg.output else run / "bench.json", {**facts, "milliseconds": [row._asdict() for row in rows]})
+    write_json(output, {**facts, "milliseconds": [row._asdict() for row in rows]}, outputs)
     if cfg.doc:
         between(cfg.doc, "latency", page(rows, facts))
     return rows

@@ -32,6 +32,7 @@ from blemish.edge import runtime
 from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, facts_of, seal
+from blemish.outputs import replacing
 from blemish.records.record import check_archive, no_room, read_record, tidy
 from blemish.scoring.calibration import conformal_threshold
 from blemish.types import UNKNOWN, InputError, Prediction
@@ -157,7 +158,8 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     limits = {"tolerance": cfg.tolerance, "map_tolerance": cfg.map_tolerance, "flips": cfg.flips}
     source, size = (list(pair) if pair else None for pair in (cfg.source, cfg.size))
     images = (both(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
-    return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
+    with replacing(path, path.with_suffix(".bin") if cfg.format == "openvino" else None):
+        return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
 
 
 def view_of(saved: Any, region: str | None = None, root: str | Path | None = None) -> View:

@@ -9,11 +9,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blemish.records.record import write_json
+from blemish.scoring.calibration import RARE, Threshold, chance_of_alarms
 from blemish.scoring.drift import Drift, Summary
 from blemish.types import InputError
 
 FORMAT = "blemish monitor 1"
 CLAIMED, NOT_CLAIMED = "claimed", "not claimed"  # the bound on false alarms, for an image
+
+
+def unusual(count: int, images: int, threshold: Threshold) -> str | None:
+    """A warning where normal images like the calibration images would hardly ever have so many called anomalous, `count` of `images`.
+
+    The number of normal images above the k-th of n calibration scores is beta-binomial, whatever the scores' distribution.
+    """
+    if threshold.value is None or threshold.by_hand:
+        return None
+    chance = chance_of_alarms(count, images, threshold.requested, threshold.n)
+    if chance > RARE:
+        return None
+    return (
+        f"{count} of {images} images are called anomalous; if all were normal and came as the {threshold.n} calibration images did, so "
+        f"many would be with a probability of {chance:.1g}. If most of these images are normal, the camera, the light or the product has "
+        "changed since the calibration: look at the overlays, and calibrate anew before you rely on decisions. If most have defects, all "
+        "is well."
+    )
 
 
 class Monitor:

@@ -18,6 +18,7 @@ from blemish.data.module import ImageData
 from blemish.data.tiles import largest_blocks, reduction, tile_at
 from blemish.detector import Detector, within
 from blemish.edge.geometry import Blend, Geometry, grid, mirrored, place_mask
+from blemish.edge.reading import RESULT
 from blemish.records.evaluate import bytes_of
 from blemish.types import OUTSIDE, Batch, InputError, Prediction
 
@@ -250,6 +251,7 @@ def write_png(path: Path, width: int, height: int, rows: Iterable[np.ndarray]) -
             values = np.ascontiguousarray(band, band.dtype.newbyteorder(">")).view(np.uint8).reshape(len(band), -1)  # (n, bytes)
             if above is None:
                 file.write(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * band.dtype.itemsize, 0, 0, 0, 0)))
+                file.write(chunk(RESULT[:4], RESULT[4:]))
                 above = np.zeros_like(values[:1])
             lines = np.empty((len(values), values.shape[1] + 1), np.uint8)
             lines[:, 0] = 2  # each byte as its difference to the one above

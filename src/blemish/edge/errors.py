@@ -16,5 +16,5 @@ def named(image: Any) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        name = image if isinstance(image, str | Path) else f"an array {getattr(image, 'shape', '')}"
-        raise InputError(f"{name}: {error}") from None
+        name = str(image) if isinstance(image, str | Path) else f"an array {getattr(image, 'shape', '')}"
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None

@@ -26,6 +26,10 @@ PHOTOMETRIC = (0, 1, 2)  # of deep TIFFs: grey from white to black, grey from bl
 SIGNED = (np.int16, np.int32, np.float32)
 PAGES = 100  # of a TIFF that are looked at: in a damaged one they may follow one another in a circle
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)
+SOFTWARE = "blemish"  # of the PNG's tEXt entry `Software`: the picture is a result, not a photograph
+RESULT = b"tEXtSoftware\0" + SOFTWARE.encode()
+
+log = logging.getLogger(__name__)
 
 Image.init()  # all its formats are known before the first file, which threads may open together
 # Pillow's own limit, 179 million pixels, would refuse large radiographs
@@ -37,8 +41,23 @@ for decoder in ("tifffile", "PIL.TiffImagePlugin"):  # what they say of a damage
     logging.getLogger(decoder).setLevel(logging.CRITICAL)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Every image file under a folder at any depth, sorted; hidden files and folders are left out, links followed once."""
+def is_result(path: Path) -> bool:
+    """Whether a file is a PNG that blemish wrote as a result, wherever it was moved to; its first bytes tell."""
+    with suppress(OSError), open(path, "rb", opener=opened) as file:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and RESULT in file.read(128)
+    return False
+
+
+def opened(name: str, flags: int) -> int:
+    """Open a file without waiting for a pipe."""
+    return os.open(name, flags | NO_WAITING)
+
+
+def find_images(folder: Path, results: bool = False) -> list[Path]:
+    """Every image file under a folder at any depth, sorted; hidden files and folders are left out, links followed once.
+
+    Pictures that blemish wrote as results are left out with a warning, but for `results`, where masks are looked for.
+    """
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -48,7 +67,12 @@ def find_images(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-    return sorted(found)
+    if results:
+        return sorted(found)
+    images = sorted(path for path in found if not is_result(path))
+    if len(images) < len(found):
+        log.warning("%s: %d pictures there were written by blemish, and are left out", folder, len(found) - len(images))
+    return images
 
 
 def read(path: str | Path, digest: str = "") -> np.ndarray:
@@ -128,7 +152,7 @@ def file_digest(path: Path) -> str:
 
 def content(path: Path) -> bytes:
     """The bytes of a file; OSError also for a pipe or a device, which `open` would wait for."""
-    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | NO_WAITING)) as file:
+    with open(path, "rb", buffering=0, opener=opened) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
         return file.readall()

@@ -3,6 +3,7 @@
 import contextlib
 import heapq
 import json
+import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,12 +18,16 @@ from torch import Tensor
 from torch.distributed import all_gather_object, gather_object
 
 from blemish.data.samples import Sample
+from blemish.edge.reading import SOFTWARE, is_result
+from blemish.outputs import picture_info
 from blemish.records import draw
 from blemish.records.record import aside, write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
 from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
 from blemish.types import ANOMALOUS, NORMAL, OUTSIDE, UNKNOWN, Batch, Prediction
+
+log = logging.getLogger(__name__)
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
@@ -305,16 +310,21 @@ class Evaluate(Callback):
             map = None if map is None else np.where(picture.mask == OUTSIDE, -np.inf, map)  # no contour, no colour
             mask = None if seen.label == UNKNOWN else picture.mask
             title = draw.caption(key, sample.defect, seen.label, seen.score, value)
-            files.append(Path(folder) / name)
+            if (path := Path(folder) / name).exists() and not is_result(path):
+                log.warning("%s: not drawn, as blemish did not write the picture that is there", path)
+                continue
+            files.append(path)
             with aside(files[-1]) as temporary:
-                draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(temporary, compress_level=1)
+                draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(
+                    temporary, compress_level=1, pnginfo=picture_info()
+                )
         if curves and self.seen:
             score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
             lines = self.curves()
             figure = draw.curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, value)
             files.append(Path(curves))
             with aside(curves) as temporary:
-                figure.savefig(temporary)
+                figure.savefig(temporary, metadata={"Software": SOFTWARE})
             thinned = {
                 kind: {name: simplified(line, CURVE_POINTS).round(6).tolist() for name, line in of.items()} for kind, of in lines.items()
             }

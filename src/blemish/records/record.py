@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from blemish.outputs import Outputs
 from blemish.types import InputError
 
 try:
@@ -107,8 +108,10 @@ PACKAGES = (
 
 
 @contextlib.contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
+def aside(path: str | Path, outputs: Outputs | None = None) -> Iterator[Path]:
     """A temporary path of the same suffix beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    With `outputs` only what blemish wrote is replaced, and what it writes is listed.
 
     An OSError in the block, or what torch makes of one, becomes an InputError that names the file and how to choose another folder.
     """
@@ -117,6 +120,9 @@ def aside(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if outputs:
+            outputs.check([path])
+            outputs.note(path, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         full = no_room(error, path.parent)
@@ -129,10 +135,10 @@ def aside(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, outputs: Outputs | None = None) -> None:
     """Write UTF-8 text in one step: a failed write leaves the old file as it was."""
     # surrogates stand for the bytes of a file name that is not UTF-8
-    with aside(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with aside(path, outputs) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         settle(file)
 
@@ -154,14 +160,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, outputs: Outputs | None = None) -> None:
     """Write JSON in one step, keys in the order given, floats in full precision, infinities and NaN as null."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", outputs)
 
 
-def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable], outputs: Outputs | None = None) -> None:
     """Write a CSV with a header row in one step; floats in full precision, None as an empty field."""
-    with aside(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with aside(path, outputs) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.backbone.weights import BUNDLED
+from blemish.outputs import Outputs, replacing
 from blemish.records.paper import Figure, looked_up, margin, published, read, verdict
 from blemish.records.record import write_csv, write_text
 from blemish.records.tables import Grid, config_of, machines, markdown, row_of, signed, spread
@@ -76,6 +77,8 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
         raise InputError("seeds=[]: expected one at least")
     console = Console(soft_wrap=True, highlight=False)
     tables, output = read(cfg.published), Path(cfg.output or f"results/reproduce/{name}")
+    comparison = [output / "comparison.csv", output / "comparison.md"]
+    Outputs().check(comparison)  # before days of training
     cells = cells_of(cfg, typed, tables, output, plain)
     todo = [cell for cell in cells if not finished(cell)]
     absent = missing(todo, scan)
@@ -85,7 +88,8 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
     gone = {cell.folder for cell in lacking}
     failed = run(console, [cell for cell in todo if cell.folder not in gone], train)
     rows = {(cell.category, cell.seed): row for cell in cells if (row := row_of(cell.folder))}
-    write_results(console, output, compared(cells, rows, tables, cfg.tolerance), list(rows.values()), name, cfg.tolerance)
+    with replacing(*comparison, choose="output=FOLDER"):
+        write_results(console, output, compared(cells, rows, tables, cfg.tolerance), list(rows.values()), name, cfg.tolerance)
     for text in failed:
         console.print(f"failed: {text}", markup=False)
     return 0 if rows and not failed else 1

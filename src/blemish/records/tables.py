@@ -12,7 +12,7 @@ from rich.table import Table
 
 from blemish.records.paper import Figure, published, read
 from blemish.records.record import FINISHED, read_record, write_csv, write_text
-from blemish.scoring.calibration import chance_of_alarms
+from blemish.scoring.calibration import RARE, chance_of_alarms
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
 COST_NAMES = ["fit s", "test s", "MB"]
-UNLIKELY = 0.001  # probability of the false alarms of a test below which it warns
 LAYOUTS = ("run", "category")
 
 
@@ -72,7 +71,7 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
         alarms = round(metrics["image_false_alarm_rate"] * normal)
         parts.append(f"false alarms {alarms} of {normal} ({bound})")
     lines = [", ".join(parts)] if parts else []
-    if normal and (chance := chance_of_alarms(alarms, normal, requested, n)) < UNLIKELY:
+    if normal and (chance := chance_of_alarms(alarms, normal, requested, n)) < RARE:
         lines.append(
             f"warning: so many false alarms have a probability of {chance:.1g} if the normal test images are like the {n} calibration "
             "images; they differ from the training images (light, position, product?), and the bound does not hold for them"

@@ -5,31 +5,42 @@ Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; as ano
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blemish.types import InputError
 
+RARE = 0.001  # probability below which a number of false alarms is worth a warning
+
 
 class Threshold(NamedTuple):
     """Anomalous is a score > value; at most alpha of the normal images are, on average over the draw of the calibration images."""
 
     value: float | None  # None: no calibration image, no decision
-    alpha: float  # the bound that holds: as requested, or the smallest that n images reach, 1 / (n + 1)
-    requested: float
+    alpha: float | None  # the bound that holds: as requested, or the smallest that n images reach, 1 / (n + 1); None: set by hand
+    requested: float | None
     n: int  # calibration images
+    above: int = 0  # of them, with a score above a value that was set by hand
+
+    @property
+    def by_hand(self) -> bool:
+        return self.alpha is None
 
     @property
     def reachable(self) -> bool:
-        return self.alpha <= self.requested
+        return self.by_hand or self.alpha <= self.requested
 
     def explain(self) -> str:
         """What the threshold promises, in one sentence."""
         images = f"{self.n} normal calibration image" + "s" * (self.n != 1)
         if self.value is None:
             return "There are no calibration images, so there is no threshold and no image is decided on."
+        if self.by_hand:
+            found = f"of {images} {self.above} score above it" if self.n else "there are no calibration images to compare it with"
+            return f"The threshold {self.value:.6g} was set by hand, without a bound on false alarms; {found}."
         promise = f"at most {100 * self.alpha:.3g} % of normal images like them are expected above {self.value:.6g}, to be called anomalous"
         if self.reachable:
             return f"From {images}: {promise}."
@@ -76,6 +87,26 @@ def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
 
     terms = (log_beta(a + j, b + normal - j) - log_beta(a, b) - log_beta(j + 1, normal - j + 1) for j in range(alarms, normal + 1))
     return min(1.0, sum(math.exp(term) for term in terms) / (normal + 1))  # the last quotient makes the third term a binomial coefficient
+
+
+def by_hand(value: float, scores: Tensor) -> Threshold:
+    """A threshold that a person chose, with the scores (n,) of normal images to tell what it means."""
+    scores = _finite(scores)
+    return Threshold(float(value), None, None, len(scores), int((scores > value).sum()))
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite number, as a float; InputError with the name of what was given for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{name}={value}: expected a finite number")
+    return float(value)
+
+
+def rate(name: str, value: Any) -> float:
+    """A number between 0 and 1, both excluded, as a float; InputError with the name of what was given for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        raise InputError(f"{name}={value}: expected a number between 0 and 1, both excluded")
+    return float(value)
 
 
 def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
