@@ -273,6 +273,23 @@ def test_scaling_is_of_the_dtype_never_of_the_values(padim, tiny, tmp_path):
             AnomalyDetector("padim", value_range=wrong)
 
 
+def test_images_with_other_values_than_those_of_the_training_are_told_of(padim, tiny, tmp_path, caplog):
+    bright = arrays(tiny / "normal_test")
+    padim.predict(bright)
+    assert not caplog.records
+    padim.predict(bright.astype(np.uint16) * 16)
+    new, dark = (record.getMessage() for record in caplog.records)
+    assert "uint16" in new and "65535" in new and "6 of 6" in dark and "value_range=(lo, hi)" in dark
+    caplog.clear()
+    tiny_detector("padim", value_range=(0, 4095)).train(arrays(tiny / "normal")).predict(bright.astype(np.uint16) * 16)
+    assert not [record for record in caplog.records if "hardly fit" in record.getMessage()]
+    deep = tiny_detector("padim").train(arrays(tiny / "normal").astype(np.uint16) * 16)
+    deep.save(tmp_path / "deep")
+    caplog.clear()
+    AnomalyDetector.load(tmp_path / "deep", device="cpu").predict(bright.astype(np.uint16) * 256)
+    assert [record.getMessage()[:6] for record in caplog.records] == ["6 of 6"]
+
+
 @pytest.mark.parametrize(
     ("method", "options", "says"),
     [

@@ -24,13 +24,13 @@ from scipy import ndimage
 from blemish.backbone.store import crc32
 from blemish.backbone.weights import BUNDLED
 from blemish.compose import DictConfig, composed, names, plain
-from blemish.data.given import UNIT, Given, Image, array_of, images_of, window_of
+from blemish.data.given import ASSUMED, Given, Image, array_of, check_of, images_of, window_of
 from blemish.data.regions import Region
 from blemish.deploy.monitor import unusual
 from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
-from blemish.edge.geometry import UINT16, Geometry
+from blemish.edge.geometry import Geometry
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
@@ -146,7 +146,9 @@ class AnomalyDetector:
                 f"train: {self.method} compares whole images and takes 2 at least; found {len(normal)}, of which {data.count('calibrate')} "
                 "held out for the threshold"
             )
+        data.setup()
         data.check("calibrate")
+        model.ranges = data.ranges
         calibrate, lowest = Calibrate(), Lowest()
         with expected_warnings(), quiet(), isolate_rng():
             trainer = trainer_of(self.cfg, [*whole(data, calibrate, lowest)])
@@ -155,6 +157,7 @@ class AnomalyDetector:
             if fits:
                 trainer.fit(model, datamodule=data)
             calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if data.count("calibrate") else [])
+        data.values.report()
         self.model, self.ready, self.low, self._by_hand = model.eval().to(self.device), True, lowest.value, {}
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
@@ -243,7 +246,14 @@ class AnomalyDetector:
         window = window_in(self.cfg)
         geometry = Geometry(self.cfg.image_size, self.cfg.crop, self.cfg.resize)
         view = View(geometry, window, self.cfg.tiling, self.cfg.overlap, self.region)
-        return predict(self.model, images, view, self.cfg.batch_size, load=partial(array_of, window=window), failed=failed)
+        values = check_of(self.model.ranges, window)
+        load = values.loading(partial(array_of, window=window), view.seen)
+
+        def found() -> Iterator[Found]:
+            yield from predict(self.model, images, view, self.cfg.batch_size, load=load, failed=failed)
+            values.report()
+
+        return found()
 
     def _result(self, found: Found) -> Result:
         threshold, level = self._thresholds()
@@ -357,7 +367,7 @@ def checksums(text: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
     window = cfg.data.window if hasattr(cfg.data.window, "items") else {}  # a run on bytes alone has none
-    return {"uint16": UINT16, "float32": UNIT} | {dtype: tuple(ends) for dtype, ends in window.items()}
+    return {dtype: ASSUMED[dtype] for dtype in ("uint16", "float32")} | {dtype: tuple(ends) for dtype, ends in window.items()}
 
 
 def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], region: Region | None = None) -> Given:

@@ -1,6 +1,7 @@
 """The contract: what every method is (three bases), and what one-pass methods remember of the training images (two accumulators)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning.pytorch as pl
@@ -11,11 +12,14 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from blemish.backbone.features import Features
+from blemish.edge.ranges import Range
 from blemish.ops.gaussian import merge_moments
 from blemish.ops.randomness import stream
 from blemish.types import Batch, InputError, Prediction
 
 Maps = Sequence[Tensor]
+DTYPES = ("uint8", "uint16", "float32")
+NOTHING = Range(math.inf, -math.inf, math.inf)  # of a dtype that training did not have
 
 
 class Detector(pl.LightningModule):
@@ -23,15 +27,26 @@ class Detector(pl.LightningModule):
 
     A method with a `backbone` gives `score(maps, size) -> Prediction` instead, so that maps computed earlier can be scored, and
     `features(image) -> maps` if its maps are not simply the backbone's. `calibration` (n, 2) holds score and largest map value of
-    held-out normal images, empty until they were scored.
+    held-out normal images, empty until they were scored. `ranges` are the values that the training images had, by dtype, empty before.
     """
 
     calibration: Tensor
+    training_values: Tensor
     looks_at_images = False  # whether training wants images beside the maps of `features`
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))
+        self.register_buffer("training_values", torch.tensor([NOTHING] * len(DTYPES)))  # rows of DTYPES, columns of Range
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        rows = zip(DTYPES, self.training_values.tolist(), strict=True)
+        return {dtype: Range(*row) for dtype, row in rows if row[0] <= row[1]}
+
+    @ranges.setter
+    def ranges(self, ranges: Mapping[str, Range]) -> None:
+        self.training_values.copy_(torch.tensor([ranges.get(dtype, NOTHING) for dtype in DTYPES]))
 
     def features(self, image: Tensor) -> Maps:
         """Feature maps of images (B, 3, H, W), the costly and frozen part of `forward`; with this default they may come from the store."""

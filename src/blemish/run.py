@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData
-from blemish.data.images import fit_window, read
-from blemish.data.module import ImageData
+from blemish.data.module import DTYPE, ImageData, plain_window
+from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.deploy.detect import COLUMNS, KINDS, detect
@@ -54,6 +54,8 @@ from blemish.deploy.predict import (
 from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
+from blemish.edge.ranges import Range
+from blemish.edge.reading import read
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.progress import ProgressBar
@@ -105,7 +107,9 @@ def train(cfg: DictConfig) -> dict:
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
     with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
-        data, model = data_of(cfg, past), model or build(cfg.model)
+        data = data_of(cfg, past, model.ranges if past else None)
+        model, values = model or build(cfg.model), data.values
+        model.ranges = data.ranges
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
         if trainer.gradient_clip_val is not None and not model.automatic_optimization:
@@ -132,6 +136,7 @@ def train(cfg: DictConfig) -> dict:
             (folder / STATE).unlink(missing_ok=True)
         # of a training that was resumed only the last part was seen
         metrics = measured(trainer, model, data, evaluate, times, None if resumed else fitted - started)
+        values.report()
         write_results(folder, cfg, evaluate, metrics, record, trainer)
         record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
@@ -168,7 +173,8 @@ def test(cfg: DictConfig) -> dict:
         raise InputError(f"output={folder}: holds the model of a run, which would be lost; choose another folder")
     saved.run_dir = str(folder)
     with recorded(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
-        data = data_of(saved)
+        data = data_of(saved, ranges=model.ranges)
+        values = data.values
         times, _, evaluate = observers(saved)
         saved.logger = None
         trainer = trainer_of(saved, [times, *whole(data, evaluate)])
@@ -177,6 +183,7 @@ def test(cfg: DictConfig) -> dict:
         record.note(facts(saved, data, model))
         data = stored(saved, data, model, trainer, times)
         metrics = measured(trainer, model, data, evaluate, times, None)
+        values.report()
         write_results(folder, saved, evaluate, metrics, record, trainer)
         record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
     return metrics
@@ -203,12 +210,14 @@ def predict(cfg: DictConfig) -> Predicted:
         return predict_untrained(cfg, paths, root, output)
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
-    view = view_of(saved, cfg.get("region"), root)
+    view, named = view_of(saved, cfg.get("region"), root), named_window(cfg)
+    view = view._replace(window=view.window | named)
+    values = ValueCheck(model.ranges, view.window, "window", named=named)
     if cfg.alpha is not None and not len(model.calibration):
         raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER instead")
     scale = (read_record(run) or {}).get("scale")
     failed: list[Failure] = []
-    found = apply(model, paths, view, saved.batch_size, output, failed=failed)
+    found = apply(model, paths, view, saved.batch_size, output, values.loading(read, view.seen), failed)
     found = followed(found, "predicting", len(paths), failed)
     own = getattr(model, "map_threshold", None)  # from its paper
     alpha = saved.alpha if cfg.alpha is None else cfg.alpha
@@ -217,6 +226,7 @@ def predict(cfg: DictConfig) -> Predicted:
     with held(output, ELSEWHERE):
         monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
         rows = write(found, names, output, model.calibration, threshold, level, scale, failed, monitor)
+    values.report()
     said = told(rows, threshold, output, names)
     if cfg.map_threshold is not None:
         said.insert(
@@ -245,6 +255,17 @@ def check_thresholds(cfg: DictConfig) -> None:
         )
 
 
+def named_window(cfg: DictConfig) -> dict[str, tuple[float, float]]:
+    """The window that is given by hand for a prediction, (lo, hi) by dtype; InputError for what is none."""
+    try:
+        given = {} if cfg.get("window") is None else plain_window(OmegaConf.to_container(cfg)["window"])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("data.")) from None
+    if given == "auto":
+        raise InputError("window=auto: is what a prediction does without it; expected [lo, hi], {uint16: [lo, hi]} or dtype")
+    return DTYPE if given == "dtype" else given
+
+
 def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed: int) -> Monitor:
     """What is remembered of the stream of images that this prediction goes on with."""
     if cfg.monitor not in ("on", "off", True, False):  # YAML takes a bare on for true
@@ -263,10 +284,11 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     model = model.eval().to(device_of(cfg.device))
     region = Region(cfg.region, root) if cfg.region else None
     names, failed = output_names(paths, root), []
-    window = fit_window(path for path in paths if is_sound(path))
+    window = fit_window(path for path in paths if is_sound(path)) | named_window(cfg)
+    values = ValueCheck({}, window, "window")
     with held(output, ELSEWHERE):
         monitor, outputs = monitor_of(cfg, output, [], cfg.seed), claimed(output, names, KINDS)
-        found = detect(model, paths, window, names, output, region, failed, outputs)
+        found = detect(model, paths, window, names, output, region, values.loading(read), failed, outputs)
 
         def finish(rows: list[tuple], whole: bool) -> None:
             write_tables(output, COLUMNS, rows, failed, outputs)
@@ -275,6 +297,7 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
                 monitor.save()
 
         rows = finished(followed(found, "detecting", len(paths), failed), finish, failed)
+    values.report()
     count = sum(bool(row[COLUMNS.index("detections")]) for row in rows)
     law = f"NFA ≤ model.epsilon={model.epsilon:g}, the false detections expected in an image of noise"
     return Predicted(rows, failed, [f"{count} of {len(rows)} with detections ({law})", *where(rows, output, names)], output)
@@ -457,7 +480,7 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
     kept = (*keys, "resize", "tiling", "overlap", "recipe")
     chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
     names = {text: text.lstrip("+~").partition("=")[0] for text in chosen}
-    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name == "data.region"]:
+    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name in ("data.region", "data.window")]:
         raise InputError(
             f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
         )
@@ -509,14 +532,18 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     return [data.calibrate_dataloader()] if data.samples else []
 
 
-def data_of(cfg: DictConfig, past: Path | None = None) -> ImageData:
-    """The data module, set up, with what it fitted to the training images written back into the config; `past` is the run to update."""
+def data_of(cfg: DictConfig, past: Path | None = None, ranges: Mapping[str, Range] | None = None) -> ImageData:
+    """The data module, set up, with what it fitted to the training images written back into the config.
+
+    past: the run to update. ranges: the values of the images that a model was fitted to, where there is one.
+    """
     data = build(cfg.data)
     data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
     data.paced(cfg.get("epoch_size"))
     side = data.geometry.side or data.tile
     if data.tile not in (None, side):
         log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)
+    data.ranges = dict(ranges or {})
     if past:
         data.samples = unseen(data.listed(), past)
     data.setup()

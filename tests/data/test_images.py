@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blemish.data.images import compact, fit_window, place, place_mask, prepare, restored, to_unit, unplace
+from blemish.data.images import compact, place, place_mask, prepare, restored, to_unit, unplace
+from blemish.data.ranges import fit_window
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import dtype_of, find_images, read
 from blemish.types import InputError

@@ -13,10 +13,9 @@ from PIL import Image
 from support import composed, tiny_run
 
 from blemish.api import AnomalyDetector
-from blemish.data.images import find_images
 from blemish.deploy.monitor import unusual
 from blemish.deploy.predict import Found, output_names, thresholds, write
-from blemish.edge.reading import is_result
+from blemish.edge.reading import find_images, is_result
 from blemish.outputs import INDEX, Outputs, picture_info, replacing
 from blemish.records.record import LOCK
 from blemish.run import build, predict, train

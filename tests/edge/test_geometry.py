@@ -223,3 +223,14 @@ def test_the_map_outside_takes_the_least_value_inside():
     back = unplace(map, 20, 30, Geometry(64), seen)
     plain = unplace(map, 20, 30, Geometry(64))
     assert torch.equal(back[seen], plain[seen]) and (back[~torch.from_numpy(seen)] == plain[seen].min()).all()
+
+
+def test_values_that_training_did_not_have():
+    facts = {"ranges": {"uint16": [320, 3840, 3800]}, "window": {"uint16": [320, 3840]}, "region": None}
+    deep = np.random.default_rng(0).integers(320, 3840, (64, 64)).astype(np.uint16)
+    runtime.check_values(deep, facts)
+    for other in (deep * 16, deep // 16):
+        with pytest.warns(UserWarning, match="uint16 from 320 to 3840"):
+            runtime.check_values(other, facts)
+    with pytest.raises(runtime.InputError, match=r"uint8.*uint16.*data\.window"):
+        runtime.check_values((deep // 16).astype(np.uint8), facts)

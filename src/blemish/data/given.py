@@ -1,6 +1,7 @@
 """Normal images that are given by hand, as files or arrays, in place of a data set on disk."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ from torch.utils.data import Dataset
 
 from blemish.data.images import hidden, prepare
 from blemish.data.module import ImageData, Recent, Tiles, threaded
+from blemish.data.ranges import ValueCheck, fit_ranges
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
 from blemish.edge.geometry import UINT16, Geometry
+from blemish.edge.ranges import Range
 from blemish.edge.reading import SMALLEST, read, size_of
 from blemish.types import NORMAL, OUTSIDE, InputError
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given
+ASSUMED = {"uint8": (0.0, 255.0), "uint16": UINT16, "float32": UNIT}
 Image = Path | np.ndarray  # (H, W) or (H, W, 3), uint8, uint16 or float32
 KINDS = (
     "numpy (H, W), (H, W, 3) or (B, H, W, 3), or torch (H, W), (3, H, W) or (B, 3, H, W), with 1 in place of 3 for grey, "
@@ -59,7 +63,16 @@ class Given(ImageData):
         self.samples = self._held_out([Sample(key, split, NORMAL, "good") for key, split in zip(self.given, splits, strict=True)])
 
     def setup(self, stage: str | None = None) -> None:
-        """Everything is known from the start."""
+        """Look at the values of the training images, or of those for the threshold where nothing is fitted."""
+        if not self.ranges:
+            split = "train" if self.count("train") else "calibrate"
+            load = self._looked_at if self.region else partial(array_of, window=self.window)
+            self.ranges = fit_ranges([self.given[sample.path] for sample in self.samples if sample.split == split], load)
+            self.values = check_of(self.ranges, self.window)
+
+    def _looked_at(self, image: Image) -> np.ndarray:
+        array = array_of(image, self.window)
+        return array[self.region.seen(None, *array.shape[:2])]
 
     def count(self, split: str) -> int:
         return sum(sample.split == split for sample in self.samples)
@@ -70,13 +83,14 @@ class Given(ImageData):
         threaded(lambda index: rows[index][1], range(len(rows)))
 
     def images(self, samples: list[Sample]) -> "Rows":
-        return Rows([(sample.key, self.given[sample.path]) for sample in samples], self.window, self.geometry, self.region)
+        rows = [(sample.key, self.given[sample.path]) for sample in samples]
+        return Rows(rows, self.window, self.geometry, self.region, self.values)
 
     def tiles(self, samples: list[Sample], fit: bool = False) -> Tiles:
         images = {sample.path: self.given[sample.path] for sample in samples}
         sizes = {key: size_of(one) if isinstance(one, Path) else one.shape[1::-1] for key, one in images.items()}
         tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
-        tiles.recent = RecentGiven(tiles.recent, images, self.window)
+        tiles.recent, tiles.values = RecentGiven(tiles.recent, images, self.window), self.values
         return tiles
 
 
@@ -98,8 +112,11 @@ class RecentGiven(Recent):
 class Rows(Dataset):
     """Rows as `module.Images` has them, of normal images without a mask."""
 
-    def __init__(self, images: list[tuple[str, Image]], window: dict, geometry: Geometry, region: Region | None):
+    def __init__(
+        self, images: list[tuple[str, Image]], window: dict, geometry: Geometry, region: Region | None, values: ValueCheck | None = None
+    ):
         self.images, self.window, self.geometry, self.region = images, window, geometry, region
+        self.values = values or ValueCheck({}, {})
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,6 +125,7 @@ class Rows(Dataset):
         key, given = self.images[index]
         array = array_of(given, self.window)
         seen = self.region and self.region.seen(None, *array.shape[:2])
+        self.values(given if isinstance(given, Path) else f"image {int(key)}", array, lambda: seen)
         image, where = prepare(array, self.window, self.geometry, seen), hidden(*array.shape[:2], self.geometry, seen)
         mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
         return image, NORMAL, mask if where is None else mask.masked_fill_(where, OUTSIDE), key
@@ -125,6 +143,12 @@ def window_of(value_range: object) -> dict[str, tuple[float, float]]:
     except InputError as error:
         raise InputError(str(error).replace("data.window", "value_range").replace("auto, dtype", "None")) from None
     return {"uint16": UINT16, "float32": UNIT} | (given if isinstance(given, dict) else {})
+
+
+def check_of(ranges: Mapping[str, Range], window: Mapping[str, tuple[float, float]]) -> ValueCheck:
+    """What compares images with those of a training by the rule that their dtype says what is black and white, unless the window does."""
+    named = {dtype: ends for dtype, ends in window.items() if ends != ASSUMED[dtype]}
+    return ValueCheck(ranges, named, "value_range", ASSUMED)
 
 
 def array_of(image: Image, window: Mapping[str, tuple[float, float]]) -> np.ndarray:

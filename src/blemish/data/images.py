@@ -1,7 +1,6 @@
 """The way from an array to the network's input and back, in torch; files become arrays in `edge.reading`."""
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,10 +10,7 @@ from torch.nn import functional as F
 from blemish.edge import geometry as edge
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, UINT16, Geometry, middle, painted, unseen
-from blemish.edge.reading import dtype_of, read
 from blemish.types import OUTSIDE
-
-QUANTILES = (0.0005, 0.9995)
 
 
 def to_unit(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> Tensor:
@@ -33,46 +29,6 @@ def to_unit(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> Ten
     unit /= hi - lo
     image = torch.from_numpy(unit.clip(0, 1, out=unit))
     return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(3, *image.shape)  # (3, H, W)
-
-
-def fit_window(paths: Iterable[str | Path], load: Callable[[Path], np.ndarray] = read, most: int = 200) -> dict[str, tuple[float, float]]:
-    """The range of values per dtype that holds all but the outermost 0.05 % on either side, over training images as `load` gives them.
-
-    At most `most` images of a dtype are read, evenly spaced in the order given; only dtypes that occur get an entry and
-    uint8 none. Where the two quantiles coincide the extremes take their place, and one above them for a constant.
-    """
-    found: dict[str, list] = {}
-    for path in paths:
-        found.setdefault(dtype_of(path), []).append(path)
-    found.pop("uint8", None)
-    window = {}
-    for dtype, members in sorted(found.items()):
-        chosen = [members[i] for i in np.unique(np.linspace(0, len(members) - 1, most).round().astype(int))]
-        lo, hi = (_quantiles16 if dtype == "uint16" else _quantiles)(chosen, load)
-        window[dtype] = (lo, hi if hi > lo else lo + 1.0)
-    return window
-
-
-def _quantiles16(paths: list, load: Callable) -> tuple[float, float]:
-    counts = np.zeros(65536, dtype=np.int64)
-    for path in paths:
-        counts += np.bincount(load(path).ravel(), minlength=65536)
-    share = counts.cumsum() / counts.sum()
-    lo, hi = (int(np.searchsorted(share, q)) for q in QUANTILES)
-    if lo == hi:
-        lo, hi = np.flatnonzero(counts)[[0, -1]]
-    return float(lo), float(hi)
-
-
-def _quantiles(paths: list, load: Callable, each: int = 100_000) -> tuple[float, float]:
-    """As `_quantiles16` with at most `each` values of an image, drawn at random."""
-    rng = np.random.default_rng(0)
-    arrays = (load(path).ravel() for path in paths)
-    values = np.concatenate([a if a.size <= each else rng.choice(a, each, shuffle=False) for a in arrays])
-    lo, hi = np.quantile(values, QUANTILES, method="inverted_cdf")
-    if lo == hi:
-        lo, hi = values.min(), values.max()
-    return float(lo), float(hi)
 
 
 def place(image: Tensor, geometry: Geometry) -> Tensor:

@@ -21,11 +21,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import binary, check_seen, compact, fit_window, place_mask, prepare, restored
+from blemish.data.images import binary, check_seen, compact, place_mask, prepare, restored
+from blemish.data.ranges import ValueCheck, fit_ranges, window_in
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
 from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, tiles_of
 from blemish.edge.geometry import RESIZES, UINT16, Geometry, mirrored
+from blemish.edge.ranges import Range
 from blemish.edge.reading import file_digest, read, size_of
 from blemish.ops.randomness import stream
 from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch, InputError
@@ -35,6 +37,7 @@ ON_ERROR = ("stop", "skip")
 FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
 MANY = 5000  # files from which on even a digest of each takes seconds
 RECENT = 2**28  # bytes of decoded images kept for the next tile
+DTYPE = {"uint8": (0.0, 255.0), "uint16": UINT16}  # data.window=dtype
 KEPT = 2**29  # bytes of images, at their size in the network, kept for the next epoch
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,8 @@ class ImageData(LightningDataModule):
     takes the place of the scan. region: mask of what is looked at, or folder of masks, see `Region`. InputError for a value that is none of
     these.
 
-    After setup: samples, digest (of the manifest), window (dtype to (lo, hi)), skipped (key to reason).
+    After setup: samples, digest (of the manifest), ranges (the training images' values by dtype, unless they were set before), window
+    (dtype to (lo, hi)), skipped (key to reason).
     """
 
     name: str  # as in configs/data/<name>.yaml
@@ -91,7 +95,9 @@ class ImageData(LightningDataModule):
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.protocol, self.calibration, self.on_error = protocol, calibration, on_error
         self.manifest = None if manifest is None else Path(manifest).expanduser()
-        self.window = _plain_window(window)
+        self.window = plain_window(window)
+        self.ranges: dict[str, Range] = {}
+        self.values = ValueCheck({}, {})
         self.samples: list[Sample] = []
         self.skipped: dict[str, str] = {}
         self.digest = ""
@@ -157,7 +163,9 @@ class ImageData(LightningDataModule):
         for split in ("train", "test"):
             if not any(sample.split == split for sample in samples):
                 raise self.missing(f"{self.manifest or self.root / (self.category or '')}: no {split} image; found {_counts(samples)}")
+        fixed = bool(self.ranges)  # by the run that is tested again or updated, and so is its window
         self.window = self._fitted(samples)
+        self.values = ValueCheck(self.ranges, self.window, "" if fixed else "data.window")
         self.samples = samples
         self._by_key = {sample.key: sample for sample in samples}
         self.digest = manifest_digest(samples)
@@ -226,12 +234,12 @@ class ImageData(LightningDataModule):
         return [s._replace(split="calibrate") if s.split == "train" and s.path in out else s for s in samples]
 
     def _fitted(self, samples: list[Sample]) -> dict[str, tuple[float, float]]:
+        if not self.ranges:
+            paths = [self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"})]
+            self.ranges = fit_ranges(paths, self._looked_at if self.region else read)
         if self.window == "dtype":
-            return {"uint16": UINT16}
-        if self.window != "auto":
-            return self.window
-        paths = [self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"})]
-        return fit_window(paths, self._looked_at if self.region else read)
+            return DTYPE
+        return window_in(self.ranges) if self.window == "auto" else self.window
 
     def _looked_at(self, path: Path) -> np.ndarray:
         """The pixels of an image that are looked at, (n,) or (n, 3)."""
@@ -267,11 +275,15 @@ class ImageData(LightningDataModule):
     def tiles(self, samples: list[Sample], fit: bool = False) -> "Tiles":
         """The tiles of the samples, decoded when asked for; `fit` as `Tiles` has it."""
         sizes = dict(zip((s.path for s in samples), threaded(lambda s: size_of(self.root / s.path), samples), strict=True))
-        return Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
+        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
+        tiles.values = self.values
+        return tiles
 
     def images(self, samples: list[Sample]) -> "Images":
         """The samples, decoded when asked for."""
-        return Images(samples, self.root, self.window, self.geometry, self.region)
+        images = Images(samples, self.root, self.window, self.geometry, self.region)
+        images.values = self.values
+        return images
 
     def image(self, key: str) -> Tensor:
         """The image (3, h, w) behind an entry of Batch.path; where tiles are cut, in its own pixels and reduced as its map is."""
@@ -430,6 +442,7 @@ class Images(Dataset):
         self.window, self.geometry, self.region = window, geometry, region
         self.digests = {root / sample.path: sample.digest for sample in samples}
         self.recent = Recent(RECENT, digests=self.digests)
+        self.values = ValueCheck({}, {})
         self.tile: int | None = None
         self.asked: set[int] = set()  # rows decoded once
         self.kept: dict[int, tuple] = {}  # the file's stamp, and the row with its image `compact`
@@ -441,7 +454,9 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         sample = self.samples[index]
         load = self.recent.read if sample.region else self.recent.load
-        whole = load(self.root / sample.path)
+        path = self.root / sample.path
+        whole = load(path)
+        self.values(path, whole, lambda: self.region and self.region.seen(path, *whole.shape[:2], load=load))
         array = cut(self.root, sample, whole)
         seen = seen_of(self.region, self.root, sample, whole.shape[:2], load) if self.region else None
         mask = self.truth_of(sample, whole.shape[:2], load)
@@ -671,7 +686,8 @@ def _check(key: str, value: object, valid: bool, expected: str) -> None:
         raise InputError(f"{key}={value}: expected {expected}")
 
 
-def _plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:
+def plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:
+    """(lo, hi) by dtype, or the word that stands for them; InputError for anything else."""
     expected = "auto, dtype, [lo, hi] with lo < hi, or {uint16: [lo, hi], float32: [lo, hi]}"
     if window in ("auto", "dtype"):
         return window
@@ -682,7 +698,8 @@ def _plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]])
     except (TypeError, ValueError):
         raise InputError(f"data.window={window}: expected {expected}") from None
     for dtype, (lo, hi) in plain.items():
-        _check("data.window", window, dtype in ("uint16", "float32") and lo < hi and math.isfinite(hi - lo), expected)
+        possible = (lo, hi) == DTYPE["uint8"] if dtype == "uint8" else dtype in ("uint16", "float32")
+        _check("data.window", window, possible and lo < hi and math.isfinite(hi - lo), expected)
     return plain
 
 

@@ -1,7 +1,7 @@
 """The noise-residual detector on single images: no run and no training, each image in its own pixels."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from blemish.data.images import prepare
 from blemish.data.regions import Region
 from blemish.deploy.predict import Failure, beside
 from blemish.edge.geometry import Geometry
-from blemish.edge.reading import read
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.noise.false_alarms import Alarms, Detection, detections, overlay, strength
 from blemish.outputs import Outputs, picture_info
@@ -32,6 +31,7 @@ def detect(
     names: Mapping[Path, Path],
     output: Path,
     region: Region | None,
+    load: Callable[[Path], np.ndarray],
     failed: list[Failure],
     outputs: Outputs,
 ) -> Iterator[tuple]:
@@ -44,7 +44,7 @@ def detect(
     """
     for path in paths:
         try:
-            image, alarms = alarms_of(model, path, window, region)
+            image, alarms = alarms_of(model, path, load, window, region)
         except InputError as error:
             failed.append(Failure(path, str(error).removeprefix(f"{path}: ")))
             continue
@@ -67,9 +67,11 @@ def detect(
         yield str(path), high, len(found), strength(-high), low, high
 
 
-def alarms_of(model: NoiseResidual, path: Path, window: Mapping, region: Region | None) -> tuple[Tensor, Alarms]:
+def alarms_of(
+    model: NoiseResidual, path: Path, load: Callable[[Path], np.ndarray], window: Mapping, region: Region | None
+) -> tuple[Tensor, Alarms]:
     """An image (1, 3, H, W) and its alarms, those inside the region."""
-    array = read(path)
+    array = load(path)
     seen = region and region.seen(path, *array.shape[:2])
     image = prepare(array, dict(window), Geometry())[None].to(model.device)  # (1, 3, H, W)
     alarms = model.alarms(image)

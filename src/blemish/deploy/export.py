@@ -226,6 +226,7 @@ def export(
         "tiling": {"side": view.tile, "overlap": view.overlap} if view.tile else None,
         "region": runtime.packed(view.region.mask) if view.region else None,
         "window": {dtype: list(ends) for dtype, ends in view.window.items()},
+        "ranges": model.ranges,
         "maps": maps,
         "batch": batch,
         "opset": opset if format != "torch_export" else None,

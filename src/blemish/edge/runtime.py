@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -22,6 +23,7 @@ import numpy as np
 
 from .errors import InputError, named
 from .geometry import Blend, Geometry, enlarged, grid, mirrored, nearest, painted, place, place_mask, unseen, within
+from .ranges import Range, doubt, range_of
 
 KEY = "blemish"  # of the facts among a file's metadata
 FORMAT = "blemish artefact 3"
@@ -66,6 +68,7 @@ class Model:
         for image in images:
             array = pixels(image)
             with named(image):
+                check_values(array, self.facts)
                 if self.facts["tiling"]:
                     found.append(self.by_tiles(array, size))
                     continue
@@ -81,7 +84,9 @@ class Model:
 
     def prepare(self, image: Any) -> np.ndarray:
         """What the graph takes of one image, see `prepared`."""
-        return prepared(pixels(image), self.facts)
+        array = pixels(image)
+        check_values(array, self.facts)
+        return prepared(array, self.facts)
 
     def hidden(self, height: int, width: int) -> np.ndarray | None:
         """What `unseen` says of an image (height, width); InputError if nothing of it is looked at."""
@@ -239,6 +244,26 @@ def prepared(array: np.ndarray, facts: dict) -> np.ndarray:
     check_shape(array)
     seen = seen_in(*array.shape[:2], facts)
     return given(array if seen is None else painted(array, seen, facts["window"]), facts)
+
+
+def check_values(array: np.ndarray, facts: dict) -> None:
+    """InputError for a dtype that neither training had nor the window names, and a warning for values that training did not have."""
+    ranges, window, dtype = facts.get("ranges") or {}, facts["window"], array.dtype.name
+    if not ranges or array.ndim not in (2, 3):
+        return
+    if dtype not in ranges and dtype not in window:
+        raise InputError(
+            f"an image of {dtype}, but training had {', '.join(ranges)} alone; expected images converted as those were, or the export of a "
+            f"run with data.window=[lo,hi] for {dtype}"
+        )
+    expected = Range(*ranges[dtype]) if dtype in ranges else range_of(*window[dtype])
+    seen = seen_in(*array.shape[:2], facts)
+    if doubt(array if seen is None else array[seen], expected):
+        warnings.warn(  # the same text each time: told once
+            f"images of other values than the {dtype} from {expected.lo:g} to {expected.hi:g} of the training: their scores mean little; "
+            "convert them back, or train on such images",
+            stacklevel=4,
+        )
 
 
 def check_shape(array: np.ndarray) -> None:
