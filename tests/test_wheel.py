@@ -100,6 +100,7 @@ def test_trains_tests_and_predicts_away_from_the_repository(blemish, away):
     Image.open(image).convert("RGB").save(away / "photo.png")
     assert "1 images scored" in blemish("predict", f"run={run}", "input=photo.png", "output=out", "device=cpu").stdout
     assert {path.name for path in (away / "out").iterdir()} == {
+        ".blemish",
         "monitor.json",
         "scores.csv",
         *(f"photo_{kind}.png" for kind in ("map", "mask", "overlay")),

@@ -49,7 +49,7 @@ class Outputs:
             known.add(digest)
             name = path.name.encode("utf-8", "surrogateescape").replace(b"\n", b" ")
             with (path.parent / INDEX).open("ab") as file:
-                file.write(f"{digest} ".encode() + name + b"\n")
+                file.write(f"\n{digest} ".encode() + name)  # on a line of its own, also behind one that was cut short
 
     def _is_own(self, path: Path) -> bool:
         if path.is_symlink() or not path.is_file():
