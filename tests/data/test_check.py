@@ -97,3 +97,20 @@ def test_tool_says_in_a_few_words_what_is_wrong(run, arguments, says):
 def test_sizes_are_listed_or_a_range():
     assert _sizes([(20, 30), (20, 30), (10, 40)]) == "10×40, 20×30"
     assert _sizes([(20, 30), (10, 40), (15, 35), (70, 20)]) == "10–70 × 20–40"
+
+
+def test_what_masks_mark_is_told(root, run):
+    painted = np.zeros((20, 30, 4), np.uint8)
+    painted[5:10, 5:17, 3] = 255
+    classes = np.zeros((20, 30), np.uint8)
+    classes[5:10, 5:11], classes[5:10, 11:17] = 50, 100
+    for name, mask in {"a": painted, "b": painted, "c": classes, "d": 255 * (classes == 0).astype(np.uint8)}.items():
+        save(root / f"truth/{name}.png", mask)
+    _, crack, _ = check(folder(root))
+    assert crack.marked == "10 % (10–90)" and crack.levels == "0 50 100 classes ×1, 0 255 ×1, alpha 0 255 ×2"
+    assert len(crack.odd) == 1 and "truth/d.png" in crack.odd[0] and not crack.faulty and not crack.empty
+    arguments = ["check", "data=folder", f"data.root={root}", "data.abnormal=[crack]", "data.masks=truth"]
+    code, out, _ = run(*arguments, f"data.region={root}/truth/a.png")
+    assert code == 0 and "truth/d.png" in out and f"data.region={root}/truth/a.png: 10 %" in out
+    code, out, _ = run(*arguments, f"data.region={root}/truth")
+    assert code == 1 and f"{root}/normal/1.png: no mask" in out

@@ -10,7 +10,7 @@ from PIL import Image
 
 from blemish.data import module
 from blemish.data.images import place, place_mask, to_unit
-from blemish.data.module import ImageData, Images, Recent, binary, held_out
+from blemish.data.module import ImageData, Images, Recent, held_out
 from blemish.data.samples import Sample, read_manifest, write_manifest
 from blemish.edge.geometry import Geometry
 from blemish.types import NO_TRUTH, InputError
@@ -113,6 +113,7 @@ def test_tiles_of_one_image_stay_on_one_side(root):
 def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
     opened = []
     monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
+    monkeypatch.setattr(module, "read_mask", lambda path, read=module.read_mask: opened.append(path) or read(path))
     box = Sample("test/bad/000.png", "test", 1, "bad", boxes="2 4 20 9;30 30 99 99")
     samples = [box._replace(region=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
     samples += [s._replace(boxes="", mask="masks/000.png") for s in samples]
@@ -406,23 +407,6 @@ def test_native_sizes_do_not_mix_in_a_batch(root):
     single = data_of(root, image_size=None, batch_size=1)
     single.setup()
     assert {tuple(batch.image.shape[2:]) for batch in single.test_dataloader()} == {(SIZE, SIZE + i) for i in range(3)}
-
-
-def test_mask_rule():
-    zero = np.zeros((3, 4), np.uint8)
-
-    def mask(*values, dtype=np.uint8):
-        return np.array([values], dtype)
-
-    assert binary(zero).sum() == 0 and binary(zero).dtype == np.uint8
-    assert binary(mask(0, 1, 1)).tolist() == [[0, 1, 1]]
-    assert binary(mask(0, 255, 127, 128, 3)).tolist() == [[0, 1, 0, 1, 0]]  # blurred edges of a JPEG
-    assert binary(mask(0, 1, 2, 3)).tolist() == [[0, 1, 1, 1]]  # class numbers
-    assert binary(mask(0, 65535, 30000, dtype=np.uint16)).tolist() == [[0, 1, 0]]
-    assert binary(mask(0, 255, 100, dtype=np.uint16)).tolist() == [[0, 1, 0]]
-    assert binary(mask(0, 300, 7, dtype=np.uint16)).tolist() == [[0, 1, 1]]  # instance numbers
-    assert binary(mask(0, 1, 0.4, dtype=np.float32)).tolist() == [[0, 1, 0]]
-    assert binary(np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 200]]], np.uint8)).tolist() == [[0, 1, 1]]
 
 
 def test_tile_beyond_the_image(root):

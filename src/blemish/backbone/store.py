@@ -389,7 +389,7 @@ class Stored(Dataset):
         rows = self.rows
         if not (sample.mask or sample.boxes or rows.region or rows.geometry.resize == "letterbox"):
             return torch.full((self.side, self.side), 0 if sample.label == NORMAL else NO_TRUTH, dtype=torch.uint8)
-        load = rows.recent.read
+        load = rows.recent.mask
         whole = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
         return place_mask(torch.from_numpy(rows.truth_of(sample, whole, load)), rows.geometry)
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label, regionprops
 
-from blemish.data.module import ImageData, binary, drawn
+from blemish.data.masks import read_mask
+from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
-from blemish.edge.reading import read
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
 GROUPS = {"B": "Baggages", "C": "Castings", "N": "Nature", "S": "Settings", "W": "Welds"}
@@ -344,7 +344,7 @@ def _boxed(path: Path, rows: list[Row]) -> list[Defect]:
 
 def _components(path: Path, image: Path) -> list[Defect]:
     try:
-        mask = binary(read(path))
+        mask = read_mask(path)
     except InputError as error:
         raise Unreadable(str(error)) from error
     width, height = _size(image)

@@ -130,16 +130,3 @@ def unplace(map: Tensor, height: int, width: int, geometry: Geometry, seen: np.n
         return map
     seen = torch.from_numpy(seen)
     return torch.where(seen, map, map[seen].min())
-
-
-def binary(mask: np.ndarray) -> np.ndarray:
-    """A mask file's array (H, W) or (H, W, 3) of any dtype as uint8 0 and 1, by one rule.
-
-    The full scale is the smallest of 1, 255, 65535 that no value exceeds, and a pixel is anomalous above half of it: this
-    serves 0/1, 0/255 and grey masks whose edges are blurred. A mask that nowhere reaches half its scale holds class or
-    instance numbers, and every pixel that is not 0 is anomalous.
-    """
-    mask = mask.max(axis=2) if mask.ndim == 3 else mask
-    top = mask.max()
-    half = next((scale for scale in (1, 255, 65535) if top <= scale), top) / 2
-    return (mask > (half if top > half else 0)).astype(np.uint8)

@@ -21,7 +21,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import binary, check_seen, compact, place_mask, prepare, restored
+from blemish.data.images import UINT16, check_seen, compact, file_digest, place_mask, prepare, read, restored
+from blemish.data.masks import read_mask
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
@@ -205,7 +206,7 @@ class ImageData(LightningDataModule):
     def _without_unreadable(self, samples: list[Sample]) -> list[Sample]:
         tried = [sample for sample in samples if sample.split != "skipped"]
         recent = Recent(RECENT)
-        reasons = threaded(lambda sample: self._reason(sample, recent.read), tried, "reading every image")
+        reasons = threaded(lambda sample: self._reason(sample, recent), tried, "reading every image")
         self.skipped = {sample.key: reason for sample, reason in zip(tried, reasons, strict=True) if reason}
         for key, reason in self.skipped.items():
             log.warning("skipped %s: %s", key, reason)
@@ -213,13 +214,13 @@ class ImageData(LightningDataModule):
             log.warning("skipped %d of %d images (data.on_error=skip)", len(self.skipped), len(tried))
         return [sample._replace(split="skipped") if sample.key in self.skipped else sample for sample in samples]
 
-    def _reason(self, sample: Sample, load: Callable[[Path], np.ndarray]) -> str:
+    def _reason(self, sample: Sample, recent: "Recent") -> str:
         try:
-            whole = load(self.root / sample.path)
+            whole = recent.read(self.root / sample.path)
             cut(self.root, sample, whole)
-            truth(self.root, sample, whole.shape[:2], load)
+            truth(self.root, sample, whole.shape[:2], recent.mask)
             if self.region:
-                check_seen(~seen_of(self.region, self.root, sample, whole.shape[:2], load))
+                check_seen(~seen_of(self.region, self.root, sample, whole.shape[:2], recent.mask))
         except InputError as error:
             return str(error)
         return ""
@@ -453,9 +454,10 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         sample = self.samples[index]
-        load = self.recent.read if sample.region else self.recent.load
+        again = bool(sample.region)  # other tiles want the same files
         path = self.root / sample.path
-        whole = load(path)
+        whole = (self.recent.read if again else self.recent.load)(path)
+        load = self.recent.mask if again else read_mask
         self.values(path, whole, lambda: self.region and self.region.seen(path, *whole.shape[:2], load=load))
         array = cut(self.root, sample, whole)
         seen = seen_of(self.region, self.root, sample, whole.shape[:2], load) if self.region else None
@@ -554,7 +556,7 @@ class Tiles(Images):
 
     def truth(self, path: str) -> np.ndarray:
         """The mask (H, W) of a whole image, see `truth_of`."""
-        return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.read)
+        return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.mask)
 
     def seen(self, path: str) -> np.ndarray | None:
         """What is looked at of a whole image, (H, W) bool; None for all."""
@@ -581,24 +583,31 @@ class Batches(Dataset):
 
 
 class Recent:
-    """The images read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time.
+    """The images and masks read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time.
 
     InputError for a file that is no longer what `digests` has for it.
     """
 
     def __init__(self, most: int, fewest: int = 1, digests: Mapping[Path, str] | None = None):
         self.most, self.fewest, self.digests = most, fewest, digests or {}
-        self.arrays: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self.arrays: OrderedDict[Path | tuple[Path], np.ndarray] = OrderedDict()
         self.lock = Lock()
 
     def read(self, path: Path) -> np.ndarray:
+        return self._once(path, path, self.load)
+
+    def mask(self, path: Path) -> np.ndarray:
+        """The mask of a file, as `read_mask` has it."""
+        return self._once((path,), path, read_mask)
+
+    def _once(self, key: Path | tuple[Path], path: Path, load: Callable[[Path], np.ndarray]) -> np.ndarray:
         with self.lock:
-            if path in self.arrays:
-                self.arrays.move_to_end(path)
-                return self.arrays[path]
-        array = self.load(path)
+            if key in self.arrays:
+                self.arrays.move_to_end(key)
+                return self.arrays[key]
+        array = load(path)
         with self.lock:
-            self.arrays[path] = array
+            self.arrays[key] = array
             while len(self.arrays) > self.fewest and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
                 self.arrays.popitem(last=False)
         return array
@@ -644,12 +653,12 @@ def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
 def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
     """The mask of a sample, uint8 of the size of its tile: the mask file, else the boxes, else 0 if normal and NO_TRUTH if not.
 
-    `whole` is the (height, width) of the image; InputError if the mask file has another.
+    `whole` is the (height, width) of the image, and `load` reads a mask; InputError if the mask file has another size.
     """
     height, width = whole
     x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
     if sample.mask:
-        mask = binary(load(root / sample.mask))
+        mask = load(root / sample.mask)
         if mask.shape != whole:
             raise InputError(
                 f"{root / sample.mask}: a mask of {mask.shape[1]}×{mask.shape[0]} pixels for the image {root / sample.path} "

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blemish.data.images import binary
+from blemish.data.images import digest_of, file_digest, find_images
+from blemish.data.masks import binary, read_mask
 from blemish.edge.geometry import nearest
-from blemish.edge.reading import digest_of, file_digest, find_images, read
+from blemish.edge.reading import digest_of, file_digest, find_images
 from blemish.outputs import picture_info
 from blemish.types import InputError
 
@@ -16,22 +17,26 @@ Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels
 
 
 class Region:
-    """White in a mask is looked at, scaled to each image by the nearest pixel.
+    """What a mask marks, as `understood` has it, is looked at, scaled to each image by the nearest pixel.
 
-    source: a mask as a file or an array (H, W), or a folder of masks, each with its image's path relative to `root` or, lying in the
-    folder itself, with its image's name, whatever their endings. InputError for a mask without a white pixel, and for anything else.
+    source: a mask as a file or an array, or a folder of masks, each with its image's path relative to `root` or, lying in the folder
+    itself, with its image's name, whatever their endings. InputError for a mask that marks no pixel, and for anything else.
     """
 
     def __init__(self, source: str | Path | np.ndarray, root: str | Path = "."):
         self.root, self.folder, self.mask = Path(root), None, None
         if isinstance(source, np.ndarray):
-            self.name, self.mask = "an array", source
+            self.name = "an array"
+            try:
+                self.mask = binary(source)
+            except InputError as error:
+                raise InputError(f"data.region: {error}") from None
         else:
             self.name = path = Path(source).expanduser()
             self.folder = path if path.is_dir() else None
             if not path.exists():
                 raise InputError(f"data.region={source}: no such file or folder; expected a mask, or a folder with a mask for each image")
-            self.mask = None if self.folder else read(path)
+            self.mask = None if self.folder else read_mask(path)
         if self.mask is not None:
             self.mask = white(self.mask, f"data.region: {self.name}")
         found = find_images(self.folder, results=True) if self.folder else []
@@ -39,7 +44,7 @@ class Region:
         self.digests: dict[Path | None, str] = {}
 
     def seen(
-        self, path: Path | None, height: int, width: int, part: Part | None = None, load: Callable[[Path], np.ndarray] = read
+        self, path: Path | None, height: int, width: int, part: Part | None = None, load: Callable[[Path], np.ndarray] = read_mask
     ) -> np.ndarray:
         """(H, W) bool of an image (height, width), or (h, w) of a part of it. InputError for an image that has no mask."""
         mask = self.mask if self.folder is None else self._own(path, load)
@@ -51,13 +56,16 @@ class Region:
     def _own(self, path: Path | None, load: Callable[[Path], np.ndarray]) -> np.ndarray:
         if path is None:
             raise InputError(f"data.region={self.folder}: a folder of masks, which an array has no path for; expected one mask for all")
-        file = self._file(path)
+        file = self.file(path)
         try:
             return white(load(file), str(file))
         except InputError as error:
             raise InputError(f"{path}: the mask of its region cannot be used; {error}") from None
 
-    def _file(self, path: Path) -> Path:
+    def file(self, path: Path) -> Path:
+        """The mask file of an image."""
+        if self.folder is None:
+            return self.name
         relative = path.relative_to(self.root) if path.is_relative_to(self.root) else Path(path.name)
         bare = relative.with_suffix("")
         found = self.files.get(bare) or self.files.get(Path(bare.name))
@@ -69,7 +77,7 @@ class Region:
 
     def digest(self, path: Path | None = None) -> str:
         """16 hex digits that stand for the mask of an image, or for all masks."""
-        file = self._file(path) if self.folder and path else None
+        file = self.file(path) if self.folder and path else None
         if file not in self.digests:
             masks = [self.mask.tobytes(), str(self.mask.shape).encode()] if self.folder is None else []
             masks += [f"{name}\n{file_digest(one)}".encode("utf-8", "replace") for name, one in sorted(self.files.items()) if file is None]
@@ -82,8 +90,7 @@ class Region:
 
 
 def white(mask: np.ndarray, name: str) -> np.ndarray:
-    """A mask file's array as (H, W) bool; InputError if it has no white pixel."""
-    seen = binary(mask).astype(bool)
-    if not seen.any():
+    """A mask of 0 and 1 as bool; InputError if it marks no pixel."""
+    if not mask.any():
         raise InputError(f"{name} is a mask without a white pixel; expected white where images are to be looked at")
-    return seen
+    return mask.astype(bool)

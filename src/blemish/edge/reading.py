@@ -75,12 +75,13 @@ def find_images(folder: Path, results: bool = False) -> list[Path]:
     return images
 
 
-def read(path: str | Path, digest: str = "") -> np.ndarray:
+def read(path: str | Path, digest: str = "", labels: bool = False) -> np.ndarray:
     """The image as uint8, uint16 or float32, (H, W) or (H, W, 3), with every bit the file holds.
 
     Alpha is dropped, palettes are expanded, EXIF orientation is applied, one bit becomes 0 and 255, 32-bit integers become
     float32. InputError names the path of a file that is missing, empty, damaged, cut short, of several pages, not finite, or
     has a side below 8 pixels, or whose content is no longer what `file_digest` once gave.
+    `labels`: alpha stays, as the last of two or four channels, and a palette's colours become numbers of classes, int32, see `_numbers`.
     """
     path = Path(path)
     try:
@@ -92,14 +93,14 @@ def read(path: str | Path, digest: str = "") -> np.ndarray:
     if digest and (found := digest_of(data)) != digest:
         raise InputError(f"{path}: changed while it was in use (digest {found}, before {digest}); run again")
     try:
-        array = _decode(data)
+        array = _decode(data, labels)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image of a known kind; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise whatever they like on a damaged file
         raise InputError(f"{path}: damaged or cut short ({error}); expected a whole image") from error
-    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), *[(2,), (4,)] * labels):
         raise InputError(f"{path}: an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
     if min(array.shape[:2]) < SMALLEST:
         raise InputError(f"{path}: {array.shape[1]}×{array.shape[0]} pixels; expected at least {SMALLEST}×{SMALLEST}")
@@ -158,18 +159,18 @@ def content(path: Path) -> bytes:
         return file.readall()
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes, labels: bool = False) -> np.ndarray:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _decode_tiff(data)
+        return _decode_tiff(data, labels)
     with _open(data) as image:
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photograph and its previews
             raise InputError(f"holds {image.n_frames} frames; expected one image a file")
         if image.format == "PNG" and data[24] == 16 and image.mode != "I;16":
-            return _colour_png16(data)
+            return _colour_png16(data, labels)
         if image.format == "PPM" and image.mode == "RGB" and _ppm_maximum(data) > 255:
             raise InputError("a colour PPM of 16 bits would lose half of them; expected PNG or TIFF")
         sixteen = image.format == "PPM" and image.mode == "I"  # Pillow holds values stretched to 0..65535 in 32 bits
-        array = _pillow(image)
+        array = _pillow(image, labels)
         return array.astype(np.uint16) if sixteen else array
 
 
@@ -193,18 +194,38 @@ def _possible(width: int, height: int, data: bytes) -> None:
         raise InputError(f"{width}×{height} pixels in {len(data)} bytes, which cannot hold them; expected a whole image")
 
 
-def _pillow(image: Image.Image) -> np.ndarray:
+def _pillow(image: Image.Image, labels: bool = False) -> np.ndarray:
     _load_upright(image)
     mode = image.mode
     if mode.startswith("I;16"):
         return np.array(image).astype(np.uint16)  # in the machine's byte order, whatever the file's was
     if mode in ("I", "F"):
         return np.array(image, dtype=np.float32)
+    if labels and image.has_transparency_data:
+        return np.array((image.convert("LA") if mode == "La" else image).convert("RGBA"))
+    if labels and mode == "P":
+        return _numbers(image)
     if mode in ("1", "LA", "La"):
         return np.array(image.convert("L"))
     if mode in ("P", "PA"):
         return np.array(image.convert("RGBA").convert("RGB"))  # the short way warns of transparency
     return _copied(image if mode in ("L", "RGB") else image.convert("RGB"))
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    """The numbers (H, W) int32 of an image with a palette, 0 being the background.
+
+    Its levels, uint8, where the palette merely encodes an image on black: grey ones, or black not the first of its colours.
+    """
+    numbers = np.array(image)
+    palette = np.zeros((256, 3), np.uint8)
+    stored = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    palette[: len(stored)] = stored
+    colours = palette[np.bincount(numbers.ravel(), minlength=256) > 0]
+    black = np.count_nonzero(~colours.any(1))
+    if black and (palette[0].any() or (black == 1 and (colours == colours[:, :1]).all())):
+        return palette.max(1)[numbers]
+    return numbers.astype(np.int32)
 
 
 def _copied(image: Image.Image) -> np.ndarray:
@@ -216,7 +237,7 @@ def _copied(image: Image.Image) -> np.ndarray:
     return array
 
 
-def _colour_png16(data: bytes) -> np.ndarray:
+def _colour_png16(data: bytes, labels: bool = False) -> np.ndarray:
     """PNG of 16 bits with colour or alpha, of which Pillow keeps one byte a value: read the high bytes, then the low ones.
 
     (torchvision reads all 16 bits but has ended the whole process on a damaged file.)
@@ -227,11 +248,13 @@ def _colour_png16(data: bytes) -> np.ndarray:
             image.tile = [tile._replace(args="RGBA")]
             _load_upright(image)
             array = np.array(image).astype(np.uint16)
-            return array[..., 0] << 8 | array[..., 1]
-        high = _pillow(image).astype(np.uint16)
+            both = array[..., ::2] << 8 | array[..., 1::2]
+            return both if labels else both[..., 0]
+        labels = labels and image.mode == "RGBA"  # not for one colour that is transparent, which Pillow knows by one byte
+        high = _pillow(image, labels).astype(np.uint16)
     with _open(data) as image:
         image.tile = [tile._replace(args=tile.args.replace("16B", "16L"))]
-        return high << 8 | _pillow(image)
+        return high << 8 | _pillow(image, labels)
 
 
 def _load_upright(image: Image.Image) -> None:
@@ -245,7 +268,7 @@ def _ppm_maximum(data: bytes) -> int:
     return int(header.split()[3])
 
 
-def _decode_tiff(data: bytes) -> np.ndarray:
+def _decode_tiff(data: bytes, labels: bool = False) -> np.ndarray:
     """Eight bits by Pillow, which knows all colour spaces and compressions; more bits by tifffile, which keeps them."""
     try:
         import tifffile
@@ -262,12 +285,12 @@ def _decode_tiff(data: bytes) -> np.ndarray:
             raise InputError(f"a TIFF of {page.imagedepth} layers; expected one image a file")
         if page.dtype in (np.uint8, bool):
             with _open(data) as image:
-                return _pillow(image)
+                return _pillow(image, labels)
         _possible(page.imagewidth, page.imagelength, data)
-        return _deep_tiff(page, data)
+        return _deep_tiff(page, data, labels)
 
 
-def _deep_tiff(page: Any, data: bytes) -> np.ndarray:
+def _deep_tiff(page: Any, data: bytes, labels: bool = False) -> np.ndarray:
     if 0 in page.databytecounts:
         raise InputError("parts without content; expected a whole image")  # they would come out black
     if page.photometric not in PHOTOMETRIC or page.samplesperpixel > 4:
@@ -289,7 +312,8 @@ def _deep_tiff(page: Any, data: bytes) -> np.ndarray:
         raise InputError("complex values; expected real ones")
     if array.ndim == 3 and page.planarconfig == 2:
         array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3:
+    alpha = labels and array.ndim == 3 and array.shape[2] in (2, 4) and any(kind in (1, 2) for kind in page.extrasamples)
+    if array.ndim == 3 and not alpha:
         array = array[..., :3] if array.shape[2] >= 3 else array[..., 0]  # without alpha
     if array.dtype.kind == "u" and page.photometric == 0:
         array = np.asarray(2**page.bitspersample - 1, array.dtype) - array
