@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blemish.edge.reading import read
 from blemish.types import InputError
 
 REACH = 2  # pixels: a level that has a lower and a higher one within this reach is an edge there, neither an area nor a line

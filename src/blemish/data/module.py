@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
-from blemish.data.images import UINT16, check_seen, compact, file_digest, place_mask, prepare, read, restored
+from blemish.data.images import check_seen, compact, place_mask, prepare, restored
 from blemish.data.masks import read_mask
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
 from blemish.data.regions import Region

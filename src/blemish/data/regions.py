@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blemish.data.images import digest_of, file_digest, find_images
 from blemish.data.masks import binary, read_mask
 from blemish.edge.geometry import nearest
 from blemish.edge.reading import digest_of, file_digest, find_images
