@@ -155,7 +155,7 @@ def test_orientation_is_applied(tmp_path, orientation, kind):
     assert found.shape == upright(blocks).shape and np.abs(found.astype(int) - upright(blocks)).max() <= (12 if kind == "jpg" else 0)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # outside of pytest images.py silences them
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # outside of pytest reading.py silences them
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 def test_damaged_exif_does_not_spoil_a_sound_image(tmp_path, kind):
     for data in (b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40, exif(9).tobytes()):

@@ -29,7 +29,6 @@ from blemish.data.tiles import (
     largest_blocks,
     mean_blocks,
     reduction,
-    size_of,
     tiles_of,
 )
 from blemish.deploy.predict import View
@@ -37,7 +36,7 @@ from blemish.deploy.predict import predict as apply
 from blemish.deploy.tiling import RowsOnDisk, Stitch, reconstruct_tiles, score_image, write_png
 from blemish.detector import Detector
 from blemish.edge.geometry import Blend, Geometry, grid, mirrored, ramp
-from blemish.edge.reading import read
+from blemish.edge.reading import read, size_of
 from blemish.run import load, predict, train
 from blemish.types import Batch, InputError, Prediction
 
