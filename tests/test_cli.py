@@ -59,7 +59,21 @@ def test_every_tool_is_a_command():
         (["data", "check", "data=folder", "data.root=nowhere"], "nowhere: no such folder"),
         (["test", "run=nowhere"], "run=nowhere: no config.yaml there"),
         (["predict", "input=nowhere"], "nowhere: no such file"),
-        (["train", "data=folder", "data.root=nowhere", "trainer=cpu", "logger=none"], "nowhere: no such folder"),
+        (["train", "data=folder", "data.root=nowhere", "backbone=test_resnet", "weights=random"], "nowhere: no such folder"),
+        (["train", "recipe=bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
+        (["train", "-m", "recipe=padim,bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
+        (["train", "data=folder", "data.root=nowhere", "alpha=5"], "alpha=5"),
+        (["predict", "input=nowhere", "model=noise_residul"], "model=noise_residul: no such file of configs/model"),
+        (["predict", "input=nowhere", "monitor_rate=2"], "monitor_rate=2"),
+        (["predict", "input=nowhere", "device=phone"], "device=phone"),
+        (["reproduce", "paper=padin"], "paper=padin: no such file of configs/paper; did you mean 'padim'?"),
+        (["reproduce", "paper=padim", "data.root=nowhere", "tolerance=nan"], "tolerance=nan"),
+        (["data", "synthesize", "data=folder", "data.root=nowhere", "share=2"], "share=2"),
+        (["report", "runs=nowhere", "max_mb=0"], "max_mb=0"),
+        (["table", "runs=nowhere", "by=colour"], "by=colour"),
+        (["bench", "run=nowhere", "n=0"], "n=0"),
+        (["bench", "run=nowhere", "seconds=nan"], "seconds=nan"),
+        (["export", "run=nowhere", "tolerance=high"], "tolerance=high"),
     ],
 )
 def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
@@ -67,6 +81,7 @@ def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
     assert status == 2
     assert says in err
     assert "Traceback" not in out + err
+    assert err.count("error: ") == 1
 
 
 @pytest.mark.parametrize("name", ["train", "data"])

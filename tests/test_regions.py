@@ -15,7 +15,7 @@ from blemish.deploy.export import export_run
 from blemish.edge import runtime
 from blemish.edge.reading import read
 from blemish.records.record import read_record
-from blemish.run import build, data_of, load, predict, train
+from blemish.run import build, described, load, predict, set_up, train
 from blemish.run import test as retest
 from blemish.types import ANOMALOUS, InputError
 
@@ -114,7 +114,7 @@ def test_a_defect_counts_inside_alone(run, tiny, tmp_path):
 
 def test_figures_are_those_of_the_pixels_inside(run, tiny):
     saved, model = load(run[0], "cpu")
-    data = data_of(saved)
+    data = set_up(saved, described(saved))
     score, label, values, truth = [], [], [], []
     with torch.inference_mode():
         for batch in data.test_dataloader():
@@ -241,7 +241,7 @@ def test_a_letterboxed_run(boxed, shapes, tmp_path):
     saved, model = load(folder, "cpu")
     values, truth = [], []
     with torch.inference_mode():
-        for batch in data_of(saved).test_dataloader():
+        for batch in set_up(saved, described(saved)).test_dataloader():
             map, seen = model(batch.image).map, batch.mask < 2
             values.append(map[seen])
             truth.append(batch.mask[seen])

@@ -7,6 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "blemish"
 ROOMS = [
     "edge",
     "types",
+    "checks",
     "outputs",
     "ops",
     "noise",

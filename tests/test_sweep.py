@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CONFIGS, composed, tiny_overrides
+from support import CONFIGS, tiny_overrides
 
+from blemish.compose import firsts
 from blemish.records.record import Record, claim, finish_for, read_record, release, taken
-from blemish.sweep import apart, cell_name, drawn_data, firsts, launch, pinned, quoted
+from blemish.sweep import apart, cell_name, launch, pinned, quoted
 from blemish.types import InputError
 
 TRAIN = CONFIGS.parent / "tools" / "train.py"
@@ -39,7 +40,7 @@ def test_failed_cells_are_listed_and_finished_ones_kept(tiny, tmp_path):
     status, said, rows = sweep(tiny, tmp_path, "model=padim,dfm", "batch_size=8,0", "store=on", "store.root=maps")
     assert status == 1
     assert [row["status"] for row in rows.values()] == ["failed", "finished"] * 2
-    assert "batch_size=0: expected at least 1" in said
+    assert "batch_size=0: expected" in said
     assert all("batch_size=0" in row["error"] for row in rows.values() if row["status"] == "failed")
     folder = tmp_path / "results/runs/sweeps/s"
     stores = [read_record(folder / name)["store"] for name, row in rows.items() if row["status"] == "finished"]
@@ -115,8 +116,8 @@ def test_search_sees_drawn_defects_and_no_test_image(tiny, tmp_path):
 
 
 def test_a_search_has_no_other_objective(tiny):
-    with pytest.raises(InputError, match="objective=image_auroc: expected synthetic"):
-        drawn_data(composed(*tiny_overrides(tiny), "objective=image_auroc"))
+    with pytest.raises(InputError, match="objective=image_auroc: expected .*synthetic"):
+        pinned(["model=padim", *tiny_overrides(tiny), "objective=image_auroc"])
 
 
 def test_globs_name_the_categories_that_are_there(tmp_path):
@@ -153,7 +154,7 @@ def test_quoting_survives_hydra():
 
     for text in ("plain", "a b", "it's", "back\\slash", "comma,", "${x}", "tail\\"):
         assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
-    (only,) = firsts(OverridesParser.create().parse_overrides(["x=1,2", "x=3,4"]))
+    (only,) = firsts(["x=1,2", "x=3,4"])
     assert only == "x=3"
 
 

@@ -1,7 +1,6 @@
 """`AnomalyDetector`: training, test and prediction from Python, with neither config nor run folder."""
 
 import contextlib
-import difflib
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ from scipy import ndimage
 
 from blemish.backbone.store import crc32
 from blemish.backbone.weights import BUNDLED
+from blemish.checks import check_switch, check_whole, nearest
 from blemish.compose import DictConfig, composed, names, plain
 from blemish.data.given import ASSUMED, Given, Image, array_of, check_of, images_of, window_of
 from blemish.data.regions import Region
@@ -34,8 +34,8 @@ from blemish.edge.geometry import Geometry
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
-from blemish.run import build, calibrated, device_of, expected_warnings, load, module_of, trainer_of
-from blemish.scoring.calibration import Threshold, exact, finite, p_values, rate
+from blemish.run import build, calibrated, check_config, device_of, expected_warnings, load, module_of, trainer_of
+from blemish.scoring.calibration import Threshold, finite, p_values, rate
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -288,6 +288,7 @@ def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
     if method not in names("model"):
         raise InputError(f"method={method!r}: {near(method, names('model'))}")
     recipe = options.get("recipe", True)
+    check_switch("", recipe=recipe)
     bundled = "backbone" not in options and "weights" not in options
     chosen = method if recipe and method in names("recipe") else "bundled" if bundled else None
     cfg = composed(f"model={method}", "logger=none", "data=folder", *([f"recipe={chosen}"] if chosen else []))
@@ -308,19 +309,14 @@ def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
     cfg.data.root, cfg.data.window = ".", {dtype: list(ends) for dtype, ends in window_of(values.get("value_range")).items()}
     cfg.data.calibration = values.get("calibration", cfg.data.calibration)
     cfg.trainer.max_epochs = values.get("epochs", cfg.trainer.max_epochs)
-    cfg.trainer.enable_progress_bar = bool(values.get("progress", True))
+    cfg.trainer.enable_progress_bar = values.get("progress", True)
+    check_switch("", progress=cfg.trainer.enable_progress_bar)
     device = device_of(values.get("device", "auto"))
     cfg.trainer.accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     cfg.trainer.devices = 1 if device.index is None or device.type == "cpu" else [device.index]
-    if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
-        raise InputError(f"epochs={cfg.trainer.max_epochs}: expected 1 or more")
-    try:
-        exact(cfg.alpha)
-        given(cfg, [], [])
-    except TypeError as error:
-        raise InputError(
-            f"{', '.join(f'{name}={values[name]}' for name in values)}: a text where a number is expected ({error})"
-        ) from error
+    check_whole("", 1, epochs=cfg.trainer.max_epochs)
+    check_config(cfg)
+    given(cfg, [], [])
     return cfg
 
 
@@ -415,8 +411,7 @@ def vetted(name: str, value: Any) -> Any:
 
 
 def near(name: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), allowed, 1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {', '.join(allowed)}"
+    return f"{nearest(name, allowed)}Allowed: {', '.join(allowed)}"
 
 
 @contextlib.contextmanager

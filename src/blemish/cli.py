@@ -50,10 +50,13 @@ def predict(cfg: Any) -> None:
 
 def data(cfg: Any) -> None:
     from blemish import run
+    from blemish.checks import check_choice, check_number
     from blemish.data import check, synthetic
     from blemish.outputs import replacing
 
     def work(cfg: Any) -> None:
+        check_number("", "(0, 1]", share=cfg.share)
+        check_choice("", COMMANDS["data"].actions, action=cfg.action)
         images = run.build(cfg.data)
         if cfg.action == "check":
             with replacing(output := cfg.output or "manifest.csv"):
@@ -97,11 +100,12 @@ def reproduce(cfg: Any) -> None:
     from blemish import compose, run, sweep
     from blemish.records import reproduce
 
-    name, typed = HydraConfig.get().runtime.choices.paper, HydraConfig.get().overrides.task
+    name, typed = HydraConfig.get().runtime.choices.get("paper"), HydraConfig.get().overrides.task
     if not name:
         refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
 
     def work(c: Any) -> Any:
+        run.check_config(c)
         return reproduce.reproduce(c, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=sweep.train_apart)
 
     sys.exit(run.guarded(work, cfg))
@@ -218,6 +222,16 @@ def tool(name: str) -> None:
     call(name, sys.argv[:1], sys.argv[1:])
 
 
+def vetted(overrides: list[str], config: str, several: bool) -> list[str]:
+    """The overrides as Hydra may have them; InputError where a group or a key is misspelt, which Hydra would tell at length."""
+    from blemish.compose import composed, firsts, settled
+
+    flags = [text for text in overrides if text.startswith("-")]
+    overrides = settled([text for text in overrides if not text.startswith("-")], config)
+    composed(*(firsts(overrides) if several else overrides), config=config)
+    return [*flags, *overrides]
+
+
 def call(name: str, words: list[str], overrides: list[str]) -> None:
     """Let Hydra read the overrides and do the tool's work with the config that it composes, once for each job of a sweep.
 
@@ -225,7 +239,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     """
     import hydra
 
-    from blemish.run import configs
+    from blemish.run import configs, guarded
     from blemish.sweep import launch
 
     command, whole = COMMANDS[name], list(sys.argv)
@@ -242,7 +256,10 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
     main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
     several = bool({"-m", "--multirun"} & set(overrides))
-    sys.argv = [words[0], *(path_as_typed(text, several) for text in overrides)]
+    overrides = [path_as_typed(text, several) for text in overrides]
+    if all(text in ("-m", "--multirun") for text in overrides if text.startswith("-")):  # the other flags are Hydra's alone
+        overrides = guarded(lambda _: vetted(overrides, command.config, several), None)
+    sys.argv = [words[0], *overrides]
     if name == "train":
         launch(main, words)
     else:

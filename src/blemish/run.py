@@ -29,7 +29,8 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from blemish.backbone.features import Features
-from blemish.backbone.store import Store, StoredData
+from blemish.backbone.store import Store, StoredData, check_store
+from blemish.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole, nearest
 from blemish.data.module import DTYPE, ImageData, plain_window
 from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.regions import Region
@@ -86,9 +87,48 @@ from blemish.types import InputError
 log = logging.getLogger(__name__)
 
 # a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
-GROUPS = ("model", "data", "trainer", "logger")
+ARGUMENTS = ("model", "data", "trainer", "logger")  # of what they call, which refuses those that it does not know
 ELSEWHERE = "choose another folder with output=FOLDER"
 CHECKED = 2**30  # bytes of a checkpoint up to which its checksums are compared: a larger one is read from where it lies
+
+
+def leaves(cfg: Any, place: str = "") -> list[str]:
+    """The keys of all that is in a config, as overrides have them."""
+    items = cfg.items_ex(resolve=False) if OmegaConf.is_dict(cfg) and not cfg._is_none() else ()
+    return [key for name, value in items for own in [f"{place}{name}"] for key in (leaves(value, f"{own}.") or [own])]
+
+
+def unknown(key: str, known: Sequence[str]) -> str:
+    """What is told of a key that does not exist."""
+    same = [other for other in known if other.rpartition(".")[2] == key]
+    return f"{key}: no such key; {f'did you mean {same[0]!r}?' if same else nearest(key, known)}".rstrip("; ")
+
+
+def check_config(cfg: DictConfig) -> None:
+    """InputError for a value of train.yaml, or of its trainer, that cannot be meant; those of data and model are their constructors'."""
+    for name in ("save", "sweep", "store", "trainer"):
+        if name in cfg and not OmegaConf.is_dict(cfg[name]):
+            raise InputError(f"{name}={cfg[name]}: has values of its own, as configs/train.yaml lists them; expected {name}.KEY=VALUE")
+    check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
+    check_number("", "(0, 1)", alpha=cfg.alpha)
+    check_whole("", 0, pixel_limit=cfg.pixel_limit)
+    check_whole("save", -1, pictures=cfg.save.pictures)
+    check_switch("save", **{key: cfg.save[key] for key in cfg.save if key != "pictures"})
+    check_switch("", overwrite=cfg.get("overwrite", False))
+    check_choice("", (None, "synthetic"), objective=cfg.get("objective"))
+    if cfg.get("sweep"):
+        check_number("sweep", "(0, inf)", also=(None,), minutes=cfg.sweep.minutes)
+        check_whole("sweep", 1, also=(None,), threads=cfg.sweep.threads)
+    if cfg.get("store"):
+        check_switch("store", **{key: cfg.store[key] for key in ("enabled", "images") if key in cfg.store})
+        if cfg.store.enabled:
+            check_store(cfg.store.dtype, cfg.store.max_gb)
+    check_whole("trainer", 1, max_epochs=cfg.trainer.max_epochs)
+    check_whole("trainer", 1, accumulate_grad_batches=cfg.trainer.get("accumulate_grad_batches", 1))
+    check_number("trainer", "(0, inf)", also=(None,), gradient_clip_val=cfg.trainer.get("gradient_clip_val"))
+    check_switch("trainer", enable_progress_bar=cfg.trainer.get("enable_progress_bar", True))
+    if "seed" in cfg.model:
+        check_whole("model", 0, LARGEST_SEED, seed=cfg.model.seed)
 
 
 def train(cfg: DictConfig) -> dict:
@@ -100,20 +140,21 @@ def train(cfg: DictConfig) -> dict:
     if resumed := Path(cfg.resume) if cfg.get("resume") else None:
         cfg.run_dir = str(resumed)  # for the caller, who tells where it is
         cfg = continued(cfg, resumed)
+    check_config(cfg)
     past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
     model = adopt(cfg, past) if past else None
+    data, model = described(cfg), model or build(cfg.model)  # first, so that a wrong value costs neither a reading nor a folder's content
     folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
     with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
-        data = data_of(cfg, past, model.ranges if past else None)
-        model, values = model or build(cfg.model), data.values
-        model.ranges = data.ranges
         times, calibrate, evaluate = observers(cfg)
         trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
         if trainer.gradient_clip_val is not None and not model.automatic_optimization:
             raise InputError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: this method steps by itself; use {model.clipped_by}")
+        set_up(cfg, data, past, model.ranges if past else {})
+        model.ranges, values = data.ranges, data.values
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
@@ -161,7 +202,11 @@ def test(cfg: DictConfig) -> dict:
     The run's config may be overridden under `cfg.change`, for instance data.root where the images have moved.
     """
     run = Path(cfg.run)
+    device_of(cfg.device)
     saved, model = load(run, cfg.device)
+    for key in leaves(cfg.change):
+        if key.split(".")[0] not in ARGUMENTS and key not in leaves(saved):
+            raise InputError(f"change.{unknown(key, leaves(saved))}")
     saved = OmegaConf.merge(saved, cfg.change)
     saved.data.manifest = str(run / "manifest.csv")
     if cfg.device != "auto":
@@ -172,12 +217,14 @@ def test(cfg: DictConfig) -> dict:
     if (folder / "model.ckpt").exists():
         raise InputError(f"output={folder}: holds the model of a run, which would be lost; choose another folder")
     saved.run_dir = str(folder)
+    check_config(saved)
+    data = described(saved)
     with recorded(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
-        data = data_of(saved, ranges=model.ranges)
-        values = data.values
         times, _, evaluate = observers(saved)
         saved.logger = None
         trainer = trainer_of(saved, [times, *whole(data, evaluate)])
+        set_up(saved, data, ranges=model.ranges)
+        values = data.values
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_config(saved, folder)
         record.note(facts(saved, data, model))
@@ -204,6 +251,10 @@ def predict(cfg: DictConfig) -> Predicted:
     InputError where no image can be scored; those that cannot are told, and do not keep the others from it.
     """
     check_thresholds(cfg)
+    device_of(cfg.device)
+    check_choice("", ("on", "off", True, False), monitor=cfg.monitor)  # YAML takes a bare on for true
+    check_number("", "(0, 1)", monitor_rate=cfg.monitor_rate)
+    check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
     paths, output = images_at(cfg.input), Path(cfg.output)
     root = paths[0].parent if Path(cfg.input).expanduser().is_file() else Path(cfg.input).expanduser()
     if cfg.run is None:
@@ -268,8 +319,6 @@ def named_window(cfg: DictConfig) -> dict[str, tuple[float, float]]:
 
 def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed: int) -> Monitor:
     """What is remembered of the stream of images that this prediction goes on with."""
-    if cfg.monitor not in ("on", "off", True, False):  # YAML takes a bare on for true
-        raise InputError(f"monitor={cfg.monitor}: expected on or off")
     path = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
     return Monitor(path, cfg.monitor in ("on", True), cfg.monitor_rate, calibration, seed)
 
@@ -379,7 +428,7 @@ def read_config(run: Path) -> DictConfig:
 @cache
 def known_targets(place: str) -> list[str]:
     """What the files of a config group call."""
-    files = sorted((configs() / place).glob("*.yaml")) if place in GROUPS else []
+    files = sorted((configs() / place).glob("*.yaml")) if place in ARGUMENTS else []
     found = [re.findall(r"^\s*_target_: *(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE) for file in files]
     return sorted({name for names in found for name in names} - {"null"})
 
@@ -395,6 +444,8 @@ def targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def device_of(name: str) -> torch.device:
     """`auto` as the fastest device there is, any other name as torch knows it; InputError for one that is not here."""
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise InputError(f"device={name}: expected auto, cpu, gpu or mps")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -532,14 +583,19 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     return [data.calibrate_dataloader()] if data.samples else []
 
 
-def data_of(cfg: DictConfig, past: Path | None = None, ranges: Mapping[str, Range] | None = None) -> ImageData:
-    """The data module, set up, with what it fitted to the training images written back into the config.
-
-    past: the run to update. ranges: the values of the images that a model was fitted to, where there is one.
-    """
+def described(cfg: DictConfig) -> ImageData:
+    """The data module of a config, before an image is read."""
     data = build(cfg.data)
     data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
     data.paced(cfg.get("epoch_size"))
+    return data
+
+
+def set_up(cfg: DictConfig, data: ImageData, past: Path | None = None, ranges: Mapping[str, Range] | None = None) -> ImageData:
+    """Set a data module up and return it, and write what it fitted to the training images back into the config.
+
+    past: the run to update. ranges: the values of the images that a model was fitted to, where there is one.
+    """
     side = data.geometry.side or data.tile
     if data.tile not in (None, side):
         log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from blemish.compose import composed, firsts, parsed, settled
 from blemish.data.synthetic import write as synthesize
 from blemish.records.record import FINISHED, LOCK, STATE, finish_for, read_record, taken, write_csv
-from blemish.run import build, configs, guarded, report, train
+from blemish.run import build, check_config, configs, guarded, report, train
 from blemish.types import InputError
 
 COMMAND = "BLEMISH_COMMAND"  # what a cell's process is started as, for it and for the processes that it starts in turn
@@ -72,14 +70,13 @@ def launch(main: Callable[[], object], command: Sequence[str]) -> None:
 
 def pinned(arguments: Sequence[str]) -> tuple[list[str], Path]:
     """Overrides that fix a sweep's name and its globs over categories for all cells, and the folder of the sweep."""
-    parser = OverridesParser.create()
-    overrides = [parser.parse_override(text) for text in arguments if "=" in text and not text.startswith("-")]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configs()), version_base="1.3"):
-        params = compose("train", overrides=firsts(overrides), return_hydra_config=True).hydra.sweeper.get("params") or {}
-        overrides = [parser.parse_override(f"{key}={value}") for key, value in params.items()] + overrides
-        cfg = compose("train", overrides=firsts(overrides))
-    GlobalHydra.instance().clear()
+    texts = [text for text in arguments if not text.startswith("-")]
+    params = composed(*firsts(texts), hydra=True).hydra.sweeper.get("params") or {}
+    texts = settled([f"{key}={value}" for key, value in params.items()] + texts)
+    overrides, cfg = parsed(texts), composed(*firsts(texts))
+    check_config(cfg)
+    if cfg.resume not in (None, False, True):
+        raise InputError(f"resume={cfg.resume}: of a sweep it is true or false; expected resume=true, with the sweep.name of before")
     name = str(cfg.sweep.name or time.strftime("%Y%m%d-%H%M%S"))
     if not re.fullmatch(r"[\w.+-]+", name):
         raise InputError(f"sweep.name={name}: expected letters, digits, dots, dashes")
@@ -98,18 +95,6 @@ def pinned(arguments: Sequence[str]) -> tuple[list[str], Path]:
     return more, Path(cfg.sweep.dir)
 
 
-def firsts(overrides: Sequence[Override]) -> list[str]:
-    """The overrides with the first of the values that each sweeps over, so that one config can be composed; later ones win."""
-    texts = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            texts[key] = override.input_line
-        elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
-            texts[key] = f"{key}={next(iter(override.sweep_string_iterator()))}"
-    return list(texts.values())
-
-
 def quoted(text: str) -> str:
     """A value as Hydra's grammar reads it, whatever signs it has."""
     return QuotedString(text, Quote.single).with_quotes()
@@ -122,8 +107,6 @@ def cell(cfg: DictConfig) -> float | None:
     objective is asked for, as the search has to know.
     """
     overrides = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith(("resume=", "objective="))]
-    if cfg.resume not in (None, False, True):
-        raise InputError(f"resume={cfg.resume}: of a sweep it is true or false; expected resume=true, with the sweep.name of before")
     folder = Path(cfg.run_dir) if cfg.run_dir else Path(cfg.sweep.dir) / cell_name(overrides)
     Path(cfg.sweep.dir).mkdir(parents=True, exist_ok=True)
     with (Path(cfg.sweep.dir) / CELLS).open("a", encoding="utf-8") as file:  # short enough to be written in one piece
@@ -266,10 +249,8 @@ def stop(process: multiprocessing.Process) -> None:
 def drawn_data(cfg: DictConfig) -> list[str]:
     """Overrides that put a sweep's synthetic set, made once of the training images of its data, in the place of the data.
 
-    A search must not see the labels that its result is judged by: InputError for any objective but `synthetic`.
+    A search must not see the labels that its result is judged by.
     """
-    if cfg.objective != "synthetic":
-        raise InputError(f"objective={cfg.objective}: expected synthetic (defects drawn on training images) or null")
     data = build(cfg.data)
     data.setup()
     root = Path(cfg.sweep.dir).resolve() / "data" / data.digest

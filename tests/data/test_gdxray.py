@@ -209,7 +209,7 @@ def test_choices_and_options(root):
         data_of(root, None).setup()
     for changes, message in (
         ({"unit": "tiles"}, "data.unit=tiles: expected image or tile"),
-        ({"stride": 17}, "data.tile=16, data.stride=17: expected"),
+        ({"stride": 17}, "data.stride=17: expected"),
         ({"min_cover": 1.5}, "data.min_cover=1.5"),
         ({"train_share": 0}, "data.train_share=0"),
         ({"train_frames": "48"}, "data.train_frames=48: expected first-last"),

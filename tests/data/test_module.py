@@ -235,7 +235,7 @@ def test_an_epoch_of_so_many_images(root, size, tile):
 
 def test_an_epoch_is_of_a_number_of_images(root):
     for wrong in (0, -1, 2.5, True, "all"):
-        with pytest.raises(InputError, match=r"epoch_size=.*: expected a number of images"):
+        with pytest.raises(InputError, match=r"epoch_size="):
             data_of(root).paced(wrong)
 
 

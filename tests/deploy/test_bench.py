@@ -122,7 +122,7 @@ def test_what_has_no_export_is_timed_by_torch(run, monkeypatch, tmp_path, caplog
 
 
 def test_settings_that_measure_nothing(run):
-    with pytest.raises(InputError, match="batch=0, repeats=0: expected 1 or more"):
+    with pytest.raises(InputError, match="batch=0: expected"):
         bench_run(config(run, "batch=0", "repeats=0"), load, build)
     with pytest.raises(InputError, match="images=nowhere"):
         bench_run(config(run, "images=nowhere"), load, build)

@@ -408,7 +408,8 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
     state = torch.load(tmp_path / "run" / "model.ckpt", weights_only=True)["state_dict"]
     assert state["calibration"].shape == (3 + 1, 2) and state["fitted"] == 9 * 12 + 5 * 4
     with pytest.raises(InputError, match="processes would share an image"):
-        data = tools.data_of(tools.read_config(folder))
+        saved = tools.read_config(folder)
+        data = tools.set_up(saved, tools.described(saved))
         data.processes = 2
         data.test_dataloader()
 

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blemish.backbone.features import Features
+from blemish.checks import check_choice, check_number
 from blemish.data.images import compact, place_mask, restored
 from blemish.data.module import ImageData, Images, collate, hidden_in, threaded
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
 from blemish.edge.reading import size_of
-from blemish.types import NO_TRUTH, NORMAL, Batch, InputError
+from blemish.types import NO_TRUTH, NORMAL, Batch
 
 FORMAT = 1  # one more whenever what is stored changes its meaning
 ENDING, PART = ".safetensors", ".part-"
@@ -78,6 +79,12 @@ def name_of(sample: Sample, region: Region | None = None) -> str:
     return f"{sample.digest}#{sample.region}" + (f"@{region.digest(region.root / sample.path)}" if region else "")
 
 
+def check_store(dtype: str, max_gb: float | None) -> None:
+    """InputError for a store's setting that is none; a run asks before it reads."""
+    check_choice("store", DTYPES, dtype=dtype)
+    check_number("store", "(0, inf)", also=(None,), max_gb=max_gb)
+
+
 class Store:
     """A folder of at most `max_gb`·10⁹ bytes (None: no bound) in `dtype`, "float16" or "float32"; InputError for other values.
 
@@ -86,10 +93,7 @@ class Store:
     """
 
     def __init__(self, root: str | Path, dtype: str, max_gb: float | None):
-        if dtype not in DTYPES:
-            raise InputError(f"store.dtype={dtype}: expected {' or '.join(DTYPES)}")
-        if max_gb is not None and not max_gb > 0:
-            raise InputError(f"store.max_gb={max_gb}: expected more than 0, or null for no bound")
+        check_store(dtype, max_gb)
         self.root, self.dtype = Path(root).expanduser(), DTYPES[dtype]
         self.most = float("inf") if max_gb is None else max_gb * 1e9
         self.used: dict[Path, int] = {}  # shards this process has open, with their bytes

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 
+from blemish.checks import check_number
 from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
 from blemish.edge.reading import find_images
@@ -61,8 +62,7 @@ class Folder(ImageData):
         super().__init__(
             root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
         )
-        if not 0 <= test_share < 1:
-            raise InputError(f"data.test_share={test_share}: expected a share from 0 to below 1")
+        check_number("data", "[0, 1)", test_share=test_share)
         self.normal, self.normal_test, self.abnormal = _list(normal), _list(normal_test), _list(abnormal)
         self.validation = _list(validation)
         if not self.normal:

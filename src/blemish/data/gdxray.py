@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label, regionprops
 
+from blemish.checks import check_choice, check_number, check_whole
 from blemish.data.masks import read_mask
 from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
@@ -103,14 +104,11 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
             root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
         )
         stride = tile if stride is None else stride
-        if unit not in ("image", "tile"):
-            raise InputError(f"data.unit={unit}: expected image or tile")
-        if tile < 8 or not 1 <= stride <= tile:
-            raise InputError(f"data.tile={tile}, data.stride={stride}: expected a tile of at least 8 pixels and 1 ≤ stride ≤ tile")
-        if not 0 <= min_cover <= 1:
-            raise InputError(f"data.min_cover={min_cover}: expected a share from 0 to 1")
-        if not 0 < train_share < 1:
-            raise InputError(f"data.train_share={train_share}: expected a share between 0 and 1")
+        check_choice("data", ("image", "tile"), unit=unit)
+        check_whole("data", 8, tile=tile)
+        check_whole("data", 1, tile, stride=stride)
+        check_number("data", "[0, 1]", min_cover=min_cover)
+        check_number("data", "(0, 1)", train_share=train_share)
         self.rules = Rules(unit, tile, stride, min_cover, train_share, frame_range(train_frames), seed)
 
     @property

@@ -1,7 +1,6 @@
 """From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
 
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 
+from blemish.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.data.images import check_seen, compact, place_mask, prepare, restored
 from blemish.data.masks import read_mask
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
@@ -80,15 +80,15 @@ class ImageData(LightningDataModule):
         region: str | Path | np.ndarray | None = None,
     ):
         super().__init__()
-        _check("protocol", protocol, protocol in PROTOCOLS, " or ".join(PROTOCOLS))
-        _check("data.on_error", on_error, on_error in ON_ERROR, " or ".join(ON_ERROR))
-        _check("data.calibration", calibration, 0 < calibration < 1, "a share between 0 and 1")
-        _check("image_size", image_size, image_size is None or image_size >= 8, "at least 8 pixels, or null for the images' own size")
-        within = crop is None or 8 <= crop <= (image_size or crop)
-        _check("crop", crop, within, f"8 to image_size={image_size} pixels, or null")
-        _check("resize", resize, resize in RESIZES, " or ".join(RESIZES))
-        _check("batch_size", batch_size, batch_size >= 1, "at least 1")
-        _check("workers", workers, workers >= 0, "0 (threads) or a number of processes")
+        check_choice("", PROTOCOLS, protocol=protocol)
+        check_choice("data", ON_ERROR, on_error=on_error)
+        check_number("data", "(0, 1)", calibration=calibration)
+        check_whole("", 8, also=(None,), image_size=image_size)
+        check_whole("", 8, image_size, also=(None,), crop=crop)
+        check_choice("", RESIZES, resize=resize)
+        check_whole("", 1, batch_size=batch_size)
+        check_whole("", 0, workers=workers)
+        check_whole("", 0, LARGEST_SEED, seed=seed)
         self.root = Path(root).expanduser()
         self.category = None if category is None else str(category)  # a folder named 0001 arrives as a number
         self.geometry = Geometry(image_size, crop, resize)
@@ -118,8 +118,7 @@ class ImageData(LightningDataModule):
 
     def paced(self, epoch_size: int | None) -> None:
         """Let an epoch draw so many images, or tiles, however many there are; None for every one once. InputError for none."""
-        whole = isinstance(epoch_size, int) and not isinstance(epoch_size, bool) and epoch_size > 0
-        _check("epoch_size", epoch_size, epoch_size is None or whole, "a number of images (tiles with tiling), or null for every one once")
+        check_whole("", 1, also=(None,), epoch_size=epoch_size)
         self.epoch_size = epoch_size
 
     def scan(self) -> list[Sample]:
@@ -138,9 +137,8 @@ class ImageData(LightningDataModule):
             return self.root
         choices = self.categories()
         if self.category not in choices:
-            nearest = difflib.get_close_matches(self.category, choices, 1)
-            guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise self.missing(f"{self.root}: no category {self.category!r}{guess} Found: {', '.join(choices) or 'none'}")
+            found = f"{nearest(self.category, choices)}Found: {', '.join(choices) or 'none'}"
+            raise self.missing(f"{self.root}: no category {self.category!r}; {found}")
         return self.root / self.category
 
     def missing(self, found: str) -> InputError:
@@ -690,11 +688,6 @@ def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:
         return list(track(done, told or "", len(items), console=screen, transient=True, disable=not (told and screen.is_terminal)))
 
 
-def _check(key: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise InputError(f"{key}={value}: expected {expected}")
-
-
 def plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:
     """(lo, hi) by dtype, or the word that stands for them; InputError for anything else."""
     expected = "auto, dtype, [lo, hi] with lo < hi, or {uint16: [lo, hi], float32: [lo, hi]}"
@@ -708,7 +701,8 @@ def plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) 
         raise InputError(f"data.window={window}: expected {expected}") from None
     for dtype, (lo, hi) in plain.items():
         possible = (lo, hi) == DTYPE["uint8"] if dtype == "uint8" else dtype in ("uint16", "float32")
-        _check("data.window", window, possible and lo < hi and math.isfinite(hi - lo), expected)
+        if not (possible and lo < hi and math.isfinite(hi - lo)):
+            raise InputError(f"data.window={window}: expected {expected}")
     return plain
 
 

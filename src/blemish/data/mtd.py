@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from blemish.checks import check_choice, check_number
 from blemish.data.module import ImageData, shuffled, threaded
 from blemish.data.samples import Sample
 from blemish.edge.reading import read
@@ -57,10 +58,8 @@ class MagneticTiles(ImageData):
         )
         if category is not None:
             raise InputError(f"data.category={category}: magnetic tiles have none; expected null")
-        if not 0 < train_share < 1:
-            raise InputError(f"data.train_share={train_share}: expected a share between 0 and 1")
-        if split_by not in ("image", "tile"):
-            raise InputError(f"data.split_by={split_by}: expected image or tile")
+        check_number("data", "(0, 1)", train_share=train_share)
+        check_choice("data", ("image", "tile"), split_by=split_by)
         self.train_share, self.split_by = train_share, split_by
 
     def categories(self) -> list[str]:

@@ -15,6 +15,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage import draw
 
+from blemish.checks import LARGEST_SEED, check_whole
 from blemish.data.module import threaded
 from blemish.data.mvtec import MVTec
 from blemish.edge.reading import find_images, read
@@ -59,8 +60,8 @@ class Textures(MVTec):
         resize: str = "stretch",
         region: str | None = None,
     ):
-        if not SMALLEST <= crop_size <= LARGEST:
-            raise InputError(f"data.crop_size={crop_size}: expected {SMALLEST} to {LARGEST} pixels")
+        check_whole("data", SMALLEST, LARGEST, crop_size=crop_size)
+        check_whole("data", 0, LARGEST_SEED, texture_seed=texture_seed)
         root = Path(root).expanduser() / key(crop_size, texture_seed)
         super().__init__(
             root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region

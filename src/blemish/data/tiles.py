@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from blemish.checks import check_whole
 from blemish.data.images import to_unit
 from blemish.data.samples import Sample, parse_region
 from blemish.edge.geometry import grid
@@ -19,10 +20,8 @@ MIXED = 2**27  # pixels of the images whose tiles are shuffled among each other:
 
 def check_tiling(tile: int | None, overlap: int) -> None:
     """InputError for a side of tiles or an overlap that cannot be used."""
-    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 8):
-        raise InputError(f"tiling={tile}: expected a tile's side of at least 8 pixels, or null for whole images")
-    if tile is not None and (not isinstance(overlap, int) or not 0 <= overlap < tile):
-        raise InputError(f"overlap={overlap}: expected 0 to tiling − 1 = {tile - 1} pixels")
+    check_whole("", 8, also=(None,), tiling=tile)
+    check_whole("", 0, tile and tile - 1, overlap=overlap)  # with tiling below it
 
 
 def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> list[Sample]:

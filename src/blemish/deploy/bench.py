@@ -18,6 +18,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.data.images import prepare, unplace
 from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, to_onnx, traced, view_of
 from blemish.deploy.portable import portable, splits
@@ -96,8 +97,12 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     run = Path(cfg.run)
     if unknown := set(cfg.engines) - {"torch", "onnxruntime", "openvino"}:
         raise InputError(f"engines={list(cfg.engines)}: no {', '.join(sorted(unknown))}; expected torch, onnxruntime, openvino")
-    if wrong := [f"{key}={cfg[key]}" for key in ("batch", "threads", "repeats", "n") if cfg[key] < 1]:
-        raise InputError(f"{', '.join(wrong)}: expected 1 or more")
+    check_whole("", 1, batch=cfg.batch, threads=cfg.threads, repeats=cfg.repeats, n=cfg.n, opset=cfg.opset)
+    check_whole("", 0, warmup=cfg.warmup)
+    check_number("", "(0, inf)", seconds=cfg.seconds)
+    check_switch("", maps=cfg.maps)
+    check_size(size=cfg.size)
+    check_choice("", ("cpu", "gpu", "cuda", "auto"), device=cfg.device)
     output, outputs = Path(cfg.output) if cfg.output else run / "bench.json", Outputs()
     outputs.check([output], "output=FILE")
     saved, model = load(run, cfg.device)

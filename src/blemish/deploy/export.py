@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.data.images import hidden, prepare
 from blemish.data.module import cut
 from blemish.data.regions import Region
@@ -142,6 +143,13 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     `load` gives the config and the method of `cfg.run`, `build` the data module of a config.
     """
     run = Path(cfg.run)
+    check_choice("", ENDINGS, format=cfg.format)
+    check_choice("", ("uint8", "float"), input=cfg.input)
+    check_size(source=cfg.source, size=cfg.size)
+    check_switch("", maps=cfg.maps)
+    check_whole("", 1, n=cfg.n, opset=cfg.opset)
+    check_number("", "[0, inf)", tolerance=cfg.tolerance, map_tolerance=cfg.map_tolerance)
+    check_whole("", 0, flips=cfg.flips)
     saved, model = load(run, "cpu")
     view = view_of(saved)
     record = read_record(run) or {}

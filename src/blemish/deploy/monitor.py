@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blemish.checks import check_number
 from blemish.records.record import write_json
 from blemish.scoring.calibration import RARE, Threshold, chance_of_alarms
 from blemish.scoring.drift import Drift, Summary
@@ -44,8 +45,7 @@ class Monitor:
     """
 
     def __init__(self, path: Path, on: bool, rate: float, calibration: Sequence[float], seed: int):
-        if not isinstance(rate, float | int) or not 0 < rate < 1:
-            raise InputError(f"monitor_rate={rate}: expected a probability between 0 and 1, both excluded")
+        check_number("", "(0, 1)", monitor_rate=rate)
         if on and not calibration:
             raise InputError("monitor=on: the run has no calibration scores to compare with; expected a run with protocol=clean")
         self.path, self.on, self.rate, self.images = path, on, rate, len(calibration)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import dissimilarity, squared_error
@@ -37,12 +38,14 @@ class Autoencoder(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         errors = {"l2": squared_error, "ssim": partial(dissimilarity, window=window)}
-        if loss not in errors:
-            raise InputError(f"model.loss={loss}: expected l2 or ssim")
-        if not 0 < window <= 31 or window % 2 == 0:
-            raise InputError(f"model.window={window}: expected an odd number of pixels, 31 at most")
-        if score not in ("max", "mean"):
-            raise InputError(f"model.score={score}: expected max or mean")
+        check_choice("model", errors, loss=loss)
+        check_whole("model", 1, 31, window=window)
+        if window % 2 == 0:
+            raise InputError(f"model.window={window}: expected an odd number of pixels")
+        check_choice("model", ("max", "mean"), score=score)
+        check_whole("model", 1, latent=latent)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        check_number("model", "[0, inf)", weight_decay=weight_decay)
         check_blur(sigma)
         self.error, self.sigma, self.ranking = errors[loss], sigma, score
         side = input_side(image_size, crop)

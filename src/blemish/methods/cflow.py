@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.backbone.features import Features
+from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, TrainedDetector
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
 from blemish.ops.maps import smooth_upsample
@@ -52,10 +53,11 @@ class CFlow(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
+        check_whole("model", 1, blocks=blocks, fibres=fibres)
+        check_whole("model", 4, condition=condition)
         if condition % 4:
             raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
-        if fibres < 1:
-            raise InputError(f"model.fibres={fibres}: expected at least 1")
+        check_number("model", "(0, inf)", clamp=clamp, learning_rate=learning_rate)
         self.backbone = Features(backbone, stages, weights, seed)
         with seeded(seed):
             self.flows = nn.ModuleList(ConditionalFlow(channels, condition, blocks, clamp) for channels in self.backbone.channels)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blemish.backbone.features import Features
+from blemish.checks import check_number, check_whole
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops import kde, pca
 from blemish.types import Prediction
@@ -23,6 +24,8 @@ class DFKDE(OnePassDetector):
     def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, components: int, bandwidth: str | float, seed: int):
         super().__init__()
         self.save_hyperparameters()
+        check_whole("model", 1, components=components)
+        check_number("model", "(0, inf)", also=("scott", "silverman"), bandwidth=bandwidth)
         self.backbone = Features(backbone, stages, weights, seed)
         self.components, self.bandwidth = components, bandwidth
         for name in ("mean", "axes", "variance", "length"):  # (D,), (k, D), (k,), (): float64, as all that follows

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from blemish.checks import check_choice
 from blemish.detector import Maps
 from blemish.methods.dfkde import DFKDE
 from blemish.ops import pca
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 
 class DFKDM(DFKDE):
@@ -17,8 +18,7 @@ class DFKDM(DFKDE):
     def __init__(
         self, backbone: str, stages: Sequence[int | str], weights: str, components: int, density: str, bandwidth: str | float, seed: int
     ):
-        if density not in ("kde", "gaussian"):
-            raise InputError(f"model.density={density!r}: expected kde or gaussian")
+        check_choice("model", ("kde", "gaussian"), density=density)
         super().__init__(backbone, stages, weights, components, bandwidth, seed)
         self.save_hyperparameters()
         self.density = density

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.backbone.features import Features
+from blemish.checks import check_choice, check_share_or_count, check_whole
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops import pca
 from blemish.ops.maps import align, smooth_upsample
@@ -24,8 +25,9 @@ class DFM(OnePassDetector):
 
     def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, pool: int, keep: float, score: str, seed: int):
         super().__init__()
-        if score not in ("fre", "nll"):
-            raise InputError(f"model.score={score!r}: expected fre or nll")
+        check_choice("model", ("fre", "nll"), score=score)
+        check_whole("model", 1, pool=pool)
+        check_share_or_count("model", keep=keep)
         self.save_hyperparameters()
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.rule = pool, keep, score

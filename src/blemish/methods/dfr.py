@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.backbone.features import Features
+from blemish.checks import check_number, check_share_or_count, check_switch, check_whole
 from blemish.detector import Maps, Moments, TrainedDetector
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
 from blemish.ops.pca import from_moments
@@ -41,10 +42,10 @@ class DFR(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if region < 1:
-            raise InputError(f"model.region={region}: expected pixels, at least 1")
-        if not (0 < latent <= 1 if isinstance(latent, float) else latent >= 1):
-            raise InputError(f"model.latent={latent}: expected a number of dimensions (1, 2, …) or a share of the variance in (0, 1]")
+        check_whole("model", 1, region=region)
+        check_share_or_count("model", latent=latent)
+        check_switch("model", batch_norm=batch_norm)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
         self.backbone = Features(backbone, stages, weights, seed)
         self.region, self.latent, self.batch_norm, self.learning_rate, self.seed = region, latent, batch_norm, learning_rate, seed
         self.autoencoder = nn.Sequential()  # `prepare` fills it

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import check_side, input_side
 from blemish.ops.randomness import seeded, stream
-from blemish.types import Batch, InputError, Prediction
+from blemish.types import Batch, Prediction
 
 COLLAPSED = 1e-5  # a discriminator's loss below which the authors draw its weights anew
 
@@ -42,8 +43,11 @@ class GANomaly(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        if clip is not None and not clip > 0:
-            raise InputError(f"model.clip={clip}: expected a norm above 0, or null")
+        check_whole("model", 1, latent=latent, channels=channels, max_channels=max_channels)
+        check_number("model", "[0, inf)", w_adv=w_adv, w_con=w_con, w_enc=w_enc)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        check_number("model", "[0, 1)", beta1=beta1)
+        check_number("model", "(0, inf)", also=(None,), clip=clip)
         self.w_adv, self.w_con, self.w_enc, self.clip = w_adv, w_con, w_enc, clip
         self.side = input_side(image_size, crop)
         widths, grid = pyramid(self.side, channels, max_channels)

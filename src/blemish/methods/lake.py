@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import Bank, TrainedDetector
 from blemish.methods.dfkde import principal
 from blemish.ops import kde, pca
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import gaussian_kl, relative_distance, sampled
 from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.types import Batch, Prediction
 
 RESOLUTION = 1e-5  # of the vectors' root mean square: what float32 networks leave undecided from batch to batch
 
@@ -43,8 +44,11 @@ class LAKE(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if density not in ("kde", "gaussian"):
-            raise InputError(f"model.density={density}: expected kde or gaussian")
+        check_choice("model", ("kde", "gaussian"), density=density)
+        check_whole("model", 1, latent=latent, components=components)
+        check_number("model", "[0, inf)", layer_weight=layer_weight, kl_weight=kl_weight, weight_decay=weight_decay)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        check_number("model", "(0, inf)", also=("scott", "silverman"), bandwidth=bandwidth)
         self.layer_weight, self.kl_weight = layer_weight, kl_weight
         self.density, self.components, self.bandwidth = density, components, bandwidth
         side = input_side(image_size, crop)

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from blemish.backbone.features import Features
+from blemish.checks import check_choice, check_number, check_stages, check_whole
 from blemish.detector import Detector
 from blemish.noise import background, patches
 from blemish.noise.false_alarms import Alarms, Detection, detections, false_alarms, least, number_of_tests, reference_false_alarms
@@ -50,16 +51,17 @@ class NoiseResidual(Detector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        choose("source", source, ("pixels", "features"))
-        choose("search", search, ("trees", "exact"))
-        choose("bound", bound, ("tests", "map"))
-        choose("mode", mode, ("calibrated", "measured", "reference"))
-        choose("channels", channels, (1, 3))
-        if scales < 1 or patch < 2 or neighbors < 1 or not 2 * patch < tile <= 16383 or not radii or min(radii) < 1:
-            raise InputError(
-                f"scales={scales}, patch={patch}, neighbors={neighbors}, tile={tile}, radii={list(radii)}: expected scales ≥ 1, patch ≥ 2, "
-                f"neighbors ≥ 1, 2·patch < tile ≤ 16383 and radii ≥ 1"
-            )
+        check_choice("model", ("pixels", "features"), source=source)
+        check_choice("model", ("trees", "exact"), search=search)
+        check_choice("model", ("tests", "map"), bound=bound)
+        check_choice("model", ("calibrated", "measured", "reference"), mode=mode)
+        check_choice("model", (1, 3), channels=channels)
+        check_stages(stage=[stage])
+        check_whole("model", 1, components=components, scales=scales, neighbors=neighbors)
+        check_whole("model", 1, each=True, radii=radii)
+        check_whole("model", 2, patch=patch)
+        check_whole("model", 2 * patch + 1, 16383, tile=tile)
+        check_number("model", "(0, inf)", h=h, h_relative=h_relative, epsilon=epsilon)
         self.backbone = Features(backbone, [stage], weights, seed) if source == "features" and residual_of is None else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
@@ -131,11 +133,6 @@ class NoiseResidual(Detector):
     def components_of(self, image: Tensor) -> Tensor:
         (map,) = self.backbone(image)
         return background.whiten(background.signed_root(map), self.components)
-
-
-def choose(key: str, value: str | int, allowed: tuple) -> None:
-    if value not in allowed:
-        raise InputError(f"{key}={value}: expected {' or '.join(map(str, allowed))}")
 
 
 def reconstruction(run: Path) -> Detector:

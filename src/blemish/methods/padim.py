@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blemish.backbone.features import Features
+from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import Bank, Maps, Moments, OnePassDetector
 from blemish.ops.gaussian import (
     cholesky_factor,
@@ -15,7 +16,7 @@ from blemish.ops.gaussian import (
     scatter_of,
     woodbury_factor,
 )
-from blemish.ops.maps import align, smooth_upsample
+from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.types import InputError, Prediction
 
 
@@ -32,6 +33,10 @@ class PaDiM(OnePassDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
+        check_whole("model", 1, n_features=n_features)
+        check_number("model", "(0, inf)", epsilon=epsilon)
+        check_blur(sigma)
+        check_choice("model", ("bilinear", "nearest"), align=align)
         self.backbone = Features(backbone, stages, weights, seed)
         channels = self.backbone.channels
         order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
@@ -40,8 +45,6 @@ class PaDiM(OnePassDetector):
         # (P, d), then either (P, d, d) or (N, P, d) and (P, N, N): the others stay empty
         for name in ("mean", "cholesky", "woodbury", "lower"):
             self.register_buffer(name, torch.empty(0))
-        if align not in ("bilinear", "nearest"):
-            raise InputError(f"model.align={align}: expected bilinear or nearest")
         self.epsilon, self.sigma, self.align = epsilon, sigma, align
 
     def embed(self, maps: Maps) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
 from blemish.ops.maps import paint, starts
 from blemish.ops.neighbours import nearest
@@ -36,8 +37,12 @@ class PatchSVDD(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        strides = {int(size): int(stride) for size, stride in strides.items()}
-        if set(strides) != set(SIZES) or any(stride % STEP or not 0 < stride <= size for size, stride in strides.items()):
+        check_whole("model", 1, dim=dim, pairs=pairs)
+        check_number("model", "[0, inf)", weight=weight, weight_decay=weight_decay)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        strides = {int(size): stride for size, stride in strides.items()} if isinstance(strides, Mapping) else strides
+        fits = isinstance(strides, dict) and set(strides) == set(SIZES)
+        if not fits or any(stride not in range(STEP, size + 1, STEP) for size, stride in strides.items()):
             raise InputError(f"model.strides={strides}: expected {{64: s, 32: s}} with multiples of {STEP} up to the patch's side")
         self.weight, self.pairs, self.strides = weight, pairs, strides
         with seeded(seed):

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.backbone.features import Features
+from blemish.checks import check_number, check_whole
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops.coreset import farthest_first, project
-from blemish.ops.maps import align, smooth_upsample
+from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.ops.neighbours import distances, nearest
 from blemish.types import InputError, Prediction
 
@@ -47,15 +48,12 @@ class PatchCore(OnePassDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if not 0 < coreset_ratio <= 1:
-            raise InputError(f"model.coreset_ratio={coreset_ratio}: expected a share of the patches in (0, 1]")
-        if embed_dim is not None and embed_dim < 1:
-            raise InputError(f"model.embed_dim={embed_dim}: expected a number of channels, or null for all of them")
-        if projection < 1:
-            raise InputError(f"model.projection={projection}: expected a number of dimensions from 1 upwards")
+        check_number("model", "(0, 1]", coreset_ratio=coreset_ratio)
+        check_whole("model", 1, also=(None,), embed_dim=embed_dim)
+        check_whole("model", 1, projection=projection)
+        check_whole("model", 2, also=(True, False), reweight=reweight)  # with b = 1 eq. 7 multiplies by 1 - 1
+        check_blur(sigma)
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
-        if self.neighbours < 0 or self.neighbours == 1:  # with b = 1 eq. 7 multiplies by 1 - 1
-            raise InputError(f"model.reweight={reweight}: expected true, false or a number of neighbours from 2 upwards")
         self.backbone = Features(backbone, stages, weights, seed)
         self.embed_dim, self.coreset_ratio, self.projection, self.sigma, self.seed = embed_dim, coreset_ratio, projection, sigma, seed
         self.register_buffer("bank", torch.empty(0))  # (M, D)

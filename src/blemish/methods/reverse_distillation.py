@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from blemish.backbone.features import Features, stage_indices
+from blemish.checks import check_choice, check_number, check_stages
 from blemish.detector import Maps, TrainedDetector
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.randomness import seeded
@@ -38,9 +39,11 @@ class ReverseDistillation(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if loss not in ("flattened", "position"):
-            raise InputError(f"model.loss={loss}: expected flattened or position")
+        check_choice("model", ("flattened", "position"), loss=loss)
+        check_stages(stages=stages)
         check_blur(sigma)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        check_number("model", "[0, 1)", each=True, betas=betas)
         self.flattened, self.sigma = loss == "flattened", sigma
         shapes, beyond = shapes_of(backbone, stages)
         self.backbone = Features(backbone, stages, weights, seed)

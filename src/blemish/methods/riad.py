@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
 from blemish.ops.losses import dissimilarity
 from blemish.ops.randomness import seeded, stream
@@ -37,12 +38,13 @@ class RIAD(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if sets < 2:
-            raise InputError(f"model.sets={sets}: expected 2 or more, an image masked as a whole shows nothing")
-        if smooth < 1 or smooth % 2 == 0:
+        check_whole("model", 1, channels=channels, smooth=smooth, scales=scales)
+        check_whole("model", 2, sets=sets)  # an image masked as a whole shows nothing
+        if smooth % 2 == 0:
             raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
-        if scales < 1:
-            raise InputError(f"model.scales={scales}: expected 1 or more")
+        check_whole("model", 1, each=True, cells=cells)
+        check_whole("model", 1, each=True, milestones=milestones or [1])
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
         self.cells, self.sets, self.scales, self.smooth = list(cells), sets, scales, smooth
         with seeded(seed):
             self.net = UNet(channels).to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blemish.backbone.tiles import TileFeatures
+from blemish.checks import check_number, check_whole
 from blemish.detector import Bank, Maps, OnePassDetector
 from blemish.ops import kmeans, pca
 from blemish.ops.maps import paint
@@ -41,19 +42,16 @@ class SelfSimilarity(OnePassDetector):
         seed: int,
     ):
         super().__init__()
-        if not 1 <= stride <= tile:
-            raise InputError(f"model.stride={stride}: expected 1 to model.tile={tile}, tiles must cover every pixel")
-        if not 1 <= neighbors <= words:
-            raise InputError(f"model.neighbors={neighbors}: expected 1 to model.words={words}")
-        if not 0 <= validation < 1:
-            raise InputError(f"model.validation={validation}: expected a share from 0 to below 1")
-        if most_tiles < 1:
-            raise InputError(f"model.most_tiles={most_tiles}: expected 1 or more")
+        check_whole("model", 1, tile=tile, tile_input=tile_input, words=words, restarts=restarts, most_tiles=most_tiles)
+        check_whole("model", 1, tile, stride=stride)  # tiles must cover every pixel
+        check_whole("model", 1, words, neighbors=neighbors)
+        check_number("model", "(0, 1]", variance=variance)
+        check_number("model", "[0, 1)", validation=validation)
         check_rule(threshold)
         self.save_hyperparameters()
         self.backbone = TileFeatures(backbone, stages, weights, seed, tile, stride, tile_input)
         self.tile, self.stride = tile, stride
-        self.share, self.count, self.restarts, self.neighbors = variance, words, restarts, neighbors
+        self.share, self.count, self.restarts, self.neighbors = float(variance), words, restarts, neighbors
         self.rule, self.validation, self.most_tiles, self.seed = dict(threshold), validation, most_tiles, seed
         for name in ("mean", "axes", "variance", "words", "threshold"):  # (D,), (k, D), (k,), (words, k), ()
             self.register_buffer(name, torch.empty(0))
@@ -143,8 +141,6 @@ def threshold_of(values: Tensor, mode: str, value: float) -> float:
 
 def check_rule(threshold: Mapping[str, str | float]) -> None:
     """InputError unless threshold is {mode, value} with a mode there is and a value it can use."""
-    if set(threshold) != {"mode", "value"} or threshold["mode"] not in ("cdf", "zscore", "fixed"):
-        raise InputError(f"model.threshold={dict(threshold)}: expected mode (cdf, zscore or fixed) and value")
-    value = threshold["value"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or (threshold["mode"] == "cdf" and not 0 < value <= 1):
-        raise InputError(f"model.threshold.value={value}: expected a number, of mode=cdf a share above 0 and up to 1")
+    if not isinstance(threshold, Mapping) or set(threshold) != {"mode", "value"} or threshold["mode"] not in ("cdf", "zscore", "fixed"):
+        raise InputError(f"model.threshold={threshold}: expected mode (cdf, zscore or fixed) and value")
+    check_number("model.threshold", "(0, 1]" if threshold["mode"] == "cdf" else "(-inf, inf)", value=threshold["value"])

@@ -14,8 +14,9 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
 from blemish.backbone.features import Features
+from blemish.checks import check_choice, check_number, check_stages, check_whole
 from blemish.detector import Bank, Maps, OnePassDetector
-from blemish.ops.maps import smooth_upsample
+from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import InputError, Prediction
 
@@ -48,12 +49,11 @@ class SPADE(OnePassDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if neighbors < 1:
-            raise InputError(f"model.neighbors={neighbors}: expected a number of images from 1 upwards")
-        if outlier_filter not in ("none", "ocsvm", None):
-            raise InputError(f"model.outlier_filter={outlier_filter!r}: expected none or ocsvm")
-        if not 0 < nu < 1:
-            raise InputError(f"model.nu={nu}: expected a share of the training images in (0, 1)")
+        check_stages(stages=stages, global_stage=[global_stage])
+        check_whole("model", 1, neighbors=neighbors)
+        check_choice("model", ("none", "ocsvm", None), outlier_filter=outlier_filter)
+        check_number("model", "(0, 1)", nu=nu)
+        check_blur(sigma)
         stages = list(stages)
         self.backbone = Features(backbone, stages if global_stage in stages else [*stages, global_stage], weights, seed)
         self.local = len(stages)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.backbone.features import Features, create
+from blemish.checks import check_number
 from blemish.detector import Maps, TrainedDetector
 from blemish.ops.maps import smooth_upsample
 from blemish.types import Batch, Prediction
@@ -32,6 +33,9 @@ class STFPM(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        check_number("model", "[0, 1)", momentum=momentum)
+        check_number("model", "[0, inf)", weight_decay=weight_decay)
         self.backbone = Features(backbone, stages, weights, seed)
         # a seed of its own: with weights=random the student would start as its teacher and have nothing to learn
         student = create(backbone, list(stages), "random", seed + 1, named=False).requires_grad_(True).train()

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import TrainedDetector
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import gaussian_kl, sampled, squared_error
 from blemish.ops.maps import blur, check_blur
 from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.types import Batch, Prediction
 
 
 class VAE(TrainedDetector):
@@ -34,8 +35,10 @@ class VAE(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        if score not in ("reconstruction", "elbo"):
-            raise InputError(f"model.score={score}: expected reconstruction or elbo")
+        check_choice("model", ("reconstruction", "elbo"), score=score)
+        check_whole("model", 1, latent=latent)
+        check_number("model", "[0, inf)", kl_weight=kl_weight, weight_decay=weight_decay)
+        check_number("model", "(0, inf)", learning_rate=learning_rate)
         check_blur(sigma)
         self.kl_weight, self.sigma, self.ranking = kl_weight, sigma, score
         side = input_side(image_size, crop)

@@ -17,7 +17,7 @@ GRID = 8  # the paper's side of the last layer, for images of 128 px
 def input_side(image_size: int | None, crop: int | None) -> int:
     """Side in pixels of the square that the data show the network; InputError unless it is a multiple of 16."""
     name, side = ("crop", crop) if crop is not None else ("image_size", image_size)
-    if side is None or side < MULTIPLE or side % MULTIPLE:
+    if not isinstance(side, int) or side < MULTIPLE or side % MULTIPLE:
         raise InputError(
             f"{name}={side}: this network halves the image four times; image_size (or crop) has to be a multiple of {MULTIPLE}"
         )

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blemish.checks import check_number
 from blemish.edge import geometry
-from blemish.types import InputError
 
 MOST = 1000  # pixels of a blur: none of use is wider, and its kernel has eight times as many
 
@@ -55,8 +55,7 @@ def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
 
 def check_blur(sigma: float) -> None:
     """InputError for a blur that is none; methods that train ask before they do."""
-    if not 0 <= sigma <= MOST:
-        raise InputError(f"model.sigma={sigma}: expected 0 to {MOST} pixels")
+    check_number("model", f"[0, {MOST}]", sigma=sigma)
 
 
 def reflect(index: Tensor, length: int) -> Tensor:

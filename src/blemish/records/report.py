@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from scipy.stats import rankdata
 
+from blemish.checks import check_number, check_whole
 from blemish.records.draw import BAR, GAP, MARGIN, PAPER, bar_numbers, font
 from blemish.records.evaluate import choose, file_names, simplified
 from blemish.records.record import FINISHED, now, plain, read_record, write_text
@@ -66,10 +67,9 @@ def write(runs: str | Path, output: str | Path, max_mb: float, images: int, pict
     images: shown in each list of a category's gallery, at `picture_px` px a side; those that would make the page larger than `max_mb`
     megabytes are left out, the last of each list first, and the page says so. InputError if there is no run.
     """
-    if max_mb <= 0 or images < 0 or picture_px < 16:
-        raise InputError(
-            f"max_mb={max_mb} images={images} picture_px={picture_px}: expected max_mb above 0, images at least 0, picture_px at least 16"
-        )
+    check_number("", "(0, inf)", max_mb=max_mb)
+    check_whole("", 0, images=images)
+    check_whole("", 16, picture_px=picture_px)
     found = scan(runs)
     if not found:
         raise InputError(f"runs={runs}: no run below this folder; expected the run folders that tools/train.py leaves")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.backbone.weights import BUNDLED
+from blemish.checks import LARGEST_SEED, check_number, check_whole
 from blemish.outputs import Outputs, replacing
 from blemish.records.paper import Figure, looked_up, margin, published, read, verdict
 from blemish.records.record import write_csv, write_text
@@ -73,8 +74,9 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
         key = text.lstrip("+~").partition("=")[0]
         if wrong := {"seed": "seeds=[…]", "data.category": "categories=[…]", "run_dir": "output=FOLDER"}.get(key):
             raise InputError(f"{text}: a reproduction has several; expected {wrong}")
-    if not cfg.seeds:
-        raise InputError("seeds=[]: expected one at least")
+    check_whole("", 0, LARGEST_SEED, each=True, seeds=plain(cfg)["seeds"])
+    check_whole("image_sizes", 8, also=(None,), **plain(cfg)["image_sizes"] or {})
+    check_number("", "[0, inf)", tolerance=cfg.tolerance)
     console = Console(soft_wrap=True, highlight=False)
     tables, output = read(cfg.published), Path(cfg.output or f"results/reproduce/{name}")
     comparison = [output / "comparison.csv", output / "comparison.md"]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import yaml
 from rich.table import Table
 
+from blemish.checks import check_choice
 from blemish.records.paper import Figure, published, read
 from blemish.records.record import FINISHED, read_record, write_csv, write_text
 from blemish.scoring.calibration import RARE, chance_of_alarms
@@ -376,10 +377,7 @@ def latex(grid: Grid) -> str:
 
 
 def grids_of(rows: Sequence[Mapping], by: str, metric: str, tables: Sequence[Mapping]) -> list[Grid]:
-    """The runs in one of LAYOUTS; InputError for another, or a metric that is none of FIGURES."""
-    for key, value, choices in (("by", by, LAYOUTS), ("metric", metric, FIGURES)):
-        if value not in choices:
-            raise InputError(f"{key}={value}: expected one of {', '.join(choices)}")
+    """The runs in one of LAYOUTS."""
     return by_category(rows, metric, tables) if by == "category" else [by_run(rows, metric, tables)]
 
 
@@ -398,6 +396,8 @@ def write(
     page, tex: the table as a file of Markdown, of LaTeX. by: one of LAYOUTS. metric: the one of a matrix, and the one that is set beside
     published figures where `papers`, the folder of the published tables, is given; the CSV then has the columns PAPER as well.
     """
+    check_choice("", LAYOUTS, by=by)
+    check_choice("", FIGURES, metric=metric)
     rows, tables = collect(folder), read(papers) if papers else []
     grids = grids_of(rows, by, metric, tables)
     more = [paper_columns(row, tables, metric) for row in rows] if tables else [()] * len(rows)

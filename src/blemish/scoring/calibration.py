@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blemish.checks import check_number
 from blemish.types import InputError
 
 RARE = 0.001  # probability below which a number of false alarms is worth a warning
@@ -50,8 +51,7 @@ class Threshold(NamedTuple):
 
 def exact(alpha: float) -> Fraction:
     """The rational number meant by a float in (0, 1): 0.05 is 1/20, which its binary digits are not; InputError outside."""
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha: found {alpha}, a rate between 0 and 1 (both excluded) expected")
+    check_number("", "(0, 1)", alpha=alpha)
     binary = Fraction(float(alpha))
     simple = binary.limit_denominator(10**6)
     return simple if float(simple) == float(binary) else binary
