@@ -7,8 +7,10 @@ import pytest
 import skimage.data
 import torch
 from hydra.utils import get_class
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from blemish.compose import composed
 from blemish.detector import OnePassDetector, TrainedDetector
@@ -118,6 +120,16 @@ def trained(
         optimizer.step()
         losses.append(float(loss.detach()))
     return model.eval(), losses
+
+
+def trained_by_lightning(
+    model: TrainedDetector, pictures: Tensor, epochs: int, size: int = 8, **options
+) -> tuple[TrainedDetector, Trainer]:
+    """The method in eval mode after a training on batches of `size`, and its trainer."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, log_every_n_steps=1, **quiet, **options)
+    trainer.fit(model, DataLoader(list(pictures), batch_size=size, collate_fn=lambda rows: batch(torch.stack(rows))))
+    return model.eval(), trainer
 
 
 @torch.no_grad()

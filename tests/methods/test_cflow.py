@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
-from support import composed, images
-from torch.utils.data import DataLoader
+from support import batch, composed, images
+from support import trained_by_lightning as trained
 
 from blemish.methods.cflow import CFlow, learning_rate_factor
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
 from blemish.run import build
-from blemish.types import Batch, InputError
+from blemish.types import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Found .* in eval mode",  # the frozen teacher
@@ -26,24 +25,9 @@ def cflow(stages=(1, 2), blocks=2, condition=16, fibres=64, learning_rate=2e-3, 
     return CFlow("test_resnet", list(stages), "random", blocks, condition, 1.9, fibres, learning_rate, seed)
 
 
-def batch(n: int, seed: int = 0, side: int = 64) -> Batch:
-    return Batch(images(n, seed, side), torch.zeros(n).long(), torch.zeros(n, side, side).byte(), [str(i) for i in range(n)])
-
-
 def smooth(n: int, seed: int) -> torch.Tensor:
     """Images (n, 3, 64, 64) of coarse noise."""
     return F.interpolate(images(n, seed, 16), 64, mode="bilinear")
-
-
-def trained(model: CFlow, pictures: torch.Tensor, epochs: int, **options) -> tuple[CFlow, Trainer]:
-    def collate(rows: list[torch.Tensor]) -> Batch:
-        image = torch.stack(rows)
-        return batch(len(rows))._replace(image=image)
-
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, **quiet, **options)
-    trainer.fit(model, DataLoader(list(pictures), batch_size=8, collate_fn=collate))
-    return model.eval(), trainer
 
 
 def whole_encoding(dim: int, height: int, width: int) -> torch.Tensor:
@@ -73,7 +57,7 @@ def test_fibre_batches_hold_every_position_once_with_its_own_place():
 
 
 def test_loss_takes_the_fibre_batches_one_by_one():
-    model, one = cflow(), batch(2)
+    model, one = cflow(), batch(images(2))
     expected = []
     with torch.no_grad():
         for stage, x, places, (columns, rows) in model.fibre_batches(model.maps(one)):
@@ -118,7 +102,7 @@ def test_a_training_steps_once_per_fibre_batch_and_follows_the_schedule():
 
 
 def test_the_scale_is_the_likeliest_training_vector():
-    model, train = cflow(), [batch(4), batch(3, seed=1)]
+    model, train = cflow(), [batch(images(4)), batch(images(3, seed=1))]
     with torch.no_grad():
         model.conclude(train)
         logs = [model.likelihood(model.maps(part)) for part in train]
@@ -129,7 +113,7 @@ def test_the_scale_is_the_likeliest_training_vector():
 @torch.no_grad()
 def test_map_is_in_the_order_of_the_official_one():
     model = cflow().eval()
-    model.conclude([batch(6)])
+    model.conclude([batch(images(6))])
     score, map = model(images(2, seed=1))
     maps, total = model.features(images(2, seed=1)), 0
     for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
@@ -146,7 +130,7 @@ def test_map_is_in_the_order_of_the_official_one():
 @torch.no_grad()
 def test_other_images_do_not_change_a_score_and_other_sizes_are_taken():
     model = cflow().eval()
-    model.conclude([batch(4)])
+    model.conclude([batch(images(4))])
     alone, beside = model(images(2)).score[0], model(torch.cat([images(1), images(1, seed=5) * 0]))[0][0]
     torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
     assert model(images(1, side=96)).map.shape == (1, 96, 96)
@@ -168,7 +152,7 @@ def test_it_learns():
     label = [0] * 8 + [1] * 8
     untrained = cflow(fibres=256).eval()
     with torch.no_grad():
-        untrained.conclude([batch(24)._replace(image=normal)])
+        untrained.conclude([batch(normal)])
         before = roc_auc_score(label, untrained(test).score)
     first, _ = trained(cflow(fibres=256), normal, epochs=1)
     model, _ = trained(cflow(fibres=256), normal, epochs=6)

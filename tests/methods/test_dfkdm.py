@@ -6,7 +6,7 @@ import torch
 from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
-from support import tiny_run
+from support import fitted, tiny_run
 
 from blemish.methods.dfkdm import DFKDM
 from blemish.records.evaluate import SCORES
@@ -19,16 +19,6 @@ def images(n, seed=0, side=64):
     return torch.rand(n, 3, 1, 1, generator=generator) * torch.rand(n, 3, side, side, generator=generator)
 
 
-@torch.no_grad()
-def fitted(density, pictures, components=6):
-    model = DFKDM("test_resnet", [4], "random", components, density, "scott", seed=0)
-    kept = model.accumulator(len(pictures))
-    kept.update(model.keep(model.features(pictures)))
-    kept.gather()
-    model.estimate(kept)
-    return model
-
-
 def log_density(density, rows, queries):
     if density == "kde":
         return gaussian_kde(rows.T, "scott").logpdf(queries.T)
@@ -37,7 +27,7 @@ def log_density(density, rows, queries):
 
 @pytest.mark.parametrize("density", ["kde", "gaussian"])
 def test_is_the_density_of_the_components(density):
-    model = fitted(density, images(40))
+    model = fitted(DFKDM("test_resnet", [4], "random", 6, density, "scott", seed=0), images(40))
     x, q = (model.features(pictures)[0].double().mean((2, 3)).numpy() for pictures in (images(40), images(5, seed=1)))
     reduce = PCA(6, svd_solver="full").fit(x)
     expected = -log_density(density, reduce.transform(x), reduce.transform(q))

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from support import batch, images
+from support import trained_by_lightning as trained
 from torch import nn
-from torch.utils.data import DataLoader
 
 from blemish.methods.dfr import DFR, autoencoder, regional
 from blemish.types import Batch, InputError
@@ -28,13 +27,6 @@ def prepared(model: DFR, pictures: torch.Tensor) -> DFR:
     with torch.no_grad():
         model.prepare(batch(part) for part in pictures.split(5))
     return model.eval()
-
-
-def trained(model: DFR, pictures: torch.Tensor, epochs: int, **options) -> tuple[DFR, Trainer]:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, **quiet, **options)
-    trainer.fit(model, DataLoader(list(pictures), batch_size=4, collate_fn=lambda rows: batch(torch.stack(rows))))
-    return model.eval(), trainer
 
 
 @pytest.mark.parametrize("cells", [(16, 16), (7, 3), (64, 48), (1, 1)])
@@ -131,7 +123,7 @@ def test_it_learns():
     test[8:, :, 20:36, 20:36] = 0.4 * images(8, 2, 16)  # dark fine noise on coarse
     label = [0] * 8 + [1] * 8
     untrained = prepared(dfr(), normal)
-    model, _ = trained(dfr(learning_rate=5e-3), normal, epochs=25)
+    model, _ = trained(dfr(learning_rate=5e-3), normal, epochs=25, size=4)
     with torch.no_grad():
         assert model.loss(batch(smooth(4, 3))) < 0.2 * untrained.loss(batch(smooth(4, 3)))
         before, after = (roc_auc_score(label, m(test).score) for m in (untrained, model))
@@ -141,7 +133,7 @@ def test_it_learns():
 
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}])
 def test_trainer_options(options):
-    model, trainer = trained(dfr(), images(8), epochs=2, **options)
+    model, trainer = trained(dfr(), images(8), epochs=2, size=4, **options)
     score, map = model(images(2, seed=1))
     assert torch.isfinite(trainer.callback_metrics["loss"])
     assert score.dtype == map.dtype == torch.float32

@@ -5,9 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
-from support import batch, images, stripes
-from torch.utils.data import DataLoader
+from support import batch, images, stripes, trained_by_lightning
 
 from blemish.methods.ganomaly import COLLAPSED, GANomaly, pyramid
 from blemish.types import InputError
@@ -21,11 +19,7 @@ def ganomaly(side=32, channels=8, most=512, latent=10, clip=None, rate=2e-4, see
 
 
 def fitted(model, pictures, epochs=1, size=8):
-    """The method after a training by Lightning on batches of `size`, in eval mode."""
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, log_every_n_steps=1, **options)
-    trainer.fit(model, DataLoader([batch(part) for part in pictures.split(size)], batch_size=None))
-    return model.eval()
+    return trained_by_lightning(model, pictures, epochs, size)[0]
 
 
 def plain_step(model, image):

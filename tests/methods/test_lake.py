@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
-from support import batch, images, stripes
+from support import batch, images, stripes, trained
 
 from blemish.methods.lake import LAKE
 from blemish.types import InputError
@@ -115,15 +115,8 @@ def test_reload_keeps_the_density():
 
 @pytest.mark.parametrize("density", ["kde", "gaussian"])
 def test_learns_what_is_normal(density):
-    model, losses = lake(density), []
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     train = stripes(24, seed=0)
-    for _ in range(60):
-        loss = model.loss(batch(train))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    model, losses = trained(lake(density), train, steps=60, rate=2e-3)
     assert losses[-1] < 0.2 * losses[0]
     square = stripes(8, seed=2)
     square[:, :, 10:18, 10:18] = 1
@@ -134,5 +127,5 @@ def test_learns_what_is_normal(density):
 
 
 def test_wrong_density():
-    with pytest.raises(InputError, match="kde or gaussian"):
+    with pytest.raises(InputError, match=r"model\.density=histogram"):
         lake("histogram")
