@@ -116,19 +116,19 @@ class Malicious:
 
 
 def test_wrong_weights_are_refused_with_the_way_out(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no such file.*bundled"):
+    with pytest.raises(InputError, match=r"weights=.*none\.pth.*bundled"):
         Features("test_resnet", [1], str(tmp_path / "none.pth"), seed=0)
-    with pytest.raises(InputError, match="weights=bundled has no 'test_resnet'.*tf_efficientnet_lite0"):
+    with pytest.raises(InputError, match="weights=bundled.*'test_resnet'.*tf_efficientnet_lite0"):
         Features("test_resnet", [1], "bundled", seed=0)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(InputError, match="does not fit the backbone"):
+    with pytest.raises(InputError, match=r"weights=.*vit\.pth.* backbone"):
         Features("test_resnet", [1], str(tmp_path / "vit.pth"), seed=0)
     torch.save(Malicious(), tmp_path / "malicious.pth")
-    with pytest.raises(InputError, match="without running code"):
+    with pytest.raises(InputError, match=r"weights=.*malicious\.pth.*code"):
         Features("test_resnet", [1], str(tmp_path / "malicious.pth"), seed=0)
-    with pytest.raises(InputError, match="not a timm model"):
+    with pytest.raises(InputError, match="backbone='resnet19'"):
         Features("resnet19", [1], "random", seed=0)
-    with pytest.raises(InputError, match="offers"):
+    with pytest.raises(InputError, match=r"stages=\[9\]"):
         Features("test_resnet", [9], "random", seed=0)
 
 

@@ -90,8 +90,8 @@ def test_weights_come_from_the_seed_and_leave_the_global_stream():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "l1"}, "l2 or ssim"),
-        ({"score": "sum"}, "max or mean"),
+        ({"loss": "l1"}, "loss=l1"),
+        ({"score": "sum"}, "score=sum"),
         ({"side": 40}, "image_size=40"),
         ({"window": 10}, "window=10"),
         ({"sigma": -1}, "sigma=-1"),

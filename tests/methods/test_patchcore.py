@@ -159,7 +159,7 @@ def test_a_bank_of_one_patch_scores_its_distance():
 
 def test_refuses_before_it_outgrows_the_memory(monkeypatch):
     monkeypatch.setattr(patchcore, "available_memory", lambda device: 2**20)
-    with pytest.raises(InputError, match=r"PatchCore needs 4.79 GiB.*5000 images × 64 patches.*image_size.*embed_dim.*stages.*category"):
+    with pytest.raises(InputError, match=r"4\.79 GiB.*5000.*64.*image_size.*model\.embed_dim.*model\.stages"):
         detector().accumulator(5000).update(torch.empty(1, 64, 2000))
     detector().accumulator(2).update(torch.empty(1, 64, 128))
 

@@ -164,11 +164,11 @@ def test_needs_only_maps():
 
 
 def test_wrong_choices():
-    with pytest.raises(InputError, match="model.loss=mean: expected flattened or position"):
+    with pytest.raises(InputError, match=r"model\.loss=mean"):
         reverse(loss="mean")
-    with pytest.raises(InputError, match="strides \\[4, 16\\]"):
+    with pytest.raises(InputError, match=r"model\.stages=.*\[4, 16\]"):
         reverse(stages=[1, 3])
-    with pytest.raises(InputError, match="stages"):
+    with pytest.raises(InputError, match="stages="):
         reverse(stages=["layer1"])
     with pytest.raises(InputError, match="image_size"):
         model = reverse()

@@ -192,12 +192,7 @@ def test_features_beyond_float16_are_refused():
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"neighbors": 0}, "neighbors=0"),
-        ({"outlier_filter": "svm"}, "model.outlier_filter=svm"),
-        ({"nu": 1.0}, r"nu=1.0"),
-        ({"nu": 0.0}, "nu=0.0"),
-    ],
+    [({"neighbors": 0}, "neighbors=0"), ({"outlier_filter": "svm"}, "filter=.*svm"), ({"nu": 1.0}, "nu=1.0"), ({"nu": 0.0}, "nu=0.0")],
 )
 def test_refuses_what_means_nothing(changed, message):
     with pytest.raises(InputError, match=message):

@@ -31,7 +31,7 @@ def test_without_blur_and_constant_maps():
 
 def test_a_blur_that_is_none():
     for sigma in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=r"model\.sigma=.*: expected .*1000"):
+        with pytest.raises(InputError, match=r"model\.sigma=.*1000"):
             blur(torch.rand(1, 4, 4), sigma)
 
 

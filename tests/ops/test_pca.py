@@ -85,9 +85,9 @@ def test_refuses_what_cannot_be_kept(keep):
 
 def test_refuses_rows_without_variance():
     x = correlated(20, 5)
-    with pytest.raises(InputError, match="all rows are equal"):
+    with pytest.raises(InputError, match="rows: .*equal"):
         pca.fit(torch.ones(20, 5), 2)
-    with pytest.raises(InputError, match="at least 2"):
+    with pytest.raises(InputError, match=r"rows: .*\(1, 5\)"):
         pca.fit(x[:1], 2)
     x[3, 2] = torch.nan
     with pytest.raises(InputError, match="NaN"):

@@ -302,7 +302,7 @@ def test_damaged_folders_are_told_and_pictures_stay_inside_their_run(tmp_path):
 
 
 def test_nothing_to_tell_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no run below"):
+    with pytest.raises(InputError, match="runs=.*no run"):
         write(tmp_path, tmp_path / "report.html", **BUDGET)
     with pytest.raises(InputError, match="max_mb=0"):
         write(tmp_path, tmp_path / "report.html", max_mb=0, images=3, picture_px=96)

@@ -380,20 +380,20 @@ def test_an_absent_class_has_no_figure():
 def test_scores_that_are_no_numbers_are_refused(bad):
     maps, masks, groups = images(seed=13)
     maps[4, 3, 2], masks[4, 3, 2] = bad, 0
-    with pytest.raises(InputError, match="'crack'.*NaN or infinite"):
+    with pytest.raises(InputError, match="map.*'crack'.*NaN"):
         PixelMetrics(10**6).update(maps, masks, groups)
-    with pytest.raises(InputError, match="1 of 2 are NaN or infinite"):
+    with pytest.raises(InputError, match="score: 1 of 2"):
         ImageMetrics().update(torch.tensor([bad, 0.0]), torch.tensor([0, 1]), ["good", "dent"])
 
 
 @pytest.mark.parametrize(
     ("maps", "masks", "groups", "message"),
     [
-        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 5, dtype=torch.uint8), ["a", "b"], "both must be"),
+        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 5, dtype=torch.uint8), ["a", "b"], "map.*mask"),
         (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), ["a", "b"], "uint8"),
-        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), ["a"], "1 names for 2 images"),
-        (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), ["pooled"], "another name"),
-        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), 128, dtype=torch.uint8), ["a"], r"\[128\], allowed are 0, 1, 254 and 255"),
+        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), ["a"], "group: 1 .* 2 "),
+        (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), ["pooled"], "group: 'pooled'"),
+        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), 128, dtype=torch.uint8), ["a"], r"mask.*\[128\].*0, 1, 254 .*255"),
     ],
 )
 def test_what_cannot_be_used_is_refused(maps, masks, groups, message):
@@ -406,7 +406,7 @@ def test_labels_and_limit_are_checked():
         auroc(torch.zeros(2), torch.tensor([0, 2]))
     with pytest.raises(InputError, match=r"\(N,\)"):
         auroc(torch.zeros(2), torch.tensor([0, 1, 1]))
-    with pytest.raises(InputError, match="limit: found -1"):
+    with pytest.raises(InputError, match="limit.*-1"):
         PixelMetrics(-1)
 
 
