@@ -1,4 +1,4 @@
-"""Collect finished runs into a table: python tools/table.py runs=results/runs [readme=README.md] [by=category] [latex=FILE]"""
+"""Collect finished runs into a table: python tools/table.py runs=results/runs [by=category] [output=FILE.csv] [latex=FILE]"""
 
 from blemish.cli import tool
 

@@ -69,16 +69,22 @@ def data(cfg: Any) -> None:
 
 
 def table(cfg: Any) -> None:
+    from rich.console import Console
+
     from blemish import run
     from blemish.outputs import replacing
-    from blemish.records.tables import RUN, write
+    from blemish.records.tables import RUN, show, write
 
-    def work(c: Any) -> int:
+    def work(c: Any) -> tuple:
         with replacing(c.output, c.markdown, c.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
             return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published)
 
-    files = filter(None, (cfg.output, cfg.readme, cfg.markdown, cfg.latex))
-    say(f"{run.guarded(work, cfg)} runs: {', '.join(files)}")
+    runs, grids = run.guarded(work, cfg)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for grid in grids:
+        show(console, grid, bold=cfg.by == "category")
+    files = ", ".join(filter(None, (cfg.output, cfg.readme, cfg.markdown, cfg.latex)))
+    say(f"{runs} run{'s' * (runs != 1)} in {cfg.runs}" + (f", written to {files}" if files else ""))
 
 
 def report(cfg: Any) -> None:

@@ -167,7 +167,7 @@ def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, cap
     path = run / name
     whole = path.read_bytes()
     shutil.copytree(run, tmp_path / "sound")
-    table = (run.parent, tmp_path / "t.csv", None, None, None, "run", "image_auroc", None)
+    table = (run.parent, None, None, None, None, "run", "image_auroc", None)
     options = [f"run='{run}'", f"input='{tiny / 'square' / '000.png'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
     damages = (
         [whole[:place] for place in cuts(whole, 12)] + flips(whole, 25) + [b"[1, 2]", b"null", b"{}", b'{"status": "finished"}', b"\xff\0"]
@@ -175,7 +175,7 @@ def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, cap
     for number, damaged in enumerate(damages):
         path.write_bytes(damaged)
         caplog.clear()
-        rows = tables.write(*table)
+        rows, _ = tables.write(*table)
         assert rows in (1, 2)
         assert rows == 2 or name != "scores.csv"
         assert rows == 2 or str(run) in caplog.text, "what is left out is named"

@@ -1,6 +1,7 @@
 """Tables hold what runs recorded, pooled over seeds, and nothing else."""
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from support import CONFIGS, tiny_run
 
 from blemish.records.tables import (
@@ -25,6 +27,7 @@ from blemish.records.tables import (
     latex,
     markdown,
     pooled,
+    show,
     signed,
     spread,
     write,
@@ -88,7 +91,7 @@ def test_one_row_per_run_and_one_per_setting(runs):
 def test_writes_csv_and_between_the_markers(runs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
-    assert write(runs[0], tmp_path / "measured.csv", readme) == 2
+    assert write(runs[0], tmp_path / "measured.csv", readme)[0] == 2
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -100,6 +103,76 @@ def test_writes_csv_and_between_the_markers(runs, tmp_path):
     readme.write_text("no markers")
     with pytest.raises(InputError, match="runs: begin"):
         write(runs[0], tmp_path / "measured.csv", readme)
+
+
+def contents(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
+    output, page = tmp_path / "m.csv", tmp_path / "m.md"
+    write(several, output, None)
+    before = contents(output)
+    shutil.rmtree(several / "padim-w-0")
+    recorded(several / "new", "dfm", "wood", 0, 0.6)
+    found, grids = write(several, output, None, page)
+    assert found == 5
+    after = contents(output)
+    assert all(row in after for row in before)
+    assert [row["method"] for row in after] == ["dfm", *(row["method"] for row in before)]
+    assert [row[5] for row in grids[0].rows if row[:2] == ["padim", "mvtec wood"]] == ["0,1"]
+    text = output.read_bytes()
+    for runs in (several, output):
+        write(runs, output, None)
+        assert output.read_bytes() == text, "no row twice, and no value other"
+    metrics = json.loads((several / "new" / "metrics.json").read_text())
+    (several / "new" / "metrics.json").write_text(json.dumps({**metrics, "aupro": 0.1}))
+    write(several, output, None)
+    assert [row["aupro"] for row in contents(output) if row["method"] == "dfm"] == ["0.1"], "what the folder says now counts"
+
+
+def test_a_csv_in_place_of_the_folder(several, tmp_path):
+    write(several, tmp_path / "m.csv", None, tmp_path / "runs.md", by="category")
+    write(tmp_path / "m.csv", None, None, tmp_path / "csv.md", by="category")
+    assert (tmp_path / "csv.md").read_text() == (tmp_path / "runs.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
+def test_another_file_is_not_replaced(text, several, tmp_path):
+    output = tmp_path / "m.csv"
+    write(several, output, None)
+    header, row, *_ = output.read_text().splitlines()
+    text = text.format(header=header, row=row, wrong=row.replace("0.9", "much"))
+    output.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(output))):
+        write(several, output, None)
+    assert output.read_text() == text
+
+
+def test_a_readme_needs_the_rows_that_it_has(several, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(text := "<!-- runs: begin -->\nrows\n<!-- runs: end -->")
+    with pytest.raises(InputError, match="output="):
+        write(several, None, readme)
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("by", ["run", "category"])
+@pytest.mark.parametrize("width", [40, 120, 160])
+def test_the_terminal_shows_all_of_it(several, by, width):
+    recorded(several / "long", "reverse_distillation", "wood", 0, 0.5, epochs=200, variant="a name of many words", aupro=None)
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    for grid in write(several, None, None, by=by)[1]:
+        show(console, grid, by == "category")
+        said = console.file.getvalue()
+        assert "…" not in said
+        assert "reverse_distillation," in said
+        assert "protocol: paper" in " ".join(said.split()), "what all rows share stands above"
+        assert width < 120 or max(map(len, said.splitlines())) <= width
+        for row in grid.rows:
+            for cell in row[grid.words :]:
+                assert cell.partition(" ± ")[0] in said
 
 
 def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
@@ -129,6 +202,8 @@ def test_epochs_of_so_many_images_make_rows_of_their_own(tmp_path):
 def test_nothing_measured_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         collect(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        collect(tmp_path / "nowhere")
 
 
 def test_only_finished_runs_count(several, caplog):
@@ -193,12 +268,22 @@ def test_tool(several, tmp_path):
     options = [f"runs={several}", "output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper"]
     done = subprocess.run([sys.executable, tool, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
     *said, last = done.stdout.splitlines()
-    assert last == "5 runs: m.csv, m.md, m.tex"
+    assert last == f"5 runs in {several}, written to m.csv, m.md, m.tex"
     assert "torn: left out" in said[0]
+    assert any("published [1]" in line for line in said)
     page = (tmp_path / "m.md").read_text()
     assert "| published [1] | resnet18 | 256 -> crop 224 | – | – | – | 0.903 |" in page  # R18-Rd100, wood
     assert "PaDiM, R18-Rd100, Defard et al. 2020" in page
     assert r"\textbf{0.750}" in (tmp_path / "m.tex").read_text()
+
+
+def test_tool_writes_nothing_unasked(several, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    tool = [sys.executable, CONFIGS.parent / "tools" / "table.py", f"runs={several}"]
+    done = subprocess.run(tool, cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True)
+    assert "padim" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"5 runs in {several}"
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_wrong_choices_name_the_right_ones(several, tmp_path):

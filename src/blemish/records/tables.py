@@ -1,5 +1,6 @@
 """Tables made from what runs recorded: never a number that no run has measured."""
 
+import csv
 import json
 import logging
 import statistics
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from blemish.checks import check_choice
 from blemish.records.paper import Figure, published, read
@@ -28,6 +32,7 @@ RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "mani
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
 COST_NAMES = ["fit s", "test s", "MB"]
 LAYOUTS = ("run", "category")
+NUMBERS = ("epochs", "epoch_size", "image_size", "crop", "tiling", "seed", "cores", *FIGURES, *COSTS)  # columns of RUN; the others are text
 
 
 class Grid(NamedTuple):
@@ -84,8 +89,56 @@ def collect(folder: str | Path) -> list[dict]:
     """One dict with the keys RUN, `gpu` and `folder` per finished run below `folder`, sorted; InputError if there is none."""
     rows = [row for path in sorted(Path(folder).rglob("record.json")) if path.parent.name != "retest" and (row := row_of(path.parent))]
     if not rows:
-        raise InputError(f"runs={folder}: no finished run below this folder; expected the run folders that tools/train.py leaves")
+        found = "no finished run below this folder" if Path(folder).is_dir() else "no such folder"
+        raise InputError(f"runs={folder}: {found}; expected the run folders that tools/train.py leaves, or a CSV of tools/table.py")
+    return in_order(rows)
+
+
+def in_order(rows: Iterable[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: [str(row[name]) for name in (*SETTING, "seed", "started")])
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a CSV that `write` has made, as `collect` gives them, with no folder; InputError for any other file."""
+    try:
+        with Path(path).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if missing := [name for name in RUN if name not in (reader.fieldnames or ())]:
+                raise InputError(f"{path}: column {missing[0]!r} is missing; expected a CSV of tools/table.py, or another file")
+            rows = list(reader)
+            if any(None in row or None in row.values() for row in rows):
+                raise ValueError("a row has more or fewer cells than the first")
+            return [{**{name: read_cell(name, text) for name, text in row.items()}, "folder": None} for row in rows]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as a CSV of tools/table.py ({type(error).__name__}: {error})") from error
+
+
+def read_cell(name: str, text: str) -> str | int | float | None:
+    """The value that `write_csv` has written as text; ValueError for a number that is none."""
+    if text == "" or name not in NUMBERS:
+        return text or None
+    value = json.loads(text)
+    if not isinstance(value, int | float):
+        raise ValueError(f"{name} is {text!r}")
+    return value
+
+
+def run_key(row: Mapping) -> tuple[str, ...]:
+    """What tells two runs apart, as text."""
+    return tuple("" if row[name] is None else str(row[name]) for name in (*SETTING, "seed", "manifest_digest", "started"))
+
+
+def merged(rows: Sequence[dict], output: str | Path | None) -> list[dict]:
+    """The rows with those that `output` has of other runs, so that writing it loses none."""
+    if not output or not Path(output).exists():
+        return list(rows)
+    fresh = {run_key(row) for row in rows}
+    stay = [row for row in read_rows(output) if run_key(row) not in fresh]
+    if stay:
+        log.info("%s: the %d rows of other runs stay", output, len(stay))
+    return in_order([*rows, *stay])
 
 
 def row_of(folder: Path) -> dict | None:
@@ -157,8 +210,9 @@ def signed(value: float) -> str:
 
 def figure_of(tables: Sequence[Mapping], group: Mapping, metric: str) -> Figure | None:
     """The published figure beside a row of runs, by the config of the last of them."""
-    run = {**{name: group[name] for name in ("method", "dataset", "category")}, "config": config_of(group["runs"][-1]["folder"])}
-    return published(tables, run, metric)
+    folder = group["runs"][-1]["folder"]
+    config = config_of(folder) if folder else {name: group[name] for name in ("backbone", "weights", "image_size", "crop", "protocol")}
+    return published(tables, {**{name: group[name] for name in ("method", "dataset", "category")}, "config": config}, metric)
 
 
 def label(group: Mapping) -> list[str]:
@@ -315,6 +369,41 @@ def mean_of(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ({len(values)})"
 
 
+def show(console: Console, grid: Grid, bold: bool) -> None:
+    """Print a grid: words that all rows share stand above it, columns without any number are left out, the notes are below.
+
+    Words wrap between words to fit the console; a narrower one than that takes lines that are longer than it.
+    """
+    shared = []
+    if len(grid.rows) > 1:
+        cells = [{row[j] for row in grid.rows} for j in range(len(grid.columns))]
+        shared = [j for j, found in enumerate(cells) if len(found) == 1 and (0 < j < grid.words or found == {"–"})]
+    above = [grid.title, *(f"{grid.columns[j]}: {grid.rows[0][j]}" for j in shared if grid.rows[0][j] != "–")]
+    kept = [j for j in range(len(grid.columns)) if j not in shared]
+    rows = [[row[j].replace(" ± 0", "\n±") for j in kept] for row in grid.rows]
+    columns = list(zip([grid.columns[j].replace(" ", "\n", 1) for j in kept], *rows, strict=True))
+    widths = [max(len(line) for text in column for line in text.split("\n")) for column in columns]
+    least = [
+        max((len(word) for text in column for word in text.split()), default=0) if j < grid.words else width
+        for j, column, width in zip(kept, columns, widths, strict=True)
+    ]
+    while sum(widths) + 2 * (len(kept) - 1) > console.width and widths != least:
+        widest = max(range(len(kept)), key=lambda at: widths[at] - least[at])
+        widths[widest] -= 1
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for j, (name, *_), width in zip(kept, columns, widths, strict=True):
+        table.add_column(Text(name), justify="left" if j < grid.words else "right", width=width)
+    for i, row in enumerate(rows):
+        styles = ("bold" if bold and (i, j) in grid.best else "" for j in kept)
+        table.add_row(*(Text(text, style=style) for text, style in zip(row, styles, strict=True)))
+    if any(above):
+        console.print(Text(" · ".join(filter(None, above))))
+    width, console.width = console.width, max(console.width, sum(widths) + 2 * (len(kept) - 1))
+    console.print(table)
+    console.width = width
+    console.print(Text("\n".join(noted(grid, str))))
+
+
 def markdown(grid: Grid, bold: bool) -> str:
     """A grid as a Markdown table with its notes; numbered ones as the cells cite them."""
     lines = [f"**{in_markdown(grid.title)}**\n"] if grid.title else []
@@ -383,27 +472,34 @@ def grids_of(rows: Sequence[Mapping], by: str, metric: str, tables: Sequence[Map
 
 def write(
     folder: str | Path,
-    output: str | Path,
+    output: str | Path | None,
     readme: str | Path | None,
     page: str | Path | None = None,
     tex: str | Path | None = None,
     by: str = "run",
     metric: str = "image_auroc",
     papers: str | Path | None = None,
-) -> int:
-    """Write every run below `folder` to `output` (.csv) and their table between the markers of `readme`; returns how many runs.
+) -> tuple[int, list[Grid]]:
+    """Collect the runs below `folder`, or in that CSV, and write the files that are wanted; returns how many runs, and their table.
 
-    page, tex: the table as a file of Markdown, of LaTeX. by: one of LAYOUTS. metric: the one of a matrix, and the one that is set beside
-    published figures where `papers`, the folder of the published tables, is given; the CSV then has the columns PAPER as well.
+    output: a CSV of all runs, which keeps the rows that it has of others; they are in every table then. readme: the table goes between
+    its markers; InputError without a CSV, as what stands there may be of runs whose folders are gone. page, tex: the table as a file of
+    Markdown, of LaTeX. by: one of LAYOUTS. metric: the one of a matrix, and the one that is set beside published figures where `papers`,
+    the folder of the published tables, is given; the CSV then has the columns PAPER as well.
     """
     check_choice("", LAYOUTS, by=by)
     check_choice("", FIGURES, metric=metric)
-    rows, tables = collect(folder), read(papers) if papers else []
+    listed = Path(folder).is_file()
+    if readme and not (output or listed):
+        raise InputError(f"readme={readme}: the rows there may be of runs that are gone; add output=FILE.csv, which keeps the rows it has")
+    found, tables = read_rows(folder) if listed else collect(folder), read(papers) if papers else []
+    rows = merged(found, output)
     grids = grids_of(rows, by, metric, tables)
-    more = [paper_columns(row, tables, metric) for row in rows] if tables else [()] * len(rows)
-    write_csv(
-        output, RUN + (PAPER if tables else ()), [[*(row[name] for name in RUN), *cells] for row, cells in zip(rows, more, strict=True)]
-    )
+    if output:
+        columns = RUN + (PAPER if tables or any(name in row for row in rows for name in PAPER) else ())
+        if tables:
+            rows = [{**row, **dict(zip(PAPER, paper_columns(row, tables, metric), strict=True))} for row in rows]
+        write_csv(output, columns, [[row.get(name) for name in columns] for row in rows])
     text = "\n".join(markdown(grid, bold=by == "category") for grid in grids)
     if readme:
         between(readme, "runs", text)
@@ -411,7 +507,7 @@ def write(
         write_text(page, text)
     if tex:
         write_text(tex, "\n".join(latex(grid) for grid in grids))
-    return len(rows)
+    return len(found), grids
 
 
 def paper_columns(row: Mapping, tables: Sequence[Mapping], metric: str) -> list:
