@@ -486,17 +486,18 @@ def test_the_package_alone_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_the_examples_of_the_docs(tiny, tmp_path, monkeypatch):
-    """Every Python block of docs/python.md, one after the other, in a folder with the images they name."""
+@pytest.mark.parametrize(("page", "count"), [("docs/python.md", 3), ("README.md", 1)])
+def test_the_examples_of_the_docs(page, count, tiny, tmp_path, monkeypatch):
+    """Every Python block of a page, one after the other, in a folder with the images they name."""
     monkeypatch.chdir(tmp_path)
     for name, source in (("good", "normal"), ("parts", "square")):
         (tmp_path / name).mkdir()
         for path in sorted((tiny / source).glob("*.png"))[:6]:
             Image.open(path).resize((96, 96)).save(tmp_path / name / path.name)
-    text = (CONFIGS.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    text = (CONFIGS.parent / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= count
     space = {}
     for block in blocks:
-        exec(compile(block, "docs/python.md", "exec"), space)
+        exec(compile(block, page, "exec"), space)
     assert list((tmp_path / "out").glob("*_overlay.png"))

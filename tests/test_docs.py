@@ -17,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from support import CONFIGS, bricks, fitted
 
+from blemish.records.tables import read_rows, write
+
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -174,6 +176,30 @@ def measured(category: str = "screw") -> dict[tuple[str, bool], set[tuple[str, .
         means = tuple(f"{fmean(map(float, column)):.3f}" if all(column) else "–" for column in columns)
         found[setting[0], setting[1] != ""].add(means)
     return found
+
+
+def test_the_tables_are_what_was_measured(tmp_path):
+    for page in ("README.md", "docs/results.md"):
+        (tmp_path / Path(page).name).write_bytes((ROOT / page).read_bytes())
+    table = ROOT / "results" / "measured.csv"
+    write(table, tmp_path / "m.csv", tmp_path / "README.md", docs=tmp_path / "results.md")
+    for page in ("README.md", "docs/results.md"):
+        assert (tmp_path / Path(page).name).read_bytes() == (ROOT / page).read_bytes(), f"{page}: python tools/table.py makes another table"
+
+
+def test_not_cut_means_the_epochs_of_the_method():
+    for row in read_rows(ROOT / "results" / "measured.csv"):
+        if row["epochs"] and row["variant"] is None:
+            recipe = yaml.safe_load((CONFIGS / "model" / f"{row['method']}.yaml").read_text(encoding="utf-8"))
+            assert row["epochs"] == recipe["trainer"]["max_epochs"], row["method"]
+            assert row["epoch_size"] is None, row["method"]
+
+
+def test_the_readme_fits_on_a_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 85
+    pictures = [ROOT / link for link in links(ROOT / "README.md") if link.startswith("docs/images/")]
+    assert len(pictures) == 1
+    assert pictures[0].stat().st_size <= 300_000
 
 
 def test_the_figures_of_the_index():

@@ -77,13 +77,13 @@ def table(cfg: Any) -> None:
 
     def work(c: Any) -> tuple:
         with replacing(c.output, c.markdown, c.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
-            return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published)
+            return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published, c.docs)
 
     runs, grids = run.guarded(work, cfg)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for grid in grids:
         show(console, grid, bold=cfg.by == "category")
-    files = ", ".join(filter(None, (cfg.output, cfg.readme, cfg.markdown, cfg.latex)))
+    files = ", ".join(filter(None, (cfg.output, cfg.readme, cfg.docs, cfg.markdown, cfg.latex)))
     say(f"{runs} run{'s' * (runs != 1)} in {cfg.runs}" + (f", written to {files}" if files else ""))
 
 
@@ -170,7 +170,7 @@ COMMANDS = {
 
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("change.data.root", "data.region", "change.data.region", "region", "monitor_file", "readme", "markdown", "latex")
+PATHS += ("change.data.root", "data.region", "change.data.region", "region", "monitor_file", "readme", "docs", "markdown", "latex")
 
 
 def path_as_typed(override: str, several: bool) -> str:

@@ -19,14 +19,17 @@ from blemish.records.tables import (
     FIGURES,
     Grid,
     by_category,
+    by_effort,
     by_run,
     collect,
+    highlights,
     in_latex,
     in_markdown,
     label,
     latex,
     markdown,
     pooled,
+    read_rows,
     show,
     signed,
     spread,
@@ -175,6 +178,57 @@ def test_the_terminal_shows_all_of_it(several, by, width):
                 assert cell.partition(" ± ")[0] in said
 
 
+def test_a_csv_has_the_runs_again(several, tmp_path):
+    write(several, tmp_path / "m.csv", None)
+    rows = [{**row, "folder": None, "git": None} for row in collect(several)]  # without a commit
+    assert read_rows(tmp_path / "m.csv") == rows
+    pages = tmp_path / "of_runs.md", tmp_path / "of_csv.md"
+    for source, page in zip((several, tmp_path / "m.csv"), pages, strict=True):
+        page.write_text("<!-- runs: begin -->\n<!-- runs: end -->\n")
+        write(source, tmp_path / "n.csv", None, docs=page)
+        assert "| padim | mvtec a\\|b |" in page.read_text()
+    assert pages[0].read_text() == pages[1].read_text()
+    (tmp_path / "m.csv").write_text("path,label\nx,1\n")
+    with pytest.raises(InputError, match=r"m\.csv.*'method'"):
+        read_rows(tmp_path / "m.csv")
+
+
+@pytest.fixture
+def efforts(tmp_path):
+    """On one category: methods without training, trained in full and cut, each with a worse run before a better one."""
+    for name, (method, value, facts) in {
+        "a": ("dfkde", 0.2, {}),
+        "b": ("padim", 0.5, {}),
+        "c": ("padim", 0.6, {"variant": "recipe"}),
+        "d": ("lake", 0.04, {"variant": "cut", "epochs": 4}),
+        "e": ("vae", 0.3, {"variant": "cut", "epochs": 4}),
+        "f": ("vae", 0.4, {"epochs": 200}),
+        "g": ("riad", 0.1, {"epochs": 300}),
+    }.items():
+        recorded(tmp_path / name, method, "wood", 0, value, **facts)
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text()) | dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps(metrics))
+    return collect(tmp_path)
+
+
+def test_rows_by_effort_have_the_best_first(efforts):
+    names = [[row[0] for row in grid.rows] for grid in by_effort(efforts)]
+    assert names == [
+        ["padim, recipe", "padim", "dfkde"],
+        ["vae, 200 epochs", "riad, 300 epochs"],
+        ["vae, cut, 4 epochs", "lake, cut, 4 epochs"],
+    ]
+    assert all(grid.title for grid in by_effort(efforts))
+
+
+def test_highlights_are_the_best_of_each_method(efforts):
+    assert [row[0] for row in highlights(efforts, 3).rows] == ["padim, recipe", "vae, 200 epochs", "riad, 300 epochs"]
+    grid = highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
+    assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 200 epochs", "riad, 300 epochs", "lake, cut, 4 epochs", "dfkde"}
+    assert grid.columns == ["method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
+    assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
+
+
 def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
     shown = {
         "256 → 224": {},
@@ -295,7 +349,7 @@ def test_wrong_choices_name_the_right_ones(several, tmp_path):
 
 def test_by_run_marks_the_best_on_the_same_data(several):
     grid = by_run(collect(several), "image_auroc")
-    assert grid.best == {(2, column) for column in range(6, 12)}  # spade on wood, where padim is as well
+    assert grid.best == {(1, column) for column in range(6, 12)}  # spade on wood, where padim is as well, and worse
     assert "**" not in markdown(grid, bold=False)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,10 @@ FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap",
 # what tells two rows of a table apart; runs that differ in the seed alone share a row
 SETTING = ("method", "variant", "epochs", "epoch_size", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
 SETTING += ("tiling", "resize", "region", "protocol")
+CUT = "cut"  # the variant of recipes whose training is shortened
 PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
-RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "torch", "git", "manifest_digest", "started")
+RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
 COST_NAMES = ["fit s", "test s", "MB"]
 LAYOUTS = ("run", "category")
@@ -86,7 +88,7 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
 
 
 def collect(folder: str | Path) -> list[dict]:
-    """One dict with the keys RUN, `gpu` and `folder` per finished run below `folder`, sorted; InputError if there is none."""
+    """One dict with the keys RUN and `folder` per finished run below `folder`, sorted; InputError if there is none."""
     rows = [row for path in sorted(Path(folder).rglob("record.json")) if path.parent.name != "retest" and (row := row_of(path.parent))]
     if not rows:
         found = "no finished run below this folder" if Path(folder).is_dir() else "no such folder"
@@ -242,9 +244,18 @@ def place(group: Mapping) -> str:
     return " ".join(str(part) for part in (group["dataset"], group["category"]) if part) + (" tiles" if group["unit"] == "tile" else "")
 
 
+def mean_figure(group: Mapping, metric: str) -> float:
+    """The mean over the seeds, which ranks the rows; −∞ where a run has none."""
+    values = [run[metric] for run in group["runs"]]
+    return -math.inf if None in values else statistics.mean(values)
+
+
 def by_run(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ()) -> Grid:
-    """A row per setting and category with all figures; with published tables the figure of `metric`, our difference, and its setting."""
-    groups, at = pooled(rows), FIGURES.index(metric)
+    """A row per setting and category with all figures, those on the same data by `metric`, the best first.
+
+    With published tables each has the published figure of `metric`, our difference, and its setting.
+    """
+    groups, at = sorted(pooled(rows), key=lambda group: (place(group), -mean_figure(group, metric))), FIGURES.index(metric)
     columns = ["method", "data", "backbone", "px", "protocol", "seeds", *(name.replace("_", " ") for name in FIGURES), *COST_NAMES]
     lines, notes = [], []
     for group in groups:
@@ -259,6 +270,29 @@ def by_run(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ())
     return Grid(
         "", columns, 6, lines, best, [f"{machines(rows)} Seconds and peak memory: medians over the seeds, of the whole process.", *notes]
     )
+
+
+def by_effort(rows: Sequence[Mapping]) -> list[Grid]:
+    """The tables of `by_run` apart for methods that are not trained, for complete trainings, and for those that are cut short."""
+    parts = {
+        "One pass over the training images, or none": [row for row in rows if row["epochs"] is None],
+        "Trained, not cut": [row for row in rows if row["epochs"] is not None and row["variant"] != CUT],
+        "Trained, cut to minutes on a CPU": [row for row in rows if row["epochs"] is not None and row["variant"] == CUT],
+    }
+    return [by_run(part, "image_auroc")._replace(title=title) for title, part in parts.items() if part]
+
+
+def highlights(rows: Sequence[Mapping], count: int = 6) -> Grid:
+    """The `count` rows of highest image AUROC, the best of each method on the same data; those without pixel metrics come last."""
+    ranked = sorted(pooled(rows), key=lambda group: (mean_figure(group, "pixel_auroc") == -math.inf, -mean_figure(group, "image_auroc")))
+    best: dict[tuple[str, str], list[dict]] = {}
+    for group in ranked:
+        best.setdefault((group["method"], place(group)), group["runs"])
+    chosen = [run for runs in list(best.values())[:count] for run in runs]
+    grid = by_run(chosen, "image_auroc")
+    columns = [grid.columns.index(name) for name in ("method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s")]
+    notes = [f"{machines(chosen)} Seconds: medians over the seeds, of the whole process."]
+    return Grid("", [grid.columns[i] for i in columns], 3, [[row[i] for i in columns] for row in grid.rows], set(), notes)
 
 
 def beside(group: Mapping, metric: str, figure: Figure | None, notes: list[str]) -> list[str]:
@@ -479,19 +513,21 @@ def write(
     by: str = "run",
     metric: str = "image_auroc",
     papers: str | Path | None = None,
+    docs: str | Path | None = None,
 ) -> tuple[int, list[Grid]]:
     """Collect the runs below `folder`, or in that CSV, and write the files that are wanted; returns how many runs, and their table.
 
-    output: a CSV of all runs, which keeps the rows that it has of others; they are in every table then. readme: the table goes between
-    its markers; InputError without a CSV, as what stands there may be of runs whose folders are gone. page, tex: the table as a file of
-    Markdown, of LaTeX. by: one of LAYOUTS. metric: the one of a matrix, and the one that is set beside published figures where `papers`,
-    the folder of the published tables, is given; the CSV then has the columns PAPER as well.
+    output: a CSV of all runs, which keeps the rows that it has of others; they are in every table then. readme, docs: pages of
+    Markdown that get the six rows of `highlights`, and all rows as `by_effort` groups them, between their markers; InputError without a
+    CSV, as what stands there may be of runs whose folders are gone. page, tex: the table as a file of Markdown, of LaTeX. by: one of
+    LAYOUTS. metric: the one of a matrix, and the one that is set beside published figures where `papers`, the folder of the published
+    tables, is given; the CSV then has the columns PAPER as well.
     """
     check_choice("", LAYOUTS, by=by)
     check_choice("", FIGURES, metric=metric)
     listed = Path(folder).is_file()
-    if readme and not (output or listed):
-        raise InputError(f"readme={readme}: the rows there may be of runs that are gone; add output=FILE.csv, which keeps the rows it has")
+    if (page_of_rows := readme or docs) and not (output or listed):
+        raise InputError(f"{page_of_rows}: the rows there may be of runs that are gone; add output=FILE.csv, which keeps the rows it has")
     found, tables = read_rows(folder) if listed else collect(folder), read(papers) if papers else []
     rows = merged(found, output)
     grids = grids_of(rows, by, metric, tables)
@@ -502,7 +538,9 @@ def write(
         write_csv(output, columns, [[row.get(name) for name in columns] for row in rows])
     text = "\n".join(markdown(grid, bold=by == "category") for grid in grids)
     if readme:
-        between(readme, "runs", text)
+        between(readme, "runs", markdown(highlights(rows), bold=False))
+    if docs:
+        between(docs, "runs", "\n".join(markdown(grid, bold=True) for grid in by_effort(rows)))
     if page:
         write_text(page, text)
     if tex:
