@@ -59,7 +59,7 @@ def test_every_tool_is_a_command():
         (["data", "check", "data=folder", "data.root=nowhere"], "nowhere: no such folder"),
         (["test", "run=nowhere"], "run=nowhere: no config.yaml there"),
         (["predict", "input=nowhere"], "nowhere: no such file"),
-        (["train", "data=folder", "data.root=nowhere", "backbone=test_resnet", "weights=random"], "nowhere: no such folder"),
+        (["train", "data=folder", "data.root=nowhere", "logger=none"], "nowhere: no such folder"),
         (["train", "recipe=bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
         (["train", "-m", "recipe=padim,bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
         (["train", "data=folder", "data.root=nowhere", "alpha=5"], "alpha=5"),

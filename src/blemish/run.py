@@ -143,7 +143,13 @@ def train(cfg: DictConfig) -> dict:
     check_config(cfg)
     past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
     model = adopt(cfg, past) if past else None
-    data, model = described(cfg), model or build(cfg.model)  # first, so that a wrong value costs neither a reading nor a folder's content
+    data = described(cfg)
+    try:
+        model = model or build(cfg.model)  # first, so that a wrong value costs neither a reading nor a folder's content
+    except InputError as error:
+        if str(error).startswith("weights="):
+            data.setup()  # where the images are missing as well, they are told first
+        raise
     folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
