@@ -18,7 +18,7 @@ from rich.table import Table
 
 from blemish.records.record import environment, write_json
 from blemish.records.tables import between
-from blemish.run import build, data_of, expected_warnings, observers, trainer_of
+from blemish.run import build, described, expected_warnings, observers, set_up, trainer_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def main() -> None:
         fixed = ["model=padim", "protocol=paper", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "save.pictures=0"]
         cfg = compose("train", overrides=[*fixed, *overrides])
     with expected_warnings():
-        data = data_of(cfg)
+        data = set_up(cfg, described(cfg))
         runs = [once(cfg, data) for _ in range(repeats)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     counts = {split: sum(sample.split == split for sample in data.samples) for split in ("train", "test")}

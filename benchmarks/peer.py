@@ -46,7 +46,7 @@ from blemish.backbone.weights import bundled_state
 from blemish.detector import Detector
 from blemish.records.record import environment, write_json
 from blemish.records.tables import Grid, between, markdown, show
-from blemish.run import build, data_of, expected_warnings, trainer_of
+from blemish.run import build, described, expected_warnings, set_up, trainer_of
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("blemish", "anomalib")
@@ -104,7 +104,7 @@ def bare(job: dict, folder: Path) -> dict:
     model, scores = build(cfg.model), Scores()
     with expected_warnings():
         started = clocks()
-        data = data_of(cfg)
+        data = set_up(cfg, described(cfg))
         trainer = trainer_of(cfg, [scores])
         trainer.fit(model, datamodule=data)
         fitted = clocks()
