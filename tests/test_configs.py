@@ -185,6 +185,8 @@ def test_every_number_of_a_run_is_checked_before_anything_is_read(tmp_path):
         ("batch_size", 0.5),
         ("protocol", "fast"),
         ("save", 3),
+        ("weights", None),
+        ("backbone", 3),
     ):
         refused(cfg, key, value, train)
     assert not (tmp_path / "run").exists()

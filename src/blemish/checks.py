@@ -1,6 +1,7 @@
 """Checks of what a user sets: a value that cannot be meant is refused by its key, where it is set, before anything is read."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,11 @@ def check_share_or_count(place: str, /, **values: Any) -> None:
 def check_choice(place: str, choices: Iterable, /, **values: Any) -> None:
     """InputError unless every value is one of the choices: texts, numbers, bools or None."""
     _check(place, values, lambda value: False, "", tuple(choices), False)
+
+
+def check_text(place: str, /, **values: Any) -> None:
+    """InputError unless every value is a text, a name or a path, with something in it."""
+    _check(place, values, lambda value: isinstance(value, str | os.PathLike) and bool(str(value)), "a text", (), False)
 
 
 def check_stages(**values: Any) -> None:

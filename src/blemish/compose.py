@@ -63,7 +63,11 @@ def is_free(override: Override, config: str) -> bool:
     """Whether what an override adds with a + is known further on, or refused there."""
     if is_group(override):
         return config == "train"
-    return override.key_or_group.split(".")[0] in {"train": (*ARGUMENTS, "hydra"), "test": ("change", "hydra")}.get(config, ("hydra",))
+    return override.key_or_group.split(".")[0] in {
+        "train": (*ARGUMENTS, "hydra"),
+        "reproduce": (*ARGUMENTS, "image_sizes", "hydra"),
+        "test": ("change", "hydra"),
+    }.get(config, ("hydra",))
 
 
 def choices_in(overrides: Sequence[str]) -> list[str]:

@@ -101,6 +101,8 @@ def leaves(cfg: Any, place: str = "") -> list[str]:
 def unknown(key: str, known: Sequence[str]) -> str:
     """What is told of a key that does not exist."""
     same = [other for other in known if other.rpartition(".")[2] == key]
+    if key in known:
+        return f"{key}: cannot be set to that; expected a value of its kind"
     return f"{key}: no such key; {f'did you mean {same[0]!r}?' if same else nearest(key, known)}".rstrip("; ")
 
 
@@ -147,7 +149,7 @@ def train(cfg: DictConfig) -> dict:
     try:
         model = model or build(cfg.model)  # first, so that a wrong value costs neither a reading nor a folder's content
     except InputError as error:
-        if str(error).startswith("weights="):
+        if str(error).startswith("weights=") and isinstance(cfg.model.weights, str):
             data.setup()  # where the images are missing as well, they are told first
         raise
     folder = Path(cfg.run_dir) if cfg.run_dir else default_folder(cfg)
@@ -490,7 +492,8 @@ def build(part: DictConfig, **more: Any) -> Any:
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
-        raise InputError(str(error)) from error
+        place = re.search(r"full_key: (\S+)", str(error))
+        raise InputError(f"{place[1] + ': ' if place else ''}{error.__cause__ or error}") from error
 
 
 def continued(cfg: DictConfig, run: Path) -> DictConfig:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blemish.backbone.weights import OFFLINE_WAYS, bundled_state, file_state, load, no_waiting_offline
-from blemish.checks import check_stages
+from blemish.checks import check_stages, check_text
 from blemish.types import InputError
 
 
@@ -27,6 +27,7 @@ class Features(nn.Module):
 
     def __init__(self, backbone: str, stages: Iterable[int | str], weights: str, seed: int):
         super().__init__()
+        check_text("", backbone=backbone, weights=weights)
         check_stages(stages=stages)
         stages = list(stages)
         named = bool(stages) and isinstance(stages[0], str)

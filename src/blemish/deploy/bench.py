@@ -95,6 +95,8 @@ class Score(nn.Module):
 def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     """Measure a run folder as configs/bench.yaml says, and write what was found; `load` and `build` as for `export_run`."""
     run = Path(cfg.run)
+    if isinstance(cfg.engines, str):
+        raise InputError(f"engines={cfg.engines}: expected a list, engines=[{cfg.engines}]")
     if unknown := set(cfg.engines) - {"torch", "onnxruntime", "openvino"}:
         raise InputError(f"engines={list(cfg.engines)}: no {', '.join(sorted(unknown))}; expected torch, onnxruntime, openvino")
     check_whole("", 1, batch=cfg.batch, threads=cfg.threads, repeats=cfg.repeats, n=cfg.n, opset=cfg.opset)

@@ -10,7 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from blemish.backbone.features import Features, stage_indices
-from blemish.checks import check_choice, check_number, check_stages
+from blemish.checks import check_choice, check_number, check_stages, check_text
 from blemish.detector import Maps, TrainedDetector
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.randomness import seeded
@@ -40,6 +40,7 @@ class ReverseDistillation(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         check_choice("model", ("flattened", "position"), loss=loss)
+        check_text("", backbone=backbone)
         check_stages(stages=stages)
         check_blur(sigma)
         check_number("model", "(0, inf)", learning_rate=learning_rate)

@@ -75,7 +75,10 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
         if wrong := {"seed": "seeds=[…]", "data.category": "categories=[…]", "run_dir": "output=FOLDER"}.get(key):
             raise InputError(f"{text}: a reproduction has several; expected {wrong}")
     check_whole("", 0, LARGEST_SEED, each=True, seeds=plain(cfg)["seeds"])
-    check_whole("image_sizes", 8, also=(None,), **plain(cfg)["image_sizes"] or {})
+    sizes, categories = plain(cfg)["image_sizes"] or {}, plain(cfg)["categories"] or []
+    if not isinstance(sizes, dict) or not isinstance(categories, list):
+        raise InputError(f"image_sizes={sizes}, categories={categories}: expected a side by category, and a list of categories")
+    check_whole("image_sizes", 8, also=(None,), **sizes)
     check_number("", "[0, inf)", tolerance=cfg.tolerance)
     console = Console(soft_wrap=True, highlight=False)
     tables, output = read(cfg.published), Path(cfg.output or f"results/reproduce/{name}")
