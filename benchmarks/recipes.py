@@ -57,11 +57,11 @@ def rank(model: OnePassDetector, train: list, good: list, bad: list, size: int) 
     def chosen(batch):
         return [batch[i].float() for i in wanted]
 
-    kept = model.accumulator(sum(len(batch[0]) for batch in train))
+    state = model.new_state(sum(len(batch[0]) for batch in train))
     for batch in train:
-        kept.update(model.keep(chosen(batch)))
-    kept.gather()
-    model.estimate(kept)
+        state.update(model.collect(chosen(batch)))
+    state.gather()
+    model.fit(state)
     score = near if isinstance(model, SPADE) else lambda model, maps: model.score(maps, (size, size)).score
     scores = [torch.cat([score(model, chosen(batch)) for batch in part]) for part in (good, bad)]
     label = torch.cat([torch.full((len(score),), value) for value, score in enumerate(scores)])

@@ -17,11 +17,11 @@ def scores(name: str, pictures: torch.Tensor) -> list[float]:
     """Scores of three images by a method fitted on pictures, which are this process's share of IMAGES."""
     model: OnePassDetector = build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model).eval()
     with torch.no_grad():
-        kept = model.accumulator(IMAGES)
+        state = model.new_state(IMAGES)
         for part in pictures.split(4):
-            kept.update(model.keep(model.features(part)))
-        kept.gather()
-        model.estimate(kept)
+            state.update(model.collect(model.features(part)))
+        state.gather()
+        model.fit(state)
         return model(images(3, 1)).score.tolist()
 
 

@@ -135,15 +135,15 @@ def trained_by_lightning(
 @torch.no_grad()
 def remembered(model: OnePassDetector, pictures: Tensor, batch: int = 5):
     """What a method keeps of images (N, 3, H, W) that come in batches."""
-    kept = model.accumulator(len(pictures))
+    state = model.new_state(len(pictures))
     for part in pictures.split(batch):
-        kept.update(model.keep(model.features(part)))
-    kept.gather()
-    return kept
+        state.update(model.collect(model.features(part)))
+    state.gather()
+    return state
 
 
 @torch.no_grad()
 def fitted(model: OnePassDetector, pictures: Tensor, batch: int = 5) -> OnePassDetector:
     """The method after its one look at the images."""
-    model.estimate(remembered(model, pictures, batch))
+    model.fit(remembered(model, pictures, batch))
     return model

@@ -1,4 +1,4 @@
-"""The contract: what every method is (three bases), and what one-pass methods remember of the training images (two accumulators)."""
+"""The contract: three base classes of methods, and two accumulators for the training state of one-pass methods."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ class Detector(pl.LightningModule):
 
     calibration: Tensor
     training_values: Tensor
-    looks_at_images = False  # whether training wants images beside the maps of `features`
+    needs_images = False  # whether training wants images beside the maps of `features`
 
     def __init__(self):
         super().__init__()
@@ -56,11 +56,11 @@ class Detector(pl.LightningModule):
         """The maps of a batch: those it brings, else those of its images."""
         return self.features(batch.image) if batch.maps is None else batch.maps
 
-    def reads(self, split: str) -> tuple[bool, bool]:
-        """Whether batches of a split may bring the backbone's maps, computed earlier, and whether they have to bring images."""
+    def inputs_for(self, split: str) -> tuple[bool, bool]:
+        """Return (accepts_cached_maps, needs_images) for a split."""
         maps = type(self).features is Detector.features and isinstance(getattr(self, "backbone", None), Features)
         if split == "train":
-            return maps, not maps or self.looks_at_images
+            return maps, not maps or self.needs_images
         maps = maps and type(self).forward is Detector.forward
         return maps, not maps
 
@@ -102,7 +102,7 @@ def within(prediction: Prediction, hidden: Tensor | None) -> Prediction:
 
 
 class OnePassDetector(Detector):
-    """A method fitted by one look at every training image: `keep` what a batch shows, then `estimate` from all that was kept."""
+    """A method fitted in a single pass over the training images: `collect` from each batch, then `fit` to the state of all."""
 
     def __init__(self):
         super().__init__()
@@ -111,21 +111,21 @@ class OnePassDetector(Detector):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.long))  # training images so far
         self.updating = False
 
-    def accumulator(self, images: int) -> "Bank | Moments":
-        """An empty memory for what `keep` gives of `images` training images."""
+    def new_state(self, images: int) -> "RowBuffer | RunningCovariance":
+        """An empty accumulator for what `collect` returns of `images` training images."""
         raise NotImplementedError
 
-    def keep(self, maps: Maps) -> Tensor:
-        """What to remember of a batch's maps."""
+    def collect(self, maps: Maps) -> Tensor:
+        """The part of a batch's maps that the fit needs."""
         raise NotImplementedError
 
-    def estimate(self, kept: "Bank | Moments") -> None:
-        """Turn the memory of all training images into buffers."""
+    def fit(self, state: "RowBuffer | RunningCovariance") -> None:
+        """Turn the state of all training images into buffers."""
         raise NotImplementedError
 
-    def recall(self, kept: "Bank | Moments") -> None:
-        """Give an empty memory what the fitted images left in it, from the buffers alone."""
-        raise InputError(f"update: {type(self).__name__} cannot take in more images; fit it again on all of them")
+    def restore(self, state: "RowBuffer | RunningCovariance") -> None:
+        """Fill an empty state with that of the images fitted so far, from the buffers alone."""
+        raise InputError(f"update: {type(self).__name__} cannot be updated with more images; fit it again on all of them")
 
     def update(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
         """Add the training images of `data` to a fitted method in one pass of `trainer`; those it was fitted to are not needed.
@@ -145,50 +145,51 @@ class OnePassDetector(Detector):
 
     def on_train_start(self) -> None:
         if self.trainer.max_epochs != 1:
-            raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} looks at every image once; use 1")
+            raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} fits in a single pass; use 1")
         loader = self.trainer.train_dataloader
         if hasattr(order := order_of(loader), "whole"):
-            raise InputError(f"epoch_size={len(order)}: {type(self).__name__} looks at every image once; use null")
+            raise InputError(f"epoch_size={len(order)}: {type(self).__name__} fits in a single pass over all images; use null")
         self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
-        self.kept = self.accumulator(self.total).to(self.device)
+        self.state = self.new_state(self.total).to(self.device)
         if self.updating and self.global_rank == 0:
             with torch.no_grad():
-                self.recall(self.kept)
+                self.restore(self.state)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         with torch.inference_mode():
             maps = self.maps(batch)
         with torch.no_grad():
-            self.kept.update(self.keep(maps))
+            self.state.update(self.collect(maps))
         return self.idle * 0.0
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        self.kept.gather()
-        self.estimate(self.kept)
+        self.state.gather()
+        self.fit(self.state)
         self.fitted.fill_(self.total)
-        del self.kept
+        del self.state
 
 
 class TrainedDetector(Detector):
     """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them.
 
-    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else says `looks_at_images = False`. `prepare`
-    and `conclude` look at all training images before the first step and after the last. `seed` is a constructor argument.
+    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else sets `needs_images = False`.
+    `before_training` and `after_training` see all training images before the first step and after the last. `seed` is a constructor
+    argument.
     """
 
-    looks_at_images = True
+    needs_images = True
     clipped_by = "trainer.gradient_clip_val"  # the config key that bounds its gradients
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """What has to be known of the training images before the optimiser is made; done anew when a training is resumed."""
+    def before_training(self, batches: Iterable[Batch]) -> None:
+        """Statistics of the training images that are needed before the optimiser is made; computed anew when a training is resumed."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The paper's training loss, a scalar."""
         raise NotImplementedError
 
-    def conclude(self, batches: Iterable[Batch]) -> None:
-        """What the trained network, in eval mode, has to remember of the training images."""
+    def after_training(self, batches: Iterable[Batch]) -> None:
+        """Statistics of the training images under the trained network, which is in eval mode."""
 
     def generator(self) -> torch.Generator:
         """The randomness of one step on this device, of seed, step and process alone, so that a resumed training draws the same."""
@@ -200,7 +201,7 @@ class TrainedDetector(Detector):
             self.to(self.trainer.strategy.root_device)
             self.trainer.fit_loop.setup_data()
             with torch.no_grad():
-                self.prepare(self._batches())
+                self.before_training(self._batches())
 
     @torch.no_grad()
     def on_train_end(self) -> None:
@@ -210,10 +211,10 @@ class TrainedDetector(Detector):
                 first = buffer.contiguous()
                 torch.distributed.broadcast(first, 0)
                 buffer.copy_(first)
-        self.conclude(self._batches())
+        self.after_training(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        # every process looks at all images, so that all come to the same
+        # every process iterates over all images, so that all get the same result
         shared = self.trainer.world_size > 1
         loader = self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader
         with getattr(order_of(loader), "whole", nullcontext)():  # every image once, whatever an epoch is
@@ -271,7 +272,7 @@ def order_of(loader: DataLoader) -> Sampler | None:
     return getattr(loader.batch_sampler, "sampler", None)
 
 
-class Bank(Metric):
+class RowBuffer(Metric):
     """Rows of every batch one behind the other, (count, …), in one allocation of `capacity` rows that is never copied to grow."""
 
     full_state_update = False
@@ -300,7 +301,7 @@ class Bank(Metric):
         return self.rows[: int(self.count)]
 
 
-class Moments(Metric):
+class RunningCovariance(Metric):
     """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of every batch."""
 
     full_state_update = False

@@ -671,7 +671,7 @@ def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, 
     store = Store(cfg.store.root, cfg.store.dtype, cfg.store.max_gb)
     shown = trainer.progress_bar_callback is not None
     return StoredData(
-        store, data, getattr(model, "backbone", None), model.reads, cfg.store.images, trainer.strategy.root_device, times.stage, shown
+        store, data, getattr(model, "backbone", None), model.inputs_for, cfg.store.images, trainer.strategy.root_device, times.stage, shown
     )
 
 

@@ -300,11 +300,18 @@ def test_epochs_of_a_frozen_teacher_run_it_once(tiny, tmp_path):
     for root in (None, tmp_path, tmp_path):
         torch.manual_seed(0)
         model = Toy()
-        assert (model.reads("train"), model.reads("test")) == ((True, True), (False, True))
+        assert (model.inputs_for("train"), model.inputs_for("test")) == ((True, True), (False, True))
         source = data
         if root:
             source = StoredData(
-                Store(root, "float32", None), data, model.backbone, model.reads, True, torch.device("cpu"), contextlib.nullcontext, False
+                Store(root, "float32", None),
+                data,
+                model.backbone,
+                model.inputs_for,
+                True,
+                torch.device("cpu"),
+                contextlib.nullcontext,
+                False,
             )
         trainer = pl.Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         with counted(Features, "forward") as forwards, counted(Images, "__getitem__") as decoded:
@@ -325,8 +332,8 @@ def test_only_the_backbones_own_maps_are_taken_from_the_store():
             return Prediction(image.mean((1, 2, 3)))
 
     padim = build(composed("model=padim", "backbone=test_resnet", "weights=random").model)
-    assert padim.reads("train") == padim.reads("test") == padim.reads("calibrate") == (True, False)
-    assert Own().reads("train") == Own().reads("test") == Blind().reads("test") == (False, True)
+    assert padim.inputs_for("train") == padim.inputs_for("test") == padim.inputs_for("calibrate") == (True, False)
+    assert Own().inputs_for("train") == Own().inputs_for("test") == Blind().inputs_for("test") == (False, True)
 
 
 # ---- what can happen to the folder

@@ -83,8 +83,8 @@ def quick(method: str, *overrides: str):
             model.validation = 0.5
         fitted(model, pictures, batch=4)
     elif isinstance(model, TrainedDetector):
-        model.prepare([batch(pictures)])
-        model.eval().conclude([batch(pictures)])
+        model.before_training([batch(pictures)])
+        model.eval().after_training([batch(pictures)])
     return model.eval(), side
 
 

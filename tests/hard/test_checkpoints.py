@@ -117,13 +117,13 @@ def test_the_state_of_a_training(tiny, tmp_path):
     options = ["model=autoencoder", "trainer.max_epochs=2", "model.latent=16", "save.curves=false", "save.pictures=0"]
     from blemish.methods.autoencoder import Autoencoder
 
-    conclude = Autoencoder.conclude
-    Autoencoder.conclude = lambda *_: (_ for _ in ()).throw(RuntimeError("cut off"))
+    after_training = Autoencoder.after_training
+    Autoencoder.after_training = lambda *_: (_ for _ in ()).throw(RuntimeError("cut off"))
     try:
         with pytest.raises(RuntimeError, match="cut off"):
             train(tiny_run(tiny, run, *options))
     finally:
-        Autoencoder.conclude = conclude
+        Autoencoder.after_training = after_training
     state = run / "last.ckpt"
     whole = state.read_bytes()
     for place in cuts(whole, 6):

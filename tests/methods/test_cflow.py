@@ -104,7 +104,7 @@ def test_a_training_steps_once_per_fibre_batch_and_follows_the_schedule():
 def test_the_scale_is_the_likeliest_training_vector():
     model, train = cflow(), [batch(images(4)), batch(images(3, seed=1))]
     with torch.no_grad():
-        model.conclude(train)
+        model.after_training(train)
         logs = [model.likelihood(model.maps(part)) for part in train]
     expected = [max(float(part[stage].max()) for part in logs) for stage in range(2)]
     np.testing.assert_allclose(model.highest, expected)
@@ -113,7 +113,7 @@ def test_the_scale_is_the_likeliest_training_vector():
 @torch.no_grad()
 def test_map_is_in_the_order_of_the_official_one():
     model = cflow().eval()
-    model.conclude([batch(images(6))])
+    model.after_training([batch(images(6))])
     score, map = model(images(2, seed=1))
     maps, total = model.features(images(2, seed=1)), 0
     for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
@@ -130,7 +130,7 @@ def test_map_is_in_the_order_of_the_official_one():
 @torch.no_grad()
 def test_other_images_do_not_change_a_score_and_other_sizes_are_taken():
     model = cflow().eval()
-    model.conclude([batch(images(4))])
+    model.after_training([batch(images(4))])
     alone, beside = model(images(2)).score[0], model(torch.cat([images(1), images(1, seed=5) * 0]))[0][0]
     torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
     assert model(images(1, side=96)).map.shape == (1, 96, 96)
@@ -152,7 +152,7 @@ def test_it_learns():
     label = [0] * 8 + [1] * 8
     untrained = cflow(fibres=256).eval()
     with torch.no_grad():
-        untrained.conclude([batch(normal)])
+        untrained.after_training([batch(normal)])
         before = roc_auc_score(label, untrained(test).score)
     first, _ = trained(cflow(fibres=256), normal, epochs=1)
     model, _ = trained(cflow(fibres=256), normal, epochs=6)

@@ -25,7 +25,7 @@ def dfr(stages=(1, 2), region=4, latent=0.9, batch_norm=True, learning_rate=1e-3
 
 def prepared(model: DFR, pictures: torch.Tensor) -> DFR:
     with torch.no_grad():
-        model.prepare(batch(part) for part in pictures.split(5))
+        model.before_training(batch(part) for part in pictures.split(5))
     return model.eval()
 
 

@@ -19,7 +19,7 @@ def lake(density="kde", components=4, layer_weight=1.0, latent=6, bandwidth="sco
 
 @torch.no_grad()
 def concluded(model, pictures, size=7):
-    model.eval().conclude(batch(part) for part in pictures.split(size))
+    model.eval().after_training(batch(part) for part in pictures.split(size))
     return model
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from support import images, remembered
 
-from blemish.detector import Bank, Moments
+from blemish.detector import RowBuffer, RunningCovariance
 from blemish.methods.padim import PaDiM
 from blemish.types import InputError
 
@@ -20,9 +20,9 @@ def padim(n_features=20, align="bilinear"):
 
 @torch.no_grad()
 def fitted(model, pictures, batch=5):
-    kept = remembered(model, pictures, batch)
-    model.estimate(kept)
-    return model, kept
+    state = remembered(model, pictures, batch)
+    model.fit(state)
+    return model, state
 
 
 def plain_padim(model, train, test):
@@ -45,10 +45,10 @@ def plain_padim(model, train, test):
 
 
 @pytest.mark.parametrize("align", ["bilinear", "nearest"])
-@pytest.mark.parametrize(("n", "form"), [(12, Bank), (20, Bank), (21, Moments), (60, Moments)])
+@pytest.mark.parametrize(("n", "form"), [(12, RowBuffer), (20, RowBuffer), (21, RunningCovariance), (60, RunningCovariance)])
 def test_is_the_paper_in_either_form(n, form, align):
-    model, kept = fitted(padim(align=align), images(n))
-    assert isinstance(kept, form)
+    model, state = fitted(padim(align=align), images(n))
+    assert isinstance(state, form)
     expected = plain_padim(model, images(n), images(3, seed=1))
     score, map = model(images(3, seed=1))
     np.testing.assert_allclose(map, expected, rtol=5e-3)
@@ -59,9 +59,9 @@ def test_is_the_paper_in_either_form(n, form, align):
 def test_both_forms_give_the_same_numbers():
     """The same 15 images through either form, each of which is exact for any N."""
     by_bank, _ = fitted(padim(), images(15))
-    by_moments, kept = padim(), Moments()
-    kept.update(by_moments.keep(by_moments.features(images(15))))
-    by_moments.estimate(kept)
+    by_moments, state = padim(), RunningCovariance()
+    state.update(by_moments.collect(by_moments.features(images(15))))
+    by_moments.fit(state)
     assert len(by_bank.woodbury)
     assert len(by_moments.cholesky)
     torch.testing.assert_close(by_bank(images(3, seed=1)).map, by_moments(images(3, seed=1)).map, rtol=2e-3, atol=2e-3)
@@ -69,11 +69,11 @@ def test_both_forms_give_the_same_numbers():
 
 @pytest.mark.parametrize("n", [6, 20, 50])
 def test_never_holds_more_than_the_smaller_form(n):
-    model, kept = fitted(padim(), images(n), batch=2)
+    model, state = fitted(padim(), images(n), batch=2)
     positions, d = 16 * 16, 20
     held = sum(state.numel() for state in (model.woodbury, model.cholesky))
     assert held == positions * d * min(n, d)
-    assert sum(getattr(kept, name).numel() for name in kept._defaults) <= held + positions * d + 1
+    assert sum(getattr(state, name).numel() for name in state._defaults) <= held + positions * d + 1
 
 
 def test_does_not_depend_on_the_batches():

@@ -59,9 +59,9 @@ def test_cut_is_slicing():
 def test_scores_are_those_of_a_plain_search():
     model = model_of("model.strides={64: 16, 32: 8}").eval()
     train, query = images(3, 0, side=96), images(2, 1, side=96)
-    model.prepare([batch(train)])
+    model.before_training([batch(train)])
     assert torch.allclose(model.mean.flatten(), train.mean((0, 2, 3)), atol=1e-5)
-    model.conclude([batch(train[:2]), batch(train[2:])])
+    model.after_training([batch(train[:2]), batch(train[2:])])
     maps = []
     for size, stride in ((64, 16), (32, 8)):
         bank, own = (model.patches(x, size) for x in (train, query))
@@ -80,10 +80,10 @@ def test_scores_are_those_of_a_plain_search():
 @torch.no_grad()
 def test_codes_that_are_all_alike_are_told(caplog):
     model = model_of("model.weight=0.5").eval()
-    model.conclude([batch(images(2, side=96))])
+    model.after_training([batch(images(2, side=96))])
     assert not caplog.records
     model.small[-2].weight *= 1e-6
-    model.conclude([batch(images(2, side=96))])
+    model.after_training([batch(images(2, side=96))])
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "model.weight=0.5: all patches of 64 px have nearly one code" in caplog.text
 
@@ -101,7 +101,7 @@ def test_it_learns_where_patches_lie():
     model = model_of("model.learning_rate=0.003", "model.pairs=16").train()
     ramp = torch.linspace(0, 1, 128)
     seen = batch(torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128), torch.zeros(128, 128)])[None].repeat(2, 1, 1, 1))
-    model.prepare([seen])
+    model.before_training([seen])
     optimizer = model.configure_optimizers()
     losses = []
     for _ in range(40):

@@ -84,7 +84,7 @@ def test_is_the_paper(reweight, b):
 def test_the_coreset_is_chosen_in_the_projection_and_kept_unprojected():
     model = fitted(detector(projection=8, seed=4), images(6))
     generator = torch.Generator().manual_seed(4)
-    flat = model.keep(model.features(images(6))).flatten(0, 1)
+    flat = model.collect(model.features(images(6))).flatten(0, 1)
     small = project(flat, 8, generator)
     start = int(torch.randint(len(flat), (1,), generator=generator))
     torch.testing.assert_close(model.bank, flat[plain_coreset(small.double().numpy(), len(model.bank), start)], rtol=1e-4, atol=1e-5)
@@ -154,14 +154,14 @@ def test_a_bank_of_one_patch_scores_its_distance():
     model = fitted(detector(1e-9), images(4))
     assert len(model.bank) == 1
     score = model(images(2, 1)).score
-    torch.testing.assert_close(score, torch.cdist(model.keep(model.features(images(2, 1))), model.bank).amax((1, 2)))
+    torch.testing.assert_close(score, torch.cdist(model.collect(model.features(images(2, 1))), model.bank).amax((1, 2)))
 
 
 def test_refuses_before_it_outgrows_the_memory(monkeypatch):
     monkeypatch.setattr(patchcore, "available_memory", lambda device: 2**20)
     with pytest.raises(InputError, match=r"4\.79 GiB.*5000.*64.*image_size.*model\.embed_dim.*model\.stages"):
-        detector().accumulator(5000).update(torch.empty(1, 64, 2000))
-    detector().accumulator(2).update(torch.empty(1, 64, 128))
+        detector().new_state(5000).update(torch.empty(1, 64, 2000))
+    detector().new_state(2).update(torch.empty(1, 64, 128))
 
 
 def test_forecast_covers_what_a_fit_takes():

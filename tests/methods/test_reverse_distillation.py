@@ -156,7 +156,7 @@ def test_weights_come_from_the_seed():
 
 def test_needs_only_maps():
     model, pictures = reverse().eval(), images(3)
-    assert model.reads("train") == model.reads("test") == (True, False)
+    assert model.inputs_for("train") == model.inputs_for("test") == (True, False)
     stored = [m.half() for m in model.features(pictures)]
     with torch.no_grad():
         torch.testing.assert_close(model.score(stored, (64, 64)).map, model(pictures).map, rtol=1e-2, atol=1e-3)

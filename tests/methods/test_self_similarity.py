@@ -37,12 +37,12 @@ def images(n, seed=0, height=56, width=72):
 
 @torch.no_grad()
 def fitted(model, batches):
-    kept = model.accumulator(sum(len(batch) for batch in batches))
+    state = model.new_state(sum(len(batch) for batch in batches))
     for batch in batches:
-        kept.update(model.keep(model.features(batch)))
-    kept.gather()
-    model.estimate(kept)
-    return model, kept.compute()
+        state.update(model.collect(model.features(batch)))
+    state.gather()
+    model.fit(state)
+    return model, state.compute()
 
 
 def tiles_of(image, tile=32, stride=8):
@@ -125,17 +125,17 @@ def test_large_images_go_through_in_pieces(monkeypatch):
 @torch.no_grad()
 def test_remembers_no_more_than_allowed(most):
     model = detector(most_tiles=most)
-    kept = model.accumulator(10)
+    state = model.new_state(10)
     for batch in images(10).split(3):
-        kept.update(model.keep(model.features(batch)))
-    rows = kept.compute()
+        state.update(model.collect(model.features(batch)))
+    rows = state.compute()
     assert (rows[:, 1] > 0).sum() <= max(most, 2)  # one tile of each of the two validation images at least
     assert (rows[:, 1] == 0).sum() <= max(most, 8)  # and of each of the eight others
     each = len(tiles_of(images(1)))
     assert len(rows) == 10 * each or most < 10 * each
     if most >= 10:
-        kept.gather()
-        model.estimate(kept)
+        state.gather()
+        model.fit(state)
         assert model.threshold.isfinite()
 
 
@@ -194,12 +194,12 @@ def test_the_dictionary_does_not_depend_on_who_saw_which_image(monkeypatch):
     """The numbers of two processes, whose rows come one behind the other, and a repeat at the end of the second's."""
     one, dealt = detector(most_tiles=60), detector(most_tiles=60)
     fitted(one, torch.stack([by_number(i) for i in range(7)]).split(3))
-    kept = dealt.accumulator(7)
+    state = dealt.new_state(7)
     for numbers in ([0, 2, 4, 6], [1, 3, 5, 7]):
         left = iter(numbers)
         monkeypatch.setattr(dealt, "number", lambda left=left: next(left))
-        kept.update(dealt.keep(dealt.features(torch.stack([by_number(i % 7) for i in numbers]))))
-    dealt.estimate(kept)
+        state.update(dealt.collect(dealt.features(torch.stack([by_number(i % 7) for i in numbers]))))
+    dealt.fit(state)
     for name in ("mean", "axes", "variance", "words", "threshold"):
         torch.testing.assert_close(getattr(dealt, name), getattr(one, name), rtol=1e-4, atol=1e-4)
 

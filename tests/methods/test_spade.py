@@ -143,15 +143,15 @@ def test_the_gallery_stays_on_disk(tmp_path, outlier_filter):
 def test_updated_is_fitted_to_all():
     old, new = detector(), detector()
     fitted(old, images(7))
-    kept = new.accumulator(12)
-    old.recall(kept)
-    kept.update(new.keep(new.features(images(12)[7:])))
-    kept.gather()
-    new.estimate(kept)
+    state = new.new_state(12)
+    old.restore(state)
+    state.update(new.collect(new.features(images(12)[7:])))
+    state.gather()
+    new.fit(state)
     whole = fitted(detector(), images(12))
     torch.testing.assert_close(new(images(2, 1)).map, whole(images(2, 1)).map, rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="ocsvm"):
-        fitted(detector(outlier_filter="ocsvm"), images(7)).recall(kept)
+        fitted(detector(outlier_filter="ocsvm"), images(7)).restore(state)
 
 
 def test_ocsvm_leaves_out_a_planted_outlier():
@@ -184,10 +184,10 @@ def test_another_image_size_is_refused():
 
 def test_features_beyond_float16_are_refused():
     model = detector()
-    kept = model.accumulator(2)
-    kept.update(model.keep([1e6 * m for m in model.features(images(2))]))
+    state = model.new_state(2)
+    state.update(model.collect([1e6 * m for m in model.features(images(2))]))
     with pytest.raises(InputError, match="65504"):
-        model.estimate(kept)
+        model.fit(state)
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_stored_maps_teach_the_same():
     model, pictures = stfpm().eval(), images(3)
     maps = [m.half() for m in model.features(pictures)]
     torch.testing.assert_close(model.loss(batch(pictures, maps)), model.loss(batch(pictures)), rtol=1e-3, atol=1e-4)
-    assert model.reads("train") == (True, True)
-    assert model.reads("test") == (False, True)
+    assert model.inputs_for("train") == (True, True)
+    assert model.inputs_for("test") == (False, True)
 
 
 @torch.no_grad()

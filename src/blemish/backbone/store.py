@@ -217,7 +217,7 @@ def crc32(tensor: Tensor) -> int:
 class StoredData(LightningDataModule):
     """A data module whose batches bring stored maps, so that neither images are decoded nor the network is run; stored images likewise.
 
-    `reads(split)` says whether batches of a split are to bring maps and whether images; the maps are those of `features`. What is
+    `inputs_for(split)` says whether batches of a split are to bring maps and whether images; the maps are those of `features`. What is
     missing is computed on `device` when a loader is asked for; where it cannot be stored the data module's own loader takes over, with
     one warning. `charge(name)` charges the time of a block to decode or features.
     """
@@ -227,14 +227,14 @@ class StoredData(LightningDataModule):
         store: Store,
         data: ImageData,
         features: Features | None,
-        reads: Callable[[str], tuple[bool, bool]],
+        inputs_for: Callable[[str], tuple[bool, bool]],
         images: bool,
         device: torch.device,
         charge: Callable[[str], contextlib.AbstractContextManager],
         progress: bool,
     ):
         super().__init__()
-        self.store, self.data, self.features, self.reads = store, data, features, reads
+        self.store, self.data, self.features, self.inputs_for = store, data, features, inputs_for
         self.device, self.charge, self.progress = device, charge, progress
         self.read = self.computed = 0  # images
         self.side = data.geometry.side
@@ -253,7 +253,7 @@ class StoredData(LightningDataModule):
         if data.geometry.resize != "stretch":  # without this entry, what was stored before there was a choice is found
             common["resize"] = data.geometry.resize
         self.maps = []
-        if features is not None and any(reads(split)[0] for split in ("train", "test")):
+        if features is not None and any(inputs_for(split)[0] for split in ("train", "test")):
             network = {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}
             network |= {"mean": features.mean.flatten().tolist(), "std": features.std.flatten().tolist()}
             for stage in features.stages:
@@ -287,7 +287,7 @@ class StoredData(LightningDataModule):
     def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
         """As the data module's, with stored maps, stored images or both in its batches."""
         samples = [sample for sample in self.samples if sample.split == split]
-        bring_maps, bring_images = self.reads(split)
+        bring_maps, bring_images = self.inputs_for(split)
         maps = self.maps if bring_maps else []
         images = self.images if bring_images else None
         if not (maps or images) or not self.useful:

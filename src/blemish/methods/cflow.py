@@ -37,7 +37,7 @@ class CFlow(TrainedDetector):
     batch takes as many steps as that needs. The score is the map's maximum.
     """
 
-    looks_at_images = False
+    needs_images = False
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class CFlow(TrainedDetector):
             found.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
         return found
 
-    def conclude(self, batches: Iterable[Batch]) -> None:
+    def after_training(self, batches: Iterable[Batch]) -> None:
         peaks = [torch.stack([logs.amax() for logs in self.likelihood(self.maps(batch))]) for batch in batches]  # (S,) each
         # the official code subtracts the test images' maximum, which no image may depend on here
         self.highest = torch.stack(peaks).amax(0)

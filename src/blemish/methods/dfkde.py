@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blemish.backbone.features import Features
 from blemish.checks import check_number, check_whole
-from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops import kde, pca
 from blemish.types import Prediction
 
@@ -41,21 +41,21 @@ class DFKDE(OnePassDetector):
         """The global average pool of all stages, (B, D)."""
         return torch.cat([stage.mean((2, 3)) for stage in maps], 1)
 
-    def accumulator(self, images: int) -> Bank:
-        return Bank(images)
+    def new_state(self, images: int) -> RowBuffer:
+        return RowBuffer(images)
 
-    def keep(self, maps: Maps) -> Tensor:
+    def collect(self, maps: Maps) -> Tensor:
         return self.embed(maps)
 
-    def estimate(self, kept: Bank) -> None:
-        rows = self.rows = kept.compute()  # (N, D)
+    def fit(self, state: RowBuffer) -> None:
+        rows = self.rows = state.compute()  # (N, D)
         self.mean, self.axes, self.variance = principal(rows, self.components)
         coordinates = pca.transform(self.space, rows)  # (N, k)
         self.length = coordinates.norm(dim=1).amax()
         self.points, self.factor, self.centre = kde.fit(coordinates / self.length, self.bandwidth)
 
-    def recall(self, kept: Bank) -> None:
-        kept.update(self.rows)
+    def restore(self, state: RowBuffer) -> None:
+        state.update(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         coordinates = pca.transform(self.space, self.embed(maps)) / self.length  # (B, k)

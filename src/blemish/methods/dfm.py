@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blemish.backbone.features import Features
 from blemish.checks import check_choice, check_share_or_count, check_whole
-from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops import pca
 from blemish.ops.maps import align, smooth_upsample
 from blemish.types import InputError, Prediction
@@ -40,18 +40,18 @@ class DFM(OnePassDetector):
         # equal to average pooling where `pool` divides the grid; elsewhere no border is lost and the map stays in place
         return F.adaptive_avg_pool2d(joined, [max(round(side / self.pool), min(side, FEWEST)) for side in joined.shape[2:]])
 
-    def accumulator(self, images: int) -> Bank:
-        return Bank(images)
+    def new_state(self, images: int) -> RowBuffer:
+        return RowBuffer(images)
 
-    def keep(self, maps: Maps) -> Tensor:
+    def collect(self, maps: Maps) -> Tensor:
         return self.embed(maps).flatten(1)  # (B, D)
 
-    def estimate(self, kept: Bank) -> None:
-        self.rows = kept.compute()
+    def fit(self, state: RowBuffer) -> None:
+        self.rows = state.compute()
         self.mean, self.axes, self.variance = pca.fit(self.rows, self.share)
 
-    def recall(self, kept: Bank) -> None:
-        kept.update(self.rows)
+    def restore(self, state: RowBuffer) -> None:
+        state.update(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         x = self.embed(maps)  # (B, C, h, w)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blemish.backbone.features import Features
 from blemish.checks import check_number, check_share_or_count, check_switch, check_whole
-from blemish.detector import Maps, Moments, TrainedDetector
+from blemish.detector import Maps, RunningCovariance, TrainedDetector
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
 from blemish.ops.pca import from_moments
 from blemish.ops.randomness import seeded
@@ -27,7 +27,7 @@ class DFR(TrainedDetector):
     code; the paper itself is about segmentation.
     """
 
-    looks_at_images = False
+    needs_images = False
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class DFR(TrainedDetector):
         check_number("model", "(0, inf)", learning_rate=learning_rate)
         self.backbone = Features(backbone, stages, weights, seed)
         self.region, self.latent, self.batch_norm, self.learning_rate, self.seed = region, latent, batch_norm, learning_rate, seed
-        self.autoencoder = nn.Sequential()  # `prepare` fills it
+        self.autoencoder = nn.Sequential()  # filled by `before_training`
 
     def embed(self, maps: Maps, size: tuple[int, int]) -> Tensor:
         """Regional features of images of `size` (H, W): (B, P, ΣC), P the regions line by line."""
         return torch.cat([regional(map.float(), size, self.region) for map in maps], -1).flatten(1, 2)
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
+    def before_training(self, batches: Iterable[Batch]) -> None:
         self.build(self.count_components(batches) if isinstance(self.latent, float) else self.latent)
 
     def count_components(self, batches: Iterable[Batch]) -> int:
         """The number of principal components that hold `latent` of the variance; the official code looks at ten images for it."""
-        moments = Moments().to(self.device)
+        moments = RunningCovariance().to(self.device)
         for batch in batches:
             moments.update(self.embed(self.maps(batch), tuple(batch.image.shape[-2:])).flatten(0, 1)[:, None])  # (n, 1, D)
         moments.gather()

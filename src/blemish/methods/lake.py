@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.checks import check_choice, check_number, check_whole
-from blemish.detector import Bank, TrainedDetector
+from blemish.detector import RowBuffer, TrainedDetector
 from blemish.methods.dfkde import principal
 from blemish.ops import kde, pca
 from blemish.ops.conv import Decoder, Encoder, input_side
@@ -87,12 +87,12 @@ class LAKE(TrainedDetector):
         layers, mean, _ = self.encode(image)
         return torch.cat([mean, agreement(layers, self.decoder.layers(mean))], 1)
 
-    def conclude(self, batches: Iterable[Batch]) -> None:
+    def after_training(self, batches: Iterable[Batch]) -> None:
         rows = torch.cat([self.vectors(batch.image) for batch in batches])
-        kept = Bank(len(rows)).to(rows.device)
-        kept.update(rows)
-        kept.gather()
-        rows = kept.compute().double()  # (N, D)
+        state = RowBuffer(len(rows)).to(rows.device)
+        state.update(rows)
+        state.gather()
+        rows = state.compute().double()  # (N, D)
         self.offset = rows.mean(0)
         # a value that never varies, as of a code the prior took over, would otherwise count by its rounding
         self.scale = (rows - self.offset).square().mean(0).sqrt().clamp_min(RESOLUTION * rows.square().mean().sqrt())

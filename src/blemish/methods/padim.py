@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blemish.backbone.features import Features
 from blemish.checks import check_choice, check_number, check_whole
-from blemish.detector import Bank, Maps, Moments, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer, RunningCovariance
 from blemish.ops.gaussian import (
     cholesky_factor,
     mahalanobis_cholesky,
@@ -58,26 +58,26 @@ class PaDiM(OnePassDetector):
         # the channels of a position side by side: batched products would copy position by position otherwise
         return align(parts, self.align).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
 
-    def accumulator(self, images: int) -> Bank | Moments:
+    def new_state(self, images: int) -> RowBuffer | RunningCovariance:
         # both forms are exact: keep the smaller of N·P·d samples and P·d·d second moments
-        return Bank(images) if images <= len(self.drawn) else Moments()
+        return RowBuffer(images) if images <= len(self.drawn) else RunningCovariance()
 
-    def keep(self, maps: Maps) -> Tensor:
+    def collect(self, maps: Maps) -> Tensor:
         return self.embed(maps)
 
-    def estimate(self, kept: Bank | Moments) -> None:
-        if isinstance(kept, Bank):
-            self.mean, self.woodbury, self.lower = woodbury_factor(kept.compute(), self.epsilon)
+    def fit(self, state: RowBuffer | RunningCovariance) -> None:
+        if isinstance(state, RowBuffer):
+            self.mean, self.woodbury, self.lower = woodbury_factor(state.compute(), self.epsilon)
         else:
-            count, self.mean, scatter = kept.compute()
+            count, self.mean, scatter = state.compute()
             self.cholesky = cholesky_factor(scatter, int(count), self.epsilon)
             self.woodbury, self.lower = self.mean[:0], self.mean[:0]
 
-    def recall(self, kept: Bank | Moments) -> None:
+    def restore(self, state: RowBuffer | RunningCovariance) -> None:
         if len(self.cholesky):
-            kept.restore(int(self.fitted), self.mean, scatter_of(self.cholesky, int(self.fitted), self.epsilon))
+            state.restore(int(self.fitted), self.mean, scatter_of(self.cholesky, int(self.fitted), self.epsilon))
         else:
-            kept.update(samples_of(self.mean, self.woodbury, self.lower))
+            state.update(samples_of(self.mean, self.woodbury, self.lower))
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         grid = maps[0].shape[-2:]

@@ -58,7 +58,7 @@ class PatchSVDD(TrainedDetector):
         self.register_buffer("deviation", torch.ones(1, 1, 1, 1))  # runs of earlier versions divide by the images'
 
     @torch.no_grad()
-    def prepare(self, batches: Iterable[Batch]) -> None:
+    def before_training(self, batches: Iterable[Batch]) -> None:
         count = total = 0
         for batch in batches:
             total = total + batch.image.double().sum((0, 2, 3))
@@ -102,7 +102,7 @@ class PatchSVDD(TrainedDetector):
         rows, columns = (starts(side - (side - size) % STEP, size, stride).to(image.device) // STEP for side in image.shape[-2:])
         return dense[:, :, rows[:, None], columns].movedim(1, -1)
 
-    def conclude(self, batches: Iterable[Batch]) -> None:
+    def after_training(self, batches: Iterable[Batch]) -> None:
         found = {size: [] for size in SIZES}
         for batch in batches:
             for size in SIZES:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blemish.backbone.features import Features
 from blemish.checks import check_number, check_whole
-from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops.coreset import farthest_first, project
 from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.ops.neighbours import distances, nearest
@@ -61,15 +61,15 @@ class PatchCore(OnePassDetector):
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # of all training images
         self.register_buffer("nested", torch.tensor(True))  # the bank is in one order of choice
 
-    def accumulator(self, images: int) -> Bank:
+    def new_state(self, images: int) -> RowBuffer:
         # of images fitted before there is nothing to keep but the bank
-        return PatchBank(images - int(self.fitted) if self.updating else images, self.projection)
+        return PatchBuffer(images - int(self.fitted) if self.updating else images, self.projection)
 
-    def keep(self, maps: Maps) -> Tensor:
+    def collect(self, maps: Maps) -> Tensor:
         return embed(maps, self.embed_dim)
 
-    def estimate(self, kept: Bank) -> None:
-        patches = kept.compute().flatten(0, 1)  # (N·P, D)
+    def fit(self, state: RowBuffer) -> None:
+        patches = state.compute().flatten(0, 1)  # (N·P, D)
         generator = torch.Generator().manual_seed(self.seed)
         count = coreset_size(len(patches), self.coreset_ratio)
         projected = project(patches, self.projection, generator)
@@ -86,8 +86,8 @@ class PatchCore(OnePassDetector):
         self.patches += len(patches)
         log.info("coreset: %d of %d patches, covering radius %.4g", len(self.bank), self.patches, self.radius[-1])
 
-    def recall(self, kept: Bank) -> None:
-        """Nothing: `estimate` has the bank, and of the patches it was chosen from none is left."""
+    def restore(self, state: RowBuffer) -> None:
+        """Nothing: `fit` has the bank, and the patches it was chosen from are gone."""
 
     def cut(self, ratio: float) -> None:
         """Keep the coreset of a smaller `coreset_ratio`: what a fit with it would have given, as greedy choices are nested.
@@ -164,7 +164,7 @@ def coreset_size(patches: int, ratio: float) -> int:
     return max(1, int(ratio * patches))
 
 
-class PatchBank(Bank):
+class PatchBuffer(RowBuffer):
     """A bank of images (count, P, D) that refuses, at the first of them, to grow beyond the machine's memory."""
 
     def __init__(self, capacity: int, projection: int):

@@ -24,7 +24,7 @@ class ReverseDistillation(TrainedDetector):
     `loss` is `flattened`, one cosine per image and stage over channels and positions, or `position`, the mean of the map (eq. 2).
     """
 
-    looks_at_images = False
+    needs_images = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blemish.backbone.tiles import TileFeatures
 from blemish.checks import check_number, check_whole
-from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops import kmeans, pca
 from blemish.ops.maps import paint
 from blemish.ops.randomness import stream
@@ -61,7 +61,7 @@ class SelfSimilarity(OnePassDetector):
         """Map values above this are anomalous; None before the fit."""
         return float(self.threshold) if self.threshold.numel() else None
 
-    def accumulator(self, images: int) -> Bank:
+    def new_state(self, images: int) -> RowBuffer:
         # validation images are the first that come, in the order the loader draws; a single image serves for both
         self.images = images
         self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(self.validation * images))
@@ -69,11 +69,11 @@ class SelfSimilarity(OnePassDetector):
         self.each = max(1, self.most_tiles // (images - self.held))  # tiles of an image for the dictionary
         self.room = max(1, self.most_tiles // max(1, self.validating))  # and for the threshold
         self.seen = 0
-        return Bank(self.each * images + self.room * self.validating)
+        return RowBuffer(self.each * images + self.room * self.validating)
 
-    def keep(self, maps: Maps) -> Tensor:
+    def collect(self, maps: Maps) -> Tensor:
         """Tiles of each image, (n, 2 + D): the image's number, its grid's width for validation or 0 for the dictionary, the feature."""
-        return torch.cat([self.keep_image(grid, self.number()) for grid in maps[0]])
+        return torch.cat([self.collect_image(grid, self.number()) for grid in maps[0]])
 
     def number(self) -> int:
         """Where the next image stands in the order that is dealt out to all processes."""
@@ -81,8 +81,8 @@ class SelfSimilarity(OnePassDetector):
         self.seen += 1
         return (self.seen - 1) * torch.distributed.get_world_size() + torch.distributed.get_rank() if several else self.seen - 1
 
-    def keep_image(self, grid: Tensor, number: int) -> Tensor:
-        """What `keep` says of one image (D, h, w); what is drawn depends on its number alone, whichever process sees it."""
+    def collect_image(self, grid: Tensor, number: int) -> Tensor:
+        """`collect` for one image (D, h, w); the draw depends on its number alone, whichever process has it."""
         parts = [grid.new_empty(0, 2 + len(grid))]
         if number < self.validating:
             width = min(grid.shape[2], self.room)
@@ -92,8 +92,8 @@ class SelfSimilarity(OnePassDetector):
             parts.append(labelled(grid.flatten(1)[:, drawn], number, 0))
         return torch.cat(parts)
 
-    def estimate(self, kept: Bank) -> None:
-        rows = kept.compute()
+    def fit(self, state: RowBuffer) -> None:
+        rows = state.compute()
         rows = rows[rows[:, 0].argsort(stable=True)]  # the order that one process would have seen
         number, width, tiles = rows[:, 0], rows[:, 1], rows[:, 2:]
         normal = tiles[width == 0]  # (N, D)
@@ -104,7 +104,7 @@ class SelfSimilarity(OnePassDetector):
         for image in number[width > 0].unique():
             which = (number == image) & (width > 0)
             grid = tiles[which].T.unflatten(1, (-1, int(width[which][0])))  # (D, h, w)
-            # as if no tile had been moved to be flush with the border: the image's own size is not kept
+            # as if no tile had been moved to be flush with the border: the image's own size is not known
             size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
             maps.append(self.score([grid[None]], size).map[0])
         self.set_threshold(maps)

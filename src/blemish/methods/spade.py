@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blemish.backbone.features import Features
 from blemish.checks import check_choice, check_number, check_stages, check_whole
-from blemish.detector import Bank, Maps, OnePassDetector
+from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import InputError, Prediction
@@ -67,20 +67,20 @@ class SPADE(OnePassDetector):
     def names(self) -> list[str]:
         return [f"stage{s}" for s in range(self.local)]
 
-    def accumulator(self, images: int) -> "Gallery":
+    def new_state(self, images: int) -> "Gallery":
         return Gallery(images, self.local)
 
-    def recall(self, kept: "Gallery") -> None:
+    def restore(self, state: "Gallery") -> None:
         if self.outlier_filter == "ocsvm":
             raise InputError("update: model.outlier_filter=ocsvm has to see all images at once; fit them together, or use none")
         for start in range(0, len(self.images), BLOCK):
-            kept.update([getattr(self, name)[start : start + BLOCK] for name in ("images", *self.names)])
+            state.update([getattr(self, name)[start : start + BLOCK] for name in ("images", *self.names)])
 
-    def keep(self, maps: Maps) -> list[Tensor]:
+    def collect(self, maps: Maps) -> list[Tensor]:
         return [describe(maps[self.deep])] + [rows(stage).half() for stage in maps[: self.local]]
 
-    def estimate(self, kept: "Gallery") -> None:
-        images, *stages = kept.compute()
+    def fit(self, state: "Gallery") -> None:
+        images, *stages = state.compute()
         for name, stage in zip(self.names, stages, strict=True):
             if not all(image.isfinite().all() for image in stage):
                 raise InputError(f"{name}: features beyond ±65504, the largest number of the gallery's float16; choose other stages")
@@ -135,7 +135,7 @@ class Gallery(nn.Module):
 
     def __init__(self, images: int, stages: int):
         super().__init__()
-        self.images = Bank(images)
+        self.images = RowBuffer(images)
         self.files = [Rows() for _ in range(stages)]
 
     def update(self, parts: Sequence[Tensor]) -> None:
