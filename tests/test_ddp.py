@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CONFIGS, DRAWN, QUICK, composed, tiny_overrides, tiny_run
+from support import CONFIGS, DRAWN, composed, quick, tiny_overrides, tiny_run
 
 from blemish.data.module import Dealt, Shuffled
 from blemish.run import test as retest
@@ -59,9 +59,9 @@ def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
 @pytest.mark.parametrize("name", ["cflow", "ganomaly", "stfpm"])
 def test_the_processes_have_one_model(name, tiny, tmp_path):
     """Steps of one part of the parameters, several backward passes, BatchNorm: the saved model gives the scores of both processes."""
-    quick = [option for option in QUICK[name] if not option.startswith("trainer.max_epochs")]
+    steps = [option for option in quick(name) if not option.startswith("trainer.max_epochs")]
     more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false", "trainer.max_epochs=2"]
-    options = [f"model={name}", *quick, *more, "batch_size=7", f"run_dir='{tmp_path / 'run'}'"]
+    options = [f"model={name}", *steps, *more, "batch_size=7", f"run_dir='{tmp_path / 'run'}'"]
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from blemish.run import train
 
 SIDE, BLOCK = 64, 24
 MARGIN = 0.1  # of AUROC
-# method: (texture, defect, deviation of the noise in grey levels, metric, what is changed of support.QUICK)
+# method: (texture, defect, deviation of the noise in grey levels, metric, what is changed of the method's quick settings)
 TASKS = {
     "autoencoder": ("waves", "turned", 4, "pixel_auroc", []),
     "cflow": ("waves", "turned", 4, "pixel_auroc", []),

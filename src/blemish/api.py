@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hydra.utils import get_class
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,6 @@ from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, o
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.edge.geometry import Geometry
-from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import Calibrate
 from blemish.records.record import aside
 from blemish.run import build, calibrated, check_config, device_of, expected_warnings, load, module_of, trainer_of
@@ -46,7 +45,6 @@ SETTINGS += ("workers", "seed", "alpha")
 OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
 FORMAT = "blemish detector 1"
 REGION = "region of interest"  # beside the tensors of a method
-WHOLE = ("dfkde", "dfkdm", "dfm", "lake")  # methods with a density of images, not of their patches
 
 
 class Result(NamedTuple):
@@ -132,8 +130,7 @@ class AnomalyDetector:
         self._by_hand[name] = None if value is None else finite(name, vetted(name, value))
 
     def _thresholds(self) -> tuple[Threshold, float | None]:
-        own = -math.log10(self.model.epsilon) if isinstance(self.model, NoiseResidual) else getattr(self.model, "map_threshold", None)
-        return thresholds(self.model.calibration, self.cfg.alpha, own, **self._by_hand)
+        return thresholds(self.model.calibration, self.cfg.alpha, self.model.map_threshold, **self._by_hand)
 
     def train(self, train: Any, val: Any = None) -> "AnomalyDetector":
         """Fit to normal images, anew each time, with thresholds from those in `val`, else from a share of `train`; returns itself."""
@@ -141,10 +138,10 @@ class AnomalyDetector:
         model = self._built()
         fits = isinstance(model, OnePassDetector | TrainedDetector)
         data = given(self.cfg, normal if fits else [], held_out if fits else normal + held_out, self.region)
-        if self.method in WHOLE and data.count("train") < 2:
+        if fits and data.count("train") < model.min_images:
             raise InputError(
-                f"train: {self.method} compares whole images and takes 2 at least; found {len(normal)}, of which {data.count('calibrate')} "
-                "held out for the threshold"
+                f"train: {self.method} compares whole images and takes {model.min_images} at least; found {len(normal)}, of which "
+                f"{data.count('calibrate')} held out for the threshold"
             )
         data.setup()
         data.check("calibrate")
@@ -152,11 +149,10 @@ class AnomalyDetector:
         calibrate, lowest = Calibrate(), Lowest()
         with expected_warnings(), quiet(), isolate_rng():
             trainer = trainer_of(self.cfg, [*whole(data, calibrate, lowest)])
-            if hasattr(model, "set_threshold") and data.count("calibrate"):
-                model.validation = 0.0  # its threshold will come from these images
+            model.expects_calibration = data.count("calibrate") > 0
             if fits:
                 trainer.fit(model, datamodule=data)
-            calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if data.count("calibrate") else [])
+            calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
         data.values.report()
         self.model, self.ready, self.low, self._by_hand = model.eval().to(self.device), True, lowest.value, {}
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
@@ -237,7 +233,7 @@ class AnomalyDetector:
 
     def _scale(self) -> tuple[float, float] | None:
         """Map values at the ends of the overlays' colours, with the threshold in their middle; None leaves it to each image."""
-        low = 0.0 if isinstance(self.model, NoiseResidual) else self.low
+        low = self.low if self.model.map_floor is None else self.model.map_floor
         return None if low is None or self.map_threshold is None else (low, 2 * self.map_threshold - low)
 
     def _found(self, images: Sequence[Image], failed: list[Failure] | None = None) -> Iterator[Found]:
@@ -262,7 +258,7 @@ class AnomalyDetector:
             p = float(p_values(torch.tensor([found.score]), self.model.calibration[:, 0].cpu()))
         if threshold.value is not None:
             decision = found.score > threshold.value
-        elif isinstance(self.model, NoiseResidual):
+        elif self.model.decides_by_map:
             decision = found.score > level
         map = None if found.map is None else np.asarray(found.map[:])
         shown = map if map is None or found.seen is None else np.where(found.seen, map, -np.inf)
@@ -299,8 +295,8 @@ def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
     values = {name: vetted(name, value) for name, value in options.items()}
     if "backbone" in values and "weights" not in values:
         values["weights"] = "bundled" if values["backbone"] in BUNDLED else "pretrained"
-    if method == "noise_residual":
-        cfg.image_size, cfg.batch_size = None, 1  # what is to be trained needs one size; here every image is judged by itself
+    if not issubclass(get_class(cfg.model._target_), OnePassDetector | TrainedDetector):
+        cfg.image_size, cfg.batch_size = None, 1  # a fit needs one size; without one, every image keeps its own
     for name, value in values.items():
         if name in SETTINGS:
             cfg[name] = value

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -33,6 +34,14 @@ class Detector(pl.LightningModule):
     calibration: Tensor
     training_values: Tensor
     needs_images = False  # whether training wants images beside the maps of `features`
+    min_images = 1  # training images that a fit takes at least
+    expects_calibration = False  # set before a fit: held-out normal images will come to `calibrate` after it
+    map_threshold: float | None = None  # map values above it are anomalous, where the method has a threshold of its own
+    map_floor: float | None = None  # map value at which the colours of pictures begin, where the method has one of its own
+    decides_by_map = False  # without calibration images an image is anomalous if its score is above `map_threshold`
+    not_exportable: str | None = None  # why there is no export, and what to use instead
+    map_not_exportable: str | None = None  # likewise, where the score alone can be exported
+    quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests: what makes it learn 24 small images in seconds
 
     def __init__(self):
         super().__init__()
@@ -70,6 +79,9 @@ class Detector(pl.LightningModule):
 
     def forward(self, image: Tensor) -> Prediction:
         return self.score(self.features(image), tuple(image.shape[-2:]))
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Set what depends on held-out normal images, of which each process has its share, after the fit and before they are scored."""
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
         found = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
@@ -131,7 +143,7 @@ class OnePassDetector(Detector):
         """Add the training images of `data` to a fitted method in one pass of `trainer`; those it was fitted to are not needed.
 
         The result is a fit to all images, but for PatchCore, whose bank keeps what it has and grows by a coreset of the new patches.
-        InputError if the method cannot. Calibration scores of before belong to another detector and are dropped.
+        InputError if the method cannot. Calibration scores are dropped, as they belong to the detector before the update.
         """
         self.updating = True
         try:

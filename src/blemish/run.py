@@ -167,15 +167,14 @@ def train(cfg: DictConfig) -> dict:
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
         data = stored(cfg, data, model, trainer, times)
-        if hasattr(model, "set_threshold") and any(sample.split == "calibrate" for sample in data.samples):
-            model.validation = 0.0  # its threshold will come from these images: none need be kept from its training
+        model.expects_calibration = any(sample.split == "calibrate" for sample in data.samples)
         started = time.perf_counter()
         if past:
             model.update(trainer, data)
         elif isinstance(model, OnePassDetector | TrainedDetector):
             trainer.fit(model, datamodule=data, ckpt_path=state_in(folder) if resumed else None, weights_only=True)
         fitted = time.perf_counter()
-        loaders = [data.calibrate_dataloader()] if any(sample.split == "calibrate" for sample in data.samples) else []
+        loaders = [data.calibrate_dataloader()] if model.expects_calibration else []
         if past and cfg.protocol == "clean":
             loaders += calibration_of(past, data.samples)
         calibrated(trainer, model, calibrate, loaders)
@@ -193,15 +192,16 @@ def train(cfg: DictConfig) -> dict:
 
 def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders: Sequence[DataLoader]) -> None:
     """Give a fitted method the scores of held-out normal images, which its thresholds come from."""
-    found, maps = [], []
+    if not loaders:
+        return
+    model.to(trainer.strategy.root_device).eval()
+    with torch.no_grad():
+        model.calibrate(trainer.strategy.batch_to_device(batch) for loader in loaders for batch in loader)
+    found = []
     for loader in loaders:
         trainer.predict(model, dataloaders=loader, return_predictions=False)
         found.append(calibrate.values)
-        maps += calibrate.maps
-    if found:
-        model.calibration = torch.cat(found).to(model.device)
-    if maps:
-        model.set_threshold(maps)
+    model.calibration = torch.cat(found).to(model.device)
 
 
 def test(cfg: DictConfig) -> dict:
@@ -278,9 +278,8 @@ def predict(cfg: DictConfig) -> Predicted:
     failed: list[Failure] = []
     found = apply(model, paths, view, saved.batch_size, output, values.loading(read, view.seen), failed)
     found = followed(found, "predicting", len(paths), failed)
-    own = getattr(model, "map_threshold", None)  # from its paper
     alpha = saved.alpha if cfg.alpha is None else cfg.alpha
-    threshold, level = thresholds(model.calibration, alpha, own, cfg.threshold, cfg.map_threshold)
+    threshold, level = thresholds(model.calibration, alpha, model.map_threshold, cfg.threshold, cfg.map_threshold)
     names = output_names(paths, root)
     with held(output, ELSEWHERE):
         monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)

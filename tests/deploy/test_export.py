@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from PIL import Image
-from support import METHODS, QUICK, batch, bricks, composed, fitted, slow, tiny_overrides, tiny_run
+from support import METHODS, batch, bricks, composed, fitted, quick, slow, tiny_overrides, tiny_run
 
 from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
@@ -73,9 +73,9 @@ def pictures(tiny) -> list[Path]:
 
 
 @torch.no_grad()
-def quick(method: str, *overrides: str):
+def made(method: str, *overrides: str):
     """A method that has seen eight images and took no step of an optimiser, and the side of its images."""
-    cfg = composed(*tiny_overrides(Path("nowhere")), *QUICK.get(method, []), f"model={method}", *overrides)
+    cfg = composed(*tiny_overrides(Path("nowhere")), *quick(method), f"model={method}", *overrides)
     model, side = build(cfg.model), cfg.image_size or 64
     pictures = bricks(8, seed=0) if side == 64 else bricks(8, seed=0).repeat(1, 1, 2, 2)
     if isinstance(model, OnePassDetector):
@@ -91,7 +91,7 @@ def quick(method: str, *overrides: str):
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "noise_residual"])
 @torch.no_grad()
 def test_a_form_says_what_its_method_says(method):
-    model, side = quick(method)
+    model, side = made(method)
     image = bricks(3, seed=1) if side == 64 else bricks(3, seed=1).repeat(1, 1, 2, 2)
     image[0, :, 8:20, 8:20] = 1
     maps = method != "spade"
@@ -120,7 +120,7 @@ def test_a_form_says_what_its_method_says(method):
 )
 @torch.no_grad()
 def test_forms_of_other_settings(method, overrides):
-    model, side = quick(method, *overrides)
+    model, side = made(method, *overrides)
     image = bricks(2, seed=1)
     expected, found = model(image), portable(model, (side, side), True)(image)
     torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_what_cannot_be_a_graph_says_why():
     with pytest.raises(InputError, match="no fixed graph.*padim or patchcore"):
         portable(build(composed("model=noise_residual").model), (64, 64), False)
     with pytest.raises(InputError, match="maps=false"):
-        portable(quick("spade")[0], (64, 64), True)
+        portable(made("spade")[0], (64, 64), True)
 
 
 @pytest.mark.parametrize("format", ["onnx", *(slow(name) for name in ENDINGS if name != "onnx")])
@@ -352,7 +352,7 @@ def names_of(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("noise_residual", "padim")])
 def test_every_graph_has_the_same_names(method, tmp_path):
     needs(*NEEDS["openvino"])
-    (model, side), maps = quick(method), method != "spade"
+    (model, side), maps = made(method), method != "spade"
     form = portable(model, (side, side), maps)
     program, _ = export.traced(export.Graph(form, "uint8", None, View(Geometry(side), {}), maps), export.example("uint8", (side, side)))
     export.to_onnx(program, tmp_path / "m.onnx", 20)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from support import QUICK, composed, tiny_run
+from support import composed, quick, tiny_run
 from torch.nn import functional as F
 
 from blemish import run as tools
@@ -415,7 +415,7 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
 
 
 def test_a_method_without_a_backbone_takes_tiles_in_a_sweep_with_a_store(large, tmp_path):
-    options = ["crop=null", "image_size=32", "tiling=96", "store=on", f"store.root='{tmp_path / 'store'}'", *QUICK["ganomaly"]]
+    options = ["crop=null", "image_size=32", "tiling=96", "store=on", f"store.root='{tmp_path / 'store'}'", *quick("ganomaly")]
     train(tiny_run(large, tmp_path / "run", "model=ganomaly", *options, "trainer.max_epochs=1", "save.pictures=2"))
     assert not (tmp_path / "store").exists()
     train(tiny_run(large, tmp_path / "other", "model=dfkde", "crop=null", "image_size=32", "tiling=96", "save.pictures=2"))

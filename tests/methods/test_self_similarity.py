@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
-from support import composed
+from support import batch, composed
 
 from blemish import run
 from blemish.backbone import tiles
@@ -19,6 +19,7 @@ from blemish.data.images import prepare
 from blemish.data.samples import read_manifest
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
+from blemish.methods import self_similarity
 from blemish.methods.self_similarity import SelfSimilarity, threshold_of
 from blemish.ops.maps import paint, starts
 from blemish.types import InputError
@@ -36,10 +37,10 @@ def images(n, seed=0, height=56, width=72):
 
 
 @torch.no_grad()
-def fitted(model, batches):
-    state = model.new_state(sum(len(batch) for batch in batches))
-    for batch in batches:
-        state.update(model.collect(model.features(batch)))
+def fitted(model, parts):
+    state = model.new_state(sum(len(part) for part in parts))
+    for part in parts:
+        state.update(model.collect(model.features(part)))
     state.gather()
     model.fit(state)
     return model, state.compute()
@@ -126,8 +127,8 @@ def test_large_images_go_through_in_pieces(monkeypatch):
 def test_remembers_no_more_than_allowed(most):
     model = detector(most_tiles=most)
     state = model.new_state(10)
-    for batch in images(10).split(3):
-        state.update(model.collect(model.features(batch)))
+    for part in images(10).split(3):
+        state.update(model.collect(model.features(part)))
     rows = state.compute()
     assert (rows[:, 1] > 0).sum() <= max(most, 2)  # one tile of each of the two validation images at least
     assert (rows[:, 1] == 0).sum() <= max(most, 8)  # and of each of the eight others
@@ -168,8 +169,22 @@ def test_the_threshold_is_that_of_the_held_out_pixels():
     model, _ = fitted(detector(), [images(10)])
     pixels = model(images(10)[:2]).map
     assert model.map_threshold == pytest.approx(np.quantile(pixels, 0.95, method="inverted_cdf"), rel=1e-5)
-    model.set_threshold(list(model(images(3, 5)).map))
+    model.calibrate([batch(images(3, 5)[:2]), batch(images(3, 5)[2:])])
     assert model.map_threshold == pytest.approx(np.quantile(model(images(3, 5)).map, 0.95, method="inverted_cdf"), rel=1e-5)
+
+
+def test_calibration_thins_maps_to_its_bound_and_leaves_out_what_is_ignored(monkeypatch):
+    model, _ = fitted(detector(), [images(10)])
+    pictures = images(3, 5)
+    map = model(pictures).map
+    ignored = torch.zeros(map.shape, dtype=torch.bool)
+    ignored[:, :6] = ignored[1, :, :9] = True
+    for most, step in ((map.numel(), 1), (map.numel() - 1, 2), (map.numel() // 4 - 1, 4)):
+        monkeypatch.setattr(self_similarity, "MOST", most)
+        parts = batch(pictures)._replace(hidden=ignored)
+        model.calibrate([parts._replace(image=pictures[:2], hidden=ignored[:2]), parts._replace(image=pictures[2:], hidden=ignored[2:])])
+        seen = map[:, ::step, ::step][~ignored[:, ::step, ::step]]
+        assert model.map_threshold == pytest.approx(np.quantile(seen, 0.95, method="inverted_cdf"), rel=1e-5)
 
 
 def test_a_fixed_threshold_holds_out_nothing():
@@ -251,11 +266,11 @@ def test_foreign_script_among_hieroglyphs(real_data, tmp_path):
     inside, recall = inside_and_recall()
     assert inside >= 0.9
     assert recall >= 0.8
-    validation = [model(drawing[name]).map[0] for name in ("val1", "val2")]
+    validation = [batch(drawing[name]) for name in ("val1", "val2")]
     by_cdf = model.map_threshold
     for mode, value in (("zscore", 1.645), ("fixed", by_cdf)):
         model.rule = {"mode": mode, "value": value}
-        model.set_threshold(validation)
+        model.calibrate(validation)
         inside, recall = inside_and_recall()
         assert inside >= 0.85
         assert recall >= 0.8

@@ -72,6 +72,8 @@ class Data(pl.LightningDataModule):
 class Brightness(pl.LightningModule):
     """The brighter the more anomalous; `factor` stretches the values, `maps` can be left out."""
 
+    map_threshold = None
+
     def __init__(self, factor=1.0, maps=True):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))
@@ -136,34 +138,11 @@ def test_calibrate_collects_score_and_peak_of_every_image():
     np.testing.assert_allclose(values.values.numpy(), np.stack([score, score], 1), rtol=1e-6)
 
 
-class Thresholded(Brightness):
-    def set_threshold(self, maps):
-        pass
-
-
-def test_calibrate_keeps_the_maps_of_a_method_that_wants_them_within_bounds():
-    samples = samples_of(2, 2, 0)
-    _, _, map, _ = direct(samples, Thresholded(), "calibrate")
-    n, height, width = map.shape
-    for limit, step in ((n * height * width, 1), (n * height * width - 1, 2), (n * height * width // 4 - 1, 4)):
-        values = Calibrate(limit)
-        trainer_of(values).predict(Thresholded(), Data(samples), return_predictions=False)
-        np.testing.assert_allclose(torch.stack(values.maps), map[:, ::step, ::step], rtol=1e-6)
-    trainer_of(values).predict(Brightness(), Data(samples), return_predictions=False)
-    assert values.maps == []
-
-
-def test_what_is_not_looked_at_is_in_no_map_and_no_picture(tmp_path):
+def test_what_is_not_looked_at_is_in_no_picture(tmp_path):
     images, masks = torch.rand(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
     masks[:, :6] = masks[:, 20:] = masks[1, :, :9] = OUTSIDE
     batch = Batch(images, torch.tensor([0, 1]), masks, ["a.png", "b.png"])
-    model, trainer = Thresholded(), SimpleNamespace(world_size=1, global_rank=0)
-    values = Calibrate()
-    values.on_predict_start(trainer, model)
-    values.on_predict_batch_end(trainer, model, model(images), batch, 0)
-    values.on_predict_end(trainer, model)
-    for found, map, mask in zip(values.maps, model(images).map, masks, strict=True):
-        assert torch.equal(found, map[mask != OUTSIDE])
+    model, trainer = Brightness(), SimpleNamespace(world_size=1, global_rank=0)
     samples = [Sample("a.png", "test", 0, "good"), Sample("b.png", "test", 1, "hole")]
     evaluate = Evaluate(-1, MANY, 0.1, None)
     trainer.datamodule = Data(samples)

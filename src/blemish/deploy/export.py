@@ -277,7 +277,7 @@ def check(format: str, input: str, source: list[int] | None, view: View, path: P
 
 def map_threshold(model: Detector, alpha: float) -> float | None:
     """A method's own threshold of its maps, or the calibration's."""
-    own = getattr(model, "map_threshold", None)
+    own = model.map_threshold
     return conformal_threshold(model.calibration[:, 1], alpha).value if own is None else own
 
 

@@ -22,6 +22,8 @@ class Autoencoder(TrainedDetector):
     its map: max, as MVTec AD's authors rank images (Bergmann et al. 2021, IJCV 129, section 5), or mean; the paper scores pixels only.
     """
 
+    quick = ("trainer.max_epochs=15", "model.learning_rate=0.002")
+
     def __init__(
         self,
         image_size: int | None,
@@ -33,7 +35,7 @@ class Autoencoder(TrainedDetector):
         learning_rate: float,
         weight_decay: float,
         seed: int,
-        sigma: float = 0.0,  # runs of earlier versions have none
+        sigma: float,
     ):
         super().__init__()
         self.save_hyperparameters()

@@ -37,6 +37,7 @@ class CFlow(TrainedDetector):
     batch takes as many steps as that needs. The score is the map's maximum.
     """
 
+    quick = ("trainer.max_epochs=4", "model.learning_rate=0.002", "model.blocks=4")
     needs_images = False
 
     def __init__(

@@ -21,6 +21,8 @@ class DFKDE(OnePassDetector):
     images span fewer directions than `components`, there are as many components as directions.
     """
 
+    min_images = 2
+
     def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, components: int, bandwidth: str | float, seed: int):
         super().__init__()
         self.save_hyperparameters()

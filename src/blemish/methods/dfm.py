@@ -23,6 +23,8 @@ class DFM(OnePassDetector):
     score=nll: −log likelihood of the Gaussian in the components' space, no map. `pool` cells a side are averaged into one.
     """
 
+    min_images = 2
+
     def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, pool: int, keep: float, score: str, seed: int):
         super().__init__()
         check_choice("model", ("fre", "nll"), score=score)

@@ -27,6 +27,7 @@ class DFR(TrainedDetector):
     code; the paper itself is about segmentation.
     """
 
+    quick = ("trainer.max_epochs=20", "model.learning_rate=0.01")
     needs_images = False
 
     def __init__(

@@ -23,6 +23,7 @@ class GANomaly(TrainedDetector):
     many after every other up to `max_channels`. `clip` bounds the norm of each network's gradient.
     """
 
+    quick = ("trainer.max_epochs=30", "model.channels=8")
     clipped_by = "model.clip"
 
     def __init__(

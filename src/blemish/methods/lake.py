@@ -28,6 +28,9 @@ class LAKE(TrainedDetector):
     rule `bandwidth`, or gaussian.
     """
 
+    quick = ("trainer.max_epochs=10", "model.learning_rate=0.002")
+    min_images = 2
+
     def __init__(
         self,
         image_size: int | None,

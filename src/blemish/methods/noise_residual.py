@@ -1,6 +1,7 @@
 """Anomaly detection as detection in noise, in one single image (Davy, Ehret, Morel, Delbracio, ICIP 2018; Ehret et al., IPOL 2019)."""
 
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,13 @@ class NoiseResidual(Detector):
     reconstruction then takes the place of the patch model. `mode: measured` measures the tails of the discs' means too, which keeps the
     bound on textures and costs strength; `mode: reference` repeats the authors' program, its known slips included.
     """
+
+    decides_by_map = True
+    map_floor = 0.0
+    not_exportable = (
+        "it searches each image's own patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export "
+        "padim or patchcore"
+    )
 
     def __init__(
         self,
@@ -77,6 +85,10 @@ class NoiseResidual(Detector):
             "tile": tile,
             "seed": seed,
         }
+
+    @property
+    def map_threshold(self) -> float:
+        return -math.log10(self.epsilon)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Prediction:

@@ -32,6 +32,8 @@ class PatchSVDD(TrainedDetector):
     drawn from every image a step. `strides` {64: s, 32: s} are those of inference, multiples of 4.
     """
 
+    quick = ("trainer.max_epochs=10", "model.learning_rate=0.002", "model.dim=16", "image_size=128")
+
     def __init__(
         self, dim: int, weight: float, pairs: int, strides: Mapping[int, int], learning_rate: float, weight_decay: float, seed: int
     ):
@@ -55,7 +57,6 @@ class PatchSVDD(TrainedDetector):
         for size in SIZES:
             self.register_buffer(f"bank{size}", torch.empty(0))  # (M, D) patches of all training images
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
-        self.register_buffer("deviation", torch.ones(1, 1, 1, 1))  # runs of earlier versions divide by the images'
 
     @torch.no_grad()
     def before_training(self, batches: Iterable[Batch]) -> None:
@@ -74,7 +75,7 @@ class PatchSVDD(TrainedDetector):
 
     def loss(self, batch: Batch) -> Tensor:
         generator = self.generator()
-        x = (batch.image - self.mean) / self.deviation
+        x = batch.image - self.mean
         if min(x.shape[-2:]) < 2 * SIZES[0]:
             raise InputError(f"image_size: {tuple(x.shape[-2:])}; Patch SVDD compares patches that lie 64 px apart: expected 128 or more")
         total = 0
@@ -87,7 +88,7 @@ class PatchSVDD(TrainedDetector):
             pairs = torch.cat([cut(x, owner, corner, size) for corner in (first, far)])
             shift = torch.randn(len(pairs), 3, 1, 1, generator=generator, device=x.device)
             noise = torch.randn(pairs.shape, generator=generator, device=x.device)
-            codes = self.embed(pairs + SHAKE / self.deviation * (shift + noise), size).flatten(1)
+            codes = self.embed(pairs + SHAKE * (shift + noise), size).flatten(1)
             guess = self.compass[str(size)](codes[len(owner) :] - codes[: len(owner)])  # (n, 8)
             total = total + self.weight * close + F.cross_entropy(guess, direction)
         return total
@@ -96,7 +97,7 @@ class PatchSVDD(TrainedDetector):
         """Embeddings (B, h, w, D) of the patches that cover images (B, 3, H, W), at the stride of inference."""
         if min(image.shape[-2:]) < SIZES[0]:
             raise InputError(f"image_size: {tuple(image.shape[-2:])}; Patch SVDD needs 64 px or more")
-        dense = self.embed((image - self.mean) / self.deviation, size)
+        dense = self.embed(image - self.mean, size)
         stride = self.strides[size]
         # the last patch is flush with the border as far as the encoder's own stride allows
         rows, columns = (starts(side - (side - size) % STEP, size, stride).to(image.device) // STEP for side in image.shape[-2:])

@@ -24,6 +24,7 @@ class ReverseDistillation(TrainedDetector):
     `loss` is `flattened`, one cosine per image and stage over channels and positions, or `position`, the mean of the map (eq. 2).
     """
 
+    quick = ("trainer.max_epochs=40", "model.learning_rate=0.02", "model.stages=[1]", "model.loss=position", "batch_size=6")
     needs_images = False
 
     def __init__(

@@ -25,6 +25,8 @@ class RIAD(TrainedDetector):
     similarity on `scales` scales. The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, and the image's score its maximum.
     """
 
+    quick = ("trainer.max_epochs=15", "model.learning_rate=0.003", "model.channels=8", "model.smooth=5")
+
     def __init__(
         self,
         channels: int,
@@ -34,7 +36,7 @@ class RIAD(TrainedDetector):
         learning_rate: float,
         milestones: Sequence[int],
         seed: int,
-        scales: int = 4,  # runs of earlier versions have none
+        scales: int,
     ):
         super().__init__()
         self.save_hyperparameters()

@@ -1,7 +1,7 @@
 """Self-similarity: tiles unlike every word of a dictionary of normal tiles (Napoletano, Piccoli, Schettini, Sensors 2018, 18(1):209)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops import kmeans, pca
 from blemish.ops.maps import paint
 from blemish.ops.randomness import stream
-from blemish.types import InputError, Prediction
+from blemish.types import Batch, InputError, Prediction
+
+MOST = 2**24  # pixels of held-out images that the threshold is taken from
 
 
 class SelfSimilarity(OnePassDetector):
@@ -63,9 +65,10 @@ class SelfSimilarity(OnePassDetector):
 
     def new_state(self, images: int) -> RowBuffer:
         # validation images are the first that come, in the order the loader draws; a single image serves for both
+        validation = 0.0 if self.expects_calibration else self.validation
         self.images = images
-        self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(self.validation * images))
-        self.held = 0 if self.validation == 0 else min(self.validating, images - 1)
+        self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(validation * images))
+        self.held = 0 if validation == 0 else min(self.validating, images - 1)
         self.each = max(1, self.most_tiles // (images - self.held))  # tiles of an image for the dictionary
         self.room = max(1, self.most_tiles // max(1, self.validating))  # and for the threshold
         self.seen = 0
@@ -107,12 +110,22 @@ class SelfSimilarity(OnePassDetector):
             # as if no tile had been moved to be flush with the border: the image's own size is not known
             size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
             maps.append(self.score([grid[None]], size).map[0])
-        self.set_threshold(maps)
+        self.threshold = self.mean.new_tensor(threshold_of(torch.cat([self.mean[:0], *(map.flatten() for map in maps)]), **self.rule))
 
-    def set_threshold(self, maps: Sequence[Tensor]) -> None:
-        """The threshold from maps (H, W) of normal images that are not in the dictionary; `fixed` needs none."""
-        pixels = torch.cat([self.mean[:0], *(map.flatten().to(self.mean) for map in maps)])
-        self.threshold = pixels.new_tensor(threshold_of(pixels, self.rule["mode"], self.rule["value"]))
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Set the threshold from the pixels of images that are not in the dictionary, thinned to at most MOST on a process."""
+        step, maps = 1, []
+        for batch in batches:
+            found = self.test_step(batch, 0).map
+            found = found if batch.hidden is None else found.masked_fill(batch.hidden, torch.nan)
+            maps += [map[::step, ::step].clone() for map in found]
+            while sum(map.numel() for map in maps) > MOST:
+                step, maps = 2 * step, [map[::2, ::2].clone() for map in maps]
+        pixels = torch.cat([self.mean[:0], *(map[~map.isnan()] for map in maps)])
+        state = RowBuffer(len(pixels)).to(pixels.device)
+        state.update(pixels)
+        state.gather()
+        self.threshold = self.mean.new_tensor(threshold_of(state.compute(), **self.rule))
 
     @property
     def space(self) -> pca.PCA:

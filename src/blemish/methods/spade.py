@@ -35,6 +35,11 @@ class SPADE(OnePassDetector):
     file after the fit and from the checkpoint later, so that only the images looked at need be in memory.
     """
 
+    map_not_exportable = (
+        "the search among all positions of the nearest images branches on the data, and without branches it is a product of all positions "
+        "with all; use maps=false for its score, or export patchcore for a map"
+    )
+
     def __init__(
         self,
         backbone: str,

@@ -21,6 +21,8 @@ class STFPM(TrainedDetector):
     summed over the stages (paper, eq. 1 to 3 with α = 1); the map is the product of the stages' errors, and the image's score its maximum.
     """
 
+    quick = ("trainer.max_epochs=8",)
+
     def __init__(
         self,
         backbone: str,

@@ -21,6 +21,8 @@ class VAE(TrainedDetector):
     a draw (score=elbo). The map is blurred by a Gaussian of `sigma` pixels.
     """
 
+    quick = ("trainer.max_epochs=15", "model.learning_rate=0.002")
+
     def __init__(
         self,
         image_size: int | None,
@@ -31,7 +33,7 @@ class VAE(TrainedDetector):
         learning_rate: float,
         weight_decay: float,
         seed: int,
-        sigma: float = 0.0,  # runs of earlier versions have none
+        sigma: float,
     ):
         super().__init__()
         self.save_hyperparameters()

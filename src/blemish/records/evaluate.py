@@ -36,39 +36,19 @@ ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds tha
 
 
 class Calibrate(Callback):
-    """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards.
+    """Collects score and largest map value of every image of `trainer.predict`; `values` is there on every process afterwards."""
 
-    For a method that sets a threshold of its own, `maps` are there as well, thinned to at most `limit` pixels on a process; of one of which
-    a part is not looked at, the values of the rest.
-    """
-
-    def __init__(self, limit: int = 2**24) -> None:
+    def __init__(self) -> None:
         self.values = torch.empty(0, 2)  # (n, 2) float32; an image-level method's score stands in both columns
-        self.maps: list[Tensor] = []  # each (H, W) or (n,) float32
-        self.limit = limit
-        self._begin()
-
-    def _begin(self) -> None:
-        self.seen: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self.step = 1  # every so many rows and columns of a map are kept
+        self.seen: dict[str, Tensor] = {}
 
     def on_predict_start(self, trainer, module) -> None:
-        self._begin()
+        self.seen = {}
 
     def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         peak = outputs.score if outputs.map is None else outputs.map.amax((1, 2))  # (B,)
         pairs = torch.stack([outputs.score, peak], 1).detach().float().cpu()  # (B, 2)
-        wanted = outputs.map is not None and hasattr(module, "set_threshold")
-        shown = outputs.map.masked_fill(batch.mask == OUTSIDE, torch.nan) if wanted else [None] * len(pairs)
-        maps = [self._thinned(map, self.step) for map in shown] if wanted else shown
-        self.seen.update(zip(batch.path, zip(pairs, maps, strict=True), strict=True))
-        while sum(map.numel() for _, map in self.seen.values() if map is not None) > self.limit:
-            self.step *= 2
-            self.seen = {key: (pair, map if map is None else self._thinned(map, 2)) for key, (pair, map) in self.seen.items()}
-
-    @staticmethod
-    def _thinned(map: Tensor, step: int) -> Tensor:
-        return map[::step, ::step].detach().float().cpu().clone()
+        self.seen.update(zip(batch.path, pairs, strict=True))
 
     def on_predict_end(self, trainer, module) -> None:
         parts = [self.seen]
@@ -76,10 +56,8 @@ class Calibrate(Callback):
             parts = [None] * trainer.world_size
             all_gather_object(parts, self.seen)
         seen = {key: found for part in parts for key, found in part.items()}
-        found = [seen[key] for key in sorted(seen)]
-        self.values = torch.stack([pair for pair, _ in found]) if found else torch.empty(0, 2)
-        self.maps = [map[~map.isnan()] if map.isnan().any() else map for _, map in found if map is not None]
-        self._begin()
+        self.values = torch.stack([seen[key] for key in sorted(seen)]) if seen else torch.empty(0, 2)
+        self.seen = {}
 
 
 class Seen(NamedTuple):
@@ -127,7 +105,7 @@ class Evaluate(Callback):
     def on_test_start(self, trainer, module) -> None:
         self._begin([sample for sample in trainer.datamodule.samples if sample.split == "test"])
         self.calibration = module.calibration.detach().cpu()
-        self.level = getattr(module, "map_threshold", None)
+        self.level = module.map_threshold
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         with self.times.stage("metrics") if self.times else contextlib.nullcontext():
