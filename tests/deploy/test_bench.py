@@ -115,7 +115,7 @@ def test_what_has_no_export_is_timed_by_torch(run, monkeypatch, tmp_path, caplog
     def refuse(*_):
         raise InputError("no graph")
 
-    monkeypatch.setattr(bench, "portable", refuse)
+    monkeypatch.setattr(bench, "traced", refuse)
     rows = bench_run(config(run, "engines=[torch,onnxruntime]", "batch=1", f"output='{tmp_path}/b.json'"), load, build)
     assert {r.engine for r in rows} == {"any", "torch"}
     assert "onnxruntime is left out: no graph" in caplog.text

@@ -21,13 +21,13 @@ from support import METHODS, batch, bricks, composed, fitted, quick, slow, tiny_
 from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
 from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
-from blemish.deploy.portable import BLOCKS, portable
 from blemish.deploy.predict import View, predict
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
+from blemish.ops import gaussian
 from blemish.run import build, load, train
 from blemish.scoring.calibration import conformal_threshold, p_values
 from blemish.types import InputError
@@ -90,12 +90,14 @@ def made(method: str, *overrides: str):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "noise_residual"])
 @torch.no_grad()
-def test_a_form_says_what_its_method_says(method):
+def test_the_score_of_a_graph_is_that_of_its_method(method, monkeypatch):
     model, side = made(method)
     image = bricks(3, seed=1) if side == 64 else bricks(3, seed=1).repeat(1, 1, 2, 2)
     image[0, :, 8:20, 8:20] = 1
     maps = method != "spade"
-    expected, found = model(image), portable(model, (side, side), maps)(image)
+    expected = model(image)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    found = model(image)
     torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
     if maps and expected.map is not None:
         torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-5)
@@ -119,21 +121,23 @@ def test_a_form_says_what_its_method_says(method):
     ],
 )
 @torch.no_grad()
-def test_forms_of_other_settings(method, overrides):
-    model, side = made(method, *overrides)
+def test_graphs_of_other_settings(method, overrides, monkeypatch):
+    model, _ = made(method, *overrides)
     image = bricks(2, seed=1)
-    expected, found = model(image), portable(model, (side, side), True)(image)
+    expected = model(image)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    found = model(image)
     torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
     if method == "padim":
         assert len(model.cholesky) == 64 * 4
-        assert BLOCKS == 4
+        assert gaussian.BLOCKS == 4
 
 
 def test_what_cannot_be_a_graph_says_why():
     with pytest.raises(InputError, match="no fixed graph.*padim or patchcore"):
-        portable(build(composed("model=noise_residual").model), (64, 64), False)
+        export.check_exportable(build(composed("model=noise_residual").model), maps=False)
     with pytest.raises(InputError, match="maps=false"):
-        portable(made("spade")[0], (64, 64), True)
+        export.check_exportable(made("spade")[0], maps=True)
 
 
 @pytest.mark.parametrize("format", ["onnx", *(slow(name) for name in ENDINGS if name != "onnx")])
@@ -353,11 +357,11 @@ def names_of(path: Path) -> list[list[str]]:
 def test_every_graph_has_the_same_names(method, tmp_path):
     needs(*NEEDS["openvino"])
     (model, side), maps = made(method), method != "spade"
-    form = portable(model, (side, side), maps)
-    program, _ = export.traced(export.Graph(form, "uint8", None, View(Geometry(side), {}), maps), export.example("uint8", (side, side)))
+    graph = export.Graph(model, (side, side), "uint8", None, View(Geometry(side), {}), maps)
+    program, _ = export.traced(graph, export.example("uint8", (side, side)))
     export.to_onnx(program, tmp_path / "m.onnx", 20)
     with torch.no_grad():
-        mapped = form(torch.rand(1, 3, side, side)).map is not None
+        mapped = maps and model(torch.rand(1, 3, side, side)).map is not None
     assert names_of(tmp_path / "m.onnx") == [["image"], ["score"], ["map"]][: 3 if mapped else 2]
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.data.images import prepare, unplace
-from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, to_onnx, traced, view_of
-from blemish.deploy.portable import portable, splits
+from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, splits, to_onnx, traced, view_of
 from blemish.deploy.predict import View
 from blemish.detector import Detector
 from blemish.edge import runtime
@@ -74,10 +73,10 @@ class Backbone(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.form, self.before = graph.form, graph
+        self.model, self.graph = graph.model, graph
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        return list(self.form.features(self.before.unit(image)))
+        return list(self.model.features(self.graph.unit(image)))
 
 
 class Score(nn.Module):
@@ -85,10 +84,10 @@ class Score(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.form, self.maps = graph.form, graph.maps
+        self.model, self.size, self.maps = graph.model, graph.size, graph.maps
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
-        score, map = self.form.score(maps)
+        score, map = self.model.score(maps, self.size)
         return (score, map) if self.maps and map is not None else (score,)
 
 
@@ -211,15 +210,11 @@ def graph_engine(
     name: str, model: Detector, view: View, size: tuple[int, int], input: str, maps: bool, threads: int, opset: int, folder: Path
 ) -> Engine:
     """The run's export, whole and in two parts, run as `blemish.edge.runtime` runs it."""
-
-    def graph() -> Graph:  # one for each part: what a part does not use is taken from its copy of the method
-        return Graph(portable(model, size, maps), input, None, view, maps).eval()
-
-    whole, images = graph(), example(input, size)
+    whole, images = Graph(model, size, input, None, view, maps).eval(), example(input, size)
     parts: dict[str, tuple[nn.Module, Any]] = {"whole": (whole, images)}
-    if whole.form.features:
+    if splits(model):
         with torch.no_grad():
-            parts |= {"backbone": (Backbone(graph()), images), "score": (Score(graph()), Backbone(whole)(images))}
+            parts |= {"backbone": (Backbone(whole), images), "score": (Score(whole), Backbone(whole)(images))}
     calls, batches = {}, []
     for part, (module, given) in parts.items():
         program, batch = traced(module, given)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blemish.backbone.features import Features
 from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.data.images import hidden, prepare
 from blemish.data.module import cut
 from blemish.data.regions import Region
 from blemish.data.samples import Sample, read_manifest
-from blemish.deploy.portable import Form, portable
 from blemish.deploy.predict import View, images_at
 from blemish.deploy.tiling import TOGETHER, score_image
 from blemish.detector import Detector, within
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch_export": ()}
 NAMES = (["image"], ["score", "map"])  # of what goes in and comes out, the map where there is one
+FOLDED = 2**20  # values of a constant that may be larger than what it is computed from
 LARGEST = 2**31 - 2**20  # bytes of constants: what a protobuf may hold, less its graph
 
 
@@ -78,9 +80,10 @@ class Graph(nn.Module):
     in here, by the whole numbers that torch resizes bytes with.
     """
 
-    def __init__(self, form: Form, input: str, source: Sequence[int] | None, view: View, maps: bool):
+    def __init__(self, model: Detector, size: tuple[int, int], input: str, source: Sequence[int] | None, view: View, maps: bool):
         super().__init__()
-        self.form, self.bytes, self.maps, self.crop = form, input == "uint8", maps, view.geometry.crop
+        check_exportable(model, maps)
+        self.model, self.size, self.bytes, self.maps, self.crop = model, size, input == "uint8", maps, view.geometry.crop
         self.steps, self.beside = [], []
         if source and view.geometry.size:
             inner, outer = view.geometry.inner(*source), view.geometry.outer(*source)
@@ -106,7 +109,7 @@ class Graph(nn.Module):
             x = ((torch.cat(parts, axis) + 2 ** (bits - 1)) * 2.0**-bits).floor().clamp(0, 255)
         if any(self.beside):
             x = F.pad(x, self.beside, value=float(GREY))
-        if self.crop and tuple(x.shape[-2:]) != self.form.size:
+        if self.crop and tuple(x.shape[-2:]) != self.size:
             top, left = ((side - self.crop) // 2 for side in x.shape[-2:])
             x = x[..., top : top + self.crop, left : left + self.crop]
         return x.float() / 255
@@ -116,7 +119,7 @@ class Graph(nn.Module):
         return self.placed(image.permute(0, 3, 1, 2).float()) if self.bytes else image
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        score, map = self.form(self.unit(image))
+        score, map = self.model(self.unit(image))
         return (score, map) if self.maps and map is not None else (score,)
 
 
@@ -216,8 +219,7 @@ def export(
     size = [side, side] if side else size or source
     if not size:
         raise InputError("size: this run takes images of any size, an export of one alone; expected size=[height,width]")
-    form = portable(model.cpu().eval(), tuple(size), maps)
-    program, batch = traced(Graph(form, input, source, view, maps), example(input, source or size))
+    program, batch = traced(Graph(model.cpu().eval(), tuple(size), input, source, view, maps), example(input, source or size))
     calibration = model.calibration[:, 0].double()
     threshold = conformal_threshold(calibration, facts["alpha"]).value
     facts = {
@@ -297,23 +299,48 @@ def traced(graph: nn.Module, given: Any) -> tuple[torch.export.ExportedProgram, 
         try:
             return program_of(graph, one, None), 1
         except Exception as error:
-            raise InputError(f"{type(graph.form.model).__name__} cannot be traced by torch.export: {str(error)[:500]}") from error
+            raise InputError(f"{type(graph.model).__name__} cannot be traced by torch.export: {str(error)[:500]}") from error
 
 
 def program_of(graph: nn.Module, given: Any, dynamic: tuple | None) -> torch.export.ExportedProgram:
-    program = torch.export.export(graph, (given,), dynamic_shapes=dynamic, strict=False)
-    return torch.export.export(graph, (given,), dynamic_shapes=dynamic, strict=False) if slimmer(graph, program) else program
+    """The program of a graph, with constants computed once, and without what is not used."""
+    module = torch.export.export(graph, (given,), dynamic_shapes=dynamic, strict=False).module(check_guards=False)
+    fold(module)
+    return torch.export.export(torch.fx.GraphModule(module, module.graph), (given,), dynamic_shapes=dynamic, strict=False)
 
 
-def slimmer(graph: nn.Module, program: torch.export.ExportedProgram) -> bool:
-    """Take from the graph's copy of its method the buffers that it does not use; whether there were any."""
-    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    unused = [buffer for name, buffer in program.graph_signature.inputs_to_buffers.items() if name not in used]
-    own = graph.form.model._buffers
-    chosen = [name.removeprefix("form.model.") for name in unused if name.removeprefix("form.model.") in own]
-    for name in chosen:
-        own[name] = own[name].new_empty(0)
-    return bool(chosen)
+def fold(module: torch.fx.GraphModule) -> None:
+    """Replace what depends on no input by its value, unless that is large and larger than what it is computed from."""
+    values: dict[torch.fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = attrgetter(node.target)(module)
+        elif node.op == "call_function" and all(source in values for source in node.all_input_nodes):
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            value = node.target(*args, **kwargs)
+            sources = sum(values[source].numel() for source in node.all_input_nodes if isinstance(values[source], Tensor))
+            if not isinstance(value, Tensor) or value.numel() <= max(FOLDED, sources):
+                values[node] = value
+    for node, value in values.items():
+        if node.op == "call_function" and isinstance(value, Tensor) and not node.users.keys() <= values.keys():
+            module.register_buffer(f"folded_{node.name}", value.clone(memory_format=torch.contiguous_format))
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(f"folded_{node.name}"))
+    module.graph.eliminate_dead_code()
+
+
+def splits(model: Detector) -> bool:
+    """Whether a method is `score` of the maps of its backbone and nothing else."""
+    return isinstance(getattr(model, "backbone", None), Features) and type(model).forward is Detector.forward
+
+
+def check_exportable(model: Detector, maps: bool) -> None:
+    """InputError for a method that has no export, or none with its map, with what to use instead."""
+    name = type(model).__module__.rpartition(".")[2]
+    if model.not_exportable:
+        raise InputError(f"{name} cannot be exported: {model.not_exportable}")
+    if maps and model.map_not_exportable:
+        raise InputError(f"{name} cannot be exported with its map: {model.map_not_exportable}")
 
 
 def to_onnx(

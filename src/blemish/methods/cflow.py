@@ -123,7 +123,8 @@ class CFlow(TrainedDetector):
         found = []
         for stage, map in enumerate(maps):
             rows, grid = self.rows(map), self.encodings(map)  # (B, P, C)
-            step = max(1, ROWS // len(map))
+            # a graph takes all rows at once, as its batch size is free
+            step = rows.shape[1] if torch.compiler.is_exporting() else max(1, ROWS // len(map))
             places = torch.arange(rows.shape[1], device=map.device).split(step)
             parts = zip(rows.split(step, dim=1), places, strict=True)
             logs = [log_likelihood(*self.flows[stage](x, self.condition_at(stage, at, grid))) for x, at in parts]  # (B, p) each

@@ -42,6 +42,8 @@ class PaDiM(OnePassDetector):
         order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
         self.register_buffer("drawn", order[:n_features].sort().values)  # (d,)
         self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
+        stage_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))[self.drawn]
+        self.counts = stage_of.bincount(minlength=len(channels)).tolist()  # drawn channels of each stage
         # (P, d), then either (P, d, d) or (N, P, d) and (P, N, N): the others stay empty
         for name in ("mean", "cholesky", "woodbury", "lower"):
             self.register_buffer(name, torch.empty(0))
@@ -50,11 +52,10 @@ class PaDiM(OnePassDetector):
     def embed(self, maps: Maps) -> Tensor:
         """The drawn channels of all stages at every position of the finest grid, (B, P, d)."""
         parts = []
-        for stage, first in zip(maps, self.first, strict=True):
+        for stage, first, drawn in zip(maps, self.first, self.drawn.split(self.counts), strict=True):
             # drawing first and resizing then costs less than the other way round
-            wanted = self.drawn[(self.drawn >= first) & (self.drawn < first + stage.shape[1])] - first
-            if len(wanted) or not parts:  # the first stage sets the grid even if nothing of it was drawn
-                parts.append(stage.index_select(1, wanted).float())
+            if len(drawn) or not parts:  # the first stage sets the grid even if nothing of it was drawn
+                parts.append(stage.index_select(1, drawn - first).float())
         # the channels of a position side by side: batched products would copy position by position otherwise
         return align(parts, self.align).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
 

@@ -109,8 +109,8 @@ class PatchCore(OnePassDetector):
         distance, index = (v.view(x.shape[:2]) for v in nearest(x.flatten(0, 1), self.bank, 1))  # (B, P)
         score, worst = distance.max(1)  # (B,)
         if self.neighbours and len(self.bank) > 1:
-            each = torch.arange(len(x), device=x.device)
-            score = score * weight(x[each, worst], score, self.bank, index[each, worst], self.neighbours)
+            x = x.gather(1, worst[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]  # (B, D)
+            score = score * weight(x, score, self.bank, index.gather(1, worst[:, None])[:, 0], self.neighbours)
         grid = maps[0].shape[-2:]
         return Prediction(score, smooth_upsample(distance.unflatten(1, grid), size, self.sigma))
 
@@ -130,11 +130,20 @@ def embed(maps: Maps, embed_dim: int | None) -> Tensor:
     x = align(parts, mode="bilinear").flatten(2).transpose(1, 2)  # (B, P, ΣC)
     if embed_dim is None:
         return x.contiguous()
-    return F.adaptive_avg_pool1d(x, embed_dim) if pooled else x @ pooling_root(channels, embed_dim).to(x)
+    return pool(x, embed_dim) if pooled else x @ pooling_root(channels, embed_dim).to(x)
+
+
+def pool(x: Tensor, count: int) -> Tensor:
+    """Adaptive average pooling of the channels of (…, C) to `count`."""
+    if torch.compiler.is_exporting():  # as a product with a constant
+        return x @ F.adaptive_avg_pool1d(torch.eye(x.shape[-1])[None], count)[0]
+    return F.adaptive_avg_pool1d(x, count)
 
 
 def pool_map(map: Tensor, count: int) -> Tensor:
     """Adaptive average pooling of the channels of (B, C, h, w) to `count`."""
+    if torch.compiler.is_exporting():
+        return pool(map.movedim(1, -1), count).movedim(-1, 1)
     return F.adaptive_avg_pool1d(map.flatten(2).transpose(1, 2), count).transpose(1, 2).unflatten(2, map.shape[-2:])
 
 

@@ -1,6 +1,7 @@
 """RIAD: what cannot be inpainted from its surroundings (Zavrtanik, Kristan, Skočaj 2021, Pattern Recognition 112, 107706)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -51,25 +52,25 @@ class RIAD(TrainedDetector):
         with seeded(seed):
             self.net = UNet(channels).to(memory_format=torch.channels_last)
 
-    def inpaint(self, image: Tensor, cell: int, generator: torch.Generator) -> Tensor:
-        """Images (B, 3, H, W) of which every pixel was filled in without having been seen."""
+    def inpaint(self, image: Tensor, cell: int, masks: Callable[..., Tensor]) -> Tensor:
+        """Images (B, 3, H, W) of which every pixel is filled in from others; `masks` takes size, cell and sets, see `deal`."""
         multiple = max(2**HALVINGS, cell)
         if any(side % multiple for side in image.shape[-2:]):
             raise InputError(f"image_size: sides {tuple(image.shape[-2:])}; RIAD with cells of {cell} px needs multiples of {multiple}")
-        masks = deal(image.shape[-2:], cell, self.sets, generator)[:, None, None].to(image.device)  # (n, 1, 1, H, W), 1 where hidden
+        masks = masks(tuple(image.shape[-2:]), cell, self.sets)[:, None, None].to(image.device)  # (n, 1, 1, H, W), 1 where hidden
         hidden = (image * (1 - masks)).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (n·B, 3, H, W)
         return (self.net(hidden).unflatten(0, (self.sets, -1)) * masks).sum(0)
 
     def loss(self, batch: Batch) -> Tensor:
         generator = self.generator()
         pick = int(torch.randint(len(self.cells), (1,), generator=generator, device=generator.device))
-        again = self.inpaint(batch.image, self.cells[pick], generator)
+        again = self.inpaint(batch.image, self.cells[pick], partial(deal, generator=generator))
         gradient = sum(1 - level.mean() for level in similarities(batch.image, again, self.scales)) / self.scales
         return F.mse_loss(again, batch.image) + gradient + dissimilarity(batch.image, again, WINDOW).mean()
 
     def inpaintings(self, image: Tensor) -> list[Tensor]:
         """One for each k, with masks that are the same for every image and on every device."""
-        return [self.inpaint(image, cell, stream(self.hparams.seed, cell)) for cell in self.cells]
+        return [self.inpaint(image, cell, partial(fixed, seed=self.hparams.seed)) for cell in self.cells]
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The mean of the inpaintings (B, 3, H, W), in [0, 1]."""
@@ -96,6 +97,13 @@ def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) 
     order = torch.randperm(grid[0] * grid[1], generator=generator, device=generator.device)
     owner = (order % sets).view(grid).repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (H, W)
     return F.one_hot(owner, sets).movedim(-1, 0).float()
+
+
+@lru_cache(maxsize=8)
+def fixed(size: tuple[int, int], cell: int, sets: int, seed: int) -> Tensor:
+    """The masks of every test image."""
+    with torch.inference_mode(False):
+        return deal(size, cell, sets, stream(seed, cell))
 
 
 def similarity(image: Tensor, other: Tensor, scales: int) -> Tensor:

@@ -11,6 +11,7 @@ from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops import kmeans, pca
 from blemish.ops.maps import paint
+from blemish.ops.neighbours import pairwise
 from blemish.ops.randomness import stream
 from blemish.types import Batch, InputError, Prediction
 
@@ -133,7 +134,7 @@ class SelfSimilarity(OnePassDetector):
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         x = pca.transform(self.space, maps[0].movedim(1, -1), whiten=True)  # (B, h, w, k)
-        distance = torch.cdist(x.flatten(0, 2), self.words, compute_mode="donot_use_mm_for_euclid_dist")  # (B·h·w, words)
+        distance = pairwise(x.flatten(0, 2), self.words)  # (B·h·w, words)
         nearest = distance.topk(min(self.neighbors, len(self.words)), largest=False).values.mean(1).view(x.shape[:3])  # (B, h, w)
         map = paint(nearest, size, self.tile, self.stride)
         return Prediction(map.amax((1, 2)), map)

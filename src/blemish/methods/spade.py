@@ -103,6 +103,8 @@ class SPADE(OnePassDetector):
                 f"image_size: SPADE's gallery has {gallery[0].shape[1]} positions and now sees {grids[0]}; keep the image size"
             )
         distance, index = nearest(describe(maps[self.deep]), self.images, min(self.neighbors, len(self.images)))  # (B, K)
+        if torch.compiler.is_exporting():
+            return Prediction(distance.mean(1))
         parts = [rows(stage) for stage in maps[: self.local]]
         found = [correspondences([part[i] for part in parts], [stage[near] for stage in gallery], grids) for i, near in enumerate(index)]
         return Prediction(distance.mean(1), smooth_upsample(torch.stack(found).unflatten(1, grids[0]), size, self.sigma))

@@ -5,9 +5,12 @@ keep; where N ≤ d Woodbury's identity turns the same inverse into an (N, d) fa
 LLᵀ = XXᵀ + ε(N-1)·I.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+BLOCKS = 4  # of rows of a triangular matrix in an export
 CHUNK = 256  # positions at a time: the temporaries stay small beside the statistics
 
 
@@ -72,7 +75,12 @@ def samples_of(mean: Tensor, factor: Tensor, lower: Tensor) -> Tensor:
 
 def mahalanobis_cholesky(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """Distances √((x-μ)ᵀΣ⁻¹(x-μ)) of samples (P, B, d) from L⁻¹ (P, d, d): (P, B)."""
-    return ((x - mean[:, None]) @ factor.mT).norm(dim=2)
+    x = x - mean[:, None]
+    if torch.compiler.is_exporting():  # L⁻¹ in blocks of rows: most of what is above its diagonal is left out of the file and the product
+        ends = [round(x.shape[2] * i / BLOCKS) for i in range(BLOCKS + 1)]
+        blocks = [(x[..., :end] @ factor[:, start:end, :end].mT.contiguous()) for start, end in pairwise(ends)]
+        return sum(block.square().sum(2) for block in blocks).sqrt()
+    return (x @ factor.mT).norm(dim=2)
 
 
 def mahalanobis_woodbury(x: Tensor, mean: Tensor, factor: Tensor, epsilon: float) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blemish.ops.neighbours import pairwise
 from blemish.types import InputError
 
 TILE = 2**22  # distances held at a time: 32 MB of float64
@@ -61,6 +62,9 @@ def log_density(kde: KDE, rows: Tensor) -> Tensor:
     """Natural logarithm (Q,) float64 of the density at rows (Q, D); finite and still ordered where the density itself underflows."""
     points, factor, mean = (part.double() for part in kde)
     rows = _whiten(rows.double() - mean, factor)  # (Q, D)
+    level = math.log(len(points)), 0.5 * len(mean) * math.log(2 * math.pi), factor.diagonal().log().sum()
+    if torch.compiler.is_exporting():
+        return (-0.5 * pairwise(rows, points).square()).logsumexp(1) - sum(level)
     result = rows.new_full((len(rows),), -math.inf)
     for first in range(0, len(points), TILE):
         part = points[first : first + TILE]  # (n, D)
@@ -68,10 +72,12 @@ def log_density(kde: KDE, rows: Tensor) -> Tensor:
         for start in range(0, len(rows), step):
             where = slice(start, start + step)
             # Direct differences: the matrix-product form would lose the kernel's width for points far from all.
-            distance = torch.cdist(rows[where], part, compute_mode="donot_use_mm_for_euclid_dist")  # (q, n)
+            distance = pairwise(rows[where], part)  # (q, n)
             result[where] = torch.logaddexp(result[where], torch.logsumexp(-0.5 * distance.square(), 1))
-    return result - math.log(len(points)) - 0.5 * len(mean) * math.log(2 * math.pi) - factor.diagonal().log().sum()
+    return result - level[0] - level[1] - level[2]
 
 
 def _whiten(centred: Tensor, factor: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():  # no exporter solves, but the inverse is a constant
+        return centred @ torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False).T
     return torch.linalg.solve_triangular(factor, centred.T, upper=False).T.contiguous()

@@ -22,7 +22,14 @@ def distances(left: Tensor, right: Tensor) -> Tensor:
 
     Each pair is summed on its own, so its value does not depend on which other pairs share the call.
     """
-    return torch.cdist(left.unsqueeze(-2), right, compute_mode="donot_use_mm_for_euclid_dist").squeeze(-2)
+    return pairwise(left.unsqueeze(-2), right).squeeze(-2)
+
+
+def pairwise(left: Tensor, right: Tensor) -> Tensor:
+    """L2 distances (…, n, m) of left (…, n, D) and right (…, m, D) by differences."""
+    if torch.compiler.is_exporting():
+        return (left[..., :, None, :] - right[..., None, :, :]).square().sum(-1).sqrt()
+    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:
@@ -53,6 +60,8 @@ def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise InputError(f"k: {k} neighbours of a bank of {len(bank)} rows, allowed are 1…{len(bank)}")
     dtype = torch.promote_types(torch.promote_types(query.dtype, bank.dtype), torch.float32)
     query, bank = query.to(dtype), bank.to(dtype)
+    if torch.compiler.is_exporting():
+        return _nearest_in_graph(query, bank, k)
     distance = query.new_empty(len(query), k)
     index = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     centre = bank.mean(0)  # distances do not change when both are centred, cancellation does
@@ -61,6 +70,19 @@ def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
             rows = slice(start, start + 4096)
             distance[rows], index[rows] = _search(query[rows], bank, centre, k)
     return distance, index
+
+
+def _nearest_in_graph(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`nearest` by one product with the whole bank, in operations that exporters know; the distances are taken by differences."""
+    centre = bank.mean(0)
+    centred = bank - centre
+    about = (query - centre) @ (-2 * centred.T) + centred.square().sum(1)  # (Q, M) without ‖q‖²
+    if k == 1:  # of rows that rounding cannot tell apart any will do
+        index = about.argmin(1, keepdim=True)
+        return distances(query, bank[index]), index
+    index = about.topk(min(k + SPARE, len(bank)), dim=1, largest=False).indices
+    distance, order = distances(query, bank[index]).topk(k, dim=1, largest=False)
+    return distance, index.gather(1, order)
 
 
 def _search(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> tuple[Tensor, Tensor]:
