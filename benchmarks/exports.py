@@ -15,7 +15,8 @@ from rich.table import Table
 
 from blemish.compose import composed, names
 from blemish.deploy.export import ENDINGS, export_run
-from blemish.records.record import environment, write_json
+from blemish.files import write_json
+from blemish.records.record import environment
 from blemish.records.tables import between
 from blemish.run import build, load, train
 from blemish.types import InputError

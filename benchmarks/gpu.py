@@ -22,7 +22,8 @@ from rich.console import Console
 
 from blemish.compose import composed, names
 from blemish.detector import TrainedDetector
-from blemish.records.record import environment, write_json
+from blemish.files import write_json
+from blemish.records.record import environment
 from blemish.records.tables import between
 from blemish.run import build, load, train
 

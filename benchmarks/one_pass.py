@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from blemish.records.record import environment, read_record, write_json
+from blemish.files import write_json
+from blemish.records.record import environment, read_record
 from blemish.records.tables import between
 from blemish.records.timing import STAGES
 

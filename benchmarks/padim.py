@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from blemish.records.record import environment, write_json
+from blemish.files import write_json
+from blemish.records.record import environment
 from blemish.records.tables import between
 from blemish.run import build, described, expected_warnings, observers, set_up, trainer_of
 

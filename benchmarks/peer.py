@@ -44,7 +44,8 @@ from sklearn.metrics import roc_auc_score
 
 from blemish.backbone.weights import bundled_state
 from blemish.detector import Detector
-from blemish.records.record import environment, write_json
+from blemish.files import write_json
+from blemish.records.record import environment
 from blemish.records.tables import Grid, between, markdown, show
 from blemish.run import build, described, expected_warnings, set_up, trainer_of
 

@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from blemish.data.samples import write_manifest
-from blemish.records.record import environment, read_record, write_json
+from blemish.files import write_json
+from blemish.records.record import environment, read_record
 from blemish.records.tables import between
 from blemish.run import build
 

@@ -9,6 +9,7 @@ ROOMS = [
     "types",
     "checks",
     "outputs",
+    "files",
     "ops",
     "noise",
     "scoring",

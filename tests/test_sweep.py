@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support import CONFIGS, tiny_overrides
 
 from blemish.compose import firsts
-from blemish.records.record import Record, claim, finish_for, read_record, release, taken
+from blemish.files import is_locked, release
+from blemish.records.record import Record, claim, finish_for, read_record
 from blemish.sweep import apart, cell_name, launch, pinned, quoted
 from blemish.types import InputError
 
@@ -77,14 +79,16 @@ def test_a_killed_sweep_takes_its_cell_with_it(tiny, tmp_path):
         deadline = time.monotonic() + 300
         while not (locks := list(tmp_path.glob("results/runs/sweeps/s/*/.lock"))) and time.monotonic() < deadline:
             time.sleep(0.2)
-        pid = json.loads(locks[0].read_text())["pid"]
+        assert locks
+        started = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     deadline = time.monotonic() + 40
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    while any(child.is_running() for child in started) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not Path(f"/proc/{pid}").exists()
+    assert started
+    assert not any(child.is_running() for child in started)
 
 
 @pytest.mark.slow
@@ -170,7 +174,7 @@ def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
     before = (tmp_path / "record.json").read_bytes()
     apart(tmp_path, os._exit, (2,), None, None)
     assert (tmp_path / "record.json").read_bytes() == before
-    assert taken(tmp_path)
+    assert is_locked(tmp_path)
     release(tmp_path)
     apart(tmp_path, os._exit, (2,), None, None)
     record = read_record(tmp_path)

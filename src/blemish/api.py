@@ -31,8 +31,8 @@ from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, o
 from blemish.deploy.tiling import whole
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.edge.geometry import Geometry
+from blemish.files import atomic_write
 from blemish.records.evaluate import Calibrate
-from blemish.records.record import aside
 from blemish.run import build, calibrated, check_config, device_of, expected_warnings, load, module_of, trainer_of
 from blemish.scoring.calibration import Threshold, finite, p_values, rate
 from blemish.types import InputError
@@ -200,7 +200,7 @@ class AnomalyDetector:
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: is there already and no file of AnomalyDetector.save; move it away, or choose another place")
         try:
-            with aside(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file(state, temporary, metadata)
         except SafetensorError as error:
             raise InputError(f"{path}: cannot be written ({error}); choose another place") from error

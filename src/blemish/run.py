@@ -57,28 +57,11 @@ from blemish.deploy.tiling import whole
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.edge.ranges import Range
 from blemish.edge.reading import read
+from blemish.files import atomic_write, fsync, locked, no_room, release, write_csv, write_json, write_text
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.progress import ProgressBar
-from blemish.records.record import (
-    FINISHED,
-    REGION,
-    STATE,
-    Record,
-    aside,
-    check_archive,
-    claim,
-    held,
-    no_room,
-    read_record,
-    release,
-    settle,
-    stopped,
-    truth_kind,
-    write_csv,
-    write_json,
-    write_text,
-)
+from blemish.records.record import FINISHED, REGION, STATE, Record, check_archive, claim, read_record, stopped, truth_kind
 from blemish.records.tables import decisions, summary
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import finite, rate
@@ -281,7 +264,7 @@ def predict(cfg: DictConfig) -> Predicted:
     alpha = saved.alpha if cfg.alpha is None else cfg.alpha
     threshold, level = thresholds(model.calibration, alpha, model.map_threshold, cfg.threshold, cfg.map_threshold)
     names = output_names(paths, root)
-    with held(output, ELSEWHERE):
+    with locked(output, ELSEWHERE):
         monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
         rows = write(found, names, output, model.calibration, threshold, level, scale, failed, monitor)
     values.report()
@@ -342,7 +325,7 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     names, failed = output_names(paths, root), []
     window = fit_window(path for path in paths if is_sound(path)) | named_window(cfg)
     values = ValueCheck({}, window, "window")
-    with held(output, ELSEWHERE):
+    with locked(output, ELSEWHERE):
         monitor, outputs = monitor_of(cfg, output, [], cfg.seed), claimed(output, names, KINDS)
         found = detect(model, paths, window, names, output, region, values.loading(read), failed, outputs)
 
@@ -726,7 +709,7 @@ def save_split(cfg: DictConfig, folder: Path, data: ImageData) -> None:
     """The manifest, and the config once more, now that it holds what was fitted to the training images."""
     write_manifest(folder / "manifest.csv", data.samples)
     if data.region and not data.region.folder:  # the run stays whole where the mask is gone
-        with aside(folder / REGION) as temporary:
+        with atomic_write(folder / REGION) as temporary:
             data.region.save(temporary)
     save_config(cfg, folder)
 
@@ -745,9 +728,9 @@ class Streamed(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: Any = None) -> None:
-        with aside(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
-            settle(file)
+            fsync(file)
 
 
 def save_checkpoint(trainer: Trainer, model: Detector, path: Path) -> None:

@@ -25,7 +25,8 @@ from threadpoolctl import threadpool_limits
 
 from blemish.compose import composed, firsts, parsed, settled
 from blemish.data.synthetic import write as synthesize
-from blemish.records.record import FINISHED, LOCK, STATE, finish_for, read_record, taken, write_csv
+from blemish.files import is_locked, write_csv
+from blemish.records.record import FINISHED, STATE, finish_for, read_record
 from blemish.run import build, check_config, configs, guarded, report, train
 from blemish.types import InputError
 
@@ -169,13 +170,12 @@ def apart(folder: Path, work: Callable[..., None], arguments: tuple, minutes: fl
     except BaseException:
         stop(process)
         raise
-    if taken(folder):
+    if is_locked(folder):
         return  # by a run of somebody else, who writes its record
     if late:
         finish_for(folder, "timed out", f"over its limit of sweep.minutes={minutes:g}", time.monotonic() - started)
     elif (record := read_record(folder)) == before or record["status"] == "running":  # it never came to write its end
         finish_for(folder, "failed", f"exit code {process.exitcode}; {tail(folder / 'log.txt')}", time.monotonic() - started)
-    (folder / LOCK).unlink(missing_ok=True)
 
 
 def train_apart(cfg: DictConfig) -> None:

@@ -9,7 +9,7 @@ import skimage.data
 from PIL import Image
 from support import composed
 
-from blemish.records.record import LOCK, held
+from blemish.files import LOCK, locked
 from blemish.run import predict
 from blemish.types import InputError
 
@@ -87,7 +87,7 @@ def test_an_image_that_no_pixel_of_the_region_falls_on(tmp_path):
 def test_two_predictions_do_not_share_a_folder(tmp_path):
     Image.fromarray(skimage.data.brick()[:64, :64]).save(tmp_path / "brick.png")
     options = ["model=noise_residual", f"input='{tmp_path / 'brick.png'}'", f"output='{tmp_path}/out'"]
-    with held(tmp_path / "out", "elsewhere"), pytest.raises(InputError, match=r"is writing to this folder; choose .* output=FOLDER"):
+    with locked(tmp_path / "out", "elsewhere"), pytest.raises(InputError, match=r"is writing to this folder; choose .* output=FOLDER"):
         predict(composed(*options, config="predict"))
     assert len(predict(composed(*options, config="predict")).rows) == 1
     assert not (tmp_path / "out" / LOCK).exists()

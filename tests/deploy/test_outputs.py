@@ -16,8 +16,8 @@ from blemish.api import AnomalyDetector
 from blemish.deploy.monitor import unusual
 from blemish.deploy.predict import Found, output_names, thresholds, write
 from blemish.edge.reading import find_images, is_result
+from blemish.files import LOCK
 from blemish.outputs import INDEX, Outputs, picture_info, replacing
-from blemish.records.record import LOCK
 from blemish.run import build, predict, train
 from blemish.run import test as retest
 from blemish.scoring.calibration import Threshold

@@ -259,7 +259,7 @@ while not Path(sys.argv[2]).exists():
 
 def test_json_of_a_run_is_never_half(run):
     """What is written aside and renamed: readers at work see one of the contents, whole."""
-    from blemish.records.record import write_json
+    from blemish.files import write_json
 
     path = run / "metrics.json"
     reader = subprocess.Popen([sys.executable, "-c", READER, str(path), str(run / "stop")])

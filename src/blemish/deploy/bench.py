@@ -26,8 +26,9 @@ from blemish.detector import Detector
 from blemish.edge import runtime
 from blemish.edge.geometry import enlarged
 from blemish.edge.reading import read
+from blemish.files import write_json
 from blemish.outputs import Outputs
-from blemish.records.record import environment, read_record, write_json
+from blemish.records.record import environment, read_record
 from blemish.records.tables import between
 from blemish.types import InputError
 

@@ -13,10 +13,10 @@ from blemish.data.images import prepare
 from blemish.data.regions import Region
 from blemish.deploy.predict import Failure, beside
 from blemish.edge.geometry import Geometry
+from blemish.files import atomic_write, write_csv, write_json
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.noise.false_alarms import Alarms, Detection, detections, overlay, strength
 from blemish.outputs import Outputs, picture_info
-from blemish.records.record import aside, write_csv, write_json
 from blemish.types import InputError
 
 KINDS = ("detections.csv", "detections.json", "overlay.png", "mask.png", "map.png")
@@ -62,7 +62,7 @@ def detect(
             "map": ((map - low) / max(high - low, 1e-30) * 65535).round().astype(np.uint16),
         }
         for kind, picture in pictures.items():
-            with aside(beside(stem, f"{kind}.png"), outputs) as temporary:
+            with atomic_write(beside(stem, f"{kind}.png"), outputs) as temporary:
                 Image.fromarray(picture).save(temporary, pnginfo=picture_info())
         yield str(path), high, len(found), strength(-high), low, high
 

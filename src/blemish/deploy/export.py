@@ -34,8 +34,9 @@ from blemish.edge import runtime
 from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, facts_of, seal
+from blemish.files import no_room, remove_stale
 from blemish.outputs import replacing
-from blemish.records.record import check_archive, no_room, read_record, tidy
+from blemish.records.record import check_archive, read_record
 from blemish.scoring.calibration import conformal_threshold
 from blemish.types import UNKNOWN, InputError, Prediction
 
@@ -502,7 +503,7 @@ def folder_aside(path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     temporary = path.parent / f".{os.getpid()}-{os.urandom(4).hex()}"
     try:
         temporary.mkdir(parents=True)
-        tidy(path.parent)
+        remove_stale(path.parent)
 
         def move() -> None:
             for file in sorted(temporary.iterdir()):  # .bin before the .xml that needs it

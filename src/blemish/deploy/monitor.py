@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blemish.checks import check_number
-from blemish.records.record import write_json
+from blemish.files import write_json
 from blemish.scoring.calibration import RARE, Threshold, chance_of_alarms
 from blemish.scoring.drift import Drift, Summary
 from blemish.types import InputError

@@ -21,9 +21,9 @@ from blemish.detector import Detector, within
 from blemish.edge.errors import named
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import digest_of, find_images, is_result, read
+from blemish.files import atomic_write, remove_stale, write_csv
 from blemish.outputs import Outputs, picture_info
 from blemish.records.draw import overlay
-from blemish.records.record import aside, tidy, write_csv
 from blemish.scoring.calibration import Threshold, by_hand, conformal_threshold, p_values
 from blemish.types import InputError, Prediction
 
@@ -261,7 +261,7 @@ def claimed(output: Path, names: Mapping[Path, Path], kinds: Sequence[str]) -> O
     """What may be written to the folder; InputError where an output of these kinds would replace what blemish did not write."""
     outputs = Outputs()
     outputs.check([output / name for name in TABLES] + [beside(output / name, kind) for name in names.values() for kind in kinds])
-    tidy(output)
+    remove_stale(output)
     return outputs
 
 
@@ -310,17 +310,17 @@ def draw(
     ends = [(float(band.min()), float(band.max())) for band in bands(map)]
     low, high = min(least for least, _ in ends), max(most for _, most in ends)
     deep = (((band - low) / np.float32(max(high - low, 1e-30)) * 65535).round().astype(np.uint16) for band in bands(map))
-    with aside(beside(stem, "map.png"), outputs) as temporary:
+    with atomic_write(beside(stem, "map.png"), outputs) as temporary:
         write_png(temporary, width, height, deep)
     if level is not None:
-        with aside(beside(stem, "mask.png"), outputs) as temporary:
+        with atomic_write(beside(stem, "mask.png"), outputs) as temporary:
             parts = ((band > level) & where for band, where in zip(bands(map), _bands_of(seen, map.shape), strict=True))
             write_png(temporary, width, height, (part.astype(np.uint8) * 255 for part in parts))
     side = reduction((width, height), LARGEST)
     shown = largest_blocks(map, side)
     if seen is not None:
         shown = np.where(largest_blocks(seen, side), shown, -np.inf)
-    with aside(beside(stem, "overlay.png"), outputs) as temporary:
+    with atomic_write(beside(stem, "overlay.png"), outputs) as temporary:
         overlay(mean_blocks(image, side), shown, scale or (low, high), level).save(temporary, pnginfo=picture_info())
     return low, high
 

@@ -19,9 +19,9 @@ from torch.distributed import all_gather_object, gather_object
 
 from blemish.data.samples import Sample
 from blemish.edge.reading import SOFTWARE, is_result
+from blemish.files import atomic_write, write_text
 from blemish.outputs import picture_info
 from blemish.records import draw
-from blemish.records.record import aside, write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
 from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
@@ -292,7 +292,7 @@ class Evaluate(Callback):
                 log.warning("%s: not drawn, as blemish did not write the picture that is there", path)
                 continue
             files.append(path)
-            with aside(files[-1]) as temporary:
+            with atomic_write(files[-1]) as temporary:
                 draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(
                     temporary, compress_level=1, pnginfo=picture_info()
                 )
@@ -301,7 +301,7 @@ class Evaluate(Callback):
             lines = self.curves()
             figure = draw.curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, value)
             files.append(Path(curves))
-            with aside(curves) as temporary:
+            with atomic_write(curves) as temporary:
                 figure.savefig(temporary, metadata={"Software": SOFTWARE})
             thinned = {
                 kind: {name: simplified(line, CURVE_POINTS).round(6).tolist() for name, line in of.items()} for kind, of in lines.items()

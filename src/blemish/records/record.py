@@ -1,43 +1,34 @@
-"""What a run leaves behind: files that are whole or absent, the machine it ran on, and its life from claim to end."""
+"""The record of a run: its folder, the machine it ran on, and its life from start to end."""
 
 import contextlib
-import csv
-import errno
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
-import re
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from blemish.outputs import Outputs
+from blemish.files import CHOOSE, lock, plain, release, remove_stale, write_json
 from blemish.types import InputError
 
 try:
-    import fcntl
     import resource
-except ImportError:  # Windows has neither
-    fcntl = resource = None
+except ImportError:  # Windows
+    resource = None
 
 log = logging.getLogger(__name__)
 
-CHOOSE = "choose another folder with run_dir=PATH"
 STATE = "last.ckpt"  # of a training that is not finished
 REGION = "region.png"  # white where the images of the run are looked at
 FILES = (
@@ -53,10 +44,6 @@ FILES = (
     "record.json",
 )
 RECORD = "record.json"
-LOCK = ".lock"
-ROOM = 2**16  # bytes: where fewer are free, a disk counts as full
-STALE = 86400  # seconds after which a file that was never finished is removed from a folder that several processes may write to
-ASIDE = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of what is not finished
 FINISHED = "finished"
 # what a record holds beside its status, times, error, command and environment; None until noted
 FIELDS = (
@@ -105,87 +92,6 @@ PACKAGES = (
     "faiss-gpu-cu12",
     "safetensors",
 )
-
-
-@contextlib.contextmanager
-def aside(path: str | Path, outputs: Outputs | None = None) -> Iterator[Path]:
-    """A temporary path of the same suffix beside `path`, renamed to it when the block ends well and removed when it does not.
-
-    With `outputs` only what blemish wrote is replaced, and what it writes is listed.
-
-    An OSError in the block, or what torch makes of one, becomes an InputError that names the file and how to choose another folder.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if outputs:
-            outputs.check([path])
-            outputs.note(path, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        full = no_room(error, path.parent)
-        if not (full or isinstance(error, OSError)):
-            raise
-        why = os.strerror(errno.ENOSPC) if full else error.strerror or error
-        raise InputError(f"{path.parent}: cannot write {path.name} there ({why}); {CHOOSE}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_text(path: str | Path, text: str, outputs: Outputs | None = None) -> None:
-    """Write UTF-8 text in one step: a failed write leaves the old file as it was."""
-    # surrogates stand for the bytes of a file name that is not UTF-8
-    with aside(path, outputs) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(text)
-        settle(file)
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers of numpy and torch as Python's, paths as text, numbers that are not finite as None."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(path: str | Path, value: Any, outputs: Outputs | None = None) -> None:
-    """Write JSON in one step, keys in the order given, floats in full precision, infinities and NaN as null."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", outputs)
-
-
-def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable], outputs: Outputs | None = None) -> None:
-    """Write a CSV with a header row in one step; floats in full precision, None as an empty field."""
-    with aside(path, outputs) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-        settle(file)
-
-
-def settle(file: IO) -> None:
-    """Have the content of an open file on the disk: its name must not survive a power cut that the content does not."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def tidy(folder: Path, age: float = STALE) -> None:
-    """Remove what killed processes left unfinished in a folder; `age` in seconds tells it from what others are writing there."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
-            if ASIDE.fullmatch(path.name) and path.lstat().st_mtime <= time.time() - age:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def check_archive(path: Path) -> None:
@@ -296,7 +202,7 @@ def truth_kind(samples: Iterable) -> str:
 
 
 def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
-    """Take the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
+    """Lock the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
 
     InputError if it cannot be written, another living process holds it, or, without `overwrite`, if it holds a finished run
     or files that no run of blemish left. Files a run does not write are never touched. Only the process of rank 0 claims.
@@ -304,125 +210,12 @@ def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> Non
     if rank_zero_only.rank != 0:
         return
     folder = Path(run_dir)
-    _take(folder, CHOOSE)
+    lock(folder, CHOOSE)
     try:
         _clear(folder, overwrite, set(keep))
     except BaseException:
         release(folder)
         raise
-
-
-def release(run_dir: str | Path) -> None:
-    """Give the folder back, if this process holds it."""
-    path = Path(run_dir) / LOCK
-    if _holder(path) == _identity():
-        path.unlink(missing_ok=True)
-
-
-def taken(run_dir: str | Path) -> bool:
-    """Whether a living process holds the folder."""
-    path = Path(run_dir) / LOCK
-    return path.is_file() and _alive(_holder(path))
-
-
-@contextlib.contextmanager
-def held(folder: str | Path, choose: str) -> Iterator[None]:
-    """Keep other processes out of a folder while results are written to it; `choose` says how to have another. InputError if one is in."""
-    _take(Path(folder), choose)
-    try:
-        yield
-    finally:
-        release(folder)
-
-
-def _take(folder: Path, choose: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder / LOCK, choose)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made or written to ({error.strerror or error}); {choose}") from error
-
-
-def _lock(path: Path, choose: str) -> None:
-    """Make the lock with its content in one step: one without any, of a process killed in between, would be held for ever."""
-    made = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with made.open("w", encoding="utf-8") as file:
-            json.dump(_identity(), file)
-            settle(file)
-        try:
-            path.hardlink_to(made)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            with path.open("x", encoding="utf-8") as file:
-                json.dump(_identity(), file)
-    except FileExistsError:
-        _take_over(path, made, choose)
-    finally:
-        made.unlink(missing_ok=True)
-
-
-def _take_over(path: Path, made: Path, choose: str) -> None:
-    """Take a lock whose process is dead; of several that try at once one succeeds."""
-    if fcntl is None:
-        raise _held(path, choose)
-    with contextlib.suppress(FileNotFoundError), path.open("r+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        # released while we waited: the open file is no longer the one in the folder
-        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            if _alive(_holder(path)):
-                raise _held(path, choose)
-            made.replace(path)
-            return
-    _lock(path, choose)
-
-
-def _held(path: Path, choose: str) -> InputError:
-    holder = _holder(path) or {}
-    return InputError(
-        f"{path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is writing to this folder; {choose}, "
-        f"or remove {path} if that process is gone"
-    )
-
-
-def _identity() -> dict:
-    return {"pid": os.getpid(), "born": _born(os.getpid()), **_place()}
-
-
-def _place() -> dict:
-    """Where process numbers mean the same: the host and, as containers may share its name, the process namespace."""
-    namespace = None
-    with contextlib.suppress(OSError):
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    return {"host": socket.gethostname(), "namespace": namespace}
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this host started, in ticks since boot: tells it from a later one of the same number."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    return None
-
-
-def _holder(path: Path) -> dict | None:
-    with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return holder if isinstance(holder, dict) else None
-    return None
-
-
-def _alive(holder: dict | None) -> bool:
-    """Whether the holder of a lock may still be writing: unknown counts as yes."""
-    if not holder or not isinstance(holder.get("pid"), int) or any(holder.get(key) != value for key, value in _place().items()):
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return holder.get("born") in (None, _born(holder["pid"]))
 
 
 def read_record(run_dir: str | Path) -> dict | None:
@@ -449,7 +242,7 @@ def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
     for name in pictures + [name for name in found if name != RECORD or not record]:
         (folder / name).unlink(missing_ok=True)
     for place in (folder, folder / "images"):
-        tidy(place, age=0)
+        remove_stale(place, age=0)
 
 
 def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | None = None) -> None:
@@ -458,17 +251,6 @@ def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | 
     error = {"type": status, "message": message, "time": now()}
     known |= {"status": status, "ended": now(), "wall_seconds": seconds, "error": error, "peak_memory_mb": None}
     write_json(Path(run_dir) / "record.json", known)
-
-
-def no_room(error: BaseException, place: str | Path) -> InputError | None:
-    """What to tell of an error that came of a full disk, None of any other; the disk of the folder `place` is looked at."""
-    if not isinstance(error, OSError | RuntimeError):
-        return None
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    with contextlib.suppress(OSError):  # writers of images and tensors do not pass the number on
-        full = full or (getattr(error, "errno", None) is None and shutil.disk_usage(place).free < ROOM)
-    where = getattr(error, "filename", None) or place
-    return InputError(f"{where}: cannot be written ({os.strerror(errno.ENOSPC)}); make room, or {CHOOSE}") if full else None
 
 
 def stopped(error: BaseException | None) -> bool:

@@ -23,9 +23,10 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from blemish.checks import check_number, check_whole
+from blemish.files import plain, write_text
 from blemish.records.draw import BAR, GAP, MARGIN, PAPER, bar_numbers, font
 from blemish.records.evaluate import choose, file_names, simplified
-from blemish.records.record import FINISHED, now, plain, read_record, write_text
+from blemish.records.record import FINISHED, now, read_record
 from blemish.records.tables import FIGURES, SETTING, pooled
 from blemish.scoring.metrics import ImageMetrics
 from blemish.types import ANOMALOUS, NORMAL, InputError

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from blemish.backbone.weights import BUNDLED
 from blemish.checks import LARGEST_SEED, check_number, check_whole
+from blemish.files import write_csv, write_text
 from blemish.outputs import Outputs, replacing
 from blemish.records.paper import Figure, looked_up, margin, published, read, verdict
-from blemish.records.record import write_csv, write_text
 from blemish.records.tables import Grid, config_of, machines, markdown, row_of, signed, spread
 from blemish.types import InputError
 

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from blemish.checks import check_choice
+from blemish.files import write_csv, write_text
 from blemish.records.paper import Figure, published, read
-from blemish.records.record import FINISHED, read_record, write_csv, write_text
+from blemish.records.record import FINISHED, read_record
 from blemish.scoring.calibration import RARE, chance_of_alarms
 from blemish.types import InputError
 
