@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from support import fitted, images
 
 from blemish.methods import patchcore
-from blemish.methods.patchcore import PatchCore, available_memory, cgroup_memory, embed, forecast
+from blemish.methods.patchcore import PatchCore, embed, forecast
 from blemish.ops.coreset import project
 from blemish.types import InputError
 
@@ -168,27 +168,6 @@ def test_forecast_covers_what_a_fit_takes():
     """The large tensors of a fit, counted by hand: patches, their projection, its centred copy, four columns of 8 bytes."""
     assert forecast(10, 100, 300, 128) >= 10 * 100 * (4 * (300 + 128 + 128) + 4 * 8)
     assert forecast(10, 100, 50, 128) < forecast(10, 100, 51, 128) <= 1.1 * 10 * 100 * (8 * 51 + 64)
-
-
-def test_memory_is_what_the_tightest_control_group_leaves(tmp_path):
-    groups, outer = tmp_path / "cgroup", tmp_path / "fs" / "user"
-    groups.write_text("0::/user/job\n")
-    (outer / "job").mkdir(parents=True)
-    assert cgroup_memory(groups, tmp_path / "fs") == float("inf")
-    for folder, limit, used in ((outer, "1000", 700), (outer / "job", "max", 100)):
-        (folder / "memory.max").write_text(limit + "\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text("anon 5\ninactive_file 50\n")
-    assert cgroup_memory(groups, tmp_path / "fs") == 350
-    groups.write_text("3:cpu,memory:/job\n1:cpu:/\n")
-    old = tmp_path / "fs" / "memory" / "job"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("90\n")
-    (old / "memory.usage_in_bytes").write_text("20\n")
-    (old / "memory.stat").write_text("total_inactive_file 5\n")
-    assert cgroup_memory(groups, tmp_path / "fs") == 75
-    assert cgroup_memory(tmp_path / "absent", tmp_path / "fs") == float("inf")
-    assert available_memory(torch.device("cpu")) > 2**24
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
 from blemish.ops.coreset import farthest_first, project
 from blemish.ops.maps import align, check_blur, smooth_upsample
+from blemish.ops.memory import available_memory
 from blemish.ops.neighbours import distances, nearest
 from blemish.types import InputError, Prediction
 
@@ -199,51 +198,3 @@ def forecast(images: int, positions: int, dim: int, projection: int) -> int:
     # the float32 patches, their projection (if it is one) and its centred copy, and the search's 8-byte columns
     floats = dim + (projected if projected < dim else 0) + projected
     return images * positions * (4 * floats + 64)
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a device: what the GPU, the machine and the control group leave; inf if that cannot be told."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return min(machine_memory(), cgroup_memory())
-
-
-def machine_memory() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
-def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the limits of this process's control groups (version 1 or 2) and of those around them leave; page cache counts as free."""
-    try:
-        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
-    except OSError:
-        return float("inf")
-    places = []  # (folder, name of the limit, name of the use, name of the cache in memory.stat)
-    for _, controllers, path in lines:
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inner = base / path.strip("/")
-        places += [(folder, *names) for folder in (inner, *inner.parents) if folder == base or base in folder.parents]
-    return min((left_in(*place) for place in places), default=float("inf"))
-
-
-def left_in(folder: Path, limit: str, use: str, cache: str) -> float:
-    try:
-        total, used = (folder / limit).read_text().strip(), int((folder / use).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if total == "max" else max(0, int(total) - used + int(stat.get(cache, 0)))
