@@ -14,10 +14,12 @@ from blemish.types import InputError
 INDEX = ".blemish"  # in the folder of an output: a line of digest and name for each file that was written there
 
 
-def picture_info() -> PngInfo:
-    """The PNG metadata of a picture that is a result; Pillow writes it behind the header, where `is_result` looks."""
+def picture_info(panels: str = "") -> PngInfo:
+    """The PNG metadata of a picture that is a result, behind the header, where `is_result` looks; `panels`: where a strip has them."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
+    if panels:
+        info.add_text("Panels", panels)
     return info
 
 

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from support import composed
 
 from blemish.files import write_csv, write_json
+from blemish.outputs import picture_info
 from blemish.records import draw
 from blemish.records.evaluate import SCORES, choose, file_names
 from blemish.records.record import environment
@@ -82,7 +83,8 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
     (folder / "images").mkdir()
     kinds = dict(zip(keys, label.tolist(), strict=True))
     for key, name in names.items():
-        strip_of(method, category, key, kinds[key], scale).save(folder / "images" / name, compress_level=1)
+        strip = strip_of(method, category, key, kinds[key], scale)
+        strip.save(folder / "images" / name, compress_level=1, pnginfo=picture_info(strip.info["Panels"]))
     return folder
 
 
@@ -107,44 +109,37 @@ def test_places_are_shares_of_pairs_in_order(rows):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "threshold", "again", "mapped"),
-    [
-        (256, 256, None, False, True),
-        (256, 256, 1.5, True, True),
-        (32, 32, 12345.678, False, True),
-        (100, 700, 1.5, False, True),
-        (900, 60, 1.5, True, True),
-        (300, 640, None, False, False),
-        (64, 64, None, True, False),
-    ],
+    ("height", "width", "again", "mapped"), [(256, 256, True, True), (100, 700, False, True), (900, 60, True, True), (64, 64, True, False)]
 )
-def test_panels_are_found_where_the_strip_has_them(height, width, threshold, again, mapped):
+def test_panels_are_found_where_the_strip_has_them(height, width, again, mapped, tmp_path):
     random = np.random.default_rng(0)
     image = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
     mask = (random.random((height, width)) > 0.5).astype(np.uint8)
     values = random.random((height, width)) if mapped else None
     scale = (-0.25, 2000.5) if mapped else None
-    strip = draw.strip(image, mask, values, scale, threshold, "title\ntext", image[::-1] if again else None)
-    record = {"scale": list(scale) if scale else None, "calibration": {"map_value": threshold}}
-    boxes = panel_boxes(strip, record)
-    assert list(boxes) == ["input", "truth", "map", "overlay"][: 4 if mapped else 2]
+    drawn = draw.strip(image, mask, values, scale, 1.5, "title\ntext", image[::-1] if again else None)
+    drawn.save(tmp_path / "strip.png", pnginfo=picture_info(drawn.info["Panels"]))
     size = draw.panel_size(height, width)
-    expected = {"input": draw._sized(image, size), "truth": draw._sized(draw.GROUND[mask], size)}
+    expected = {"input": draw._sized(image, size), "ground truth": draw._sized(draw.GROUND[mask], size)}
+    if again:
+        expected["reconstruction"] = draw._sized(image[::-1], size)
     if mapped:
-        expected |= {
-            "map": draw._sized(draw.colour(values, scale), size),
-            "overlay": draw.overlay(image, values, scale, threshold, mask, size),
-        }
-    for name, picture in expected.items():
-        panel = strip.crop(boxes[name])
-        left = (panel.width - size[0]) // 2  # a narrow picture stands in the middle of its cell
-        np.testing.assert_array_equal(np.asarray(panel.crop((left, 0, left + size[0], size[1]))), np.asarray(picture))
+        expected["map"] = draw._sized(draw.colour(values, scale), size)
+        expected["overlay"] = draw.overlay(image, values, scale, 1.5, mask, size)
+    with Image.open(tmp_path / "strip.png") as strip:
+        boxes = panel_boxes(strip)
+        assert boxes.keys() == expected.keys()
+        for name, picture in expected.items():
+            np.testing.assert_array_equal(np.asarray(strip.crop(boxes[name])), np.asarray(picture))
 
 
-def test_a_picture_that_is_no_strip_is_not_taken_apart():
-    noise = np.random.default_rng(0).integers(0, 255, (347, 1140, 3), dtype=np.uint8)
-    for record in ({}, {"scale": [0.0, 1.0], "calibration": {}}, {"scale": "x", "calibration": None}):
-        assert panel_boxes(Image.fromarray(noise), record) is None
+@pytest.mark.parametrize(
+    "said", [None, "{", "3", "[]", '{"map": 1}', '{"map": [0, 0, 9]}', '{"map": [0, 0, 99999, 9]}', '{"map": ["", 0, 9, 9]}']
+)
+def test_a_picture_that_is_no_strip_is_not_taken_apart(said):
+    picture = Image.new("RGB", (1140, 347))
+    picture.info |= {} if said is None else {"Panels": said}
+    assert panel_boxes(picture) is None
 
 
 def test_strips_are_told_from_their_namesakes(tmp_path):

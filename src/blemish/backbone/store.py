@@ -248,10 +248,9 @@ class StoredData(LightningDataModule):
             "crop": data.geometry.crop,
             "window": window,
             "dtype": str(store.dtype),
+            "resize": data.geometry.resize,
             "torch": torch.__version__,
         }
-        if data.geometry.resize != "stretch":  # without this entry, what was stored before there was a choice is found
-            common["resize"] = data.geometry.resize
         self.maps = []
         if features is not None and any(inputs_for(split)[0] for split in ("train", "test")):
             network = {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}

@@ -1,14 +1,13 @@
 """The manifest: every image of a data set with its split and truth, as rows of a CSV that reproduces a run."""
 
-import contextlib
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from blemish.files import write_csv
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
 SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
@@ -109,26 +108,8 @@ def _sample(row: dict) -> Sample:
 
 
 def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write the manifest CSV, UTF-8, with every column of Sample; folders are made, an old file is replaced in one step.
-
-    InputError if it cannot be written.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", newline="", **TEXT) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Sample._fields)
-            writer.writerows(samples)
-            file.flush()
-            os.fsync(file.fileno())  # a name must not survive a power cut that its content does not
-        aside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot write {path.name} there ({error.strerror or error}); choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    """Write the manifest CSV with every column of Sample; InputError if it cannot be written."""
+    write_csv(path, Sample._fields, samples)
 
 
 def manifest_digest(samples: Iterable[Sample]) -> str:

@@ -1,6 +1,7 @@
 """The pictures of a run: a strip per image and the curves of the whole, from arrays alone."""
 
 import functools
+import json
 from pathlib import Path
 
 import contourpy
@@ -131,7 +132,7 @@ def strip(
 
     image and, where there is one, reconstruction (H, W, 3) uint8; mask (H, W) uint8 or None; map (H, W) or None for an image-level
     method; scale is the map's value at the two ends of the colours, the same for every strip of a run; threshold is the map's, None for
-    no contour.
+    no contour. The picture's info says under "Panels", in JSON, which box (left, top, right, bottom) each picture in it has.
     """
     width, height = size = panel_size(*image.shape[:2])
     text = int(np.clip(width // 20, 12, 17))
@@ -157,6 +158,7 @@ def strip(
         ("map", painted, "no map"),
         ("overlay", both, "no map"),
     ]
+    boxes = {}
     for index, (name, picture, absent) in enumerate(panels):
         left = MARGIN + index * (cell + GAP) + (bar if name == "overlay" else 0)
         box = (left + (cell - width) // 2, top)
@@ -166,12 +168,14 @@ def strip(
             pen.text((box[0] + width / 2, box[1] + height / 2), absent, QUIET, font(text), anchor="mm")
         else:
             sheet.paste(picture, box)
+            boxes[name] = (*box, box[0] + width, box[1] + height)
         if name == "map" and picture is not None:
             _bar(pen, (box[0] + width + GAP // 2, top, height), scale, numbers, text - 1)
         if name == "overlay" and picture is not None:
             drawn = [("truth", TRUTH, True)] if mask is not None and (mask == 1).any() else []
             drawn += [("alarm", ALARM, False)] if threshold is not None and (values > threshold).any() else []
             _legend(pen, left + cell, head, drawn, text)
+    sheet.info["Panels"] = json.dumps(boxes)
     return sheet
 
 

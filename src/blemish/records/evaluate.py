@@ -24,13 +24,13 @@ from blemish.outputs import picture_info
 from blemish.records import draw
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
-from blemish.scoring.metrics import GOOD, POOLED, ImageMetrics, PixelMetrics
+from blemish.scoring.metrics import GOOD, IMAGE_FIGURES, PIXEL_FIGURES, POOLED, ImageMetrics, PixelMetrics
 from blemish.types import ANOMALOUS, NORMAL, OUTSIDE, UNKNOWN, Batch, Prediction
 
 log = logging.getLogger(__name__)
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
-FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
+FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES)
 CURVE_POINTS = 200  # of each curve in curves.json, at most
 ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds that the truth was looked at for
 
@@ -292,10 +292,9 @@ class Evaluate(Callback):
                 log.warning("%s: not drawn, as blemish did not write the picture that is there", path)
                 continue
             files.append(path)
+            strip = draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction)
             with atomic_write(files[-1]) as temporary:
-                draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction).save(
-                    temporary, compress_level=1, pnginfo=picture_info()
-                )
+                strip.save(temporary, compress_level=1, pnginfo=picture_info(strip.info["Panels"]))
         if curves and self.seen:
             score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
             lines = self.curves()

@@ -45,24 +45,29 @@ FILES = (
 )
 RECORD = "record.json"
 FINISHED = "finished"
-# what a record holds beside its status, times, error, command and environment; None until noted
-FIELDS = (
+# what tells two rows of a table apart; runs that differ in the seed alone share a row
+SETTING = (
     "method",
     "variant",  # a name for settings that are not the method's own, as a recipe gives it
     "epochs",  # of a method that trains
     "epoch_size",  # images, or tiles, of an epoch; None for every one once
     "dataset",
     "category",
-    "seed",
-    "protocol",
+    "unit",  # image, or tile where large images were cut
+    "backbone",
+    "weights",
     "image_size",
     "crop",
     "tiling",  # side of the tiles that images were cut into, None for whole images
     "resize",  # letterbox, None where images are stretched
     "region",  # digest of the mask, or masks, of what is looked at
-    "unit",  # image, or tile where large images were cut
-    "backbone",
-    "weights",
+    "protocol",
+)
+PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
+# what a record holds beside its status, times, error, command and environment; None until noted
+FIELDS = (
+    *SETTING,
+    "seed",
     "weights_digest",
     "manifest_digest",
     "truth",  # what the pixel metrics were measured against, as truth_kind says

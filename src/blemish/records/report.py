@@ -24,14 +24,13 @@ from scipy.stats import rankdata
 
 from blemish.checks import check_number, check_whole
 from blemish.files import plain, write_text
-from blemish.records.draw import BAR, GAP, MARGIN, PAPER, bar_numbers, font
 from blemish.records.evaluate import choose, file_names, simplified
-from blemish.records.record import FINISHED, now, read_record
-from blemish.records.tables import FIGURES, SETTING, pooled
+from blemish.records.record import FINISHED, PLACE, SETTING, now, read_record
+from blemish.records.tables import FIGURES, pooled
 from blemish.scoring.metrics import ImageMetrics
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
-GROUP = ("dataset", "category", "unit", "protocol")  # what settings must share to be ranked together
+GROUP = (*PLACE, "protocol")  # what settings must share to be ranked together
 COSTS = ("fit_seconds", "test_seconds", "image_seconds", "peak_memory_mb")
 CURVES = ("image_roc", "pixel_roc", "pixel_pro", "image_pr", "pixel_pr")
 CURVE_POINTS, CURVE_TOLERANCE, CURVE_UNITS = 80, 0.002, 1000  # a curve on the page: vertices, their accuracy, and units they are told in
@@ -124,7 +123,7 @@ def read_scores(path: Path) -> Scores | None:
             np.array([int(row["label"]) for row in rows]),
             np.array([float(row["score"]) for row in rows]),
             float(threshold) if threshold else None,
-            [row.get("defect") or "unknown" for row in rows],  # earlier versions did not write it
+            [row["defect"] for row in rows],
         )
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return None
@@ -459,19 +458,18 @@ def panels_for(image: Mapping, runs: Sequence[Run], side: int) -> tuple[dict[Any
     for setting, (number, name) in image["strips"].items():
         try:
             with Image.open(runs[number].folder / name) as file:
-                strip = file.convert("RGB")
+                strip, boxes = file.convert("RGB"), panel_boxes(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             failed += 1
             continue
-        boxes = panel_boxes(strip, runs[number].record)
-        if boxes is None:
+        if not boxes:
             panels[setting] = {"strip": encoded(strip, STRIP_PX, QUALITY["strip"])}
             continue
-        shared = () if "image" in panels else ("input", "truth")
-        for panel in (*shared, "map", "overlay"):
-            if panel in boxes:
-                to = "image" if panel in ("input", "truth") else setting
-                panels.setdefault(to, {})[panel] = encoded(strip.crop(boxes[panel]), side, QUALITY[panel])
+        shared = {} if "image" in panels else {"input": "input", "truth": "ground truth"}
+        for panel, drawn in {**shared, "map": "map", "overlay": "overlay"}.items():
+            if drawn in boxes:
+                to = "image" if panel in shared else setting
+                panels.setdefault(to, {})[panel] = encoded(strip.crop(boxes[drawn]), side, QUALITY[panel])
     return panels, failed
 
 
@@ -484,32 +482,14 @@ def encoded(picture: Image.Image, side: int, quality: int) -> tuple[str, str]:
     return hashlib.sha256(content).hexdigest()[:12], "data:image/webp;base64," + base64.b64encode(content).decode()
 
 
-def panel_boxes(strip: Image.Image, record: Mapping) -> dict[str, tuple[int, int, int, int]] | None:
-    """Where `draw.strip` put its panels, {"input", "truth", "map", "overlay"} as (left, top, right, bottom) px; None if it cannot be told.
-
-    The size of an image does not say how many panels it has nor how large they are: every layout that fits is tried against the white
-    between the panels.
-    """
-    scale, calibration = record.get("scale"), record.get("calibration")
-    threshold = calibration.get("map_value") if isinstance(calibration, dict) else None
-    pixels = np.asarray(strip)
-    for count in (4, 5):
-        for text in range(12, 18):
-            numbers = bar_numbers(tuple(scale), threshold) if isinstance(scale, list) and len(scale) == 2 else []
-            bar = GAP // 2 + BAR + 5 + max(int(font(text - 1).getlength(words)) for _, words in numbers) if numbers else 0
-            cell, rest = divmod(strip.width - 2 * MARGIN - (count - 1) * GAP - bar, count)
-            top = MARGIN + 3 * round(1.6 * text) + 6
-            bottom = strip.height - MARGIN
-            fits = text == int(np.clip(cell // 20, 12, 17)) if cell > 16 * text else cell == 16 * text
-            if rest or not fits or bottom <= top:
-                continue
-            lefts = [MARGIN + index * (cell + GAP) + (bar if index == count - 1 else 0) for index in range(count)]
-            between = [(0, MARGIN), *((left + cell, left + cell + GAP // 2) for left in lefts[:-1]), (lefts[-1] + cell, strip.width)]
-            if all((pixels[top:bottom, begin:end] == PAPER).all() for begin, end in between):
-                names = ["input", "truth", "map", "overlay"] if count == 4 else ["input", None, "truth", "map", "overlay"]
-                boxes = {name: (left, top, left + cell, bottom) for name, left in zip(names, lefts, strict=True) if name}
-                return boxes if numbers else {name: boxes[name] for name in ("input", "truth")}
-    return None
+def panel_boxes(strip: Image.Image) -> dict[str, tuple[int, int, int, int]] | None:
+    """Where a strip says that its panels are, {"input", "ground truth", …} as (left, top, right, bottom) px; None where it does not."""
+    try:
+        boxes = json.loads(strip.info["Panels"])
+        inside = all(0 <= box[0] < box[2] <= strip.width and 0 <= box[1] < box[3] <= strip.height for box in boxes.values())
+        return boxes if inside else None
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+        return None
 
 
 def page(data: Mapping) -> str:

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 # keys of a config that make another run, so that a finished one with other values is not taken for this one
 IDENTITY = ("model", "backbone", "weights", "image_size", "crop", "resize", "data.region", "protocol", "trainer.max_epochs", "epoch_size")
-FORMERLY = {"resize": "stretch"}  # of runs of before there was a choice
 OWN = ("paper", "categories", "seeds", "image_sizes", "tolerance", "published", "output")  # keys that tools/train.py does not have
 NOT_RUN, PARTLY = "not run", "needs all categories"
 
@@ -143,7 +142,7 @@ def finished(cell: Cell) -> bool:
         return False
     found = config_of(cell.folder)
     for key in IDENTITY:
-        if (looked_up(found, key) or FORMERLY.get(key)) != looked_up(cell.plain, key):
+        if looked_up(found, key) != looked_up(cell.plain, key):
             raise InputError(
                 f"{cell.folder}: holds a finished run with {key}={looked_up(found, key)}; choose another folder with output=FOLDER"
             )

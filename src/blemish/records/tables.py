@@ -18,18 +18,14 @@ from rich.text import Text
 from blemish.checks import check_choice
 from blemish.files import write_csv, write_text
 from blemish.records.paper import Figure, published, read
-from blemish.records.record import FINISHED, read_record
+from blemish.records.record import FINISHED, PLACE, SETTING, read_record
 from blemish.scoring.calibration import RARE, chance_of_alarms
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
 FIGURES = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
-# what tells two rows of a table apart; runs that differ in the seed alone share a row
-SETTING = ("method", "variant", "epochs", "epoch_size", "dataset", "category", "unit", "backbone", "weights", "image_size", "crop")
-SETTING += ("tiling", "resize", "region", "protocol")
 CUT = "cut"  # the variant of recipes whose training is shortened
-PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 COSTS = ("fit_seconds", "test_seconds", "peak_memory_mb")
 RUN = (*SETTING, "seed", *FIGURES, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
@@ -165,7 +161,7 @@ def row_from(record: Mapping, metrics: Mapping, folder: Path) -> dict:
         raise ValueError(f"{wrong[0]} is {figures[wrong[0]]!r}")
     machine, git, memory = record["environment"], record["environment"]["git"] or {}, record["peak_memory_mb"]
     return {
-        **{name: record.get(name) for name in (*SETTING, "seed")},  # earlier versions recorded less
+        **{name: record.get(name) for name in (*SETTING, "seed")},
         **figures,
         "peak_memory_mb": memory["host"],
         "cpu": machine["cpu"],
