@@ -32,8 +32,9 @@ def root(tmp_path):
 
 
 def folder(root):
-    common = (32, None, 4, 0, 0, "paper", 0.1, "auto", "stop")
-    return Folder(root, None, "normal", None, None, "crack", "truth", 0.25, *common)
+    folders = {"normal": "normal", "validation": None, "normal_test": None, "abnormal": "crack", "masks": "truth", "test_share": 0.25}
+    common = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper", "calibration": 0.1}
+    return Folder(root, None, **folders, **common, window="auto", on_error="stop")
 
 
 def test_rows_count_what_is_there(root):
@@ -76,7 +77,7 @@ def test_tool_prints_writes_and_exits(root, tmp_path, run):
     save(root / "truth/c.png", np.full((20, 30), 255, np.uint8))
     assert run(*arguments, "output=new/m.csv")[0] == 0
     assert len(read_manifest(tmp_path / "new/m.csv")) == 12
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.csv", "new", "set"]  # no folder of Hydra's
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".blemish", "manifest.csv", "new", "set"]  # no folder of Hydra's
 
 
 @pytest.mark.parametrize(

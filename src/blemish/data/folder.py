@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from blemish.checks import check_number
@@ -14,6 +15,7 @@ from blemish.types import ANOMALOUS, NORMAL, InputError
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Folder(ImageData):
     """Images of your own; folders are named relative to root/category and searched at any depth.
 
@@ -36,38 +38,20 @@ class Folder(ImageData):
   <masks>/        masks, white on the defects    data.masks=<folder> (optional)
 """
 
-    def __init__(
-        self,
-        root: str,
-        category: str | None,
-        normal: str | Sequence[str],
-        validation: str | Sequence[str] | None,
-        normal_test: str | Sequence[str] | None,
-        abnormal: str | Sequence[str] | None,
-        masks: str | None,
-        test_share: float,
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        protocol: str,
-        calibration: float,
-        window: str | Sequence[float] | Mapping[str, Sequence[float]],
-        on_error: str,
-        manifest: str | None = None,
-        resize: str = "stretch",
-        region: str | None = None,
-    ):
-        super().__init__(
-            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
-        )
-        check_number("data", "[0, 1)", test_share=test_share)
-        self.normal, self.normal_test, self.abnormal = _list(normal), _list(normal_test), _list(abnormal)
-        self.validation = _list(validation)
+    normal: str | Sequence[str]
+    validation: str | Sequence[str] | None
+    normal_test: str | Sequence[str] | None
+    abnormal: str | Sequence[str] | None
+    masks: str | None
+    test_share: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("data", "[0, 1)", test_share=self.test_share)
+        self.normal, self.normal_test, self.abnormal = _list(self.normal), _list(self.normal_test), _list(self.abnormal)
+        self.validation = _list(self.validation)
         if not self.normal:
             raise InputError("data.normal: no folder named; expected the folder of the normal training images")
-        self.masks, self.test_share = masks, test_share
 
     def scan(self) -> list[Sample]:
         base = self.folder()

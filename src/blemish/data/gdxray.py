@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ class Rules(NamedTuple):
     seed: int
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GDXray(ImageData):
     """Series of radiographs as whole images or as tiles, with the boxes of ground_truth.txt or, for W0001, the masks of W0002.
 
@@ -77,39 +78,22 @@ class GDXray(ImageData):
 and so on in {", ".join(GROUPS.values())}; data.category is a series, or several joined by +
 """
 
-    def __init__(
-        self,
-        root: str,
-        category: str | None,
-        unit: str,
-        tile: int,
-        stride: int | None,
-        min_cover: float,
-        train_share: float,
-        train_frames: str | None,
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        protocol: str,
-        calibration: float,
-        window: str | Sequence[float] | Mapping[str, Sequence[float]],
-        on_error: str,
-        manifest: str | None = None,
-        resize: str = "stretch",
-        region: str | None = None,
-    ):
-        super().__init__(
-            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
-        )
-        stride = tile if stride is None else stride
-        check_choice("data", ("image", "tile"), unit=unit)
+    unit: str
+    tile: int
+    stride: int | None
+    min_cover: float
+    train_share: float
+    train_frames: str | None
+
+    def __post_init__(self) -> None:
+        tile, stride = self.tile, self.tile if self.stride is None else self.stride
+        super().__post_init__()  # `tile` is the side of the loaders' tiles from here on
+        check_choice("data", ("image", "tile"), unit=self.unit)
         check_whole("data", 8, tile=tile)
         check_whole("data", 1, tile, stride=stride)
-        check_number("data", "[0, 1]", min_cover=min_cover)
-        check_number("data", "(0, 1)", train_share=train_share)
-        self.rules = Rules(unit, tile, stride, min_cover, train_share, frame_range(train_frames), seed)
+        check_number("data", "[0, 1]", min_cover=self.min_cover)
+        check_number("data", "(0, 1)", train_share=self.train_share)
+        self.rules = Rules(self.unit, tile, stride, self.min_cover, self.train_share, frame_range(self.train_frames), self.seed)
 
     @property
     def series(self) -> list[str]:

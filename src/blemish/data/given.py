@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blemish.data.images import hidden, prepare
-from blemish.data.module import ImageData, Recent, Tiles, threaded
+from blemish.data.module import ImageData, Recent, Tiles, plain_window, threaded
 from blemish.data.ranges import ValueCheck, fit_ranges
 from blemish.data.regions import Region
 from blemish.data.samples import Sample
@@ -52,7 +52,19 @@ class Given(ImageData):
         region: np.ndarray | None = None,
     ):
         super().__init__(
-            ".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, region
+            root=".",
+            category=None,
+            image_size=image_size,
+            crop=crop,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            protocol="clean",
+            calibration=calibration,
+            window="dtype",
+            on_error="stop",
+            resize=resize,
+            region=region,
         )
         both = {one.resolve() for one in train if isinstance(one, Path)} & {one.resolve() for one in val if isinstance(one, Path)}
         if both:
@@ -139,7 +151,7 @@ def window_of(value_range: object) -> dict[str, tuple[float, float]]:
     if value_range == "auto":
         raise InputError('value_range="auto": a range is never taken from the values seen; expected (lo, hi) or {"uint16": (lo, hi)}')
     try:
-        given = ImageData(".", None, None, None, 1, 0, 0, "clean", 0.1, "dtype" if value_range is None else value_range, "stop").window
+        given = plain_window("dtype" if value_range is None else value_range)
     except InputError as error:
         raise InputError(str(error).replace("data.window", "value_range").replace("auto, dtype", "None")) from None
     return {"uint16": UINT16, "float32": UNIT} | (given if isinstance(given, dict) else {})

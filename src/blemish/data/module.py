@@ -7,10 +7,12 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from threading import Lock
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ KEPT = 2**29  # bytes of images, at their size in the network, kept for the next
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class ImageData(LightningDataModule):
     """A data set of normal training images and mixed test images; subclasses say by `scan` which file is what.
 
@@ -58,45 +61,43 @@ class ImageData(LightningDataModule):
     (dtype to (lo, hi)), skipped (key to reason).
     """
 
-    name: str  # as in configs/data/<name>.yaml
-    published: str  # citation and where the images are published
-    layout: str  # the folders and files expected under the root, a short text of several lines
+    name: ClassVar[str]  # as in configs/data/<name>.yaml
+    published: ClassVar[str]  # citation and where the images are published
+    layout: ClassVar[str]  # the folders and files expected under the root, a short text of several lines
 
-    def __init__(
-        self,
-        root: str,
-        category: str | None,
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        protocol: str,
-        calibration: float,
-        window: str | Sequence[float] | Mapping[str, Sequence[float]],
-        on_error: str,
-        manifest: str | None = None,
-        resize: str = "stretch",  # as runs of earlier versions, whose config has no such key
-        region: str | Path | np.ndarray | None = None,
-    ):
+    root: str | Path
+    category: str | None
+    _: KW_ONLY
+    image_size: int | None
+    crop: int | None
+    batch_size: int
+    workers: int
+    seed: int
+    protocol: str
+    calibration: float
+    window: str | Sequence[float] | Mapping[str, Sequence[float]]
+    on_error: str
+    manifest: str | Path | None = None
+    resize: str = "stretch"
+    region: str | Path | np.ndarray | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        check_choice("", PROTOCOLS, protocol=protocol)
-        check_choice("data", ON_ERROR, on_error=on_error)
-        check_number("data", "(0, 1)", calibration=calibration)
-        check_whole("", 8, also=(None,), image_size=image_size)
-        check_whole("", 8, image_size, also=(None,), crop=crop)
-        check_choice("", RESIZES, resize=resize)
-        check_whole("", 1, batch_size=batch_size)
-        check_whole("", 0, workers=workers)
-        check_whole("", 0, LARGEST_SEED, seed=seed)
-        self.root = Path(root).expanduser()
-        self.category = None if category is None else str(category)  # a folder named 0001 arrives as a number
-        self.geometry = Geometry(image_size, crop, resize)
-        self.region = None if region is None else Region(region, self.root)
-        self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.protocol, self.calibration, self.on_error = protocol, calibration, on_error
-        self.manifest = None if manifest is None else Path(manifest).expanduser()
-        self.window = plain_window(window)
+        check_choice("", PROTOCOLS, protocol=self.protocol)
+        check_choice("data", ON_ERROR, on_error=self.on_error)
+        check_number("data", "(0, 1)", calibration=self.calibration)
+        check_whole("", 8, also=(None,), image_size=self.image_size)
+        check_whole("", 8, self.image_size, also=(None,), crop=self.crop)
+        check_choice("", RESIZES, resize=self.resize)
+        check_whole("", 1, batch_size=self.batch_size)
+        check_whole("", 0, workers=self.workers)
+        check_whole("", 0, LARGEST_SEED, seed=self.seed)
+        self.root = Path(self.root).expanduser()
+        self.category = None if self.category is None else str(self.category)  # a folder named 0001 arrives as a number
+        self.geometry = Geometry(self.image_size, self.crop, self.resize)
+        self.region = None if self.region is None else Region(self.region, self.root)
+        self.manifest = None if self.manifest is None else Path(self.manifest).expanduser()
+        self.window = plain_window(self.window)
         self.ranges: dict[str, Range] = {}
         self.values = ValueCheck({}, {})
         self.samples: list[Sample] = []

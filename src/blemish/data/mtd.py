@@ -1,7 +1,7 @@
 """Magnetic tile defects: grey images of magnet segments with pixel masks (Huang, Qiu, Guo, Yang, The Visual Computer, 2018)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from blemish.checks import check_choice, check_number
@@ -15,6 +15,7 @@ DEFECTS = ("MT_Blowhole", "MT_Break", "MT_Crack", "MT_Fray", "MT_Uneven")
 SAME_TILE = 100  # frame counter: two images further apart show different tiles; within a tile's exposures steps are about 20
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MagneticTiles(ImageData):
     """All six folders; there is no official split and no category.
 
@@ -34,33 +35,15 @@ class MagneticTiles(ImageData):
 <root>/<defect>/Imgs/*.jpg, with a mask *.png of the same name, for {", ".join(DEFECTS)}
 """
 
-    def __init__(
-        self,
-        root: str,
-        category: str | None,
-        train_share: float,
-        split_by: str,
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        protocol: str,
-        calibration: float,
-        window: str | Sequence[float] | Mapping[str, Sequence[float]],
-        on_error: str,
-        manifest: str | None = None,
-        resize: str = "stretch",
-        region: str | None = None,
-    ):
-        super().__init__(
-            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
-        )
-        if category is not None:
-            raise InputError(f"data.category={category}: magnetic tiles have none; expected null")
-        check_number("data", "(0, 1)", train_share=train_share)
-        check_choice("data", ("image", "tile"), split_by=split_by)
-        self.train_share, self.split_by = train_share, split_by
+    train_share: float
+    split_by: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.category is not None:
+            raise InputError(f"data.category={self.category}: magnetic tiles have none; expected null")
+        check_number("data", "(0, 1)", train_share=self.train_share)
+        check_choice("data", ("image", "tile"), split_by=self.split_by)
 
     def categories(self) -> list[str]:
         return []

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,32 +41,14 @@ class Textures(MVTec):
     published = "made by this package from CC0 photographs in scikit-image (skimage.data); nothing to download"
     layout = "any folder that can be written; category is one of " + ", ".join(TEXTURES)
 
-    def __init__(
-        self,
-        root: str,
-        category: str | None,
-        crop_size: int,
-        texture_seed: int,
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        protocol: str,
-        calibration: float,
-        window: str | Sequence[float] | Mapping[str, Sequence[float]],
-        on_error: str,
-        manifest: str | None = None,
-        resize: str = "stretch",
-        region: str | None = None,
-    ):
-        check_whole("data", SMALLEST, LARGEST, crop_size=crop_size)
-        check_whole("data", 0, LARGEST_SEED, texture_seed=texture_seed)
-        root = Path(root).expanduser() / key(crop_size, texture_seed)
-        super().__init__(
-            root, category, image_size, crop, batch_size, workers, seed, protocol, calibration, window, on_error, manifest, resize, region
-        )
-        self.crop_size, self.texture_seed = crop_size, texture_seed
+    crop_size: int
+    texture_seed: int
+
+    def __post_init__(self) -> None:
+        check_whole("data", SMALLEST, LARGEST, crop_size=self.crop_size)
+        check_whole("data", 0, LARGEST_SEED, texture_seed=self.texture_seed)
+        self.root = Path(self.root) / key(self.crop_size, self.texture_seed)
+        super().__post_init__()
 
     def prepare_data(self) -> None:
         self.folder()
