@@ -2,11 +2,13 @@
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from records.test_tables import recorded
 from support import CONFIGS, DRAWN, tiny_overrides
 
 from blemish import cli
@@ -105,7 +107,7 @@ def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
     assert (
         "6 images scored: out/scores.csv" in blemish("predict", "run=runs/one", f"input={tiny / 'square'}", "output=out", "device=cpu")[1]
     )
-    assert "runs: table.csv" in blemish("table", "runs=runs", "output=table.csv")[1]
+    assert "written to table.csv" in blemish("table", "runs=runs", "output=table.csv")[1]
     assert "runs: runs/report.html" in blemish("report", "runs=runs")[1]
     assert {path.name for path in tmp_path.iterdir()} == {".blemish", "manifest.csv", "runs", "out", "table.csv"}  # nothing of Hydra's own
 
@@ -163,3 +165,36 @@ def test_a_sweep_is_the_tools_sweep(blemish, tiny, monkeypatch):
     assert status == 0, err
     assert "1 cells, 1 finished" in err
     assert len(list(Path("results/runs/sweeps/one").glob("*/metrics.json"))) == 1
+
+
+WITHOUT_TORCH = """
+import subprocess
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "lightning", "timm"):
+            raise ImportError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+from blemish import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["train", "recipe=bundeld"], 2),
+        (["table", "runs=runs", "output=table.csv"], 0),
+        (["report", "runs=runs"], 0),
+    ],
+)
+def test_what_only_reads_does_not_wait_for_torch(tmp_path, arguments, status):
+    recorded(tmp_path / "runs" / "one", "padim", "screw", 0, 0.9)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr

@@ -14,10 +14,10 @@ from support import CONFIGS
 ROOT = CONFIGS.parent
 QUICK = ["recipe=bundled", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "save.pictures=2", "store=off"]
 API = """
-import blemish, blemish.run
+import blemish, blemish.compose
 from blemish import AnomalyDetector
 assert blemish.__file__.startswith({home!r}), blemish.__file__
-assert str(blemish.run.configs()).startswith({home!r}), blemish.run.configs()
+assert str(blemish.compose.configs()).startswith({home!r}), blemish.compose.configs()
 detector = AnomalyDetector("padim", image_size=64, progress=False, device="cpu").train({images!r})
 detector.save("padim.safetensors")
 detector = AnomalyDetector.load("padim.safetensors", device="cpu")

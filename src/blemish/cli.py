@@ -26,19 +26,19 @@ def train(cfg: Any) -> Any:
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.cell(cfg)
-    return run.report(run.guarded(run.train, cfg), cfg.run_dir)
+    return run.report(run.train(cfg), cfg.run_dir)
 
 
 def test(cfg: Any) -> None:
     from blemish import run
 
-    run.report(run.guarded(run.test, cfg), cfg.output or f"{cfg.run}/retest")
+    run.report(run.test(cfg), cfg.output or f"{cfg.run}/retest")
 
 
 def predict(cfg: Any) -> None:
     from blemish import run
 
-    done = run.guarded(run.predict, cfg)
+    done = run.predict(cfg)
     for line in done.said:
         say(line)
     for path, reason in done.failed[:20]:
@@ -54,32 +54,26 @@ def data(cfg: Any) -> None:
     from blemish.data import check, synthetic
     from blemish.outputs import replacing
 
-    def work(cfg: Any) -> None:
-        check_number("", "(0, 1]", share=cfg.share)
-        check_choice("", COMMANDS["data"].actions, action=cfg.action)
-        images = run.build(cfg.data)
-        if cfg.action == "check":
-            with replacing(output := cfg.output or "manifest.csv"):
-                found = check.report(images, output)
-            sys.exit(found)
-        images.setup()
-        say(f"{synthetic.write(images, cfg.output or 'synthetic', cfg.share, cfg.seed)} images drawn on: {cfg.output or 'synthetic'}")
-
-    run.guarded(work, cfg)
+    check_number("", "(0, 1]", share=cfg.share)
+    check_choice("", COMMANDS["data"].actions, action=cfg.action)
+    images = run.build(cfg.data)
+    if cfg.action == "check":
+        with replacing(output := cfg.output or "manifest.csv"):
+            found = check.report(images, output)
+        sys.exit(found)
+    images.setup()
+    say(f"{synthetic.write(images, cfg.output or 'synthetic', cfg.share, cfg.seed)} images drawn on: {cfg.output or 'synthetic'}")
 
 
 def table(cfg: Any) -> None:
     from rich.console import Console
 
-    from blemish import run
     from blemish.outputs import replacing
     from blemish.records.tables import RUN, show, write
 
-    def work(c: Any) -> tuple:
-        with replacing(c.output, c.markdown, c.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
-            return write(c.runs, c.output, c.readme, c.markdown, c.latex, c.by, c.metric, c.published, c.docs)
-
-    runs, grids = run.guarded(work, cfg)
+    with replacing(cfg.output, cfg.markdown, cfg.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
+        written = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)
+    runs, grids = written
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for grid in grids:
         show(console, grid, bold=cfg.by == "category")
@@ -88,15 +82,11 @@ def table(cfg: Any) -> None:
 
 
 def report(cfg: Any) -> None:
-    from blemish import run
     from blemish.outputs import replacing
     from blemish.records.report import write
 
-    def work(c: Any) -> int:
-        with replacing(c.output):
-            return write(c.runs, c.output, c.max_mb, c.images, c.picture_px)
-
-    runs = run.guarded(work, cfg)
+    with replacing(cfg.output):
+        runs = write(cfg.runs, cfg.output, cfg.max_mb, cfg.images, cfg.picture_px)
     say(f"{runs} runs: {cfg.output} ({Path(cfg.output).stat().st_size / 1e6:.1f} MB)")
 
 
@@ -109,23 +99,15 @@ def reproduce(cfg: Any) -> None:
     name, typed = HydraConfig.get().runtime.choices.get("paper"), HydraConfig.get().overrides.task
     if not name:
         refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
-
-    def work(c: Any) -> Any:
-        run.check_config(c)
-        return reproduce.reproduce(c, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=sweep.train_apart)
-
-    sys.exit(run.guarded(work, cfg))
+    run.check_config(cfg)
+    sys.exit(reproduce.reproduce(cfg, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=sweep.train_apart))
 
 
 def export(cfg: Any) -> None:
     from blemish import run
+    from blemish.deploy.export import export_run
 
-    def work(c: Any) -> tuple:
-        from blemish.deploy.export import export_run
-
-        return export_run(c, run.load, run.build)
-
-    path, parity = run.guarded(work, cfg)
+    path, parity = export_run(cfg, run.load, run.build)
     say(f"{path}: {parity}")
 
 
@@ -133,13 +115,9 @@ def bench(cfg: Any) -> None:
     from rich.console import Console
 
     from blemish import run
+    from blemish.deploy import bench
 
-    def work(c: Any) -> Any:
-        from blemish.deploy import bench
-
-        return bench.table(bench.bench_run(c, run.load, run.build))
-
-    Console(soft_wrap=True).print(run.guarded(work, cfg))
+    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, run.load, run.build)))
 
 
 COMMANDS = {
@@ -245,8 +223,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     """
     import hydra
 
-    from blemish.run import configs, guarded
-    from blemish.sweep import launch
+    from blemish.compose import configs, run_cli
 
     command, whole = COMMANDS[name], list(sys.argv)
     if command.actions and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
@@ -257,16 +234,18 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     def task(cfg: Any) -> Any:
         sys.argv = whole  # a record tells how it was called, and further processes of a training are called so too
-        return command.work(cfg)
+        return run_cli(command.work, cfg)
 
     task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
     main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
     several = bool({"-m", "--multirun"} & set(overrides))
     overrides = [path_as_typed(text, several) for text in overrides]
     if all(text in ("-m", "--multirun") for text in overrides if text.startswith("-")):  # the other flags are Hydra's alone
-        overrides = guarded(lambda _: vetted(overrides, command.config, several), None)
+        overrides = run_cli(lambda _: vetted(overrides, command.config, several), None)
     sys.argv = [words[0], *overrides]
-    if name == "train":
+    if name == "train" and several:
+        from blemish.sweep import launch
+
         launch(main, words)
     else:
         main()

@@ -1,7 +1,10 @@
 """A config composed by Python as the command line would, and what is told of overrides that fit none."""
 
+import logging
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -10,12 +13,21 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from blemish.checks import nearest, shown
-from blemish.run import ARGUMENTS, configs, leaves, unknown
+from blemish.records.record import no_room, stopped
 from blemish.types import InputError
 
+# a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
+ARGUMENTS = ("model", "data", "trainer", "logger")  # of what they call, which refuses those that it does not know
 OPTIONAL = ("recipe", "sweep", "launch", "paper")  # groups of which none may be chosen
+
+
+def configs() -> Path:
+    """The folder of the yaml files: inside the package where it is installed, beside src/ in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def names(group: str) -> list[str]:
@@ -121,6 +133,20 @@ def firsts(overrides: Sequence[str]) -> list[str]:
     return list(texts.values())
 
 
+def leaves(cfg: Any, place: str = "") -> list[str]:
+    """The keys of all that is in a config, as overrides have them."""
+    items = cfg.items_ex(resolve=False) if OmegaConf.is_dict(cfg) and not cfg._is_none() else ()
+    return [key for name, value in items for own in [f"{place}{name}"] for key in (leaves(value, f"{own}.") or [own])]
+
+
+def unknown(key: str, known: Sequence[str]) -> str:
+    """What is told of a key that does not exist."""
+    same = [other for other in known if other.rpartition(".")[2] == key]
+    if key in known:
+        return f"{key}: cannot be set to that; expected a value of its kind"
+    return f"{key}: no such key; {f'did you mean {same[0]!r}?' if same else nearest(key, known)}".rstrip("; ")
+
+
 def explained(error: Exception, overrides: Sequence[str], config: str) -> str:
     """One line on why overrides do not compose."""
     if isinstance(error, MissingConfigException) and error.options:
@@ -150,3 +176,23 @@ def no_choice(group: str, name: str, choices: Sequence[str]) -> str:
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as dicts, lists, numbers and strings, without interpolations."""
     return OmegaConf.to_container(cfg, resolve=True)
+
+
+def run_cli(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # notes on devices and advertisements are not ours to repeat
+    try:
+        return work(cfg)
+    except (InputError, OmegaConfBaseException, OSError) as error:  # the second for a value that a config lacks
+        if stopped(error):
+            sys.exit(130)
+        if isinstance(error, OSError) and not (error := no_room(error, ".")):
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except SystemExit as error:
+        sys.exit(130 if stopped(error) else error.code)
+    except BaseException as error:
+        if stopped(error):
+            sys.exit(130)
+        raise

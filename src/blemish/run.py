@@ -4,10 +4,9 @@ import contextlib
 import ctypes
 import logging
 import re
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -23,14 +22,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from blemish.backbone.features import Features
 from blemish.backbone.store import Store, StoredData, check_store
-from blemish.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole, nearest
+from blemish.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole
+from blemish.compose import ARGUMENTS, configs, leaves, unknown
 from blemish.data.module import DTYPE, ImageData, plain_window
 from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.regions import Region
@@ -61,7 +60,21 @@ from blemish.files import atomic_write, fsync, locked, no_room, release, write_c
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.progress import ProgressBar
-from blemish.records.record import FINISHED, REGION, STATE, Record, check_archive, claim, read_record, stopped, truth_kind
+from blemish.records.record import (
+    FINISHED,
+    REGION,
+    STATE,
+    Record,
+    check_archive,
+    claim,
+    no_room,
+    read_record,
+    release,
+    truth_kind,
+    write_csv,
+    write_json,
+    write_text,
+)
 from blemish.records.tables import decisions, summary
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import finite, rate
@@ -69,24 +82,8 @@ from blemish.types import InputError
 
 log = logging.getLogger(__name__)
 
-# a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
-ARGUMENTS = ("model", "data", "trainer", "logger")  # of what they call, which refuses those that it does not know
 ELSEWHERE = "choose another folder with output=FOLDER"
 CHECKED = 2**30  # bytes of a checkpoint up to which its checksums are compared: a larger one is read from where it lies
-
-
-def leaves(cfg: Any, place: str = "") -> list[str]:
-    """The keys of all that is in a config, as overrides have them."""
-    items = cfg.items_ex(resolve=False) if OmegaConf.is_dict(cfg) and not cfg._is_none() else ()
-    return [key for name, value in items for own in [f"{place}{name}"] for key in (leaves(value, f"{own}.") or [own])]
-
-
-def unknown(key: str, known: Sequence[str]) -> str:
-    """What is told of a key that does not exist."""
-    same = [other for other in known if other.rpartition(".")[2] == key]
-    if key in known:
-        return f"{key}: cannot be set to that; expected a value of its kind"
-    return f"{key}: no such key; {f'did you mean {same[0]!r}?' if same else nearest(key, known)}".rstrip("; ")
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -442,12 +439,6 @@ def device_of(name: str) -> torch.device:
         return torch.empty(0, device={"gpu": "cuda"}.get(name, name)).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={name}: not available here; choose auto, cpu, gpu or mps ({error})") from error
-
-
-def configs() -> Path:
-    """The folder of the yaml files: inside the package where it is installed, beside src/ in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def default_folder(cfg: DictConfig) -> Path:
@@ -808,26 +799,6 @@ def expected_warnings() -> Iterator[None]:
         # logs of an earlier run in this folder are overwritten on purpose
         warnings.filterwarnings("ignore", message=".*Experiment logs directory.*exists and is not empty.*")
         yield
-
-
-def guarded(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # notes on devices and advertisements are not ours to repeat
-    try:
-        return work(cfg)
-    except (InputError, OmegaConfBaseException, OSError) as error:  # the second for a value that a config lacks
-        if stopped(error):
-            sys.exit(130)
-        if isinstance(error, OSError) and not (error := no_room(error, ".")):
-            raise
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        sys.exit(2)
-    except SystemExit as error:
-        sys.exit(130 if stopped(error) else error.code)
-    except BaseException as error:
-        if stopped(error):
-            sys.exit(130)
-        raise
 
 
 @rank_zero_only

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from blemish.compose import composed, firsts, parsed, settled
+from blemish.compose import composed, configs, firsts, parsed, run_cli, settled
 from blemish.data.synthetic import write as synthesize
 from blemish.files import is_locked, write_csv
-from blemish.records.record import FINISHED, STATE, finish_for, read_record
-from blemish.run import build, check_config, configs, guarded, report, train
+from blemish.records.record import FINISHED, STATE, finish_for, read_record, write_csv
+from blemish.run import build, check_config, configs, report, train
 from blemish.types import InputError
 
 COMMAND = "BLEMISH_COMMAND"  # what a cell's process is started as, for it and for the processes that it starts in turn
@@ -57,7 +57,7 @@ def launch(main: Callable[[], object], command: Sequence[str]) -> None:
         main()
         return
     os.environ[COMMAND] = json.dumps([os.path.abspath(command[0]), *command[1:]])  # noqa: PTH100
-    more, folder = guarded(lambda _: pinned(arguments), None)
+    more, folder = run_cli(lambda _: pinned(arguments), None)
     sys.argv += more
     try:
         main()
@@ -217,7 +217,7 @@ def as_command(command: list[str], overrides: list[str]) -> None:
 
     def single(cfg: DictConfig) -> None:
         sys.argv = [*command, *overrides]  # what the record tells, and what further processes of a training are started as
-        report(guarded(train, cfg), cfg.run_dir)
+        report(run_cli(train, cfg), cfg.run_dir)
 
     sys.argv = [command[0], *overrides]
     hydra.main(config_path=str(configs()), config_name="train", version_base="1.3")(single)()
@@ -225,7 +225,7 @@ def as_command(command: list[str], overrides: list[str]) -> None:
 
 def as_config(values: dict) -> None:
     """A run of a config that is composed."""
-    report(guarded(train, OmegaConf.create(values)), values["run_dir"])
+    report(run_cli(train, OmegaConf.create(values)), values["run_dir"])
 
 
 def follow() -> None:

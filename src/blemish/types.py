@@ -1,10 +1,13 @@
 """What travels between the rooms: a batch of images in, a prediction out, and the error a user can act on."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from blemish.edge.errors import InputError  # noqa: F401 the rooms above know it from here
+
+if TYPE_CHECKING:  # tools that only read results do not wait for torch
+    from torch import Tensor
 
 NORMAL, ANOMALOUS, UNKNOWN = 0, 1, -1  # image labels
 NO_TRUTH = 255  # mask value of a pixel whose truth is not known; pixel metrics leave it out

@@ -1,8 +1,11 @@
 """The pictures of a run: a strip per image and the curves of the whole, from arrays alone."""
 
 import functools
+import heapq
 import json
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 import contourpy
 import matplotlib
@@ -11,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from blemish.data.samples import Sample
+from blemish.scoring.metrics import GOOD
 from blemish.scoring.ranking import FPR_LIMIT
 from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN
 
@@ -348,3 +353,67 @@ def bins(score: np.ndarray) -> np.ndarray:
         return edges
     room = max(0.5, 1e-6 * max(abs(low), abs(high)))  # one bin where numbers do not resolve forty
     return np.array([low - room, high + room])
+
+
+def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.ndarray:
+    """At most `most` of the vertices (K, 2) of a line, its ends among them, from which the others are as near as can be.
+
+    The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973).
+    """
+    if len(line) <= 2:
+        return line
+    extent = np.ptp(line, axis=0)
+    unit = line / np.where(extent > 0, extent, 1)
+
+    def worst(first: int, last: int) -> tuple[float, int, int, int]:
+        offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
+        if len(offset) == 0:
+            return 0.0, first, first, last
+        along = (offset @ chord / max(chord @ chord, 1e-30)).clip(0, 1)
+        distance = np.hypot(*(offset - along[:, None] * chord).T)
+        index = int(distance.argmax())
+        return -float(distance[index]), first, first + 1 + index, last
+
+    kept, gaps = {0, len(line) - 1}, [worst(0, len(line) - 1)]
+    while gaps and len(kept) < most:
+        distance, first, middle, last = heapq.heappop(gaps)
+        if -distance <= tolerance:
+            break
+        kept.add(middle)
+        heapq.heappush(gaps, worst(first, middle))
+        heapq.heappush(gaps, worst(middle, last))
+    return line[sorted(kept)]
+
+
+def choose(samples: Iterable[Sample], pictures: int) -> set[str]:
+    """Keys of the `pictures` samples to draw, −1 for all, as evenly over the defect types and within each as goes, good images first."""
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(sample.defect, []).append(sample.key)
+    names = sorted(groups, key=lambda name: (name != GOOD, name))
+    left = sum(map(len, groups.values())) if pictures < 0 else min(pictures, sum(map(len, groups.values())))
+    share = dict.fromkeys(names, 0)
+    while left > 0:
+        for name in names:
+            if left > 0 and share[name] < len(groups[name]):
+                share[name] += 1
+                left -= 1
+    return {keys[(2 * i + 1) * len(keys) // (2 * n)] for name, n in share.items() for keys in [groups[name]] for i in range(n)}
+
+
+def file_names(defects: dict[str, str]) -> dict[str, str]:
+    """{key: defect type} as {key: file name of its strip}: defect_stem.png, fit for every file system, no two alike."""
+    names, taken = {}, set()
+    for key, defect in defects.items():
+        path, _, region = key.partition("#")
+        stem = PurePosixPath(path).stem + (f"_{region}" if region else "")
+        plain = unicodedata.normalize("NFC", f"{defect}_{stem}")
+        plain = "".join(sign if ("_" + sign).isidentifier() or sign in "-." else "-" for sign in plain).lstrip(".")
+        plain = plain.encode()[:180].decode(errors="ignore")  # file systems allow 255 bytes
+        name, count = plain, 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{plain}-{count}"
+        taken.add(name.casefold())
+        names[key] = f"{name}.png"
+    return names

@@ -1,12 +1,10 @@
 """The callbacks of a run: scores of calibration images before, figures, rows and pictures of the test."""
 
 import contextlib
-import heapq
 import json
 import logging
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +20,11 @@ from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, write_text
 from blemish.outputs import picture_info
 from blemish.records import draw
+from blemish.records.draw import choose, file_names, simplified
+from blemish.records.record import write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
-from blemish.scoring.metrics import GOOD, IMAGE_FIGURES, PIXEL_FIGURES, POOLED, ImageMetrics, PixelMetrics
+from blemish.scoring.metrics import IMAGE_FIGURES, PIXEL_FIGURES, POOLED, ImageMetrics, PixelMetrics
 from blemish.types import ANOMALOUS, NORMAL, OUTSIDE, UNKNOWN, Batch, Prediction
 
 log = logging.getLogger(__name__)
@@ -309,36 +309,6 @@ class Evaluate(Callback):
         return files
 
 
-def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.ndarray:
-    """At most `most` of the vertices (K, 2) of a line, its ends among them, from which the others are as near as can be.
-
-    The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973).
-    """
-    if len(line) <= 2:
-        return line
-    extent = np.ptp(line, axis=0)
-    unit = line / np.where(extent > 0, extent, 1)
-
-    def worst(first: int, last: int) -> tuple[float, int, int, int]:
-        offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
-        if len(offset) == 0:
-            return 0.0, first, first, last
-        along = (offset @ chord / max(chord @ chord, 1e-30)).clip(0, 1)
-        distance = np.hypot(*(offset - along[:, None] * chord).T)
-        index = int(distance.argmax())
-        return -float(distance[index]), first, first + 1 + index, last
-
-    kept, gaps = {0, len(line) - 1}, [worst(0, len(line) - 1)]
-    while gaps and len(kept) < most:
-        distance, first, middle, last = heapq.heappop(gaps)
-        if -distance <= tolerance:
-            break
-        kept.add(middle)
-        heapq.heappush(gaps, worst(first, middle))
-        heapq.heappush(gaps, worst(middle, last))
-    return line[sorted(kept)]
-
-
 def bytes_of(image: Tensor) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as (H, W, 3) uint8."""
     return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -349,37 +319,3 @@ def looked_at(mask: Tensor) -> tuple[slice, slice]:
     seen = mask != OUTSIDE
     spans = [seen.any(axis).nonzero().flatten().tolist() or [0, -1] for axis in (1, 0)]
     return slice(spans[0][0], spans[0][-1] + 1), slice(spans[1][0], spans[1][-1] + 1)
-
-
-def choose(samples: Iterable[Sample], pictures: int) -> set[str]:
-    """Keys of the `pictures` samples to draw, −1 for all, as evenly over the defect types and within each as goes, good images first."""
-    groups: dict[str, list[str]] = {}
-    for sample in samples:
-        groups.setdefault(sample.defect, []).append(sample.key)
-    names = sorted(groups, key=lambda name: (name != GOOD, name))
-    left = sum(map(len, groups.values())) if pictures < 0 else min(pictures, sum(map(len, groups.values())))
-    share = dict.fromkeys(names, 0)
-    while left > 0:
-        for name in names:
-            if left > 0 and share[name] < len(groups[name]):
-                share[name] += 1
-                left -= 1
-    return {keys[(2 * i + 1) * len(keys) // (2 * n)] for name, n in share.items() for keys in [groups[name]] for i in range(n)}
-
-
-def file_names(defects: dict[str, str]) -> dict[str, str]:
-    """{key: defect type} as {key: file name of its strip}: defect_stem.png, fit for every file system, no two alike."""
-    names, taken = {}, set()
-    for key, defect in defects.items():
-        path, _, region = key.partition("#")
-        stem = PurePosixPath(path).stem + (f"_{region}" if region else "")
-        plain = unicodedata.normalize("NFC", f"{defect}_{stem}")
-        plain = "".join(sign if ("_" + sign).isidentifier() or sign in "-." else "-" for sign in plain).lstrip(".")
-        plain = plain.encode()[:180].decode(errors="ignore")  # file systems allow 255 bytes
-        name, count = plain, 1
-        while name.casefold() in taken:
-            count += 1
-            name = f"{plain}-{count}"
-        taken.add(name.casefold())
-        names[key] = f"{name}.png"
-    return names

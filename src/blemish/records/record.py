@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from blemish.files import CHOOSE, lock, plain, release, remove_stale, write_json
@@ -108,6 +107,7 @@ def check_archive(path: Path) -> None:
 
 def environment() -> dict:
     """The software and hardware this process runs on; None where the system does not tell."""
+
     return {
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
@@ -186,6 +186,7 @@ def _installed_commit() -> dict | None:
 
 def peak_memory_mb() -> dict:
     """The largest memory this process has held, MB: "host" (resident) and "gpu" (allocated by torch, the fullest device)."""
+
     host = gpu = None
     if resource is not None:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
@@ -206,13 +207,18 @@ def truth_kind(samples: Iterable) -> str:
     return " and ".join(kinds) or "none"
 
 
+def is_first_process() -> bool:
+
+    return rank_zero_only.rank == 0
+
+
 def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
     """Lock the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
 
     InputError if it cannot be written, another living process holds it, or, without `overwrite`, if it holds a finished run
     or files that no run of blemish left. Files a run does not write are never touched. Only the process of rank 0 claims.
     """
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return
     folder = Path(run_dir)
     lock(folder, CHOOSE)
@@ -262,7 +268,7 @@ def stopped(error: BaseException | None) -> bool:
     """Whether an error is an interruption, or came of one: Lightning turns Ctrl-C into SystemExit, OmegaConf into errors of its own."""
     seen = set()  # an error that is raised again from what it caused closes a circle
     while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt | SIGTERMException):
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "SIGTERMException":  # Lightning's
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -317,7 +323,7 @@ class Record:
         self.content["peak_memory_mb"] = peak_memory_mb()
 
     def _write(self) -> None:
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             write_json(self.path, self.content)
 
     def _write_if_possible(self) -> None:

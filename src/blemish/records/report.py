@@ -18,15 +18,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.stats import rankdata
 
 from blemish.checks import check_number, check_whole
 from blemish.files import plain, write_text
+from blemish.records.draw import choose, file_names, simplified
 from blemish.records.evaluate import choose, file_names, simplified
-from blemish.records.record import FINISHED, PLACE, SETTING, now, read_record
-from blemish.records.tables import FIGURES, pooled
+from blemish.records.record import FINISHED, PLACE, SETTING, now, plain, read_record, write_text
+from blemish.records.tables import FIGURES, SETTING, pooled
 from blemish.scoring.metrics import ImageMetrics
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
@@ -291,7 +291,7 @@ def curves_of(run: Run) -> dict[str, list[int]]:
     known = _json(run.folder / "curves.json")
     if known is None and run.scores is not None and run.record["status"] == FINISHED:
         image = ImageMetrics()
-        image.update(torch.tensor(run.scores.score, dtype=torch.float32), torch.tensor(run.scores.label), run.scores.defect)
+        image.update(np.asarray(run.scores.score, np.float32), np.asarray(run.scores.label), run.scores.defect)
         known = {"image": image.curves()}
     lines = {}
     for name in CURVES:

@@ -3,16 +3,18 @@
 Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; as anomaly detection: Laxhammar and Falkman, 2010.
 """
 
+from __future__ import annotations
+
 import math
 from fractions import Fraction
 from numbers import Real
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blemish.checks import check_number
 from blemish.types import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RARE = 0.001  # probability below which a number of false alarms is worth a warning
 
@@ -114,6 +116,8 @@ def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
 
     p ≤ alpha says the same as score > conformal_threshold(calibration, alpha).value. Raises InputError for NaN scores.
     """
+    import torch
+
     if scores.isnan().any():
         raise InputError("scores: found NaN, numbers expected")
     ranked = _finite(calibration).to(scores.device).sort().values  # (n,)

@@ -3,16 +3,20 @@
 F1-max and its threshold look at the truth: an oracle's figure, never a threshold to decide with. A figure is None where a class is absent.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy import ndimage
-from torch import Tensor
 
 from blemish.scoring import ranking
 from blemish.scoring.ranking import NOTHING, Ranks, Steps, Tally, combine, count_sorted, ordered, sort_parts, unordered
 from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOOD = "good"  # the group of normal images, part of every defect type's row
 POOLED = "pooled"
@@ -45,10 +49,13 @@ def f1_max(score: Tensor, label: Tensor) -> tuple[float, float] | None:
     return None if steps is None else (ranking.f1_max(steps)[0], ranking.f1_threshold(steps))
 
 
+def _array(values: Tensor | np.ndarray) -> np.ndarray:
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
 def _known(score: Tensor, label: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Finite scores and labels of the images whose label is known; InputError for any other score, label or shape."""
-    score = torch.as_tensor(score).detach().cpu().double().numpy()  # (N,)
-    label = torch.as_tensor(label).detach().cpu().numpy()  # (N,)
+    score, label = _array(score).astype(np.float64), _array(label)  # (N,)
     if score.ndim != 1 or score.shape != label.shape:
         raise InputError(f"score {score.shape} and label {label.shape}: both must be (N,)")
     if len(stray := np.setdiff1d(label, (NORMAL, ANOMALOUS, UNKNOWN))):
@@ -93,14 +100,14 @@ class ImageMetrics:
     def update(self, score: Tensor, label: Tensor, group: list[str]) -> None:
         """score (B,) finite, label (B,) in {0, 1}, −1 left out, group: B names of defect types, "good" for normal images."""
         _check_groups(group, len(score))
-        known = torch.as_tensor(label).detach().cpu().numpy() != UNKNOWN
+        known = _array(label) != UNKNOWN
         score, label = _known(score, label)
         names = np.array(group, dtype=object)[known]
         for name in dict.fromkeys(names):
             self._score.setdefault(name, []).append(score[names == name])
             self._label.setdefault(name, []).append(label[names == name])
 
-    def merge(self, other: "ImageMetrics") -> None:
+    def merge(self, other: ImageMetrics) -> None:
         """Takes in what another process has seen."""
         for name in other._score:
             self._score.setdefault(name, []).extend(other._score[name])
@@ -200,7 +207,7 @@ class PixelMetrics:
             kept.defect.append(value[defect].astype(np.int64) << 32 | region_sizes(defect))
         self._kept += sum(counts)
 
-    def merge(self, other: "PixelMetrics") -> None:
+    def merge(self, other: PixelMetrics) -> None:
         """Takes in what another process has seen; the figures are those of one process that saw it all."""
         if other._shift is not None:
             self._coarsen(max(self._shift or 0, other._shift))
