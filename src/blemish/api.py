@@ -65,7 +65,7 @@ class AnomalyDetector:
     recipe (False: the paper's settings), epochs (of a method that trains), epoch_size (images that one draws; None: each once),
     calibration (share held out), value_range ((lo, hi) of deep images), device, progress, and every constructor argument of the method.
     Without `backbone` and `weights` the bundled ones are taken, which need no network. `region` is a mask, a file or an array (H, W) or
-    (H, W, C), white where images are looked at, see `understood`.
+    (H, W, C), white where images are looked at, see `data.masks.interpret`.
     Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
     InputError for an option, a value or an image that cannot be used.
     """

@@ -85,6 +85,14 @@ def write_json(path: str | Path, value: Any, outputs: Outputs | None = None) -> 
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", outputs)
 
 
+def read_json(path: str | Path) -> dict | None:
+    """The object that a JSON file holds; None where it cannot be read or holds another thing."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+        return value if isinstance(value, dict) else None
+    return None
+
+
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable], outputs: Outputs | None = None) -> None:
     """Write a CSV with a header row in one step; floats in full precision, None as an empty field."""
     with atomic_write(path, outputs) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:

@@ -1,14 +1,13 @@
 """Which files are blemish's own: pictures that say so themselves, and, in each folder it wrote to, an index of what it may replace."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
-from blemish.edge.reading import SOFTWARE
+from blemish.edge.reading import SOFTWARE, file_digest
 from blemish.types import InputError
 
 INDEX = ".blemish"  # in the folder of an output: a line of digest and name for each file that was written there
@@ -46,7 +45,7 @@ class Outputs:
     def note(self, path: str | Path, content: str | Path | None = None) -> None:
         """List the file `content`, the path itself if None, as what blemish writes to `path`."""
         path = Path(path)
-        digest, known = _digest(Path(content or path)), self._known(path.parent)
+        digest, known = file_digest(Path(content or path)), self._known(path.parent)
         if digest not in known:
             known.add(digest)
             name = path.name.encode("utf-8", "surrogateescape").replace(b"\n", b" ")
@@ -58,7 +57,7 @@ class Outputs:
             return False
         known = self._known(path.parent)
         try:
-            return bool(known) and _digest(path) in known
+            return bool(known) and file_digest(path) in known
         except OSError:
             return False
 
@@ -101,9 +100,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
         status = path.stat()
         return status.st_ino, status.st_mtime_ns
     return None
-
-
-def _digest(path: Path) -> str:
-    """32 hex digits of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

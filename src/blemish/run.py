@@ -40,14 +40,14 @@ from blemish.deploy.monitor import Monitor, unusual
 from blemish.deploy.predict import (
     Failure,
     anomalous,
-    claimed,
+    check_outputs,
     finished,
+    has_maps,
     images_at,
+    outcome,
     output_names,
-    shown,
+    places,
     thresholds,
-    told,
-    where,
     write,
     write_tables,
 )
@@ -265,10 +265,10 @@ def predict(cfg: DictConfig) -> Predicted:
         monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
         rows = write(found, names, output, model.calibration, threshold, level, scale, failed, monitor)
     values.report()
-    said = told(rows, threshold, output, names)
+    said = outcome(rows, threshold, output, names)
     if cfg.map_threshold is not None:
         said.insert(
-            1, f"masks: map above {level:.6g}, set by hand" if shown(rows) else f"map_threshold={level:.6g}: this method has no map"
+            1, f"masks: map above {level:.6g}, set by hand" if has_maps(rows) else f"map_threshold={level:.6g}: this method has no map"
         )
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
@@ -323,7 +323,7 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     window = fit_window(path for path in paths if is_sound(path)) | named_window(cfg)
     values = ValueCheck({}, window, "window")
     with locked(output, ELSEWHERE):
-        monitor, outputs = monitor_of(cfg, output, [], cfg.seed), claimed(output, names, KINDS)
+        monitor, outputs = monitor_of(cfg, output, [], cfg.seed), check_outputs(output, names, KINDS)
         found = detect(model, paths, window, names, output, region, values.loading(read), failed, outputs)
 
         def finish(rows: list[tuple], whole: bool) -> None:
@@ -336,7 +336,7 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     values.report()
     count = sum(bool(row[COLUMNS.index("detections")]) for row in rows)
     law = f"NFA ≤ model.epsilon={model.epsilon:g}, the false detections expected in an image of noise"
-    return Predicted(rows, failed, [f"{count} of {len(rows)} with detections ({law})", *where(rows, output, names)], output)
+    return Predicted(rows, failed, [f"{count} of {len(rows)} with detections ({law})", *places(rows, output, names)], output)
 
 
 def followed(found: Iterator, what: str, total: int, failed: Sequence[Failure]) -> Iterator:

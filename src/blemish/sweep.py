@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from blemish.compose import composed, configs, firsts, parsed, run_cli, settled
 from blemish.data.synthetic import write as synthesize
-from blemish.files import is_locked, write_csv
+from blemish.files import is_locked, read_json, write_csv
 from blemish.records.record import FINISHED, STATE, finish_for, read_record, write_csv
 from blemish.run import build, check_config, configs, report, train
 from blemish.types import InputError
@@ -283,9 +283,7 @@ def cells(folder: Path) -> list[Cell]:
 
 def cell_of(folder: Path, record: dict | None) -> Cell:
     record = record or {"status": "failed", "error": {"message": "no record"}}
-    auroc = None
-    with contextlib.suppress(OSError, ValueError):
-        auroc = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["image_auroc"]
+    auroc = (read_json(folder / "metrics.json") or {}).get("image_auroc")
     error = (record.get("error") or {}).get("message") or ""
     return Cell(folder.name, record["status"], record.get("wall_seconds"), auroc, error.strip())
 

@@ -6,7 +6,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from blemish.data.masks import binary, read_mask, understood
+from blemish.data.masks import binary, interpret, read_mask
 from blemish.data.regions import Region
 from blemish.types import InputError
 
@@ -46,7 +46,7 @@ def test_one_colour_on_transparency_marks_where_it_is(tmp_path, colour, below, a
     assert np.array_equal(marked(tmp_path, painted[..., [0, 3]] if len(set(colour)) == 1 else painted), DISC)
     assert np.array_equal(marked(tmp_path, painted, "mask.tif"), DISC)
     assert np.array_equal(marked(tmp_path, painted, "mask.webp", lossless=True), DISC)
-    assert binary(painted).dtype == np.uint8 and understood(painted).alpha
+    assert binary(painted).dtype == np.uint8 and interpret(painted).alpha
     assert np.array_equal(Region(painted).seen(None, *DISC.shape), DISC) and np.array_equal(Region(tmp_path / "mask.png").mask, DISC)
 
 

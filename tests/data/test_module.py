@@ -32,9 +32,9 @@ class Pictures(ImageData):
         return made
 
 
-def data_of(root, **changes):
+def data_of(root, kind=Pictures, **changes):
     plain = {"root": root, "category": None, "image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "clean"}
-    return Pictures(**{**plain, "calibration": 0.1, "window": "auto", "on_error": "stop", "manifest": None, **changes})
+    return kind(**{**plain, "calibration": 0.1, "window": "auto", "on_error": "stop", "manifest": None, **changes})
 
 
 def save(path, array):
@@ -104,7 +104,7 @@ def test_tiles_of_one_image_stay_on_one_side(root):
         def scan(self):
             return [s._replace(region=f"{x},{y},16,16") for s in super().scan() for x in (0, 16) for y in (0, 16)]
 
-    data = Tiles(root, None, 16, None, 4, 0, 0, "clean", 0.1, "auto", "stop")
+    data = data_of(root, Tiles, image_size=16)
     data.setup()
     train, calibrate = ({s.path for s in data.samples if s.split == split} for split in ("train", "calibrate"))
     assert len(calibrate) == 2 and not train & calibrate and len(data.samples) == 16 * 4

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from blemish.data.masks import Marked, understood
+from blemish.data.masks import Marked, interpret
 from blemish.data.module import ImageData, threaded
 from blemish.data.samples import SPLITS, Sample, write_manifest
 from blemish.edge.reading import read
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     masks: int  # with a mask file or boxes
     missing: int  # not normal, and neither
     marked: str  # share of an image that a mask marks, the median and the range
-    levels: str  # of the masks, and how they are understood
+    levels: str  # of the masks, and how they are interpret
     empty: list[str]  # mask files without an anomalous pixel
     odd: list[str]  # mask files that mark nearly all of an image, or its border, each with the share
     wrong: list[str]  # mask files of another size than their image
@@ -83,7 +83,7 @@ def _look(data: ImageData, sample: Sample) -> _Look:
     except InputError as error:
         unreadable.append(str(error))
     try:
-        mask = understood(read(data.root / sample.mask, labels=True)) if sample.mask else None
+        mask = interpret(read(data.root / sample.mask, labels=True)) if sample.mask else None
     except InputError as error:
         unreadable.append(str(error))
     size = None if image is None else (image.shape[1], image.shape[0])
@@ -146,33 +146,20 @@ def _levels(masks: Sequence[_Mask], most: int = 8) -> str:
     kinds = defaultdict(list)
     for mask in masks:
         kinds[mask.alpha, mask.kind].append(mask)
-    told = []
+    texts = []
     for (alpha, kind), members in sorted(kinds.items()):
         levels = sorted({level for mask in members for level in mask.levels})
         short = len(levels) <= most and kind != "soft"
         text = " ".join(f"{level:g}" for level in levels) if short else f"{levels[0]:g}–{levels[-1]:g}"
-        told.append(f"{'alpha ' * alpha}{text}{f' {kind}' * (kind != 'plain')} ×{len(members)}")
-    return ", ".join(told)
+        texts.append(f"{'alpha ' * alpha}{text}{f' {kind}' * (kind != 'plain')} ×{len(members)}")
+    return ", ".join(texts)
 
 
 def table(rows: Iterable[Row]) -> Table:
     """The rows for the terminal, counts where a row has lists."""
     made = Table(box=SIMPLE, pad_edge=False)
-    for name in (
-        "split",
-        "defect",
-        "images",
-        "masks",
-        "no mask",
-        "marked",
-        "levels",
-        "empty",
-        "odd",
-        "wrong size",
-        "unreadable",
-        "sizes",
-        "kinds",
-    ):
+    names = "split,defect,images,masks,no mask,marked,levels,empty,odd,wrong size,unreadable,sizes,kinds"  # of Row's fields
+    for name in names.split(","):
         made.add_column(name, **({"overflow": "fold"} if name in ("levels", "sizes", "kinds") else {"no_wrap": True}))
     for row in rows:
         cells = [len(cell) if isinstance(cell, list) else cell for cell in row]
@@ -208,12 +195,12 @@ def region_of(data: ImageData) -> tuple[list[str], list[str]]:
     for path in {sample.path: None for sample in data.samples}:
         try:
             file = data.region.file(data.root / path)
-            masks[file] = masks.get(file) or _measured(understood(read(file, labels=True)))
+            masks[file] = masks.get(file) or _measured(interpret(read(file, labels=True)))
         except InputError as error:
             without.append(str(error))
     without += [f"{file}: no pixel is looked at" for file, mask in masks.items() if not mask.share]
-    told = [f"{file}: all pixels are looked at" for file, mask in masks.items() if mask.share == 1]
+    marked = [f"{file}: all pixels are looked at" for file, mask in masks.items() if mask.share == 1]
     if masks:
         shares, levels = _shares([mask.share for mask in masks.values()]), _levels(list(masks.values()))
-        told.append(f"data.region={data.region.name}: {shares} of the pixels are looked at; levels {levels}")
-    return told, without
+        marked.append(f"data.region={data.region.name}: {shares} of the pixels are looked at; levels {levels}")
+    return marked, without

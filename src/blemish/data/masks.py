@@ -19,7 +19,7 @@ ONE_COLOUR = 8 / 255  # of the scale: colours no further apart are one, which a 
 
 
 class Marked(NamedTuple):
-    """A mask as it is understood."""
+    """A mask as it is interpret."""
 
     mask: np.ndarray  # (H, W) uint8, 1 on what is marked and 0 elsewhere
     levels: tuple[float, ...]  # that occur, ascending
@@ -33,11 +33,11 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def binary(mask: np.ndarray) -> np.ndarray:
-    """The mask of `understood`."""
-    return understood(mask).mask
+    """The mask of `interpret`."""
+    return interpret(mask).mask
 
 
-def understood(mask: np.ndarray) -> Marked:
+def interpret(mask: np.ndarray) -> Marked:
     """Which pixels are marked by an array (H, W) of levels, or (H, W, C) of colours: grey, grey and alpha, RGB, or RGB and alpha.
 
     Alpha is the mask where it varies and the colour of what is visible does not; else colours count by their largest channel, laid on

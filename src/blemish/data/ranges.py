@@ -1,7 +1,7 @@
-"""The values that training images had, and what is said of images with others: a camera's bits are not in their dtype."""
+"""The range of values of the training images, and warnings about images with others: a dtype does not say how many bits a camera has."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,8 @@ def fit_ranges(
         chosen = [members[i] for i in np.unique(np.linspace(0, len(members) - 1, count).round().astype(int))]
         if not chosen:
             continue
-        tops = []
-
-        def noted(image: Path | np.ndarray, tops: list = tops) -> np.ndarray:
-            array = load(image)
-            tops.append(largest(array))
-            return array
-
-        lo, hi = (_quantiles16 if dtype == "uint16" else _quantiles)(chosen, noted)
+        tops: list[float] = []
+        lo, hi = (_quantiles16 if dtype == "uint16" else _quantiles)(_noting_tops(map(load, chosen), tops))
         ranges[dtype] = Range(lo, hi if hi > lo else lo + 1.0, min(tops))
     return ranges
 
@@ -57,10 +51,14 @@ def window_in(ranges: Mapping[str, Range]) -> dict[str, tuple[float, float]]:
     return {dtype: (lo, hi) for dtype, (lo, hi, _) in ranges.items() if dtype != "uint8"}
 
 
-def _quantiles16(images: list, load: Callable) -> tuple[float, float]:
-    counts = np.zeros(65536, dtype=np.int64)
-    for image in images:
-        counts += np.bincount(load(image).ravel(), minlength=65536)
+def _noting_tops(arrays: Iterable[np.ndarray], tops: list[float]) -> Iterator[np.ndarray]:
+    for array in arrays:
+        tops.append(largest(array))
+        yield array
+
+
+def _quantiles16(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
+    counts = sum(np.bincount(array.ravel(), minlength=65536) for array in arrays)
     share = counts.cumsum() / counts.sum()
     lo, hi = (int(np.searchsorted(share, q)) for q in QUANTILES)
     if lo == hi:
@@ -68,11 +66,10 @@ def _quantiles16(images: list, load: Callable) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def _quantiles(images: list, load: Callable, each: int = 100_000) -> tuple[float, float]:
+def _quantiles(arrays: Iterable[np.ndarray], each: int = 100_000) -> tuple[float, float]:
     """As `_quantiles16` with at most `each` values of an image, drawn at random."""
     rng = np.random.default_rng(0)
-    arrays = (load(image).ravel() for image in images)
-    values = np.concatenate([a if a.size <= each else rng.choice(a, each, shuffle=False) for a in arrays])
+    values = np.concatenate([a.ravel() if a.size <= each else rng.choice(a.ravel(), each, shuffle=False) for a in arrays])
     lo, hi = np.quantile(values, QUANTILES, method="inverted_cdf")
     if lo == hi:
         lo, hi = values.min(), values.max()

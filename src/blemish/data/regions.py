@@ -16,7 +16,7 @@ Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels
 
 
 class Region:
-    """What a mask marks, as `understood` has it, is looked at, scaled to each image by the nearest pixel.
+    """What a mask marks, as `interpret` has it, is looked at, scaled to each image by the nearest pixel.
 
     source: a mask as a file or an array, or a folder of masks, each with its image's path relative to `root` or, lying in the folder
     itself, with its image's name, whatever their endings. InputError for a mask that marks no pixel, and for anything else.

@@ -42,7 +42,7 @@ class Failure(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is said of one image; the map is in the image's own pixels."""
+    """The result of one image; the map is in the image's own pixels."""
 
     path: Path | None  # None of an array
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
@@ -125,12 +125,19 @@ def predict(
     """
 
     def scored(chosen: Sequence[Path | np.ndarray]) -> Iterator[Found]:
-        arrays, seen, score, maps = (
-            by_tiles(model, chosen, view, batch_size, folder, load) if view.tile else judge(model, chosen, view, load)
-        )
-        if failed is not None and not np.isfinite(score := [float(one) for one in score]).all():
+        arrays = [load(image) for image in chosen]
+        seen = [view.seen(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
+        with named(chosen[0]) if len(chosen) == 1 else contextlib.nullcontext():
+            if view.tile:
+                side, tile, overlap = view.geometry.side, view.tile, view.overlap
+                score, map = score_image(model, arrays[0], view.window, side, tile, overlap, batch_size, folder, seen[0])
+                scores, maps = [score], [map]
+            else:
+                scores, maps = within(*predicted(model, chosen, arrays, seen, view))
+        scores = [float(score) for score in scores]
+        if failed is not None and not np.isfinite(scores).all():
             raise InputError("its score is not finite")
-        return found_in(chosen, arrays, seen, score, maps, view)
+        return results(chosen, arrays, seen, scores, maps, view)
 
     if view.tile and folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,41 +160,21 @@ def predict(
             del found  # its images, before the next ones are read
 
 
-def judge(model: Detector, images: Sequence[Path | np.ndarray], view: View, load: Callable) -> tuple[list, list, Tensor, Tensor | None]:
-    """Pixels, what is looked at, scores (B,) and maps (B, h, w) of the images of a batch."""
-    arrays = [load(image) for image in images]
-    seen = [view.seen(path_of(image), *array.shape[:2]) for image, array in zip(images, arrays, strict=True)]
-    with named(images[0]) if len(images) == 1 else contextlib.nullcontext():
-        score, map = within(*brought(model, images, arrays, seen, view))
-    return arrays, seen, score, map
-
-
-def by_tiles(
-    model: Detector, images: Sequence[Path | np.ndarray], view: View, batch_size: int, folder: Path | None, load: Callable
-) -> tuple[list, list, list[float], list[RowsOnDisk | None]]:
-    """As `judge`, of one image."""
-    array = load(images[0])
-    seen = view.seen(path_of(images[0]), *array.shape[:2])
-    with named(images[0]):
-        score, map = score_image(model, array, view.window, view.geometry.side, view.tile, view.overlap, batch_size, folder, seen)
-    return [array], [seen], [score], [map]
-
-
-def found_in(
-    images: Sequence[Path | np.ndarray], arrays: list, seen: list, score: Sequence[float] | Tensor, maps: Sequence | None, view: View
+def results(
+    images: Sequence[Path | np.ndarray], arrays: list, seen: list, scores: list[float], maps: Sequence | None, view: View
 ) -> Iterator[Found]:
-    """What is said of each image of a batch; a map comes into its own pixels when its turn has come."""
+    """The result of each image of a batch; a map is brought to its image's own pixels when it is asked for."""
     for i, image in enumerate(images):
         array, own = arrays[i], None if maps is None else maps[i]
         if isinstance(own, Tensor):
             own = unplace(own.cpu(), *array.shape[:2], view.geometry, seen[i])  # (H, W)
-        yield Found(path_of(image), bytes_of(array, view.window), float(score[i]), own, seen[i])
+        yield Found(path_of(image), bytes_of(array, view.window), scores[i], own, seen[i])
 
 
-def brought(
+def predicted(
     model: Detector, images: Sequence[Path | np.ndarray], arrays: Sequence[np.ndarray], seen: Sequence[np.ndarray | None], view: View
 ) -> tuple[Prediction, Tensor | None]:
-    """The prediction of a batch of images as the network takes them, and what is hidden there (B, h, w), None for nothing."""
+    """The prediction of a batch of images, and where the network's input is hidden (B, h, w), None for nowhere."""
     pictures, hides = [], []
     for image, array, where in zip(images, arrays, seen, strict=True):
         with named(image):
@@ -234,7 +221,7 @@ def write(
     blemish did not write there; scores.csv is also written where the work is broken off, of what was scored.
     """
     kinds = ["overlay.png", "map.png"] if level is None else ["overlay.png", "map.png", "mask.png"]
-    outputs = claimed(output, names, kinds)
+    outputs = check_outputs(output, names, kinds)
     scores = calibration[:, 0].cpu()
 
     def row(one: Found) -> tuple:
@@ -246,10 +233,10 @@ def write(
 
     def finish(rows: list[tuple], whole: bool) -> None:
         header = COLUMNS
-        said = monitor.take([row[1] for row in rows]) if monitor else []
+        bounds = monitor.take([row[1] for row in rows]) if monitor else []
         if monitor and monitor.on:
-            said = [NOT_CLAIMED] * len(rows) if threshold.by_hand else said
-            header, rows = (*COLUMNS, BOUND), [(*row, one) for row, one in zip(rows, said, strict=True)]
+            bounds = [NOT_CLAIMED] * len(rows) if threshold.by_hand else bounds
+            header, rows = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
         write_tables(output, header, rows, failed, outputs)
         if monitor and whole:
             monitor.save()
@@ -257,8 +244,8 @@ def write(
     return finished(map(row, found), finish, failed)
 
 
-def claimed(output: Path, names: Mapping[Path, Path], kinds: Sequence[str]) -> Outputs:
-    """What may be written to the folder; InputError where an output of these kinds would replace what blemish did not write."""
+def check_outputs(output: Path, names: Mapping[Path, Path], kinds: Sequence[str]) -> Outputs:
+    """The outputs of a folder; InputError where one of these kinds would replace what blemish did not write."""
     outputs = Outputs()
     outputs.check([output / name for name in TABLES] + [beside(output / name, kind) for name in names.values() for kind in kinds])
     remove_stale(output)
@@ -339,27 +326,27 @@ def anomalous(rows: Sequence[tuple]) -> int:
     return sum(bool(row[COLUMNS.index("decision")]) for row in rows)
 
 
-def shown(rows: Sequence[tuple]) -> bool:
+def has_maps(rows: Sequence[tuple]) -> bool:
     """Whether there are maps."""
     return any(row[COLUMNS.index("map_max")] is not None for row in rows)
 
 
-def told(rows: Sequence[tuple], threshold: Threshold, output: Path, names: Mapping[Path, Path]) -> list[str]:
-    """What a person wants to know when images were scored: lines on the decisions and on where the results are."""
+def outcome(rows: Sequence[tuple], threshold: Threshold, output: Path, names: Mapping[Path, Path]) -> list[str]:
+    """Lines for a person on the decisions and on where the results are."""
     if threshold.value is None:
-        said = [
+        lines = [
             "no decision: the run has no calibration images, as with protocol=paper; set threshold=NUMBER, or train with protocol=clean"
         ]
     else:
         bound = "set by hand: no bound on false alarms" if threshold.by_hand else f"bound on false alarms {100 * threshold.alpha:.3g} %"
-        said = [f"{anomalous(rows)} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
-        said += [] if threshold.reachable else [threshold.explain()]
-    return [*said, *where(rows, output, names)]
+        lines = [f"{anomalous(rows)} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
+        lines += [] if threshold.reachable else [threshold.explain()]
+    return [*lines, *places(rows, output, names)]
 
 
-def where(rows: Sequence[tuple], output: Path, names: Mapping[Path, Path]) -> list[str]:
-    """Lines with the place of the overlay of the highest score, and of all scores."""
+def places(rows: Sequence[tuple], output: Path, names: Mapping[Path, Path]) -> list[str]:
+    """Lines that say where the overlay of the highest score and all scores are."""
     highest = max(rows, key=lambda row: row[1])
-    shown = beside(output / names[Path(highest[0])], "overlay.png")
-    lines = [f"highest score: {shown}"] if shown.is_file() else []
+    overlay = beside(output / names[Path(highest[0])], "overlay.png")
+    lines = [f"highest score: {overlay}"] if overlay.is_file() else []
     return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]

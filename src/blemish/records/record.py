@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from blemish.files import CHOOSE, lock, plain, release, remove_stale, write_json
+from blemish.files import CHOOSE, lock, plain, read_json, release, remove_stale, write_json
 from blemish.types import InputError
 
 try:
@@ -231,10 +231,8 @@ def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> Non
 
 def read_record(run_dir: str | Path) -> dict | None:
     """The record of a run folder; None if there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads((Path(run_dir) / "record.json").read_text(encoding="utf-8", errors="surrogateescape"))
-        return record if isinstance(record, dict) and "status" in record else None
-    return None
+    record = read_json(Path(run_dir) / RECORD)
+    return record if record and "status" in record else None
 
 
 def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:

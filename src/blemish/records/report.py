@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from blemish.checks import check_number, check_whole
-from blemish.files import plain, write_text
+from blemish.files import plain, read_json, write_text
 from blemish.records.draw import choose, file_names, simplified
 from blemish.records.evaluate import choose, file_names, simplified
 from blemish.records.record import FINISHED, PLACE, SETTING, now, plain, read_record, write_text
@@ -92,7 +92,7 @@ def scan(folder: str | Path) -> list[Run]:
 def read(folder: Path, name: str) -> Run:
     """A run folder, with the status "unreadable" where record or metrics cannot be read."""
     record = read_record(folder) or {"status": UNREADABLE, "error": "record.json cannot be read"}
-    metrics = _json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     if record["status"] == FINISHED and metrics is None:
         record |= {"status": UNREADABLE, "error": "metrics.json cannot be read"}
     try:
@@ -100,14 +100,6 @@ def read(folder: Path, name: str) -> Run:
     except OSError:
         config = ""
     return Run(folder, name, record, metrics or {}, read_scores(folder / "scores.csv"), config)
-
-
-def _json(path: Path) -> dict | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def read_scores(path: Path) -> Scores | None:
@@ -288,7 +280,7 @@ def mean_of(parts: Sequence[dict]) -> dict:
 
 def curves_of(run: Run) -> dict[str, list[int]]:
     """x, y, x, y … of each curve there is, in units of 1 / CURVE_UNITS; of images alone where there is no curves.json."""
-    known = _json(run.folder / "curves.json")
+    known = read_json(run.folder / "curves.json")
     if known is None and run.scores is not None and run.record["status"] == FINISHED:
         image = ImageMetrics()
         image.update(np.asarray(run.scores.score, np.float32), np.asarray(run.scores.label), run.scores.defect)

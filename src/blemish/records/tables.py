@@ -315,9 +315,14 @@ def marked(groups: Sequence[Mapping], lines: Sequence[Sequence[str]], columns: I
     for column in columns:
         for data in {place(group) for group in groups}:
             among = [i for i, group in enumerate(groups) if place(group) == data and lines[i][column] != "–"]
-            shown = {i: float(lines[i][column].split(" ")[0]) for i in among}
-            best |= {(i, column) for i in among if len(among) > 1 and shown[i] == max(shown.values())}
+            best |= best_of(lines, among, column)
     return best
+
+
+def best_of(lines: Sequence[Sequence[str]], among: Sequence[int], column: int) -> set[tuple[int, int]]:
+    """The cells of a column with the largest figure among several rows."""
+    values = {i: float(lines[i][column].split(" ")[0]) for i in among}
+    return {(i, column) for i in among if len(among) > 1 and values[i] == max(values.values())}
 
 
 def by_category(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ()) -> list[Grid]:
@@ -357,8 +362,7 @@ def matrix(rows: Sequence[Mapping], title: str, metric: str, tables: Sequence[Ma
     best = set()
     for column in range(5, 6 + len(categories)):
         among = [i for i in ours if lines[i][column] != "–" and (column < 5 + len(categories) or "–" not in lines[i][5:column])]
-        shown = {i: float(lines[i][column].split(" ")[0]) for i in among}
-        best |= {(i, column) for i in among if len(among) > 1 and shown[i] == max(shown.values())}
+        best |= best_of(lines, among, column)
     legend = f"{machines(rows)} Seconds and peak memory: medians over categories and seeds, of the whole process."
     return Grid(title, columns, 5, lines, best, [legend, *notes])
 
