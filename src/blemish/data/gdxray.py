@@ -16,6 +16,7 @@ from blemish.checks import check_choice, check_number, check_whole
 from blemish.data.masks import read_mask
 from blemish.data.module import ImageData, drawn
 from blemish.data.samples import Sample
+from blemish.edge.geometry import starts
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
 
 GROUPS = {"B": "Baggages", "C": "Castings", "N": "Nature", "S": "Settings", "W": "Welds"}
@@ -249,8 +250,7 @@ def read_boxes(path: Path) -> dict[int, list[Row]]:
 
 def corners(width: int, height: int, tile: int, stride: int) -> list[tuple[int, int]]:
     """Upper left corners (x, y) of square tiles that cover the image, the last of a row or column flush with the border."""
-    xs, ys = ([*range(0, side - tile, stride), side - tile] for side in (width, height))
-    return [(x, y) for y in ys for x in xs]
+    return [(x, y) for y in starts(height, tile, stride) for x in starts(width, tile, stride)]
 
 
 def held_share(defect: Defect, region: Region | None) -> float:

@@ -94,27 +94,27 @@ class ValueCheck:
     ):
         self.ranges, self.window, self.key, self.assumed = dict(ranges), dict(window), key, dict(assumed or {})
         self.named = set(named)
-        self.looked: set[str] = set()
+        self.checked: set[str] = set()
         self.new: dict[str, str] = {}  # the first image of a dtype that is assumed
-        self.doubts: dict[str, str] = {}  # what is wrong with an image
+        self.doubts: dict[str, str] = {}  # what is wrong, by image
 
-    def __call__(self, image: object, array: np.ndarray, seen: Callable[[], np.ndarray | None] = lambda: None) -> None:
-        """Look at an image once, known by its path; `seen` gives what of it is looked at, (H, W) bool, None for all."""
+    def __call__(self, image: object, array: np.ndarray, roi: Callable[[], np.ndarray | None] = lambda: None) -> None:
+        """Check an image, once for each path; `roi` gives the region of interest, (H, W) bool, None for all of it."""
         name, dtype = str(image), array.dtype.name
         expected = self.expected(dtype)
-        if name in self.looked or (expected is None and not self.ranges):
+        if name in self.checked or (expected is None and not self.ranges):
             return
         if expected is None:
             named = f"{self.key}={suggestion(array)} for what is black and white in {dtype}, " if self.key else ""
             raise InputError(
-                f"{name}: {dtype} with values from {array.min():g} to {array.max():g}, but training had {self.had()} alone; expected "
+                f"{name}: {dtype} with values from {array.min():g} to {array.max():g}, but training had {self.trained()} alone; expected "
                 f"images converted to what training had, {named}or a detector trained on {dtype} too"
             )
-        self.looked.add(name)
+        self.checked.add(name)
         if dtype not in self.ranges and dtype not in self.window:
             self.new.setdefault(dtype, name)
-        where = seen()
-        if found := self.doubt(array if where is None else array[where]):
+        inside = roi()
+        if found := self.doubt(array if inside is None else array[inside]):
             self.doubts[name] = f"{dtype}, {found}"
             if get_worker_info() is not None:  # what a process collects is lost with it
                 self.report()
@@ -137,18 +137,19 @@ class ValueCheck:
         found = trained and doubt(array, Range(lo, hi, lo))
         return f"{found}, the window is {lo:g} to {hi:g}" if found else ""
 
-    def loading(self, read: Callable, seen: Callable[..., np.ndarray | None] | None = None) -> Callable:
-        """`read` that looks at what it gives; `seen(path, height, width)` is what of an image is looked at."""
+    def loading(self, read: Callable, roi: Callable[..., np.ndarray | None] | None = None) -> Callable:
+        """`read` that checks what it returns; `roi(path, height, width)` is an image's region of interest."""
 
         def load(image: Path | np.ndarray) -> np.ndarray:
             array, path = read(image), image if isinstance(image, Path) else None
-            name = path or f"image {len(self.looked)}"
-            self(name, array, lambda: seen(path, *array.shape[:2]) if seen else None)
+            name = path or f"image {len(self.checked)}"
+            self(name, array, lambda: roi(path, *array.shape[:2]) if roi else None)
             return array
 
         return load
 
-    def had(self) -> str:
+    def trained(self) -> str:
+        """The dtypes and values that training had, in words."""
         return " and ".join(f"{dtype} from {lo:g} to {hi:g}" for dtype, (lo, hi, _) in self.ranges.items())
 
     def report(self) -> None:
@@ -159,13 +160,13 @@ class ValueCheck:
             log.warning(
                 "%s: %s, but training had %s alone; %g is taken for black and %g for white. If they are not, give %s, convert such images "
                 "as those of the training were, or train on them",
-                *(name, dtype, self.had(), lo, hi, named),
+                *(name, dtype, self.trained(), lo, hi, named),
             )
         if self.doubts:
             log.warning(
                 "%d of %d images have values that hardly fit the detector: their scores mean little. The first is %s: %s. If exposure or "
                 "bit alignment changed, convert them%s or train on such images",
-                *(len(self.doubts), len(self.looked), *next(iter(self.doubts.items()))),
+                *(len(self.doubts), len(self.checked), *next(iter(self.doubts.items()))),
                 f", give {named} for what is black and white in them," if self.key else "",
             )
         self.new, self.doubts = {}, {}

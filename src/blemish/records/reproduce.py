@@ -18,14 +18,13 @@ import huggingface_hub
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from blemish.backbone.weights import BUNDLED
 from blemish.checks import LARGEST_SEED, check_number, check_whole
 from blemish.files import write_csv, write_text
 from blemish.outputs import Outputs, replacing
 from blemish.records.paper import Figure, looked_up, margin, published, read, verdict
-from blemish.records.tables import Grid, config_of, machines, markdown, row_of, signed, spread
+from blemish.records.tables import Grid, config_of, machines, markdown, row_of, show, signed, spread
 from blemish.types import InputError
 
 log = logging.getLogger(__name__)
@@ -289,16 +288,9 @@ def write_results(console: Console, output: Path, lines: Sequence[Line], rows: S
     texts = []
     for metric in dict.fromkeys(line.metric for line in lines):
         grid = grid_of(metric, name, [line for line in lines if line.metric == metric])
-        texts.append(markdown(grid._replace(notes=[rule if rows else f"{rule} Nothing was run.", *grid.notes]), bold=False))
-        table = Table(title=grid.title, title_justify="left")
-        for i, column in enumerate(grid.columns):
-            table.add_column(column, justify="left" if i < grid.words else "right")
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table, markup=False)
-        for i, note in enumerate(grid.notes):
-            console.print(f"[{i + 1}] {note}", markup=False)
-    console.print(rule, markup=False)
+        grid = grid._replace(notes=[rule if rows else f"{rule} Nothing was run.", *grid.notes])
+        texts.append(markdown(grid, bold=False))
+        show(console, grid, bold=False)
     write_text(output / "comparison.md", "\n".join(texts) + (f"\n{machines(rows)}\n" if rows else ""))
     console.print(f"{len(rows)} finished runs: {output / 'comparison.csv'}, {output / 'comparison.md'}", markup=False)
 
