@@ -60,21 +60,7 @@ from blemish.files import atomic_write, fsync, locked, no_room, release, write_c
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.records.evaluate import SCORES, Calibrate, Evaluate
 from blemish.records.progress import ProgressBar
-from blemish.records.record import (
-    FINISHED,
-    REGION,
-    STATE,
-    Record,
-    check_archive,
-    claim,
-    no_room,
-    read_record,
-    release,
-    truth_kind,
-    write_csv,
-    write_json,
-    write_text,
-)
+from blemish.records.record import FINISHED, REGION, STATE, Record, check_archive, claim, read_record, truth_kind
 from blemish.records.tables import decisions, summary
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import finite, rate

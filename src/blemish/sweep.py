@@ -26,8 +26,8 @@ from threadpoolctl import threadpool_limits
 from blemish.compose import composed, configs, firsts, parsed, run_cli, settled
 from blemish.data.synthetic import write as synthesize
 from blemish.files import is_locked, read_json, write_csv
-from blemish.records.record import FINISHED, STATE, finish_for, read_record, write_csv
-from blemish.run import build, check_config, configs, report, train
+from blemish.records.record import FINISHED, STATE, finish_for, read_record
+from blemish.run import build, check_config, report, train
 from blemish.types import InputError
 
 COMMAND = "BLEMISH_COMMAND"  # what a cell's process is started as, for it and for the processes that it starts in turn

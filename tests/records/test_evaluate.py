@@ -15,8 +15,7 @@ from blemish.data.samples import Sample
 from blemish.files import write_csv, write_json
 from blemish.records import draw
 from blemish.records.draw import choose, file_names, simplified
-from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, choose, file_names, looked_at, simplified
-from blemish.records.record import write_csv, write_json
+from blemish.records.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, looked_at
 from blemish.records.timing import StageTimes
 from blemish.types import NO_TRUTH, OUTSIDE, Batch, InputError, Prediction
 

@@ -19,8 +19,8 @@ from blemish.files import write_csv, write_json
 from blemish.outputs import picture_info
 from blemish.records import draw
 from blemish.records.draw import choose, file_names
-from blemish.records.evaluate import SCORES, choose, file_names
-from blemish.records.record import environment, write_csv, write_json
+from blemish.records.evaluate import SCORES
+from blemish.records.record import environment
 from blemish.records.report import _Tested, panel_boxes, places, scan, strips_of, write
 from blemish.run import train
 from blemish.types import InputError

@@ -21,7 +21,6 @@ from blemish.files import atomic_write, write_text
 from blemish.outputs import picture_info
 from blemish.records import draw
 from blemish.records.draw import choose, file_names, simplified
-from blemish.records.record import write_text
 from blemish.records.timing import StageTimes
 from blemish.scoring.calibration import Threshold, conformal_threshold, p_values
 from blemish.scoring.metrics import IMAGE_FIGURES, PIXEL_FIGURES, POOLED, ImageMetrics, PixelMetrics

@@ -24,9 +24,8 @@ from scipy.stats import rankdata
 from blemish.checks import check_number, check_whole
 from blemish.files import plain, read_json, write_text
 from blemish.records.draw import choose, file_names, simplified
-from blemish.records.evaluate import choose, file_names, simplified
-from blemish.records.record import FINISHED, PLACE, SETTING, now, plain, read_record, write_text
-from blemish.records.tables import FIGURES, SETTING, pooled
+from blemish.records.record import FINISHED, PLACE, SETTING, now, read_record
+from blemish.records.tables import FIGURES, pooled
 from blemish.scoring.metrics import ImageMetrics
 from blemish.types import ANOMALOUS, NORMAL, InputError
 
