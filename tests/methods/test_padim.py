@@ -95,3 +95,14 @@ def test_another_image_size_is_refused():
     model, _ = fitted(padim(), images(12))
     with pytest.raises(InputError, match="image_size"):
         model(images(1, side=96))
+
+
+@pytest.mark.parametrize(("n", "name", "side"), [(30, "cholesky", 20), (15, "lower", 15)])
+def test_a_checkpoint_holds_the_triangle_of_a_factor_alone(n, name, side):
+    model, _ = fitted(padim(), images(n))
+    state, again = model.state_dict(), padim()
+    assert getattr(model, name).shape[1:] == (side, side)
+    assert state[name].shape[1:] == (side * (side + 1) // 2,)
+    for _ in range(2):  # also where there is one
+        again.load_state_dict(state)
+        assert torch.equal(getattr(again, name), getattr(model, name))

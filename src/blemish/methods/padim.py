@@ -12,8 +12,10 @@ from blemish.ops.gaussian import (
     cholesky_factor,
     mahalanobis_cholesky,
     mahalanobis_woodbury,
+    pack_triangle,
     samples_of,
     scatter_of,
+    unpack_triangle,
     woodbury_factor,
 )
 from blemish.ops.maps import align, check_blur, smooth_upsample
@@ -91,3 +93,16 @@ class PaDiM(OnePassDetector):
             distance = mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
         map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
         return Prediction(map.amax((1, 2)), map)
+
+    # a checkpoint holds the lower triangles alone: the rest of the factors is zero
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("cholesky", "lower"):
+            if len(factor := getattr(self, name)):
+                destination[prefix + name] = pack_triangle(factor)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in ("cholesky", "lower"):
+            if (packed := state_dict.get(prefix + name)) is not None and len(packed):
+                state_dict[prefix + name] = unpack_triangle(packed)
+        super()._load_from_state_dict(state_dict, prefix, *args)

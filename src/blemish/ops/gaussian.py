@@ -5,6 +5,7 @@ keep; where N ≤ d Woodbury's identity turns the same inverse into an (N, d) fa
 LLᵀ = XXᵀ + ε(N-1)·I.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -89,3 +90,18 @@ def mahalanobis_woodbury(x: Tensor, mean: Tensor, factor: Tensor, epsilon: float
     along = y @ factor.permute(1, 2, 0)  # (P, B, N)
     squared = y.square().sum(2) - along.square().sum(2)  # (P, B)
     return squared.div(epsilon).clamp_min(0).sqrt()
+
+
+def pack_triangle(factor: Tensor) -> Tensor:
+    """The lower triangles of matrices (P, d, d), row by row: (P, d (d + 1) / 2)."""
+    row, column = torch.tril_indices(*factor.shape[1:])
+    return factor[:, row, column]
+
+
+def unpack_triangle(packed: Tensor) -> Tensor:
+    """The lower triangular matrices (P, d, d) of `pack_triangle`."""
+    dim = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
+    factor = packed.new_zeros(len(packed), dim, dim)
+    row, column = torch.tril_indices(dim, dim)
+    factor[:, row, column] = packed
+    return factor
