@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from blemish.checks import nearest, shown
-from blemish.records.record import no_room, stopped
+from blemish.files import no_room
+from blemish.records.record import stopped
 from blemish.types import InputError
 
 # a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
