@@ -19,8 +19,8 @@ from blemish import AnomalyDetector
 assert blemish.__file__.startswith({home!r}), blemish.__file__
 assert str(blemish.compose.configs()).startswith({home!r}), blemish.compose.configs()
 detector = AnomalyDetector("padim", image_size=64, progress=False, device="cpu").train({images!r})
-detector.save("padim.safetensors")
-detector = AnomalyDetector.load("padim.safetensors", device="cpu")
+detector.save("padim.ckpt")
+detector = AnomalyDetector.load("padim.ckpt", device="cpu")
 print(len(detector.test({images!r}, "api")), detector.threshold.n)
 """
 

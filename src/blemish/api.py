@@ -1,13 +1,10 @@
 """`AnomalyDetector`: training, test and prediction from Python, with neither config nor run folder."""
 
 import contextlib
-import json
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +13,8 @@ import torch
 from hydra.utils import get_class
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy import ndimage
 
-from blemish.backbone.store import crc32
 from blemish.backbone.weights import BUNDLED
 from blemish.checks import check_switch, check_whole, nearest
 from blemish.compose import DictConfig, composed, names, plain
@@ -29,11 +23,21 @@ from blemish.data.regions import Region
 from blemish.deploy.monitor import unusual
 from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
 from blemish.deploy.tiling import whole
-from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.edge.geometry import Geometry
-from blemish.files import atomic_write
 from blemish.records.evaluate import Calibrate
-from blemish.run import build, calibrated, check_config, device_of, expected_warnings, load, module_of, trainer_of
+from blemish.run import (
+    Streamed,
+    build,
+    calibrated,
+    check_config,
+    device_of,
+    expected_warnings,
+    load,
+    module_of,
+    portable_config,
+    trainer_of,
+)
 from blemish.scoring.calibration import Threshold, finite, p_values, rate
 from blemish.types import InputError
 
@@ -43,8 +47,6 @@ log = logging.getLogger(__name__)
 SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "epoch_size")
 SETTINGS += ("workers", "seed", "alpha")
 OTHERS = ("recipe", "epochs", "calibration", "value_range", "device", "progress")
-FORMAT = "blemish detector 1"
-REGION = "region of interest"  # beside the tensors of a method
 
 
 class Result(NamedTuple):
@@ -75,17 +77,14 @@ class AnomalyDetector:
         if "epochs" in options and not isinstance(self.model, TrainedDetector):
             raise InputError(f"epochs={options['epochs']}: {method} looks at every image once, or not at all; leave epochs out")
 
-    def _begin(self, cfg: DictConfig, device: str, region: Region | None, weights: str | None = None) -> None:
+    def _begin(self, cfg: DictConfig, device: str, region: Region | None, model: Detector | None = None) -> None:
         self.cfg, self.device, self.region, self.low = cfg, device_of(device), region, None
         self._by_hand: dict[str, float | None] = {}
-        self.model = self._built(weights).eval().to(self.device)
-        self.ready = not isinstance(self.model, OnePassDetector | TrainedDetector)
+        self.model = (model or self._built()).eval().to(self.device)
+        self.ready = model is not None or not isinstance(self.model, OnePassDetector | TrainedDetector)
 
-    def _built(self, weights: str | None = None):
-        part = plain(self.cfg)["model"]
-        if weights and "weights" in part:
-            part["weights"] = weights
-        return build(part, _recursive_=False)
+    def _built(self) -> Detector:
+        return build(plain(self.cfg)["model"], _recursive_=False)
 
     @property
     def method(self) -> str:
@@ -188,43 +187,31 @@ class AnomalyDetector:
         return results
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file with all weights and settings, whole or absent."""
+        """One file with all weights and settings, whole or absent, which every tool takes as `run=FILE`."""
         self._check_ready("save")
-        state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
-        if self.region:
-            state[REGION] = torch.from_numpy(self.region.mask.astype(np.uint8))
-        facts = {"method": self.method, "options": options_of(self.cfg), "low": self.low, "by_hand": self._by_hand}
-        text = json.dumps(facts)
-        metadata = {"format": FORMAT, "version": version("blemish"), "detector": text, "crc32": json.dumps(checksums(text, state))}
         path = Path(path).expanduser()
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: is there already and no file of AnomalyDetector.save; move it away, or choose another place")
-        try:
-            with atomic_write(path) as temporary:
-                save_file(state, temporary, metadata)
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be written ({error}); choose another place") from error
+        state = {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
+        more = portable_config(self.cfg, self.region, low=self.low, by_hand=self._by_hand)
+        Streamed().save_checkpoint({"state_dict": state, "hyper_parameters": dict(self.model.hparams), **more}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> "AnomalyDetector":
         """What `save` wrote, or the detector of a run's folder; no code of either is run. InputError for anything else."""
         path = Path(path).expanduser()
+        cfg, model = load(path, device)
         try:
-            facts, state = contents(path)
             detector = cls.__new__(cls)
-            region = one_mask(state.pop(REGION).numpy() if REGION in state else None)
-            detector._begin(configured(facts["method"], {**facts["options"], "recipe": False}), device, region, weights="checkpoint")
-            detector.model.load_state_dict(state)
-            detector.model.eval().to(detector.device)  # loading may have made layers
-            detector.ready, detector.low = True, None if facts["low"] is None else float(facts["low"])
-            for name, value in facts.get("by_hand", {}).items():
+            own = configured(module_of(cfg.model), {**options_of(cfg), "recipe": False})
+            detector._begin(own, device, one_mask(cfg.data.region), model)
+            detector.low = None if cfg.get("low") is None else float(cfg.low)
+            for name, value in (cfg.get("by_hand") or {}).items():
                 if name not in ("threshold", "map_threshold"):
                     raise InputError(f"by_hand: {name}; expected threshold or map_threshold")
                 detector._set_by_hand(name, value)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except Exception as error:
-            raise InputError(f"{path}: not whole, or not from AnomalyDetector.save ({type(error).__name__}: {error})") from error
+        except (InputError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from error
         return detector
 
     def _check_ready(self, what: str) -> None:
@@ -323,38 +310,14 @@ def options_of(cfg: DictConfig) -> dict[str, Any]:
     more = {"epochs": values["trainer"]["max_epochs"], "calibration": values["data"]["calibration"]}
     own = {name: value for name, value in values["model"].items() if name not in ("_target_", *SETTINGS)}
     more["value_range"] = window if isinstance(window, dict) else None
-    return {name: values[name] for name in SETTINGS if name in values} | more | own  # runs of earlier versions know no tiling
-
-
-def contents(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Method, options and state dict of a saved detector or a run's folder."""
-    if path.is_dir():
-        cfg, model = load(path, "cpu")
-        region = one_mask(cfg.data.get("region"))
-        state = {**model.state_dict(), **({REGION: torch.from_numpy(region.mask)} if region else {})}
-        return {"method": module_of(cfg.model), "options": options_of(cfg), "low": None}, state
-    if not path.is_file():
-        raise InputError("no such file; expected what AnomalyDetector.save wrote, or the folder of a run")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"its format is {metadata.get('format')!r}; expected {FORMAT!r}, as AnomalyDetector.save writes it")
-        text, state = metadata["detector"], {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
-    if "crc32" in metadata and json.loads(metadata["crc32"]) != checksums(text, state):  # earlier versions wrote none
-        raise InputError("damaged: its content does not have its checksums; expected the file as AnomalyDetector.save wrote it")
-    return json.loads(text), state
+    return {name: values[name] for name in SETTINGS if name in values} | more | own
 
 
 def is_detector(path: Path) -> bool:
-    """Whether a file is of AnomalyDetector.save."""
-    with contextlib.suppress(Exception), safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("format") == FORMAT
+    """Whether a file is of AnomalyDetector.save, or a run's checkpoint."""
+    with contextlib.suppress(Exception):
+        return "config" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return False
-
-
-def checksums(text: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The CRC-32 of a detector's text and of each of its tensors."""
-    return {"": zlib.crc32(text.encode())} | {key: crc32(value) for key, value in state.items()}
 
 
 def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:

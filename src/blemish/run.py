@@ -128,7 +128,7 @@ def train(cfg: DictConfig) -> dict:
         if trainer.gradient_clip_val is not None and not model.automatic_optimization:
             raise InputError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: this method steps by itself; use {model.clipped_by}")
         set_up(cfg, data, past, model.ranges if past else {})
-        model.ranges, values = data.ranges, data.values
+        model.ranges, values, region = data.ranges, data.values, data.region
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
         record.note(facts(cfg, data, model))
@@ -145,7 +145,7 @@ def train(cfg: DictConfig) -> dict:
             loaders += calibration_of(past, data.samples)
         calibrated(trainer, model, calibrate, loaders)
         if cfg.save.checkpoint:
-            save_checkpoint(trainer, model, folder / "model.ckpt")
+            save_checkpoint(trainer, model, folder / "model.ckpt", portable_config(cfg, region))
         if trainer.is_global_zero:
             (folder / STATE).unlink(missing_ok=True)
         # of a training that was resumed only the last part was seen
@@ -240,7 +240,11 @@ def predict(cfg: DictConfig) -> Predicted:
     values = ValueCheck(model.ranges, view.window, "window", named=named)
     if cfg.alpha is not None and not len(model.calibration):
         raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER instead")
-    scale = (read_record(run) or {}).get("scale")
+    scale, hand = (read_record(run) or {}).get("scale"), saved.get("by_hand") or {}
+    if cfg.threshold is None and cfg.alpha is None:
+        cfg.threshold = hand.get("threshold")
+    if cfg.map_threshold is None:
+        cfg.map_threshold = hand.get("map_threshold")
     failed: list[Failure] = []
     found = apply(model, paths, view, saved.batch_size, output, values.loading(read, view.seen), failed)
     found = followed(found, "predicting", len(paths), failed)
@@ -343,20 +347,29 @@ def is_sound(path: Path) -> bool:
 
 
 def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
-    """The config and the fitted detector of a run folder, in eval mode; nothing is unpickled. InputError names what is missing."""
-    config, checkpoint = run / "config.yaml", run / "model.ckpt"
+    """The config and the fitted detector of a run folder, or of a file with both, in eval mode; nothing is unpickled.
+
+    Such files are a run's model.ckpt and what `AnomalyDetector.save` writes. InputError names what is missing.
+    """
+    config, checkpoint = (run, run) if run.is_file() else (run / "config.yaml", run / "model.ckpt")
     for path in (config, checkpoint):
         if not path.is_file():
             record = read_record(run) or {}
             status = f"; its record says {record['status']!r}" if record else ""
-            raise InputError(f"run={run}: no {path.name} there{status}; expected the folder of a finished run")
-    cfg = read_config(run)
-    target = str(cfg.model._target_)
+            raise InputError(f"run={run}: no {path.name} there{status}; expected the folder of a finished run, or a saved detector")
+    cfg = None if config == checkpoint else read_config(run)
+    target = "a detector" if cfg is None else str(cfg.model._target_)
     try:
         saved = contents(checkpoint)
         state, made = saved["state_dict"], dict(saved.get("hyper_parameters", {}))
+        text, mask = saved["config"], saved["region"]
     except Exception as error:
         raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
+    if cfg is None:
+        cfg = config_of(checkpoint, text)
+        if mask is not None:
+            cfg._set_flag("allow_objects", True)
+            cfg.data.region = mask.numpy()
     said = OmegaConf.to_container(cfg.model, resolve=True)
     for key in sorted(made.keys() & said.keys() - {"weights"}):
         if made[key] != said[key]:
@@ -383,18 +396,23 @@ def contents(checkpoint: Path) -> dict:
 
 def read_config(run: Path) -> DictConfig:
     """The config of a run folder; InputError if it is none, or calls what no config of blemish calls."""
-    config = run / "config.yaml"
+    cfg = config_of(run / "config.yaml")
+    if OmegaConf.select(cfg, "data.region") and (run / REGION).is_file():
+        cfg.data.region = str(run / REGION)
+    return cfg
+
+
+def config_of(path: Path, text: str | None = None) -> DictConfig:
+    """The config in a file, or the `text` of one that lies in a checkpoint; InputError as `read_config`."""
     try:
-        cfg = OmegaConf.load(config)
+        cfg = OmegaConf.load(path) if text is None else OmegaConf.create(text)
         str(cfg.model._target_)
     except Exception as error:
-        raise InputError(f"{config}: not the config of a run ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not the config of a run ({type(error).__name__}: {error})") from error
     for place, name in targets(OmegaConf.to_container(cfg)):
         if name not in known_targets(place):
             choices = ", ".join(known_targets(place)) or "nothing"
-            raise InputError(f"{config}: {place}._target_={name}; a run's config may call there {choices}")
-    if OmegaConf.select(cfg, "data.region") and (run / REGION).is_file():
-        cfg.data.region = str(run / REGION)
+            raise InputError(f"{path}: {place}._target_={name}; a run's config may call there {choices}")
     return cfg
 
 
@@ -693,26 +711,36 @@ def save_split(cfg: DictConfig, folder: Path, data: ImageData) -> None:
 
 @rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(resolved))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def portable_config(cfg: DictConfig, region: Region | None, **more: Any) -> dict:
+    """What a checkpoint holds beside Lightning's, to need no other file: its config with `more` keys, and the one mask of its images."""
+    mask = None if region is None or region.folder else torch.from_numpy(region.mask)
+    values = OmegaConf.to_container(cfg, resolve=True) | more
+    return {"config": OmegaConf.to_yaml(OmegaConf.create(values)), "region": mask}
 
 
 class Streamed(TorchCheckpointIO):
     """Writes a file that is whole or absent, tensors from where they are.
 
     Lightning's own copies the whole checkpoint in memory first, galleries on disk included, and then through the system's folder for
-    temporary files, from where a kill leaves half of it.
+    temporary files, from where a kill leaves half of it. `more` is what a checkpoint holds beside Lightning's.
     """
 
+    more: Mapping[str, Any] = {}
+
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: Any = None) -> None:
+        checkpoint = {**checkpoint, **self.more}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
             fsync(file)
 
 
-def save_checkpoint(trainer: Trainer, model: Detector, path: Path) -> None:
+def save_checkpoint(trainer: Trainer, model: Detector, path: Path, more: Mapping[str, Any]) -> None:
     """A checkpoint that is whole or absent, made by all processes together."""
     trainer.strategy.connect(model)
+    trainer.strategy.checkpoint_io.more = more
     trainer.save_checkpoint(path, weights_only=not isinstance(model, TrainedDetector))
 
 

@@ -381,10 +381,10 @@ def test_from_python(kind, large, tmp_path):
     images = paths if kind == "files" else [read(path) for path in paths]
     options = {"backbone": "test_resnet", "weights": "random", "image_size": 48, "tiling": 96, "overlap": 24, "device": "cpu"}
     detector = AnomalyDetector("padim", crop=None, progress=False, batch_size=5, **options).train(images)
-    detector.save(tmp_path / "detector.safetensors")
+    detector.save(tmp_path / "detector.ckpt")
     source = large / "square" / "1.png"
     found = detector.predict(source if kind == "files" else read(source))
-    again = AnomalyDetector.load(tmp_path / "detector.safetensors", device="cpu").predict(source)
+    again = AnomalyDetector.load(tmp_path / "detector.ckpt", device="cpu").predict(source)
     assert found.score == again.score and found.map.shape == (200, 264) and found.decision
     x, y, w, h = found.boxes[0]
     assert x <= 70 and y <= 70 and x + w >= 100 and y + h >= 100

@@ -188,12 +188,12 @@ def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, cap
 
 
 def test_a_saved_detector(finished, image, tmp_path):
-    detector, path = AnomalyDetector.load(finished, device="cpu"), tmp_path / "detector.safetensors"
+    detector, path = AnomalyDetector.load(finished, device="cpu"), tmp_path / "detector.ckpt"
     detector.save(path)
     whole, expected = path.read_bytes(), detector.predict(image).score
     for place in cuts(whole, 30):
         path.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"detector\.safetensors: "):
+        with pytest.raises(InputError, match=r"detector\.ckpt: "):
             AnomalyDetector.load(path, device="cpu")
     refused = 0
     for damaged in flips(whole, 80):

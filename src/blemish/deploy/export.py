@@ -161,12 +161,12 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
         "method": record.get("method") or type(model).__module__.rpartition(".")[2],
         "alpha": saved.alpha,
         "digests": {
-            "checkpoint": file_digest(run / "model.ckpt"),
+            "checkpoint": file_digest(run if run.is_file() else run / "model.ckpt"),
             "weights": record.get("weights_digest"),
             "manifest": record.get("manifest_digest"),
         },
     }
-    path = Path(cfg.output) if cfg.output else run / "export" / f"model{ENDINGS.get(cfg.format, '')}"
+    path = Path(cfg.output) if cfg.output else (run.parent if run.is_file() else run) / "export" / f"model{ENDINGS.get(cfg.format, '')}"
     limits = {"tolerance": cfg.tolerance, "map_tolerance": cfg.map_tolerance, "flips": cfg.flips}
     source, size = (list(pair) if pair else None for pair in (cfg.source, cfg.size))
     images = (both(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
@@ -178,10 +178,10 @@ def view_of(saved: Any, region: str | None = None, root: str | Path | None = Non
     """How a run's images came to the network, from its config, with another region, or images below another root."""
     data = saved.data
     window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
-    geometry = Geometry(data.image_size, data.crop, data.get("resize") or "stretch")  # runs of earlier versions have no such key
+    geometry = Geometry(data.image_size, data.crop, data.resize)
     region = region or data.get("region")
-    region = Region(region, root or data.root) if region else None
-    return View(geometry, window, saved.get("tiling"), saved.get("overlap", 0), region)
+    region = None if region is None else Region(region, root or data.root)
+    return View(geometry, window, saved.tiling, saved.overlap, region)
 
 
 def geometry_facts(geometry: Geometry) -> dict:
