@@ -531,10 +531,9 @@ def adopt(cfg: DictConfig, past: Path) -> Detector:
         cfg[key] = saved[key]
     for key in ("image_size", "crop", "window", "seed"):
         data[key] = saved.data[key]
-    for key in ("tiling", "overlap"):
-        cfg[key] = saved.get(key)
-    cfg.resize = data["resize"] = saved.get("resize") or "stretch"
-    data["region"] = saved.data.get("region")
+    for key in ("tiling", "overlap", "resize"):
+        cfg[key] = saved[key]
+    data["resize"], data["region"] = saved.resize, saved.data.region
     cfg.data, cfg.batch_size = data, data.batch_size
     return model
 
@@ -560,7 +559,7 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     cfg.data.manifest = str(past / "manifest.csv")
     known = {(sample.digest, sample.region) for sample in samples}
     data = build(cfg.data)
-    data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))
+    data.tiled(cfg.tiling, cfg.overlap)
     try:
         data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.region) not in known]
     except InputError as error:
@@ -572,8 +571,8 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
 def described(cfg: DictConfig) -> ImageData:
     """The data module of a config, before an image is read."""
     data = build(cfg.data)
-    data.tiled(cfg.get("tiling"), cfg.get("overlap", 0))  # runs of earlier versions have neither
-    data.paced(cfg.get("epoch_size"))
+    data.tiled(cfg.tiling, cfg.overlap)
+    data.paced(cfg.epoch_size)
     return data
 
 
@@ -602,7 +601,7 @@ def observers(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
 
 def states(cfg: DictConfig, model: Detector, folder: Path) -> list[ModelCheckpoint]:
     """What keeps the state of a training after every epoch, for `resume`; nothing for methods that do not train."""
-    if not (isinstance(model, TrainedDetector) and cfg.save.get("state")):
+    if not (isinstance(model, TrainedDetector) and cfg.save.state):
         return []
     return [ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)]
 
@@ -639,7 +638,7 @@ def keep_pages() -> None:
 
 def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, times: StageTimes) -> ImageData | StoredData:
     """The data as they are or, with store=on, with maps and images from the store in their batches as far as the method can use them."""
-    if not cfg.get("store") or not cfg.store.enabled:  # runs of earlier versions have no store
+    if not cfg.store.enabled:
         return data
     if data.tile is not None:
         if getattr(model, "backbone", None) is None:
@@ -763,7 +762,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "image_size": cfg.data.image_size,
         "crop": cfg.data.crop,
         "tiling": data.tile,
-        "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,  # as of runs of before there was a choice
+        "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,
         "region": data.region.digest() if data.region else None,
         "unit": cfg.data.get("unit", "image"),
         "backbone": cfg.get("backbone") if features else None,
