@@ -19,7 +19,7 @@ from rich.table import Table
 from blemish.files import write_json
 from blemish.records.record import environment
 from blemish.records.tables import between
-from blemish.run import build, described, expected_warnings, observers, set_up, trainer_of
+from blemish.run import build, build_callbacks, described, expected_warnings, set_up, trainer_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def eager_floor(cfg, data) -> tuple[float, float]:
 def once(cfg, data) -> dict[str, float]:
     decode, forward = eager_floor(cfg, data)
     model = build(cfg.model)
-    times, _, evaluate = observers(cfg)
+    times, _, evaluate = build_callbacks(cfg)
     trainer = trainer_of(cfg, [times, evaluate])
     fit = seconds(lambda: trainer.fit(model, datamodule=data))
     before = times.total()

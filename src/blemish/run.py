@@ -107,10 +107,10 @@ def train(cfg: DictConfig) -> dict:
     """
     if resumed := Path(cfg.resume) if cfg.get("resume") else None:
         cfg.run_dir = str(resumed)  # for the caller, who tells where it is
-        cfg = continued(cfg, resumed)
+        cfg = resume_config(cfg, resumed)
     check_config(cfg)
     past = Path(cfg["update"]) if cfg.get("update") else None  # cfg.update is a method of every mapping
-    model = adopt(cfg, past) if past else None
+    model = load_for_update(cfg, past) if past else None
     data = described(cfg)
     try:
         model = model or build(cfg.model)  # first, so that a wrong value costs neither a reading nor a folder's content
@@ -122,9 +122,9 @@ def train(cfg: DictConfig) -> dict:
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
-    with recorded(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
-        times, calibrate, evaluate = observers(cfg)
-        trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *states(cfg, model, folder)])
+    with run_context(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
+        times, calibrate, evaluate = build_callbacks(cfg)
+        trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *resume_callbacks(cfg, model, folder)])
         if trainer.gradient_clip_val is not None and not model.automatic_optimization:
             raise InputError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: this method steps by itself; use {model.clipped_by}")
         set_up(cfg, data, past, model.ranges if past else {})
@@ -193,8 +193,8 @@ def test(cfg: DictConfig) -> dict:
     saved.run_dir = str(folder)
     check_config(saved)
     data = described(saved)
-    with recorded(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
-        times, _, evaluate = observers(saved)
+    with run_context(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
+        times, _, evaluate = build_callbacks(saved)
         saved.logger = None
         trainer = trainer_of(saved, [times, *whole(data, evaluate)])
         set_up(saved, data, ranges=model.ranges)
@@ -473,7 +473,7 @@ def build(part: DictConfig, **more: Any) -> Any:
         raise InputError(f"{place[1] + ': ' if place else ''}{error.__cause__ or error}") from error
 
 
-def continued(cfg: DictConfig, run: Path) -> DictConfig:
+def resume_config(cfg: DictConfig, run: Path) -> DictConfig:
     """The config of a run that was stopped, with what the command line says of trainer, logger, workers and save."""
     if not (run / "config.yaml").is_file():
         raise InputError(f"resume={run}: no config.yaml there; expected the folder of a run")
@@ -506,7 +506,7 @@ def state_in(folder: Path) -> str | None:
     return str(path)
 
 
-def adopt(cfg: DictConfig, past: Path) -> Detector:
+def load_for_update(cfg: DictConfig, past: Path) -> Detector:
     """The fitted model of a run that is to be updated; the config takes over what belongs to it, and its data where none are chosen."""
     saved, model = load(past)
     if not isinstance(model, OnePassDetector):
@@ -593,13 +593,13 @@ def set_up(cfg: DictConfig, data: ImageData, past: Path | None = None, ranges: M
     return data
 
 
-def observers(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
+def build_callbacks(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
     """The callbacks of a run: the clock first, so that it also sees what the others cost."""
     times = StageTimes(Features)
     return times, Calibrate(), Evaluate(cfg.save.pictures, cfg.pixel_limit, cfg.alpha, times)
 
 
-def states(cfg: DictConfig, model: Detector, folder: Path) -> list[ModelCheckpoint]:
+def resume_callbacks(cfg: DictConfig, model: Detector, folder: Path) -> list[ModelCheckpoint]:
     """What keeps the state of a training after every epoch, for `resume`; nothing for methods that do not train."""
     if not (isinstance(model, TrainedDetector) and cfg.save.state):
         return []
@@ -775,7 +775,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = ()) -> Iterator[Record]:
+def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = ()) -> Iterator[Record]:
     """A claimed run folder whose record tells how the block ended; files to `keep` are not cleared before."""
     claim(folder, overwrite, keep)
     record = None
