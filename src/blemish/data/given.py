@@ -52,19 +52,7 @@ class Given(ImageData):
         region: np.ndarray | None = None,
     ):
         super().__init__(
-            root=".",
-            category=None,
-            image_size=image_size,
-            crop=crop,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            protocol="clean",
-            calibration=calibration,
-            window="dtype",
-            on_error="stop",
-            resize=resize,
-            region=region,
+            ".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, region
         )
         both = {one.resolve() for one in train if isinstance(one, Path)} & {one.resolve() for one in val if isinstance(one, Path)}
         if both:

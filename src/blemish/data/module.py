@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -67,7 +67,6 @@ class ImageData(LightningDataModule):
 
     root: str | Path
     category: str | None
-    _: KW_ONLY
     image_size: int | None
     crop: int | None
     batch_size: int
