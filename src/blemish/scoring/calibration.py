@@ -16,7 +16,7 @@ from blemish.types import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-RARE = 0.001  # probability below which a number of false alarms is worth a warning
+RARE = 0.01  # probability below which a number of false alarms is worth a warning
 
 
 class Threshold(NamedTuple):
