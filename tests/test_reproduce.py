@@ -166,7 +166,7 @@ def test_verdicts_and_the_mean_over_all_categories(tmp_path, monkeypatch):
         figures = {"pixel_auroc": table["per_category"][cfg.data.category] + moved, "fit_seconds": 1, "test_seconds": 1}
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         (folder / "metrics.json").write_text(json.dumps({**dict.fromkeys(FIGURES), **figures}))
-        (folder / "record.json").write_text(json.dumps(record))
+        (folder / "record.json").write_text(json.dumps({**record, "seed": cfg.seed}))
 
     assert run(["paper=padim_resnet18", f"output='{tmp_path}'"], train=write, scan=lambda c: None) == 0
     lines = lines_of(tmp_path)

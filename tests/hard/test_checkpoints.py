@@ -172,6 +172,8 @@ def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, cap
     damages = (
         [whole[:place] for place in cuts(whole, 12)] + flips(whole, 25) + [b"[1, 2]", b"null", b"{}", b'{"status": "finished"}', b"\xff\0"]
     )
+    for key in (b'"seed":', b'"method":', b'"weights":'):  # a value that is lost or of another kind
+        damages += [whole.replace(key, other) for other in (b'"lost":', key + b' [1], "lost":')]
     for number, damaged in enumerate(damages):
         path.write_bytes(damaged)
         caplog.clear()

@@ -149,7 +149,9 @@ def row_of(folder: Path) -> dict | None:
         return None
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return row_from(record, metrics, folder)
+        row = row_from(record, metrics, folder)
+        label(*pooled([row]))  # what a table will say of it
+        return row
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s: left out, its record.json or metrics.json is damaged (%s: %s)", folder, type(error).__name__, error)
         return None
@@ -159,6 +161,8 @@ def row_from(record: Mapping, metrics: Mapping, folder: Path) -> dict:
     figures = {name: metrics[name] for name in (*FIGURES, "fit_seconds", "test_seconds")}
     if wrong := [name for name, value in figures.items() if value is not None and not isinstance(value, int | float)]:
         raise ValueError(f"{wrong[0]} is {figures[wrong[0]]!r}")
+    if not isinstance(record["seed"], int):
+        raise ValueError(f"seed is {record['seed']!r}")
     machine, git, memory = record["environment"], record["environment"]["git"] or {}, record["peak_memory_mb"]
     return {
         **{name: record.get(name) for name in (*SETTING, "seed")},
