@@ -292,17 +292,3 @@ def test_exports_hold_region_and_letterbox(both, shapes, tmp_path, more):
         expected = detector.predict(array)
         assert (result.decision, result.p_value) == (expected.decision, expected.p_value)
         np.testing.assert_allclose(model.own_pixels(result.map, *array.shape), expected.map, rtol=2e-3, atol=2e-3)
-
-
-def test_runs_of_earlier_versions_are_stretched(tiny, tmp_path):
-    run = tmp_path / "run"
-    train(tiny_run(tiny, run, "model=padim", "crop=null", *QUICK))
-    expected = predicted(run, tiny / "square", tmp_path / "one")
-    lines = (run / "config.yaml").read_text().splitlines()
-    kept = [line for line in lines if line.split(":")[0].strip() not in ("resize", "region")]
-    assert len(lines) == len(kept) + 3
-    (run / "config.yaml").write_text("\n".join(kept))
-    assert equal(predicted(run, tiny / "square", tmp_path / "other"), expected)
-    again = retest(composed(f"run='{run}'", f"output='{tmp_path / 'again'}'", config="test"))
-    assert np.isfinite(again["pixel_auroc"])
-    AnomalyDetector.load(run, device="cpu").predict(tiny / "square" / "000.png")

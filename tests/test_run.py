@@ -140,7 +140,7 @@ def test_an_epoch_of_so_many_images(tiny, tmp_path):
     parameters = {size: torch.cat([value.flatten() for value in model.encoder.parameters()]) for size, model in models.items()}
     assert torch.equal(parameters[None], parameters[18])
     assert not torch.equal(parameters[5], parameters[40])
-    with pytest.raises(InputError, match=r"epoch_size=5: PaDiM looks at every image once"):
+    with pytest.raises(InputError, match="epoch_size=5: .*null"):
         train(tiny_run(tiny, tmp_path / "padim", "epoch_size=5"))
 
 

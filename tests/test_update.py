@@ -97,7 +97,7 @@ def test_the_threshold_comes_from_old_and_new_calibration_images(halves, tmp_pat
 def test_errors(halves, tmp_path):
     first, both = halves
     train(tiny_run(first, tmp_path / "first", "model=self_similarity", "image_size=64"))
-    with pytest.raises(InputError, match="SelfSimilarity cannot take in more images"):
+    with pytest.raises(InputError, match="update: SelfSimilarity"):
         train(tiny_run(both, tmp_path / "updated", f"update='{tmp_path / 'first'}'"))
     with pytest.raises(InputError, match="no config.yaml there"):
         train(tiny_run(both, tmp_path / "updated", f"update='{tmp_path / 'nothing'}'"))

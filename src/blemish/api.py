@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hydra.utils import get_class
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from scipy import ndimage
@@ -31,6 +30,7 @@ from blemish.run import (
     build,
     calibrated,
     check_config,
+    class_of,
     device_of,
     expected_warnings,
     load,
@@ -282,7 +282,7 @@ def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
     values = {name: vetted(name, value) for name, value in options.items()}
     if "backbone" in values and "weights" not in values:
         values["weights"] = "bundled" if values["backbone"] in BUNDLED else "pretrained"
-    if not issubclass(get_class(cfg.model._target_), OnePassDetector | TrainedDetector):
+    if not issubclass(class_of(cfg.model), OnePassDetector | TrainedDetector):
         cfg.image_size, cfg.batch_size = None, 1  # a fit needs one size; without one, every image keeps its own
     for name, value in values.items():
         if name in SETTINGS:

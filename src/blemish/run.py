@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
@@ -452,6 +452,11 @@ def default_folder(cfg: DictConfig) -> Path:
     place = Path("results/runs") / module_of(cfg.model) / module_of(cfg.data) / category
     names = [stem] + [f"{stem}-{n}" for n in range(2, 1000)]
     return next(place / name for name in names if not (place / name).exists())
+
+
+def class_of(part: DictConfig) -> type:
+    """The class that a part of the config calls."""
+    return get_class(part._target_)
 
 
 def module_of(part: DictConfig) -> str:

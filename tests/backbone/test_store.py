@@ -1,7 +1,6 @@
 """What is read back is what was computed, whatever happened to the folder in between, and nothing is computed twice."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -644,11 +643,3 @@ def test_masks_of_stored_batches_know_region_and_bars(tmp_path):
     data = build(tiny_run(tmp_path / "data", tmp_path, *overrides).data)
     data.setup()
     assert_batches_equal(data, stored(tmp_path / "store", data), images=False)
-
-
-def test_what_was_stored_before_there_was_a_choice_is_found(tiny, tmp_path):
-    shelf = stored(tmp_path, data_of(tiny)).maps[0]
-    assert set(json.loads(shelf.facts)) == {
-        *("format", "size", "crop", "window", "dtype", "torch", "backbone", "timm", "device", "mean", "std", "stage", "weights")
-    }
-    assert name_of(Sample("a.png", "test", 0, "good", digest="d")) == "d#"

@@ -150,5 +150,5 @@ def test_a_monitor_needs_calibration_scores(finished, tiny, tmp_path):
     torch.save(state, run / "model.ckpt")
     with pytest.raises(InputError, match="protocol=clean"):
         told(run, tiny / "normal_test", tmp_path / "out", "monitor=on")
-    with pytest.raises(InputError, match="on or off"):
+    with pytest.raises(InputError, match="monitor=perhaps"):
         told(run, tiny / "normal_test", tmp_path / "out", "monitor=perhaps")

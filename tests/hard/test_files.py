@@ -345,11 +345,14 @@ def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
 
 HOLDER = """
 import sys
-from blemish.files import release, write_text
+from pathlib import Path
+from blemish.compose import composed
+from blemish.files import release
 from blemish.records.record import Record, claim
+from blemish.run import save_config
 claim(sys.argv[1], overwrite=False)
 Record.start(sys.argv[1], {})
-write_text(sys.argv[1] + "/config.yaml", "model: {_target_: blemish.methods.padim.PaDiM}\\n")
+save_config(composed("model=padim"), Path(sys.argv[1]))
 print("claimed", flush=True)
 sys.stdin.readline()
 release(sys.argv[1])

@@ -10,8 +10,8 @@ from blemish.methods.autoencoder import Autoencoder
 from blemish.types import InputError
 
 
-def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11, **more):
-    return Autoencoder(side, None, latent, loss, window, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed, **more)
+def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11, sigma=0.0, **more):
+    return Autoencoder(side, None, latent, loss, window, score, learning_rate=2e-4, weight_decay=1e-5, seed=seed, sigma=sigma, **more)
 
 
 @torch.no_grad()

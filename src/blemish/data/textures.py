@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,6 +30,7 @@ STALE = 86400  # seconds after which what was never finished is removed
 SMALLEST, LARGEST = 32, 192  # pixels of a crop: room for a defect, and for the crop in the test columns
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Textures(MVTec):
     """One photographed texture in MVTec AD's layout: 80 training crops, 20 normal test crops, 8 of each of six drawn defects.
 

@@ -74,7 +74,11 @@ class Backbone(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.model, self.graph = graph.model, graph
+        self.graph = graph
+
+    @property
+    def model(self) -> Detector:  # registered once, with the graph: torch.export keeps one name of a parameter
+        return self.graph.model
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return list(self.model.features(self.graph.unit(image)))

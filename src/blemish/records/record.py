@@ -15,9 +15,6 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from blemish.files import CHOOSE, lock, plain, read_json, release, remove_stale, write_json
 from blemish.types import InputError
 
@@ -107,6 +104,7 @@ def check_archive(path: Path) -> None:
 
 def environment() -> dict:
     """The software and hardware this process runs on; None where the system does not tell."""
+    import torch
 
     return {
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
@@ -186,6 +184,7 @@ def _installed_commit() -> dict | None:
 
 def peak_memory_mb() -> dict:
     """The largest memory this process has held, MB: "host" (resident) and "gpu" (allocated by torch, the fullest device)."""
+    import torch
 
     host = gpu = None
     if resource is not None:
@@ -208,6 +207,7 @@ def truth_kind(samples: Iterable) -> str:
 
 
 def is_first_process() -> bool:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # tools that only read records do not wait for lightning
 
     return rank_zero_only.rank == 0
 

@@ -114,7 +114,7 @@ def read_scores(path: Path) -> Scores | None:
             np.array([int(row["label"]) for row in rows]),
             np.array([float(row["score"]) for row in rows]),
             float(threshold) if threshold else None,
-            [row["defect"] for row in rows],
+            [row["defect"] or "unknown" for row in rows],  # a row may be damaged
         )
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return None
