@@ -243,6 +243,7 @@ def test_multirun_makes_a_run_per_seed(tiny, tmp_path):
         assert json.loads((tmp_path / seed / "record.json").read_text())["seed"] == int(seed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_fit_leaves_a_record_and_no_checkpoint(tiny, tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "train.py"), "model=padim", *tiny_overrides(tiny), f"run_dir={tmp_path / 'run'}"]
     # one image a batch, so that the fit lasts long enough to be interrupted

@@ -613,6 +613,7 @@ def region_file(path: Path, columns: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_geometry_and_region_keep_maps_apart(tiny, tmp_path):
     masks = [region_file(tmp_path / f"{columns}.png", columns) for columns in (30, 40)]
     for folder in ("normal", "normal_test", "square"):

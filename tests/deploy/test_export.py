@@ -305,6 +305,7 @@ def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, region,
             assert result.score == pytest.approx(result.map.max(), rel=0.5)
 
 
+@pytest.mark.slow
 def test_an_export_by_tiles_without_maps(by_tiles, tmp_path):
     path, _ = exported(by_tiles(False), tmp_path / "m.pt2", "format=torch_export", "maps=false")
     whole, _ = exported(by_tiles(False), tmp_path / "w.pt2", "format=torch_export")

@@ -352,7 +352,7 @@ from blemish.records.record import Record, claim
 from blemish.run import save_config
 claim(sys.argv[1], overwrite=False)
 Record.start(sys.argv[1], {})
-save_config(composed("model=padim"), Path(sys.argv[1]))
+save_config(composed("model=vae"), Path(sys.argv[1]))
 print("claimed", flush=True)
 sys.stdin.readline()
 release(sys.argv[1])

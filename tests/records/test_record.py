@@ -327,6 +327,7 @@ def killed(folder):
     assert (folder / ".lock").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() == "Windows", reason="there is no SIGKILL")
 def test_the_lock_of_a_killed_process_is_none(tmp_path):
     killed(tmp_path)
@@ -350,6 +351,7 @@ def compete(folder, start, results):
     start.wait()  # nobody ends, and so gives its lock back, before all have tried
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() == "Windows", reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the children only touch files
 @pytest.mark.parametrize("stale", [False, True])

@@ -317,6 +317,7 @@ def test_published_figures_stand_below_with_the_difference(several, tmp_path):
     assert "[1]" not in (tmp_path / "m.md").read_text()
 
 
+@pytest.mark.slow
 def test_tool(several, tmp_path):
     tool = CONFIGS.parent / "tools" / "table.py"
     options = [f"runs={several}", "output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper"]

@@ -74,14 +74,14 @@ class Backbone(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        self.graph = graph
+        self.complete = graph  # torch.fx has a `graph` of its own
 
     @property
     def model(self) -> Detector:  # registered once, with the graph: torch.export keeps one name of a parameter
-        return self.graph.model
+        return self.complete.model
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        return list(self.model.features(self.graph.unit(image)))
+        return list(self.model.features(self.complete.unit(image)))
 
 
 class Score(nn.Module):
