@@ -59,6 +59,8 @@ def padim(tiny) -> AnomalyDetector:
 @pytest.fixture(scope="module")
 def saved(padim, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "padim.ckpt"
+    with pytest.raises(InputError, match=r"m\.safetensors"):
+        padim.save(path.with_name("m.safetensors"))
     padim.save(path)
     return path
 

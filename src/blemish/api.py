@@ -190,6 +190,8 @@ class AnomalyDetector:
         """One file with all weights and settings, whole or absent, which every tool takes as `run=FILE`."""
         self._check_ready("save")
         path = Path(path).expanduser()
+        if path.suffix == ".safetensors":  # torch.load goes by this ending to another format
+            raise InputError(f"{path}: not of that format; choose another ending, for instance {path.stem}.ckpt")
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: is there already and no file of AnomalyDetector.save; move it away, or choose another place")
         state = {key: value.detach().cpu() for key, value in self.model.state_dict().items()}

@@ -216,6 +216,7 @@ def test_judgement_is_that_of_the_calibration(onnx):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:images of other values")  # noise: no photograph of the training
 def test_scores_are_the_same_without_maps_from_floats_and_from_the_camera(run, onnx, tmp_path):
     arrays = [np.random.default_rng(i).integers(0, 256, (90, 70, 3), dtype=np.uint8) for i in range(3)]
     expected = runtime.Model(onnx, threads=1).predict(arrays)
