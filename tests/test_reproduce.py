@@ -235,6 +235,7 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     assert "no such file" in missing_weights("resnet18", str(tmp_path / "w.pth"))
 
 
+@pytest.mark.slow
 def test_no_paper_names_the_choices():
     tool = CONFIGS.parent / "tools" / "reproduce.py"
     done = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=False)

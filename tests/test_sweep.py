@@ -168,6 +168,7 @@ def test_a_run_that_could_not_write_its_end(tmp_path):
     assert (record["status"], record["error"]["message"], record["wall_seconds"]) == ("failed", "exit code -9", 3.0)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
     claim(tmp_path, overwrite=False)  # by this process, which lives
     Record.start(tmp_path, {})

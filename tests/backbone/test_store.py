@@ -165,6 +165,7 @@ def test_a_second_run_decodes_and_computes_nothing(tiny, tmp_path):
     assert (record["read"], record["computed"]) == (36, 0)
 
 
+@pytest.mark.slow
 def test_another_method_another_split_and_other_stages_share_the_maps(tiny, tmp_path):
     def run(name, *overrides):
         train(tiny_run(tiny, tmp_path / name, *on(tmp_path / "store"), *overrides))
@@ -589,6 +590,7 @@ def test_the_sample_is_known_by_its_content_and_its_tile():
     assert name_of(sample) == name_of(sample._replace(path="b.png", split="test", label=1)) != name_of(sample._replace(region="0,0,9,9"))
 
 
+@pytest.mark.slow
 def test_tiles_are_stored_as_a_map(tiny, tmp_path):
     options = ["model=self_similarity", "model.stages=[3]", "batch_size=8", "save.pictures=0"]
     off = train(tiny_run(tiny, tmp_path / "off", *options))

@@ -343,6 +343,7 @@ def test_the_check_goes_through_files(run, tmp_path, monkeypatch):
         exported(run, tmp_path / "m.pt2", "format=torch_export")
 
 
+@pytest.mark.slow
 def test_the_names_of_what_goes_in_and_comes_out(exports):
     needs(*NEEDS["onnx"], *NEEDS["openvino"])
     assert names_of(exports("onnx")[0]) == names_of(exports("openvino")[0]) == [["image"], ["score"], ["map"]]

@@ -414,6 +414,7 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
         data.test_dataloader()
 
 
+@pytest.mark.slow
 def test_a_method_without_a_backbone_takes_tiles_in_a_sweep_with_a_store(large, tmp_path):
     options = ["crop=null", "image_size=32", "tiling=96", "store=on", f"store.root='{tmp_path / 'store'}'", *quick("ganomaly")]
     train(tiny_run(large, tmp_path / "run", "model=ganomaly", *options, "trainer.max_epochs=1", "save.pictures=2"))

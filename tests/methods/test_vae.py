@@ -56,6 +56,7 @@ def test_a_blurred_map_leaves_the_bound():
     assert torch.equal(vae("elbo", sigma=sigma)(x).score, vae("elbo")(x).score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["reconstruction", "elbo"])
 def test_learns_what_is_normal(score):
     normal, square = stripes(8, seed=1), stripes(8, seed=2)
@@ -66,6 +67,7 @@ def test_learns_what_is_normal(score):
         assert model(square).score.mean() > 1.2 * model(normal).score.mean()
 
 
+@pytest.mark.slow
 def test_a_large_weight_gives_the_prior():
     model, _ = trained(vae(kl_weight=1e4), stripes(32, seed=0), steps=180, rate=3e-3)
     with torch.no_grad():

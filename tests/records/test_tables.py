@@ -332,6 +332,7 @@ def test_tool(several, tmp_path):
     assert r"\textbf{0.750}" in (tmp_path / "m.tex").read_text()
 
 
+@pytest.mark.slow
 def test_tool_writes_nothing_unasked(several, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     tool = [sys.executable, CONFIGS.parent / "tools" / "table.py", f"runs={several}"]
