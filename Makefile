@@ -23,7 +23,7 @@ install: .venv/installed ## .venv with blemish in editable mode
 demo: .venv/installed ## train PaDiM on the embedded textures and look at the result
 	$(BIN)/python tools/train.py model=padim data=textures recipe=bundled
 
-test: lint ## lint and the tests that guard correctness: 6 minutes on two cores
+test: lint ## lint and the tests that guard correctness, some minutes on two cores
 	$(PYTEST)
 
 test-full: .venv/installed-dev ## all other tests: kills, fuzzing, sweeps, DDP, notebooks, wheel, browser
