@@ -1,4 +1,4 @@
-"""A config composed by Python as the command line would, and what is told of overrides that fit none."""
+"""Compose a config from Python as the command line does, and report overrides that do not fit."""
 
 import logging
 import re
@@ -141,7 +141,7 @@ def leaves(cfg: Any, place: str = "") -> list[str]:
 
 
 def unknown(key: str, known: Sequence[str]) -> str:
-    """What is told of a key that does not exist."""
+    """Return the message for a key that does not exist, with the nearest known key."""
     same = [other for other in known if other.rpartition(".")[2] == key]
     if key in known:
         return f"{key}: cannot be set to that; expected a value of its kind"

@@ -80,7 +80,7 @@ def name_of(sample: Sample, region: Region | None = None) -> str:
 
 
 def check_store(dtype: str, max_gb: float | None) -> None:
-    """InputError for a store's setting that is none; a run asks before it reads."""
+    """Raise InputError for an invalid store setting, before anything is read."""
     check_choice("store", DTYPES, dtype=dtype)
     check_number("store", "(0, inf)", also=(None,), max_gb=max_gb)
 

@@ -124,7 +124,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
         else:
             with Image.open(path, formats=FORMATS) as image:
                 (width, height), turned = image.size, _orientation(image, path)
-    except Exception:  # what is wrong with a file is told by the one who reads it
+    except Exception:  # the reader reports what is wrong with a file
         height, width = read(path).shape[:2]
         return width, height
     return (height, width) if turned in (5, 6, 7, 8) else (width, height)
@@ -259,7 +259,7 @@ def _colour_png16(data: bytes, labels: bool = False) -> np.ndarray:
 
 def _load_upright(image: Image.Image) -> None:
     image.load()  # before the question for EXIF, which a PNG may hold behind its pixels
-    with suppress(SyntaxError):  # EXIF that is none, in a sound image
+    with suppress(SyntaxError):  # invalid EXIF in a valid image
         ImageOps.exif_transpose(image, in_place=True)
 
 

@@ -34,7 +34,7 @@ Run = Callable[..., Sequence[np.ndarray]]
 
 
 class Result(NamedTuple):
-    """What is said of one image."""
+    """The result of one image."""
 
     score: float  # larger is more anomalous
     p_value: float | None  # (1 + normal images held out that score at least as high) / (1 + all of them); None without any
