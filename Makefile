@@ -30,7 +30,7 @@ test-full: .venv/installed-dev ## all other tests: kills, fuzzing, sweeps, DDP, 
 	$(PYTEST) -m slow
 
 test-gpu: .venv/installed-dev ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m '' tests/test_cuda.py tests/test_resume.py
+	$(BIN)/python -m pytest -m '' tests/test_cuda.py tests/run/test_resume.py
 
 lint: .venv/installed-dev ## style only
 	$(BIN)/ruff check .

@@ -13,13 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from blemish.compose import composed, names
 from blemish.deploy.export import ENDINGS, export_run
+from blemish.edge.errors import InputError
 from blemish.files import write_json
-from blemish.records.record import environment
-from blemish.records.tables import between
-from blemish.run import build, load, train
-from blemish.types import InputError
+from blemish.report.tables import between
+from blemish.run.checkpoint import load
+from blemish.run.config import build, composed, names
+from blemish.run.record import environment
+from blemish.run.train import train
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "results" / "performance" / "exports.json"

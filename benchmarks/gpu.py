@@ -20,12 +20,13 @@ import skimage.data
 import torch
 from rich.console import Console
 
-from blemish.compose import composed, names
 from blemish.detector import TrainedDetector
 from blemish.files import write_json
-from blemish.records.record import environment
-from blemish.records.tables import between
-from blemish.run import build, load, train
+from blemish.report.tables import between
+from blemish.run.checkpoint import load
+from blemish.run.config import build, composed, names
+from blemish.run.record import environment
+from blemish.run.train import train
 
 ROOT = Path(__file__).parents[1]
 FIXED = ["weights=random", "data=textures", "protocol=paper", "image_size=256", "trainer=gpu", "trainer.enable_progress_bar=false"]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from blemish import AnomalyDetector
-from blemish.records.draw import ALARM, DASH, TRUTH, colour, font, outline
+from blemish.draw import ALARM, DASH, TRUTH, colour, font, outline
 
 PAGE = Path(__file__).parents[1] / "docs" / "images" / "cookies.png"
 CHOSEN = {"cracked": 4, "good": 2}

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.files import write_json
-from blemish.records.record import environment, read_record
-from blemish.records.tables import between
-from blemish.records.timing import STAGES
+from blemish.report.tables import between
+from blemish.run.record import environment, read_record
+from blemish.run.timing import STAGES
 
 ROOT = Path(__file__).parents[1]
 METHODS = {

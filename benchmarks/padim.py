@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.files import write_json
-from blemish.records.record import environment
-from blemish.records.tables import between
-from blemish.run import build, build_callbacks, described, expected_warnings, set_up, trainer_of
+from blemish.report.tables import between
+from blemish.run.config import build
+from blemish.run.record import environment
+from blemish.run.train import build_callbacks, described, expected_warnings, set_up, trainer_of
 
 ROOT = Path(__file__).parents[1]
 

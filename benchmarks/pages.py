@@ -13,9 +13,9 @@ from pathlib import Path
 import timm
 import torch
 
-from blemish.records.record import environment
-from blemish.records.tables import between
-from blemish.run import keep_pages
+from blemish.report.tables import between
+from blemish.run.record import environment
+from blemish.run.train import keep_pages
 
 ROOT = Path(__file__).parents[1]
 

@@ -42,12 +42,13 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from blemish.backbone.weights import bundled_state
 from blemish.detector import Detector
+from blemish.features.weights import bundled_state
 from blemish.files import write_json
-from blemish.records.record import environment
-from blemish.records.tables import Grid, between, markdown, show
-from blemish.run import build, described, expected_warnings, set_up, trainer_of
+from blemish.report.tables import Grid, between, markdown, show
+from blemish.run.config import build
+from blemish.run.record import environment
+from blemish.run.train import described, expected_warnings, set_up, trainer_of
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("blemish", "anomalib")

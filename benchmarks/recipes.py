@@ -14,15 +14,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from blemish.backbone.features import Features
 from blemish.data.images import prepare
 from blemish.detector import OnePassDetector
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import find_images, read
+from blemish.features.extractor import Features
 from blemish.methods.spade import SPADE, describe
+from blemish.metrics.metrics import auroc
 from blemish.ops.neighbours import nearest
-from blemish.run import build
-from blemish.scoring.metrics import auroc
+from blemish.run.config import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = [1, 2, 3, 4]

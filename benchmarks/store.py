@@ -12,8 +12,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from blemish.records.record import read_record
-from blemish.run import expected_warnings, train
+from blemish.run.record import read_record
+from blemish.run.train import expected_warnings, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")

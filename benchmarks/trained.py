@@ -16,11 +16,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from blemish.data.samples import write_manifest
+from blemish.data.manifest import write_manifest
 from blemish.files import write_json
-from blemish.records.record import environment, read_record
-from blemish.records.tables import between
-from blemish.run import build
+from blemish.report.tables import between
+from blemish.run.config import build
+from blemish.run.record import environment, read_record
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = ["backbone=tf_efficientnet_lite0", "weights=bundled"]

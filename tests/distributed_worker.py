@@ -8,7 +8,7 @@ import torch
 from support import composed, images
 
 from blemish.detector import OnePassDetector
-from blemish.run import build
+from blemish.run.config import build
 
 IMAGES = 25  # an odd number: the halves differ in size
 

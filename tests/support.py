@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blemish.compose import composed
 from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.run.config import composed
 from blemish.types import NORMAL, Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"

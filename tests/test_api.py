@@ -19,10 +19,11 @@ from support import CONFIGS, METHODS, composed, quick, tiny_run
 
 from blemish import AnomalyDetector, Result
 from blemish import api as module
-from blemish import run as runs
 from blemish.api import OTHERS, boxes_of
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import InputError
+from blemish.run.predict import predict
+from blemish.run.train import train
 
 TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "batch_size": 8, "device": "cpu", "progress": False}
 # a method's file is tested here, not what it learns
@@ -369,12 +370,12 @@ def test_writes_pictures_and_scores(padim, tiny, tmp_path):
 
 def test_a_run_folder_is_a_detector_too(tiny, tmp_path):
     cfg = tiny_run(tiny, tmp_path / "run", "model=padim")
-    runs.train(cfg)
+    train(cfg)
     detector = AnomalyDetector.load(tmp_path / "run", device="cpu")
-    predict = composed(
+    cfg = composed(
         f"run='{tmp_path / 'run'}'", f"input='{tiny / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu", config="predict"
     )
-    runs.predict(predict)
+    predict(cfg)
     rows = [line.split(",") for line in (tmp_path / "out" / "scores.csv").read_text().splitlines()[1:]]
     results = detector.predict(tiny / "square")
     assert [(str(r.path), r.score, r.p_value) for r in results] == [(row[0], float(row[1]), float(row[4])) for row in rows]
@@ -390,7 +391,7 @@ def test_a_saved_detector_is_a_run_for_the_tools(tiny, tmp_path):
     detector.threshold, detector.map_threshold = 3.5, 2.5
     detector.save(tmp_path / "x.ckpt")
     options = [f"run='{tmp_path / 'x.ckpt'}'", f"input='{tiny / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
-    found = runs.predict(composed(*options, config="predict"))
+    found = predict(composed(*options, config="predict"))
     results = detector.predict(tiny / "square")
     assert [row[1] for row in found.rows] == [result.score for result in results]
     assert [bool(row[3]) for row in found.rows] == [result.decision for result in results]

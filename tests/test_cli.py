@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from records.test_tables import recorded
+from report.test_tables import recorded
 from support import CONFIGS, DRAWN, tiny_overrides
 
 from blemish import cli
-from blemish.data.samples import read_manifest
+from blemish.data.manifest import read_manifest
 
 
 @pytest.fixture

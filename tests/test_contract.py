@@ -7,9 +7,11 @@ import pytest
 import torch
 from support import METHODS, check_gross_defect, tiny_run
 
-from blemish.backbone.features import Features
-from blemish.records.record import read_record
-from blemish.run import build, load, module_of, train
+from blemish.features.extractor import Features
+from blemish.run.checkpoint import load
+from blemish.run.config import build, module_of
+from blemish.run.record import read_record
+from blemish.run.train import train
 from blemish.types import Batch
 
 

@@ -10,8 +10,10 @@ from support import CONFIGS, METHODS, check_gross_defect, tiny_run
 from blemish.methods.noise_residual import NoiseResidual
 from blemish.ops.coreset import farthest_first
 from blemish.ops.neighbours import nearest
-from blemish.records.record import read_record
-from blemish.run import build, load, train
+from blemish.run.checkpoint import load
+from blemish.run.config import build
+from blemish.run.record import read_record
+from blemish.run.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from support import CONFIGS, DRAWN, composed, quick, tiny_overrides, tiny_run
 
-from blemish.data.module import Dealt, Shuffled
-from blemish.run import test as retest
-from blemish.run import train
-from blemish.types import InputError
+from blemish.data.samplers import Dealt, Shuffled
+from blemish.edge.errors import InputError
+from blemish.run.test import test as retest
+from blemish.run.train import train
 
 # one of each base: nothing to fit, one pass, and training, here without randomness of its own; 24 images, of which 6 are held out
 METHODS = {

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from support import CONFIGS, bricks, fitted
 
-from blemish.records.tables import read_rows, write
+from blemish.report.tables import read_rows, write
 
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"

@@ -6,7 +6,7 @@ from PIL import Image
 from support import bricks, draw_squares, methods_of, tiny_run
 
 from blemish.detector import TrainedDetector
-from blemish.run import train
+from blemish.run.train import train
 
 SIDE, BLOCK = 64, 24
 MARGIN = 0.1  # of AUROC

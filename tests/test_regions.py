@@ -13,11 +13,15 @@ from support import composed, slow, tiny_run
 from blemish import AnomalyDetector
 from blemish.deploy.export import export_run
 from blemish.edge import runtime
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.records.record import read_record
-from blemish.run import build, described, load, predict, set_up, train
-from blemish.run import test as retest
-from blemish.types import ANOMALOUS, InputError
+from blemish.run.checkpoint import load
+from blemish.run.config import build
+from blemish.run.predict import predict
+from blemish.run.record import read_record
+from blemish.run.test import test as retest
+from blemish.run.train import described, set_up, train
+from blemish.types import ANOMALOUS
 
 TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "crop": None, "batch_size": 8, "device": "cpu", "progress": False}
 QUICK = ["save.pictures=0", "save.curves=false"]

@@ -14,10 +14,10 @@ from support import CONFIGS
 ROOT = CONFIGS.parent
 QUICK = ["recipe=bundled", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "save.pictures=2", "store=off"]
 API = """
-import blemish, blemish.compose
+import blemish, blemish.run.config
 from blemish import AnomalyDetector
 assert blemish.__file__.startswith({home!r}), blemish.__file__
-assert str(blemish.compose.configs()).startswith({home!r}), blemish.compose.configs()
+assert str(blemish.run.config.configs()).startswith({home!r}), blemish.run.config.configs()
 detector = AnomalyDetector("padim", image_size=64, progress=False, device="cpu").train({images!r})
 detector.save("padim.ckpt")
 detector = AnomalyDetector.load("padim.ckpt", device="cpu")

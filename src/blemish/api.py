@@ -14,32 +14,21 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from scipy import ndimage
 
-from blemish.backbone.weights import BUNDLED
-from blemish.checks import check_switch, check_whole, nearest
-from blemish.compose import DictConfig, composed, names, plain
-from blemish.data.given import ASSUMED, Given, Image, array_of, check_of, images_of, window_of
-from blemish.data.regions import Region
-from blemish.deploy.monitor import unusual
-from blemish.deploy.predict import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
-from blemish.deploy.tiling import whole
+from blemish.data.arrays import ASSUMED, Given, Image, array_of, check_of, images_of, window_of
+from blemish.data.roi import Region
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
+from blemish.edge.calibration import Threshold, finite, p_values, rate
+from blemish.edge.checks import check_switch, check_whole, nearest
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
-from blemish.records.evaluate import Calibrate
-from blemish.run import (
-    Streamed,
-    build,
-    calibrated,
-    check_config,
-    class_of,
-    device_of,
-    expected_warnings,
-    load,
-    module_of,
-    portable_config,
-    trainer_of,
-)
-from blemish.scoring.calibration import Threshold, finite, p_values, rate
-from blemish.types import InputError
+from blemish.features.weights import BUNDLED
+from blemish.run.checkpoint import Streamed, device_of, load, portable_config
+from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names, plain
+from blemish.run.evaluate import Calibrate
+from blemish.run.monitor import unusual
+from blemish.run.results import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
+from blemish.run.tiling import whole
+from blemish.run.train import calibrated, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
 

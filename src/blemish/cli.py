@@ -22,23 +22,26 @@ def train(cfg: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from blemish import run, sweep
+    from blemish.run import sweep
+    from blemish.run.terminal import report
+    from blemish.run.train import train
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.cell(cfg)
-    return run.report(run.train(cfg), cfg.run_dir)
+    return report(train(cfg), cfg.run_dir)
 
 
 def test(cfg: Any) -> None:
-    from blemish import run
+    from blemish.run.terminal import report
+    from blemish.run.test import test
 
-    run.report(run.test(cfg), cfg.output or f"{cfg.run}/retest")
+    report(test(cfg), cfg.output or f"{cfg.run}/retest")
 
 
 def predict(cfg: Any) -> None:
-    from blemish import run
+    from blemish.run.predict import predict
 
-    done = run.predict(cfg)
+    done = predict(cfg)
     for line in done.said:
         say(line)
     for path, reason in done.failed[:20]:
@@ -49,14 +52,14 @@ def predict(cfg: Any) -> None:
 
 
 def data(cfg: Any) -> None:
-    from blemish import run
-    from blemish.checks import check_choice, check_number
     from blemish.data import check, synthetic
-    from blemish.outputs import replacing
+    from blemish.edge.checks import check_choice, check_number
+    from blemish.files import replacing
+    from blemish.run import config
 
     check_number("", "(0, 1]", share=cfg.share)
     check_choice("", COMMANDS["data"].actions, action=cfg.action)
-    images = run.build(cfg.data)
+    images = config.build(cfg.data)
     if cfg.action == "check":
         with replacing(output := cfg.output or "manifest.csv"):
             found = check.report(images, output)
@@ -68,8 +71,8 @@ def data(cfg: Any) -> None:
 def table(cfg: Any) -> None:
     from rich.console import Console
 
-    from blemish.outputs import replacing
-    from blemish.records.tables import RUN, show, write
+    from blemish.files import replacing
+    from blemish.report.tables import RUN, show, write
 
     with replacing(cfg.output, cfg.markdown, cfg.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
         written = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)
@@ -82,8 +85,8 @@ def table(cfg: Any) -> None:
 
 
 def report(cfg: Any) -> None:
-    from blemish.outputs import replacing
-    from blemish.records.report import write
+    from blemish.files import replacing
+    from blemish.report.page import write
 
     with replacing(cfg.output):
         runs = write(cfg.runs, cfg.output, cfg.max_mb, cfg.images, cfg.picture_px)
@@ -93,31 +96,32 @@ def report(cfg: Any) -> None:
 def reproduce(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from blemish import compose, run, sweep
-    from blemish.records import reproduce
+    from blemish.report import reproduce
+    from blemish.run import config, sweep
+    from blemish.run import config as compose
 
     name, typed = HydraConfig.get().runtime.choices.get("paper"), HydraConfig.get().overrides.task
     if not name:
         refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
-    run.check_config(cfg)
-    sys.exit(reproduce.reproduce(cfg, name, typed, compose.plain, scan=lambda c: run.build(c.data).scan(), train=sweep.train_apart))
+    config.check_config(cfg)
+    sys.exit(reproduce.reproduce(cfg, name, typed, compose.plain, scan=lambda c: config.build(c.data).scan(), train=sweep.train_apart))
 
 
 def export(cfg: Any) -> None:
-    from blemish import run
     from blemish.deploy.export import export_run
+    from blemish.run import checkpoint, config
 
-    path, parity = export_run(cfg, run.load, run.build)
+    path, parity = export_run(cfg, checkpoint.load, config.build)
     say(f"{path}: {parity}")
 
 
 def bench(cfg: Any) -> None:
     from rich.console import Console
 
-    from blemish import run
     from blemish.deploy import bench
+    from blemish.run import checkpoint, config
 
-    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, run.load, run.build)))
+    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, checkpoint.load, config.build)))
 
 
 COMMANDS = {
@@ -208,7 +212,7 @@ def tool(name: str) -> None:
 
 def vetted(overrides: list[str], config: str, several: bool) -> list[str]:
     """The overrides as Hydra may have them; InputError where a group or a key is misspelt, which Hydra would tell at length."""
-    from blemish.compose import composed, firsts, settled
+    from blemish.run.config import composed, firsts, settled
 
     flags = [text for text in overrides if text.startswith("-")]
     overrides = settled([text for text in overrides if not text.startswith("-")], config)
@@ -223,7 +227,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     """
     import hydra
 
-    from blemish.compose import configs, run_cli
+    from blemish.run.config import configs, run_cli
 
     command, whole = COMMANDS[name], list(sys.argv)
     if command.actions and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
@@ -244,7 +248,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
         overrides = run_cli(lambda _: vetted(overrides, command.config, several), None)
     sys.argv = [words[0], *overrides]
     if name == "train" and several:
-        from blemish.sweep import launch
+        from blemish.run.sweep import launch
 
         launch(main, words)
     else:

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Sampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from blemish.backbone.features import Features
+from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
+from blemish.features.extractor import Features
 from blemish.ops.gaussian import merge_moments
-from blemish.ops.randomness import stream
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import stream
+from blemish.types import Batch, Prediction
 
 Maps = Sequence[Tensor]
 DTYPES = ("uint8", "uint16", "float32")

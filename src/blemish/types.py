@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from blemish.edge.errors import InputError  # noqa: F401 the rooms above know it from here
-
 if TYPE_CHECKING:  # tools that only read results do not wait for torch
     from torch import Tensor
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from blemish.data.check import _sizes, check
 from blemish.data.folder import Folder
-from blemish.data.samples import read_manifest
+from blemish.data.manifest import read_manifest
 
 TOOL = Path(__file__).parents[2] / "tools" / "data.py"
 

@@ -6,7 +6,7 @@ import yaml
 from PIL import Image
 
 from blemish.data.folder import Folder
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
 PLAIN = {"image_size": 32, "crop": None, "resize": "stretch", "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper"}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blemish.data.gdxray import Defect, GDXray, Row, Rules, corners, frame_range, frames, held_share, read_boxes, samples
-from blemish.data.samples import parse_boxes, parse_region
-from blemish.types import InputError
+from blemish.data.manifest import parse_boxes, parse_region
+from blemish.edge.errors import InputError
 
 PLAIN = {"image_size": None, "crop": None, "batch_size": 1, "workers": 0, "seed": 0, "protocol": "paper", "calibration": 0.1}
 PLAIN |= {"window": "auto", "on_error": "stop"}

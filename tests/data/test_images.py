@@ -12,9 +12,9 @@ from PIL import Image
 
 from blemish.data.images import compact, place, place_mask, prepare, restored, to_unit, unplace
 from blemish.data.ranges import fit_window
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import dtype_of, find_images, read
-from blemish.types import InputError
 
 H, W = 24, 40
 GREY = np.random.default_rng(0).integers(0, 256, (H, W), dtype=np.uint8)

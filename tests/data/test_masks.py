@@ -7,8 +7,8 @@ from PIL import Image
 from scipy import ndimage
 
 from blemish.data.masks import binary, interpret, read_mask
-from blemish.data.regions import Region
-from blemish.types import InputError
+from blemish.data.roi import Region
+from blemish.edge.errors import InputError
 
 Y, X = np.mgrid[:64, :80]
 DISC = (Y - 30) ** 2 + (X - 40) ** 2 < 15**2

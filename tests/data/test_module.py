@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from blemish.data import module
+from blemish.data.dataset import Images, Recent
 from blemish.data.images import place, place_mask, to_unit
-from blemish.data.module import ImageData, Images, Recent, held_out
-from blemish.data.samples import Sample, read_manifest, write_manifest
+from blemish.data.manifest import Sample, read_manifest, write_manifest
+from blemish.data.module import ImageData, held_out
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
-from blemish.types import NO_TRUTH, InputError
+from blemish.types import NO_TRUTH
 
 SIZE = 48
 

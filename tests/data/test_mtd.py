@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from blemish.data.mtd import DEFECTS, FREE, MagneticTiles, drawn, samples, tiles
-from blemish.types import NO_TRUTH, InputError
+from blemish.edge.errors import InputError
+from blemish.types import NO_TRUTH
 
 PLAIN = {"image_size": 32, "crop": None, "batch_size": 8, "workers": 0, "seed": 0, "protocol": "paper", "calibration": 0.1}
 PLAIN |= {"window": "auto", "on_error": "stop"}

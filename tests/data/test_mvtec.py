@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from blemish.data.mvtec import CATEGORIES, MVTec, samples
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 PLAIN = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "clean", "calibration": 0.1}
 PLAIN |= {"window": "auto", "on_error": "stop"}

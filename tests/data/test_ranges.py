@@ -6,9 +6,10 @@ from PIL import Image
 from support import composed, tiny_run
 
 from blemish.data.ranges import ValueCheck, fit_ranges
+from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range, range_of
-from blemish.run import predict, train
-from blemish.types import InputError
+from blemish.run.predict import predict
+from blemish.run.train import train
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(20, 240, (64, 64), dtype=np.uint8)

@@ -7,9 +7,9 @@ from PIL import Image
 from support import composed
 
 from blemish.data.synthetic import blemish, place, write
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.run import build
-from blemish.types import InputError
+from blemish.run.config import build
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 
 from blemish.data import textures
 from blemish.data.textures import DEFECTS, TEXTURES, Textures, blemished, build, cropped, key, make, photograph, regions
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import InputError
 
 PLAIN = {"image_size": 64, "crop": None, "batch_size": 16, "workers": 0, "seed": 0, "protocol": "clean", "calibration": 0.1}
 PLAIN |= {"window": "auto", "on_error": "stop"}

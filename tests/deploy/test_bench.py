@@ -12,9 +12,12 @@ from support import composed, slow, tiny_run
 
 from blemish.deploy import bench
 from blemish.deploy.bench import Engine, Plan, Row, bench_run, graph_engine, limited, measured, timed, torch_engine
-from blemish.deploy.export import chosen, loaded, view_of
-from blemish.run import build, load, train
-from blemish.types import InputError
+from blemish.deploy.export import chosen, loaded
+from blemish.edge.errors import InputError
+from blemish.run.checkpoint import load
+from blemish.run.config import build
+from blemish.run.results import view_of
+from blemish.run.train import train
 
 STAGES = ["resize", "backbone", "score", "map", "image to score", "image to map"]
 

@@ -21,16 +21,18 @@ from support import METHODS, batch, bricks, composed, fitted, quick, slow, tiny_
 from blemish.data.images import place, prepare, to_unit, unplace
 from blemish.deploy import export
 from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
-from blemish.deploy.predict import View, predict
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
+from blemish.edge.calibration import conformal_threshold, p_values
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
 from blemish.ops import gaussian
-from blemish.run import build, load, train
-from blemish.scoring.calibration import conformal_threshold, p_values
-from blemish.types import InputError
+from blemish.run.checkpoint import load
+from blemish.run.config import build
+from blemish.run.results import View, predict
+from blemish.run.train import train
 
 
 def needs(*names: str) -> None:

@@ -11,8 +11,9 @@ from blemish.data.images import hidden, place, place_mask, prepare, to_unit, unp
 from blemish.detector import within
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, Geometry
-from blemish.types import OUTSIDE, InputError, Prediction
+from blemish.types import OUTSIDE, Prediction
 
 SIDES = st.integers(8, 400)
 WINDOW = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}

@@ -16,10 +16,13 @@ from support import CONFIGS, composed, tiny_overrides, tiny_run
 
 from blemish.api import AnomalyDetector
 from blemish.deploy.export import export_run
-from blemish.records import tables
-from blemish.records.record import FINISHED, read_record
-from blemish.run import build, load, predict, train
-from blemish.types import InputError
+from blemish.edge.errors import InputError
+from blemish.report import tables
+from blemish.run.checkpoint import load
+from blemish.run.config import build
+from blemish.run.predict import predict
+from blemish.run.record import FINISHED, read_record
+from blemish.run.train import train
 
 SHARES = (0, 0.02, 0.1, 0.3, 0.7)
 LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20", "batch_size=8"]
@@ -175,6 +178,6 @@ def test_a_saved_detector_a_table_and_a_manifest(disk, finished, tiny):
     fills(disk, lambda: tables.write(finished, disk.place / "table.csv", *args), disk.place / "first")
     data = build(tiny_run(tiny, tiny).data)
     data.setup()
-    from blemish.data.samples import write_manifest
+    from blemish.data.manifest import write_manifest
 
     assert fills(disk, lambda: write_manifest(disk.place / "manifest.csv", data.samples), disk.place / "first") >= 1

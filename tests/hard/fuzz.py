@@ -20,8 +20,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read, size_of
-from blemish.types import InputError
 
 PLACE, COUNT, SEED = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 HANGS = 60  # seconds for one file, on a busy machine

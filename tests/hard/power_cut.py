@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import composed, tiny_run
 
-from blemish.records.record import FINISHED, read_record
-from blemish.run import contents, load, train
+from blemish.run.checkpoint import contents, load
+from blemish.run.record import FINISHED, read_record
+from blemish.run.train import train
 
 TINY, PLACE = Path(sys.argv[1]), Path(sys.argv[2])
 GROUP = 5  # kills that one folder and one store have to bear

@@ -18,10 +18,14 @@ from support import composed, tiny_run
 
 from blemish.api import AnomalyDetector
 from blemish.deploy.export import Program, export_run
+from blemish.edge.errors import InputError
 from blemish.edge.runtime import Model
-from blemish.records import report, tables
-from blemish.run import build, load, predict, read_config, train
-from blemish.types import InputError
+from blemish.report import page as report
+from blemish.report import tables
+from blemish.run.checkpoint import load
+from blemish.run.config import build, read_config
+from blemish.run.predict import predict
+from blemish.run.train import train
 
 LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20"]
 

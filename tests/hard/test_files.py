@@ -15,12 +15,14 @@ from PIL import Image
 from support import CONFIGS, composed, tiny_overrides, tiny_run
 
 from blemish.cli import path_as_typed
-from blemish.data.module import Images
-from blemish.data.samples import read_manifest
+from blemish.data.dataset import Images
+from blemish.data.manifest import read_manifest
+from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, read
-from blemish.records.record import read_record
-from blemish.run import build, predict, train
-from blemish.types import InputError
+from blemish.run.config import build
+from blemish.run.predict import predict
+from blemish.run.record import read_record
+from blemish.run.train import train
 
 LEAN = ["save.curves=false", "save.pictures=0", "model.n_features=20"]
 ODD = "a b, [c]{d}=e 'f' \"g\" #h %20 größe 大"  # all that means something to a shell, to Hydra, or to a URL
@@ -346,10 +348,10 @@ def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from blemish.compose import composed
+from blemish.run.config import composed
 from blemish.files import release
-from blemish.records.record import Record, claim
-from blemish.run import save_config
+from blemish.run.record import Record, claim
+from blemish.run.train import save_config
 claim(sys.argv[1], overwrite=False)
 Record.start(sys.argv[1], {})
 save_config(composed("model=vae"), Path(sys.argv[1]))

@@ -6,8 +6,8 @@ from kornia.losses import ssim_loss
 from scipy.ndimage import gaussian_filter
 from support import batch, images, stripes, trained
 
+from blemish.edge.errors import InputError
 from blemish.methods.autoencoder import Autoencoder
-from blemish.types import InputError
 
 
 def autoencoder(loss="l2", score="max", side=32, latent=20, seed=0, window=11, sigma=0.0, **more):

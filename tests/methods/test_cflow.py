@@ -10,10 +10,10 @@ from sklearn.metrics import roc_auc_score
 from support import batch, composed, images
 from support import trained_by_lightning as trained
 
+from blemish.edge.errors import InputError
 from blemish.methods.cflow import CFlow, learning_rate_factor
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
-from blemish.run import build
-from blemish.types import InputError
+from blemish.run.config import build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Found .* in eval mode",  # the frozen teacher

@@ -7,8 +7,8 @@ from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
 from support import fitted
 
+from blemish.edge.errors import InputError
 from blemish.methods.dfkde import DFKDE
-from blemish.types import InputError
 
 
 def dfkde(components=16, bandwidth="scott"):

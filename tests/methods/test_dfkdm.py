@@ -8,10 +8,10 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
 from support import fitted, tiny_run
 
+from blemish.edge.errors import InputError
 from blemish.methods.dfkdm import DFKDM
-from blemish.records.evaluate import SCORES
-from blemish.run import train
-from blemish.types import InputError
+from blemish.run.evaluate import SCORES
+from blemish.run.train import train
 
 
 def images(n, seed=0, side=64):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from support import fitted, images
 
+from blemish.edge.errors import InputError
 from blemish.methods.dfm import DFM
-from blemish.types import InputError
 
 
 def dfm(score="fre", stages=(2,), pool=2, keep=0.9):

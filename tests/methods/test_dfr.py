@@ -10,8 +10,9 @@ from support import batch, images
 from support import trained_by_lightning as trained
 from torch import nn
 
+from blemish.edge.errors import InputError
 from blemish.methods.dfr import DFR, autoencoder, regional
-from blemish.types import Batch, InputError
+from blemish.types import Batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Found .* in eval mode",  # the frozen teacher

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from support import batch, images, stripes, trained_by_lightning
 
+from blemish.edge.errors import InputError
 from blemish.methods.ganomaly import COLLAPSED, GANomaly, pyramid
-from blemish.types import InputError
 
 # a list of batches in memory needs no workers
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")

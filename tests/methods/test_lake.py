@@ -9,8 +9,8 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from support import batch, images, stripes, trained
 
+from blemish.edge.errors import InputError
 from blemish.methods.lake import LAKE
-from blemish.types import InputError
 
 
 def lake(density="kde", components=4, layer_weight=1.0, latent=6, bandwidth="scott", seed=0):

@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from blemish.detector import Detector
+from blemish.edge.errors import InputError
 from blemish.methods import noise_residual
 from blemish.methods.noise_residual import NoiseResidual
-from blemish.run import load, predict, train
-from blemish.types import InputError
+from blemish.run.checkpoint import load
+from blemish.run.predict import predict
+from blemish.run.train import train
 
 RECIPE = Path(__file__).parents[2] / "configs" / "model" / "noise_residual.yaml"
 

@@ -8,8 +8,8 @@ from scipy.ndimage import gaussian_filter
 from support import images, remembered
 
 from blemish.detector import RowBuffer, RunningCovariance
+from blemish.edge.errors import InputError
 from blemish.methods.padim import PaDiM
-from blemish.types import InputError
 
 EPSILON = 0.01
 

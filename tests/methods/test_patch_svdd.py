@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import batch, composed, images
 
+from blemish.edge.errors import InputError
 from blemish.methods.patch_svdd import OFFSETS, cut, draw
-from blemish.run import build
-from blemish.types import InputError
+from blemish.run.config import build
 
 
 def model_of(*overrides: str):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from support import fitted, images
 
+from blemish.edge.errors import InputError
 from blemish.methods import patchcore
 from blemish.methods.patchcore import PatchCore, embed, forecast
 from blemish.ops.coreset import project
-from blemish.types import InputError
 
 
 def detector(ratio=0.05, embed_dim=None, projection=1000, reweight=True, seed=0, stages=(2, 3), sigma=4.0):

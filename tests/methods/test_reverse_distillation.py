@@ -10,8 +10,9 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from support import bricks, images, trained
 
+from blemish.edge.errors import InputError
 from blemish.methods.reverse_distillation import Decoder, Embedding, ReverseDistillation, Shape, cosine_distance, shapes_of
-from blemish.types import Batch, InputError
+from blemish.types import Batch
 
 
 def reverse(backbone="test_resnet", stages=(1, 2, 3), loss="flattened", sigma=4.0, seed=0):

@@ -9,9 +9,9 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 from support import batch, composed, images
 
+from blemish.edge.errors import InputError
 from blemish.methods.riad import deal, gradient_magnitude, similarities, similarity
-from blemish.run import build
-from blemish.types import InputError
+from blemish.run.config import build
 
 
 def model_of(*overrides: str):

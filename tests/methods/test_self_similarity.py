@@ -12,17 +12,17 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from support import batch, composed
 
-from blemish import run
-from blemish.backbone import tiles
-from blemish.backbone.features import Features
 from blemish.data.images import prepare
-from blemish.data.samples import read_manifest
+from blemish.data.manifest import read_manifest
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
+from blemish.features import tiles
+from blemish.features.extractor import Features
 from blemish.methods import self_similarity
 from blemish.methods.self_similarity import SelfSimilarity, threshold_of
 from blemish.ops.maps import paint, starts
-from blemish.types import InputError
+from blemish.run import checkpoint, train
 
 
 def detector(neighbors=2, mode="cdf", value=0.95, validation=0.2, most_tiles=1000):
@@ -236,8 +236,8 @@ def test_calibration_images_set_the_threshold(tmp_path, split, protocol):
     cfg = composed(
         "model=self_similarity", "data=folder", *quick, f"run_dir='{tmp_path}/run'", *(f"{key}={value}" for key, value in overrides.items())
     )
-    run.train(cfg)
-    _, model = run.load(tmp_path / "run", "cpu")
+    train.train(cfg)
+    _, model = checkpoint.load(tmp_path / "run", "cpu")
     held = [sample.path for sample in read_manifest(tmp_path / "run" / "manifest.csv") if sample.split == "calibrate"]
     assert held == (["val/0.png", "val/1.png"] if split else held[:1])
     pixels = torch.cat([model(prepare(read(tmp_path / path), {}, Geometry())[None]).map.flatten() for path in held])
@@ -253,8 +253,8 @@ def test_foreign_script_among_hieroglyphs(real_data, tmp_path):
         pytest.skip("BLEMISH_DATA has no hieroglyphs/")
     data = ["data=folder", f"data.root='{folder}'", "data.normal=train", "data.validation=val", "data.abnormal=[test]", "data.test_share=0"]
     plain = ["trainer=cpu", "logger=none", "trainer.enable_progress_bar=false", "save.pictures=0", f"run_dir='{tmp_path}/run'"]
-    run.train(composed("model=self_similarity", "recipe=self_similarity", *data, *plain))
-    _, model = run.load(tmp_path / "run", "cpu")
+    train.train(composed("model=self_similarity", "recipe=self_similarity", *data, *plain))
+    _, model = checkpoint.load(tmp_path / "run", "cpu")
     drawing = {path.stem: prepare(read(path), {}, Geometry())[None] for path in sorted(folder.rglob("*.png"))}
     map = model(drawing["test1"]).map[0]  # (H, W)
 

@@ -11,9 +11,9 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import pairwise_distances
 from support import fitted, images
 
+from blemish.edge.errors import InputError
 from blemish.methods import spade
 from blemish.methods.spade import SPADE, correspondences, inliers, levels
-from blemish.types import InputError
 
 
 def detector(neighbors=3, outlier_filter="none", nu=0.1, stages=(1, 2, 3), global_stage=4):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support import batch, bricks, images, trained
 from torch import nn
 
-from blemish.backbone.features import create
+from blemish.edge.errors import InputError
+from blemish.features.extractor import create
 from blemish.methods.stfpm import STFPM, matching_error
-from blemish.types import InputError
 
 
 def stfpm(backbone="test_resnet", stages=(1, 2, 3), seed=0):

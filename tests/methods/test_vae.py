@@ -6,8 +6,8 @@ from scipy.ndimage import gaussian_filter
 from support import batch, images, stripes, trained
 from torch.distributions import Normal, kl_divergence
 
+from blemish.edge.errors import InputError
 from blemish.methods.vae import VAE
-from blemish.types import InputError
 
 
 def vae(score="reconstruction", kl_weight=1.0, latent=8, seed=0, sigma=0.0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from support import images
 
+from blemish.edge.errors import InputError
 from blemish.ops.conv import Decoder, Encoder, input_side
-from blemish.ops.randomness import seeded
-from blemish.types import InputError
+from blemish.ops.rng import seeded
 
 
 def networks(side, size=10):

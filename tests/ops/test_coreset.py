@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from skimage import data as photographs
 from torch.nn import functional as F
 
+from blemish.edge.errors import InputError
 from blemish.ops import coreset
-from blemish.types import InputError
 
 
 def plain(bank: torch.Tensor, count: int, start: int) -> tuple[list[int], list[float]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
-from blemish.ops.randomness import seeded
+from blemish.ops.rng import seeded
 
 
 def flow(channels: int, condition: int = 8, blocks: int = 3, clamp: float = 1.9) -> ConditionalFlow:

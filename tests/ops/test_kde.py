@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.stats import gaussian_kde
 
+from blemish.edge.errors import InputError
 from blemish.ops import kde
-from blemish.types import InputError
 
 
 def points(count: int, dims: int, seed: int = 0) -> torch.Tensor:

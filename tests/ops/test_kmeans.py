@@ -3,8 +3,8 @@ import torch
 from sklearn.cluster import KMeans as Reference
 from sklearn.datasets import make_blobs
 
+from blemish.edge.errors import InputError
 from blemish.ops import kmeans
-from blemish.types import InputError
 
 
 def seeded(seed: int = 0) -> torch.Generator:

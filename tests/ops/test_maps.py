@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 
+from blemish.edge.errors import InputError
 from blemish.ops.maps import align, blur, smooth_upsample
-from blemish.types import InputError
 
 
 @pytest.mark.parametrize(

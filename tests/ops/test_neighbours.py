@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blemish.edge.errors import InputError
 from blemish.ops import neighbours
-from blemish.types import InputError
 
 BOTH = pytest.mark.parametrize("library", ["faiss", "torch"])
 

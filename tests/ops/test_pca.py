@@ -4,8 +4,8 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA as Reference
 
+from blemish.edge.errors import InputError
 from blemish.ops import pca
-from blemish.types import InputError
 
 
 def correlated(rows: int, dims: int, seed: int = 0) -> torch.Tensor:

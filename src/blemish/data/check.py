@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from blemish.data.dataset import threaded
+from blemish.data.manifest import SPLITS, Sample, write_manifest
 from blemish.data.masks import Marked, interpret
-from blemish.data.module import ImageData, threaded
-from blemish.data.samples import SPLITS, Sample, write_manifest
+from blemish.data.module import ImageData
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import NORMAL, InputError
+from blemish.types import NORMAL
 
 MOST = 0.9  # of an image: a defect has less
 

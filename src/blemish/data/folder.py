@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from blemish.checks import check_number
+from blemish.data.manifest import Sample
 from blemish.data.module import ImageData, drawn
-from blemish.data.samples import Sample
+from blemish.edge.checks import check_number
+from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images
-from blemish.types import ANOMALOUS, NORMAL, InputError
+from blemish.types import ANOMALOUS, NORMAL
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label, regionprops
 
-from blemish.checks import check_choice, check_number, check_whole
+from blemish.data.manifest import Sample
 from blemish.data.masks import read_mask
 from blemish.data.module import ImageData, drawn
-from blemish.data.samples import Sample
+from blemish.edge.checks import check_choice, check_number, check_whole
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import starts
-from blemish.types import ANOMALOUS, NORMAL, UNKNOWN, InputError
+from blemish.types import ANOMALOUS, NORMAL, UNKNOWN
 
 GROUPS = {"B": "Baggages", "C": "Castings", "N": "Nature", "S": "Settings", "W": "Welds"}
 MASKS = {"W0001": "W0002"}  # series whose masks are the images of another series, under the same numbers

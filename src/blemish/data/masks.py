@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import InputError
 
 REACH = 2  # pixels: a level that has a lower and a higher one within this reach is an edge there, neither an area nor a line
 FEW = 16  # a mask of no higher level has numbers of classes, whatever it looks like; of more levels a class has an area

@@ -1,47 +1,38 @@
 """From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
 
-import contextlib
 import logging
 import math
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from threading import Lock
 from typing import ClassVar
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from blemish.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
-from blemish.data.images import check_seen, compact, place_mask, prepare, restored
-from blemish.data.masks import read_mask
+from blemish.data.dataset import RECENT, Batches, Images, Recent, Tiles, collate, cut, seen_of, threaded, truth
+from blemish.data.images import check_seen
+from blemish.data.manifest import Sample, manifest_digest, read_manifest
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
-from blemish.data.regions import Region
-from blemish.data.samples import Sample, manifest_digest, parse_boxes, parse_region, read_manifest
-from blemish.data.tiles import MIXED, ShuffledTiles, by_image, bytes_of, check_tiling, mean_blocks, reduction, tiles_of
-from blemish.edge.geometry import RESIZES, UINT16, Geometry, mirrored
+from blemish.data.roi import Region
+from blemish.data.samplers import Dealt, Paced, Shuffled, ShuffledTiles, by_image, shuffled
+from blemish.data.tiles import check_tiling
+from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
+from blemish.edge.errors import InputError
+from blemish.edge.geometry import RESIZES, UINT16, Geometry
 from blemish.edge.ranges import Range
 from blemish.edge.reading import file_digest, read, size_of
-from blemish.ops.randomness import stream
-from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch, InputError
+from blemish.types import NORMAL, Batch
 
 PROTOCOLS = ("clean", "paper")
 ON_ERROR = ("stop", "skip")
 FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
 MANY = 5000  # files from which on even a digest of each takes seconds
-RECENT = 2**28  # bytes of decoded images kept for the next tile
 DTYPE = {"uint8": (0.0, 255.0), "uint16": UINT16}  # data.window=dtype
-KEPT = 2**29  # bytes of images, at their size in the network, kept for the next epoch
 
 log = logging.getLogger(__name__)
 
@@ -335,357 +326,9 @@ def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:
     return {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]}
 
 
-def shuffled(items: Sequence, seed: int) -> list:
-    """The items in the seeded order in which a data set without an official split draws one."""
-    # a stream of its own: the hold-out for calibration draws from the plain seed
-    return [items[i] for i in np.random.default_rng([seed, 1]).permutation(len(items))]
-
-
 def drawn(items: Sequence, share: float, seed: int) -> list:
     """A seeded share of the items, one at least."""
     return shuffled(items, seed)[: max(1, round(share * len(items)))]
-
-
-class Shuffled(Sampler):
-    """An order of `count` rows drawn anew each epoch from seed and epoch alone, so that a resumed training sees what it would have seen."""
-
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch; who iterates by hand gets one epoch after the other."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.count, generator=stream(self.seed, self.epoch))
-        self.epoch += 1
-        return iter(order.tolist())
-
-
-class Paced(Sampler):
-    """`count` rows an epoch, of a sampler that draws an order of all rows for each epoch.
-
-    Fewer than all are the first of that epoch's order. More are the next ones of all orders laid end to end, so that rows come equally
-    often, but for one time. A resumed training sees what it would have seen. Within `whole` an epoch is every row once.
-    """
-
-    def __init__(self, sampler: Shuffled | ShuffledTiles, count: int):
-        self.sampler, self.count, self.epoch, self.all = sampler, count, 0, False
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        self.all = True
-        try:
-            yield
-        finally:
-            self.all = False
-
-    def __len__(self) -> int:
-        return len(self.sampler) if self.all else self.count
-
-    def __iter__(self) -> Iterator[int]:
-        if self.all:
-            self.sampler.set_epoch(0)
-            yield from self.sampler
-            return
-        rows = len(self.sampler)
-        order, seen = divmod(self.epoch * self.count, rows) if self.count > rows else (self.epoch, 0)
-        self.epoch += 1
-        left = self.count
-        while left:
-            self.sampler.set_epoch(order)
-            part = list(islice(self.sampler, seen, seen + left))
-            yield from part
-            order, seen, left = order + 1, 0, left - len(part)
-
-
-class Dealt(Sampler):
-    """One process's share of every batch, so that all processes together see the batches that one alone would see, each image once.
-
-    A last batch of fewer images than processes joins the one before. InputError if there are fewer images than processes.
-    """
-
-    def __init__(self, sampler: Shuffled | Paced, batch_size: int, process: int, processes: int):
-        if len(sampler) < processes or batch_size < processes:
-            found = f"{len(sampler)} images in batches of {batch_size} for {processes} processes"
-            raise InputError(f"trainer.devices: {found}; expected an image of every batch for each")
-        self.sampler, self.process, self.processes = sampler, process, processes
-        self.starts = list(range(0, len(sampler), batch_size))  # of the batches of all processes
-        if len(sampler) - self.starts[-1] < processes:
-            self.starts.pop()
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)
-        for start, end in zip(self.starts, [*self.starts[1:], len(order)], strict=True):
-            yield order[start:end][self.process :: self.processes]
-
-
-class Images(Dataset):
-    """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads.
-
-    Rows of batches that are asked for a second time, as in each epoch of a training, are kept up to KEPT bytes: decoding them again would
-    cost more than a step on a GPU.
-    """
-
-    def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, region: Region | None = None):
-        self.samples, self.root = samples, root
-        self.window, self.geometry, self.region = window, geometry, region
-        self.digests = {root / sample.path: sample.digest for sample in samples}
-        self.recent = Recent(RECENT, digests=self.digests)
-        self.values = ValueCheck({}, {})
-        self.tile: int | None = None
-        self.asked: set[int] = set()  # rows decoded once
-        self.kept: dict[int, tuple] = {}  # the file's stamp, and the row with its image `compact`
-        self.room = KEPT
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
-        sample = self.samples[index]
-        again = bool(sample.region)  # other tiles want the same files
-        path = self.root / sample.path
-        whole = (self.recent.read if again else self.recent.load)(path)
-        load = self.recent.mask if again else read_mask
-        self.values(path, whole, lambda: self.region and self.region.seen(path, *whole.shape[:2], load=load))
-        array = cut(self.root, sample, whole)
-        seen = seen_of(self.region, self.root, sample, whole.shape[:2], load) if self.region else None
-        mask = self.truth_of(sample, whole.shape[:2], load)
-        if self.tile is not None:
-            array, mask = mirrored(array, self.tile), mirrored(mask, self.tile)
-            seen = None if seen is None else mirrored(seen, self.tile)
-        try:
-            image, mask = prepare(array, self.window, self.geometry, seen), place_mask(torch.from_numpy(mask), self.geometry)
-            if self.tile is None:
-                check_seen(mask == OUTSIDE)
-        except InputError as error:
-            raise InputError(f"{self.root / sample.path}: {error}") from None
-        return image, sample.label, mask, sample.key
-
-    def truth_of(self, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The mask (H, W) of a sample, see the function `truth`, with OUTSIDE where nothing is looked at."""
-        mask = truth(self.root, sample, whole, load)
-        return np.where(seen_of(self.region, self.root, sample, whole, load), mask, np.uint8(OUTSIDE)) if self.region else mask
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
-        if get_worker_info() is not None:  # the processes are the threads
-            return [self[index] for index in indices]
-        groups: dict[str, list[int]] = {}  # tiles of one image stay with one thread, which decodes it once
-        known = {index for index in set(indices) & self.kept.keys() if self.kept[index][0] == self._stamp(index)}
-        for index in set(indices) - known:
-            groups.setdefault(self.samples[index].path, []).append(index)
-        rows = threaded(lambda group: [(index, self[index]) for index in group], list(groups.values()))
-        by_index = dict(row for group in rows for row in group)
-        if self.tile is None:  # tiles have their whole images in `recent`
-            self._keep(by_index)
-        return [by_index[index] if index in by_index else self._again(index) for index in indices]
-
-    def _keep(self, rows: Mapping[int, tuple[Tensor, int, Tensor, str]]) -> None:
-        for index in rows.keys() & self.asked:
-            image, label, mask, key = rows[index]
-            if index in self.kept:  # written anew, with the same content
-                self.kept[index] = (self._stamp(index), *self.kept[index][1:])
-            elif image[0].numel() + mask.nbytes <= self.room:  # a byte a pixel is the least
-                image = compact(image)
-                if (size := image.nbytes + mask.nbytes) <= self.room:
-                    self.kept[index] = (self._stamp(index), image, label, mask, key)
-                    self.room -= size
-        self.asked |= rows.keys()
-
-    def _again(self, index: int) -> tuple[Tensor, int, Tensor, str]:
-        _, image, *rest = self.kept[index]
-        return restored(image), *rest
-
-    def _stamp(self, index: int) -> tuple[int, int, int] | None:
-        """What changes with a sample's file: one that does is read again, and refused."""
-        try:
-            facts = (self.root / self.samples[index].path).stat()
-        except OSError:
-            return None
-        return facts.st_mtime_ns, facts.st_size, facts.st_ino
-
-
-class Tiles(Images):
-    """Rows as `Images` has them, one for each tile of the samples, which are whole images; a batch's `path` holds the tiles' keys.
-
-    A side below `tile` is continued by its mirror image. sizes: (width, height) by path. `fit`: without the tiles of
-    which nothing is looked at. InputError for an image with no other tiles.
-    """
-
-    def __init__(
-        self,
-        samples: list[Sample],
-        sizes: dict,
-        tile: int,
-        overlap: int,
-        root: Path,
-        window: dict,
-        size: int | None,
-        region: Region | None = None,
-        fit: bool = False,
-    ):
-        cut_up = [tiles_of(sample, sizes[sample.path], tile, overlap) for sample in samples]
-        if region:
-            some = [self._with_something(region, root, tiles, sizes) for tiles in cut_up]
-            cut_up = some if fit else cut_up
-        super().__init__([one for tiles in cut_up for one in tiles], root, window, Geometry(size), region)
-        self.tile, self.overlap, self.sizes = tile, overlap, sizes
-        self.parents = {sample.path: sample for sample in samples}
-        self.extents = [(len(tiles), math.prod(sizes[s.path])) for tiles, s in zip(cut_up, samples, strict=True)]  # tiles and pixels
-        # as many images as ShuffledTiles mixes, and at least one with its mask
-        self.recent = Recent(4 * MIXED, 2, self.digests)
-
-    def _with_something(self, region: Region, root: Path, tiles: list[Sample], sizes: dict) -> list[Sample]:
-        seen = region.seen(root / tiles[0].path, *sizes[tiles[0].path][::-1])
-        try:
-            check_seen(~seen)
-        except InputError as error:
-            raise InputError(f"{root / tiles[0].path}: {error}") from None
-        return [tile for tile in tiles for x, y, w, h in [parse_region(tile.region)] if seen[y : y + h, x : x + w].any()]
-
-    def truth(self, path: str) -> np.ndarray:
-        """The mask (H, W) of a whole image, see `truth_of`."""
-        return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.mask)
-
-    def seen(self, path: str) -> np.ndarray | None:
-        """What is looked at of a whole image, (H, W) bool; None for all."""
-        return None if self.region is None else self.region.seen(self.root / path, *self.sizes[path][::-1])
-
-    def whole(self, path: str) -> Tensor:
-        """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block, `reduction` a side."""
-        shown = bytes_of(self.recent.read(self.root / path), self.window)
-        blocks = np.ascontiguousarray(mean_blocks(shown, reduction(self.sizes[path])))  # a grey image's are three times the same memory
-        return torch.from_numpy(blocks).permute(2, 0, 1).float() / 255
-
-
-class Batches(Dataset):
-    """Whole batches, each of some rows of the tiles: where Lightning predicts, it takes no sampler of batches but its own."""
-
-    def __init__(self, tiles: Tiles, rows: list[list[int]]):
-        self.tiles, self.rows = tiles, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        return collate(self.tiles.__getitems__(self.rows[index]))
-
-
-class Recent:
-    """The images and masks read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time.
-
-    InputError for a file that is no longer what `digests` has for it.
-    """
-
-    def __init__(self, most: int, fewest: int = 1, digests: Mapping[Path, str] | None = None):
-        self.most, self.fewest, self.digests = most, fewest, digests or {}
-        self.arrays: OrderedDict[Path | tuple[Path], np.ndarray] = OrderedDict()
-        self.lock = Lock()
-
-    def read(self, path: Path) -> np.ndarray:
-        return self._once(path, path, self.load)
-
-    def mask(self, path: Path) -> np.ndarray:
-        """The mask of a file, as `read_mask` has it."""
-        return self._once((path,), path, read_mask)
-
-    def _once(self, key: Path | tuple[Path], path: Path, load: Callable[[Path], np.ndarray]) -> np.ndarray:
-        with self.lock:
-            if key in self.arrays:
-                self.arrays.move_to_end(key)
-                return self.arrays[key]
-        array = load(path)
-        with self.lock:
-            self.arrays[key] = array
-            while len(self.arrays) > self.fewest and sum(kept.nbytes for kept in self.arrays.values()) > self.most:
-                self.arrays.popitem(last=False)
-        return array
-
-    def load(self, path: Path) -> np.ndarray:
-        """The image, whether it was read before or not."""
-        return read(path, self.digests.get(path, ""))
-
-    def __getstate__(self) -> dict:  # to a worker process go neither the lock nor the images
-        return {"most": self.most, "fewest": self.fewest, "digests": self.digests}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
-
-
-def collate(rows: list[tuple[Tensor, int, Tensor, str]]) -> Batch:
-    """Rows of `Images` as one Batch; InputError if the images differ in size, which takes image_size=null."""
-    image, label, mask, path = zip(*rows, strict=True)
-    sizes = {tuple(one.shape[1:]): key for one, key in zip(image, path, strict=True)}
-    if len(sizes) > 1:
-        found = ", ".join(f"{key} {w}×{h}" for (h, w), key in sizes.items())
-        raise InputError(f"image_size=null with images of several sizes in a batch ({found}); expected image_size=<pixels> or batch_size=1")
-    # a copy is bound by memory: torch.stack shares it among threads that wait for each other, for long on a busy machine
-    images, masks = (torch.from_numpy(np.stack([one.numpy() for one in many])) for many in (image, mask))
-    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path), hidden=hidden_in(masks))
-
-
-def hidden_in(mask: Tensor) -> Tensor | None:
-    """Where masks (B, H, W) are OUTSIDE, None for nowhere."""
-    hidden = mask == OUTSIDE
-    return hidden if hidden.any() else None
-
-
-def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
-    """The sample's tile of its image (H, W, …), all of it without a region; InputError if the tile reaches beyond."""
-    height, width = array.shape[:2]
-    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
-    if x + w > width or y + h > height:
-        raise InputError(f"{root / sample.path}: the tile {sample.region} (x,y,w,h) is not inside its {width}×{height} pixels")
-    return np.ascontiguousarray(array[y : y + h, x : x + w])
-
-
-def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """The mask of a sample, uint8 of the size of its tile: the mask file, else the boxes, else 0 if normal and NO_TRUTH if not.
-
-    `whole` is the (height, width) of the image, and `load` reads a mask; InputError if the mask file has another size.
-    """
-    height, width = whole
-    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
-    if sample.mask:
-        mask = load(root / sample.mask)
-        if mask.shape != whole:
-            raise InputError(
-                f"{root / sample.mask}: a mask of {mask.shape[1]}×{mask.shape[0]} pixels for the image {root / sample.path} "
-                f"of {width}×{height}; expected the same size"
-            )
-        return np.ascontiguousarray(mask[y : y + h, x : x + w])
-    mask = np.full((h, w), 0 if sample.label == NORMAL or sample.boxes else NO_TRUTH, dtype=np.uint8)
-    for x1, y1, x2, y2 in parse_boxes(sample.boxes):
-        mask[max(y1 - y, 0) : max(y2 - y, 0), max(x1 - x, 0) : max(x2 - x, 0)] = 1
-    return mask
-
-
-def seen_of(region: Region, root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """What is looked at of a sample, (H, W) bool of its tile, in an image of the size `whole`."""
-    return region.seen(root / sample.path, *whole, parse_region(sample.region), load)
-
-
-def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:
-    """work(item) for all items, in order, by at most 8 threads: reading and decoding let go of the interpreter's lock.
-
-    `told` names the work on a progress bar.
-    """
-    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8, len(items))
-    if threads < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(work, items)
-        screen = Console(stderr=True)
-        return list(track(done, told or "", len(items), console=screen, transient=True, disable=not (told and screen.is_terminal)))
 
 
 def plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:

@@ -4,11 +4,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from blemish.checks import check_choice, check_number
-from blemish.data.module import ImageData, shuffled, threaded
-from blemish.data.samples import Sample
+from blemish.data.dataset import threaded
+from blemish.data.manifest import Sample
+from blemish.data.module import ImageData
+from blemish.data.samplers import shuffled
+from blemish.edge.checks import check_choice, check_number
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import ANOMALOUS, NORMAL, InputError
+from blemish.types import ANOMALOUS, NORMAL
 
 FREE = "MT_Free"
 DEFECTS = ("MT_Blowhole", "MT_Break", "MT_Crack", "MT_Fray", "MT_Uneven")

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from blemish.data.manifest import Sample
 from blemish.data.module import ImageData
-from blemish.data.samples import Sample
+from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images
-from blemish.types import ANOMALOUS, NORMAL, InputError
+from blemish.types import ANOMALOUS, NORMAL
 
 OBJECTS = ("bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper")
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")

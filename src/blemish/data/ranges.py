@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range, doubt, largest, range_of
 from blemish.edge.reading import dtype_of, read
-from blemish.types import InputError
 
 QUANTILES = (0.0005, 0.9995)
 OF_BYTES = 20  # 8-bit training images that are read for their values

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 from scipy import ndimage
 
-from blemish.data.module import ImageData, cut, drawn
+from blemish.data.dataset import cut
+from blemish.data.module import ImageData, drawn
 from blemish.data.textures import DEFECTS, blemished
+from blemish.edge.errors import InputError
 from blemish.edge.reading import read
-from blemish.types import InputError
 
 SIDES = 0.12, 0.45  # of the square that a defect is drawn in, as shares of the image's shorter side
 SMALLEST = 24  # pixels of that square

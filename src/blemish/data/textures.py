@@ -16,11 +16,11 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage import draw
 
-from blemish.checks import LARGEST_SEED, check_whole
-from blemish.data.module import threaded
+from blemish.data.dataset import threaded
 from blemish.data.mvtec import MVTec
+from blemish.edge.checks import LARGEST_SEED, check_whole
+from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, read
-from blemish.types import InputError
 
 TEXTURES = ("brick", "grass", "gravel")  # 512×512 grey photographs, CC0, inside the scikit-image wheel
 VERSION = 1  # of the drawing below; a change gets another folder

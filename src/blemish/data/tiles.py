@@ -1,17 +1,14 @@
 """Large images as tiles: where these lie, and batches in which the tiles of an image stay together, so that it is decoded once."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch.utils.data import Sampler
 
-from blemish.checks import check_whole
 from blemish.data.images import to_unit
-from blemish.data.samples import Sample, parse_region
+from blemish.data.manifest import Sample, parse_region
+from blemish.edge.checks import check_whole
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import grid
-from blemish.ops.randomness import stream
-from blemish.types import InputError
 
 SIDE = 2048  # pixels of the longer side at most of what a test keeps of an image and its map
 BAND = 2**22  # pixels of an image, or values of its map, that are worked on at a time
@@ -29,49 +26,6 @@ def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> 
     if sample.region:
         raise InputError(f"tiling={tile}: {sample.key} is a tile already; expected whole images, or tiling=null")
     return [sample._replace(region=",".join(map(str, place))) for place in grid(*size, tile, overlap)]
-
-
-class ShuffledTiles(Sampler):
-    """An order of tiles drawn anew each epoch from seed and epoch: images at random, and among as many as stay decoded their tiles.
-
-    `counts` and `pixels` are those of each image, whose tiles follow one another.
-    """
-
-    def __init__(self, counts: Sequence[int], pixels: Sequence[int], seed: int):
-        self.counts, self.pixels, self.seed, self.epoch = counts, pixels, seed, 0
-        self.first = np.cumsum([0, *counts])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch; who iterates by hand gets one epoch after the other."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def __iter__(self) -> Iterator[int]:
-        generator = stream(self.seed, self.epoch)
-        self.epoch += 1
-        group, held = [], 0
-        for image in torch.randperm(len(self.counts), generator=generator).tolist():
-            if group and held + self.pixels[image] > MIXED:
-                yield from self._mixed(group, generator)
-                group, held = [], 0
-            group.append(image)
-            held += self.pixels[image]
-        yield from self._mixed(group, generator)
-
-    def _mixed(self, images: list[int], generator: torch.Generator) -> list[int]:
-        rows = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in images])
-        return rows[torch.randperm(len(rows), generator=generator).numpy()].tolist()
-
-
-def by_image(counts: Iterable[int], batch_size: int) -> list[list[int]]:
-    """Batches of rows in their order, none of which holds tiles of two images; `counts` are those of each image's tiles."""
-    batches, first = [], 0
-    for count in counts:
-        batches += [list(range(begin, min(begin + batch_size, first + count))) for begin in range(first, first + count, batch_size)]
-        first += count
-    return batches
 
 
 def tile_at(key: str) -> tuple[str, tuple[int, int, int, int]]:

@@ -18,19 +18,18 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.data.images import prepare, unplace
-from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, splits, to_onnx, traced, view_of
-from blemish.deploy.predict import View
+from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, splits, to_onnx, traced
 from blemish.detector import Detector
 from blemish.edge import runtime
+from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import enlarged
 from blemish.edge.reading import read
-from blemish.files import write_json
-from blemish.outputs import Outputs
-from blemish.records.record import environment, read_record
-from blemish.records.tables import between
-from blemish.types import InputError
+from blemish.files import Outputs, write_json
+from blemish.report.tables import between
+from blemish.run.record import environment, read_record
+from blemish.run.results import View, view_of
 
 log = logging.getLogger(__name__)
 

@@ -21,24 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blemish.backbone.features import Features
-from blemish.checks import check_choice, check_number, check_size, check_switch, check_whole
+from blemish.data.dataset import cut
 from blemish.data.images import hidden, prepare
-from blemish.data.module import cut
-from blemish.data.regions import Region
-from blemish.data.samples import Sample, read_manifest
-from blemish.deploy.predict import View, images_at
-from blemish.deploy.tiling import TOGETHER, score_image
+from blemish.data.manifest import Sample, read_manifest
 from blemish.detector import Detector, within
 from blemish.edge import runtime
+from blemish.edge.calibration import conformal_threshold
+from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
+from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, facts_of, seal
-from blemish.files import no_room, remove_stale
-from blemish.outputs import replacing
-from blemish.records.record import check_archive, read_record
-from blemish.scoring.calibration import conformal_threshold
-from blemish.types import UNKNOWN, InputError, Prediction
+from blemish.features.extractor import Features
+from blemish.files import no_room, remove_stale, replacing
+from blemish.run.record import check_archive, read_record
+from blemish.run.results import View, images_at, view_of
+from blemish.run.tiling import TOGETHER, score_image
+from blemish.types import UNKNOWN, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -172,16 +171,6 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     images = (both(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
     with replacing(path, path.with_suffix(".bin") if cfg.format == "openvino" else None):
         return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
-
-
-def view_of(saved: Any, region: str | None = None, root: str | Path | None = None) -> View:
-    """How a run's images came to the network, from its config, with another region, or images below another root."""
-    data = saved.data
-    window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
-    geometry = Geometry(data.image_size, data.crop, data.resize)
-    region = region or data.get("region")
-    region = None if region is None else Region(region, root or data.root)
-    return View(geometry, window, saved.tiling, saved.overlap, region)
 
 
 def geometry_facts(geometry: Geometry) -> dict:

@@ -5,13 +5,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import TrainedDetector
+from blemish.edge.checks import check_choice, check_number, check_whole
+from blemish.edge.errors import InputError
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import dissimilarity, squared_error
 from blemish.ops.maps import blur, check_blur
-from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded
+from blemish.types import Batch, Prediction
 
 
 class Autoencoder(TrainedDetector):

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.backbone.features import Features
-from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, TrainedDetector
+from blemish.edge.checks import check_number, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
 from blemish.ops.maps import smooth_upsample
-from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded
+from blemish.types import Batch, Prediction
 
 META_EPOCHS, WARM_UP = 25, 2  # the official code's: the learning rate falls in so many steps, and rises during so many first ones
 ROWS = 4096  # vectors scored at a time: their hidden units stay in a processor's cache

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blemish.backbone.features import Features
-from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.edge.checks import check_number, check_whole
+from blemish.features.extractor import Features
 from blemish.ops import kde, pca
 from blemish.types import Prediction
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from blemish.checks import check_choice
 from blemish.detector import Maps
+from blemish.edge.checks import check_choice
 from blemish.methods.dfkde import DFKDE
 from blemish.ops import pca
 from blemish.types import Prediction

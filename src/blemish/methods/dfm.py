@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.backbone.features import Features
-from blemish.checks import check_choice, check_share_or_count, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.edge.checks import check_choice, check_share_or_count, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops import pca
 from blemish.ops.maps import align, smooth_upsample
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 FEWEST = 4  # cells a side that pooling leaves where the stage has them: coarser ones would locate nothing
 

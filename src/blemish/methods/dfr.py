@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.backbone.features import Features
-from blemish.checks import check_number, check_share_or_count, check_switch, check_whole
 from blemish.detector import Maps, RunningCovariance, TrainedDetector
+from blemish.edge.checks import check_number, check_share_or_count, check_switch, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
 from blemish.ops.pca import from_moments
-from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded
+from blemish.types import Batch, Prediction
 
 CODE = 2  # the linear layer that makes the code
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
+from blemish.edge.checks import check_number, check_whole
 from blemish.ops.conv import check_side, input_side
-from blemish.ops.randomness import seeded, stream
+from blemish.ops.rng import seeded, stream
 from blemish.types import Batch, Prediction
 
 COLLAPSED = 1e-5  # a discriminator's loss below which the authors draw its weights anew

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import RowBuffer, TrainedDetector
+from blemish.edge.checks import check_choice, check_number, check_whole
 from blemish.methods.dfkde import principal
 from blemish.ops import kde, pca
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import gaussian_kl, relative_distance, sampled
-from blemish.ops.randomness import seeded
+from blemish.ops.rng import seeded
 from blemish.types import Batch, Prediction
 
 RESOLUTION = 1e-5  # of the vectors' root mean square: what float32 networks leave undecided from batch to batch

@@ -9,14 +9,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from blemish.backbone.features import Features
-from blemish.checks import check_choice, check_number, check_stages, check_whole
 from blemish.detector import Detector
+from blemish.edge.checks import check_choice, check_number, check_stages, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.noise import background, patches
 from blemish.noise.false_alarms import Alarms, Detection, detections, false_alarms, least, number_of_tests, reference_false_alarms
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import from_cells, grow, mirrored, pyramid
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 
 class NoiseResidual(Detector):

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blemish.backbone.features import Features
-from blemish.checks import check_choice, check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer, RunningCovariance
+from blemish.edge.checks import check_choice, check_number, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops.gaussian import (
     cholesky_factor,
     mahalanobis_cholesky,
@@ -19,7 +20,7 @@ from blemish.ops.gaussian import (
     woodbury_factor,
 )
 from blemish.ops.maps import align, check_blur, smooth_upsample
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 
 class PaDiM(OnePassDetector):

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
+from blemish.edge.checks import check_number, check_whole
+from blemish.edge.errors import InputError
 from blemish.ops.maps import paint, starts
 from blemish.ops.neighbours import nearest
-from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded
+from blemish.types import Batch, Prediction
 
 SIZES = (64, 32)  # sides of the patches, pixels
 STEP = 4  # stride of the small encoder, pixels

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.backbone.features import Features
-from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.edge.checks import check_number, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops.coreset import farthest_first, project
 from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.ops.memory import available_memory
 from blemish.ops.neighbours import distances, nearest
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from blemish.backbone.features import Features, stage_indices
-from blemish.checks import check_choice, check_number, check_stages, check_text
 from blemish.detector import Maps, TrainedDetector
+from blemish.edge.checks import check_choice, check_number, check_stages, check_text
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features, stage_indices
 from blemish.ops.maps import check_blur, smooth_upsample
-from blemish.ops.randomness import seeded
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded
+from blemish.types import Batch, Prediction
 
 
 class ReverseDistillation(TrainedDetector):

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.checks import check_number, check_whole
 from blemish.detector import TrainedDetector
+from blemish.edge.checks import check_number, check_whole
+from blemish.edge.errors import InputError
 from blemish.ops.losses import dissimilarity
-from blemish.ops.randomness import seeded, stream
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import seeded, stream
+from blemish.types import Batch, Prediction
 
 WINDOW = 11  # side of SSIM's window, pixels
 FLAT = 0.0026  # c of the similarity, for images in [0, 1]

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from blemish.backbone.tiles import TileFeatures
-from blemish.checks import check_number, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.edge.checks import check_number, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.tiles import TileFeatures
 from blemish.ops import kmeans, pca
 from blemish.ops.maps import paint
 from blemish.ops.neighbours import pairwise
-from blemish.ops.randomness import stream
-from blemish.types import Batch, InputError, Prediction
+from blemish.ops.rng import stream
+from blemish.types import Batch, Prediction
 
 MOST = 2**24  # pixels of held-out images that the threshold is taken from
 

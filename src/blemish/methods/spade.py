@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.backbone.features import Features
-from blemish.checks import check_choice, check_number, check_stages, check_whole
 from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.edge.checks import check_choice, check_number, check_stages, check_whole
+from blemish.edge.errors import InputError
+from blemish.features.extractor import Features
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.neighbours import nearest
-from blemish.types import InputError, Prediction
+from blemish.types import Prediction
 
 NUMBERED = Path("/proc/self/fd")  # where Linux shows open files, also those without a name
 TILE = 2**22  # squared distances, or feature values, held at a time

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.backbone.features import Features, create
-from blemish.checks import check_number
 from blemish.detector import Maps, TrainedDetector
+from blemish.edge.checks import check_number
+from blemish.features.extractor import Features, create
 from blemish.ops.maps import smooth_upsample
 from blemish.types import Batch, Prediction
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 SLOPE = 0.2  # of the leaky rectifier
 LAYERS = ((32, 4, 2), (32, 4, 2), (32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1))  # (channels, kernel, stride)

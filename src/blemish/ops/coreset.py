@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from blemish.edge.errors import InputError
 from blemish.ops.neighbours import distances, nearest, product_dtype, rounding
-from blemish.types import InputError
 
 POOL = 2048  # candidates among which centres are chosen between two refreshes
 LIVE = 0.98  # rows nearer to a centre than this share of the covering radius wait, unrefreshed, until the radius has come down to them

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blemish.edge.errors import InputError
 from blemish.ops.neighbours import pairwise
-from blemish.types import InputError
 
 TILE = 2**22  # distances held at a time: 32 MB of float64
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 TILE = 2**18  # values worked on at a time: small enough for the cache
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.checks import check_number
 from blemish.edge import geometry
+from blemish.edge.checks import check_number
 
 MOST = 1000  # pixels of a blur: none of use is wider, and its kernel has eight times as many
 

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 logging.getLogger("faiss").setLevel(logging.WARNING)  # at import it tells what it tried to load
 try:

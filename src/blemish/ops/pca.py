@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blemish.types import InputError
+from blemish.edge.errors import InputError
 
 
 class PCA(NamedTuple):

@@ -1,0 +1,144 @@
+"""A frozen timm backbone that turns images into feature maps, the one feature extractor of every method."""
+
+import copy
+import hashlib
+from collections.abc import Iterable
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models import create_feature_extractor
+from timm.models.efficientnet import EfficientNetFeatures
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from blemish.edge.checks import check_stages, check_text
+from blemish.edge.errors import InputError
+from blemish.features.weights import OFFLINE_WAYS, bundled_state, file_state, load, no_waiting_offline
+
+
+class Features(nn.Module):
+    """The chosen stages of a frozen timm network, with the network's own input normalisation inside.
+
+    `stages` are numbers (stage s has stride 2^(s+1): 1 = 4, 2 = 8, 3 = 16, 4 = 32; timm's own index for networks of one stride) or
+    names of layers as torchvision's feature extraction gives them. `weights` is `pretrained`, `bundled`, `random` (drawn from
+    `seed`), a file, or `checkpoint` when a state dict is loaded afterwards. InputError for an unknown backbone, stage or weights.
+    """
+
+    def __init__(self, backbone: str, stages: Iterable[int | str], weights: str, seed: int):
+        super().__init__()
+        check_text("", backbone=backbone, weights=weights)
+        check_stages(stages=stages)
+        stages = list(stages)
+        named = bool(stages) and isinstance(stages[0], str)
+        net = create(backbone, stages, weights, seed, named)
+        config = net.pretrained_cfg if named else net.feature_info_config
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        if named:
+            try:
+                net = create_feature_extractor(net, return_nodes={name: name for name in stages}).eval()
+            except ValueError as error:
+                raise InputError(f"stages={stages}: {error}") from error
+        side = config["input_size"][-1] if config.get("fixed_input_size") else 64
+        probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        self.backbone, self.stages, self.named = backbone, stages, named
+        self.net = fold_batchnorm(net, probe).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            maps = self._maps(self.net(probe))
+        self.channels = [m.shape[1] for m in maps] if named else net.feature_info.channels()
+        # some transformers hand out (B, h, w, C)
+        self.channels_at_end = [m.shape[1] != c for m, c in zip(maps, self.channels, strict=True)]
+
+    def _maps(self, out: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
+        return list(out.values()) if self.named else list(out)
+
+    def train(self, mode: bool = True) -> "Features":
+        return super().train(False)  # a frozen network: BatchNorm must not drift during fit
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage."""
+        x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        maps = self._maps(self.net(x))
+        return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(maps, self.channels_at_end, strict=True)]
+
+    def digest(self, stage: int | str | None = None) -> str:
+        """16 hex digits that name these weights, or those that a stage depends on: the same whichever other stages there are."""
+        state = self.net.state_dict()
+        if stage is not None and not self.named:
+            with torch.device("meta"):
+                parts = {name for name, _ in create(self.backbone, [stage], "checkpoint", 0, named=False).named_modules()}
+            state = {key: value for key, value in state.items() if key.rpartition(".")[0] in parts}
+        text = hashlib.blake2b(digest_size=8)
+        for key, value in sorted(state.items()):
+            text.update(key.encode())
+            text.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return text.hexdigest()
+
+
+def create(backbone: str, stages: list[int | str], weights: str, seed: int, named: bool) -> nn.Module:
+    """A timm network in eval mode, frozen, cut behind its last wanted stage unless stages are named, and filled with `weights`."""
+    if not timm.is_model(backbone):
+        near = ", ".join(timm.list_models(f"*{backbone.split('_')[0]}*")[:8]) or "timm.list_models() shows all"
+        raise InputError(f"backbone={backbone!r} is not a timm model; near by name: {near}")
+    options = {} if named else {"features_only": True, "out_indices": stage_indices(backbone, stages)}
+    if weights == "pretrained":
+        try:
+            with no_waiting_offline():
+                net = timm.create_model(backbone, pretrained=True, **options)
+        except Exception as error:
+            raise InputError(f"weights=pretrained: {backbone} could not be downloaded ({type(error).__name__}); {OFFLINE_WAYS}") from error
+    else:
+        with torch.random.fork_rng(devices=[]):  # timm draws from the global stream
+            torch.manual_seed(seed)
+            net = timm.create_model(backbone, pretrained=False, **options)
+    if isinstance(net, EfficientNetFeatures):
+        net.blocks = net.blocks[: max(net._stage_out_idx)]  # timm would run the later stages for nothing
+    if weights == "bundled":
+        load(net, bundled_state(backbone), f"weights=bundled ({backbone})")
+    elif weights not in ("pretrained", "random", "checkpoint"):
+        load(net, file_state(weights), f"weights={weights}")
+    if not named:
+        net.feature_info_config = timm.get_pretrained_cfg(backbone).to_dict()
+    return net.eval().requires_grad_(False)
+
+
+def stage_indices(backbone: str, stages: list[int]) -> list[int]:
+    """timm's `out_indices` of stages, found by stride: stage 1 is index 1 of a ResNet but index 0 of a ConvNeXt."""
+    with torch.device("meta"):
+        info = timm.create_model(backbone, features_only=True, pretrained=False).feature_info.info
+    strides = [stage["reduction"] for stage in info]
+    by_stride = len(set(strides)) == len(strides)
+    offered = {stride.bit_length() - 2: i for i, stride in enumerate(strides)} if by_stride else {i: i for i in range(len(strides))}
+    if not stages or any(s not in offered for s in stages) or sorted(set(stages)) != stages:
+        raise InputError(f"stages={stages}: {backbone} offers {sorted(offered)}, each once, in rising order")
+    return [offered[s] for s in stages]
+
+
+@torch.no_grad()
+def fold_batchnorm(net: nn.Module, probe: Tensor) -> nn.Module:
+    """The network with every BatchNorm that directly follows a convolution folded into it; unchanged where that would alter its output."""
+    folded, made, pairs = copy.deepcopy(net).eval(), {}, []  # copying a traced graph forgets the mode
+
+    def convolved(module, _, output):
+        made[id(output)] = (module, output)  # the tensor is kept so that its id stays its own
+
+    def normalised(module, inputs):
+        if id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])][0], module))
+
+    handles = [m.register_forward_hook(convolved) for m in folded.modules() if isinstance(m, nn.Conv2d)]
+    handles += [m.register_forward_pre_hook(normalised) for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    expected = net(probe)
+    folded(probe)
+    for handle in handles:
+        handle.remove()
+    names = {module: name for name, module in folded.named_modules()}
+    for conv, norm in pairs:
+        folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+        folded.set_submodule(names[norm], nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    as_list = (lambda out: list(out.values())) if isinstance(expected, dict) else list
+    got = as_list(folded(probe))
+    same = all((a - b).norm() <= 1e-4 * a.norm() for a, b in zip(as_list(expected), got, strict=True))
+    return folded if same else net

@@ -1,0 +1,61 @@
+"""What a run prints when it has been tested."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from blemish.edge.calibration import RARE, chance_of_alarms
+from blemish.run.record import METRICS, read_record
+
+
+def summary(metrics: Mapping) -> Table:
+    """metrics.json for the terminal: a row per defect type and one for all; image_f1_max is at the best threshold in hindsight."""
+    table = Table(title="test metrics", caption="f1_max: at the threshold that is best in hindsight", caption_justify="right")
+    table.add_column("defect")
+    table.add_column("images", justify="right")
+    for name in METRICS:
+        table.add_column(name.replace("_", "\n", 1), justify="right")
+    rows = {**{name: row for name, row in metrics["defects"].items() if name != "good"}, "all": metrics}
+    for name, row in rows.items():
+        cells = ["–" if row[column] is None else f"{row[column]:.4f}" for column in METRICS]
+        table.add_row(name, str(row["images"]), *cells, style="bold" if name == "all" else "")
+    return table
+
+
+def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
+    """Lines on the decisions of a test: defects found, false alarms beside their bound, and a warning where these are too many by chance.
+
+    calibration: of the run's record, see `Evaluate.calibration_facts`.
+    """
+    if calibration.get("value") is None:
+        return ["no decisions: there is no threshold without held-out normal images; protocol=clean holds some out"]
+    defective, normal = metrics["images_anomalous"], metrics["images_normal"]
+    alpha, requested, n = (calibration[name] for name in ("alpha", "requested", "n"))
+    bound = f"bound {100 * alpha:.3g} %" + ("" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %")
+    parts, alarms = [], 0
+    if defective:
+        parts.append(f"found {round(metrics['image_recall'] * defective)} of {defective} defective")
+    if normal:
+        alarms = round(metrics["image_false_alarm_rate"] * normal)
+        parts.append(f"false alarms {alarms} of {normal} ({bound})")
+    lines = [", ".join(parts)] if parts else []
+    if normal and (chance := chance_of_alarms(alarms, normal, requested, n)) < RARE:
+        lines.append(
+            f"warning: so many false alarms have a probability of {chance:.1g} if the normal test images are like the {n} calibration "
+            "images; they differ from the training images (light, position, product?), and the bound does not hold for them"
+        )
+    return lines
+
+
+@rank_zero_only
+def report(metrics: dict, folder: str) -> None:
+    """Print the table of metrics, how the decisions came out, and where the rest is."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(summary(metrics))
+    calibration = (read_record(Path(folder)) or {}).get("calibration") or {}
+    for line in decisions(metrics, calibration):
+        console.print(line, markup=False)
+    console.print(f"run folder: {folder}", markup=False)

@@ -1,0 +1,544 @@
+"""The page of many runs: what it says, what it leaves out, and what a browser makes of it."""
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from support import composed
+
+from blemish import draw
+from blemish.draw import choose, file_names
+from blemish.edge.errors import InputError
+from blemish.files import picture_info, write_csv, write_json
+from blemish.report.page import _Tested, panel_boxes, places, scan, strips_of, write
+from blemish.run.evaluate import SCORES
+from blemish.run.record import environment
+from blemish.run.train import train
+
+HOSTILE = "</script><img src=x onerror=window.hit=1>"
+BUDGET = {"max_mb": 16, "images": 3, "picture_px": 96}
+
+
+@functools.cache
+def machine():
+    return environment()
+
+
+@functools.cache
+def strip_of(method, category, key, label, scale):
+    """A strip as a run draws it: one picture for all methods, a map for each."""
+    random = np.random.default_rng(list((category + key).encode()))
+    image = np.repeat(random.integers(60, 200, (8, 8, 1), dtype=np.uint8), 4, axis=0).repeat(4, axis=1).repeat(3, axis=2)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:16, 8:20] = label
+    values = np.random.default_rng(list((method + category + key).encode())).random((8, 8)).repeat(4, axis=0).repeat(4, axis=1) + 2.0 * mask
+    return draw.strip(image, mask, values, scale, 2.5, draw.caption(key, "hole", label, 1.0, None))
+
+
+def run_folder(folder, method="padim", category="screw", seed=0, status="finished", skill=2.0, pictures=4, n=24, curves=True, **facts):
+    """A run folder as a run leaves it, but that its numbers are drawn; half of the n images are anomalous, `skill` σ above the others."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(list(f"{method}{category}{seed}".encode()))
+    label = np.arange(n) % 2
+    difficulty = np.random.default_rng(list(str(category).encode())).normal(size=n)
+    score = 5 + skill * label + 0.6 * difficulty + 0.6 * random.normal(size=n)
+    keys = [f"test/{'hole' if kind else 'good'}/{index:03}.png" for index, kind in enumerate(label)]
+    tested = [_Tested(key, "hole" if kind else "good") for key, kind in zip(keys, label, strict=True)]
+    kept = choose(tested, pictures)
+    names = file_names({key: defect for key, defect in tested if key in kept})
+    scale = (0.0, 3.0)
+    record = {"status": status, "started": f"2026-01-0{1 + seed}T00:00:00+00:00", "error": None, "method": method, "variant": None}
+    record |= {"epochs": None, "dataset": "mvtec", "category": category, "seed": seed, "protocol": "paper", "image_size": 256, "crop": None}
+    record |= {"unit": "image", "backbone": "resnet18", "weights": "pretrained", "manifest_digest": "0123", "truth": "pixel masks"}
+    record |= {"scale": scale, "calibration": {"map_value": 2.5}, "pictures": [f"images/{name}" for name in names.values()]}
+    record |= {"peak_memory_mb": {"host": 900.0, "gpu": None}, "command": "tools/train.py", "environment": machine(), **facts}
+    write_json(folder / "record.json", record)
+    (folder / "config.yaml").write_text(f"seed: {seed}\nmodel:\n  _target_: blemish.methods.{method}.Method\ndata:\n  category: screw\n")
+    if status != "finished":
+        return folder
+    area = roc_auc_score(label, score)
+    figures = {"image_auroc": area, "image_ap": area**1.1, "image_f1_max": area**1.3, "pixel_auroc": area**0.5, "pixel_ap": area**3}
+    costs = {"fit_seconds": 3.0 * len(method) + random.random(), "test_seconds": 0.2 * len(method) ** 2 + random.random(), "images": n}
+    defects = {"hole": {"images": n // 2, **figures, "aupro": area**2}}
+    write_json(folder / "metrics.json", {**figures, "aupro": area**2, **costs, "defects": defects})
+    threshold = 6.0
+    rows = [
+        (key, int(kind), float(of), threshold, int(of > threshold), 0.5, defect)
+        for (key, defect), kind, of in zip(tested, label, score, strict=True)
+    ]
+    write_csv(folder / "scores.csv", SCORES, rows)
+    if curves:
+        x = np.linspace(0, 1, 200)
+        pixel = {"roc": np.c_[x, x**0.1], "pr": np.c_[x, 1 - x**3], "pro": np.c_[0.3 * x, x**0.3]}
+        write_json(folder / "curves.json", {"image": {"roc": np.c_[x, x**0.2], "pr": np.c_[x, 1 - x**4]}, "pixel": pixel})
+    (folder / "images").mkdir()
+    kinds = dict(zip(keys, label.tolist(), strict=True))
+    for key, name in names.items():
+        strip = strip_of(method, category, key, kinds[key], scale)
+        strip.save(folder / "images" / name, compress_level=1, pnginfo=picture_info(strip.info["Panels"]))
+    return folder
+
+
+def inside(page):
+    """The data that a page carries."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-1, 1)), max_size=30))
+def test_places_are_shares_of_pairs_in_order(rows):
+    score, label = (np.array([row[column] for row in rows], float) for column in (0, 1))
+    found = places(score, label)
+    for own, kind, place in zip(score, label, found, strict=True):
+        sign, others = (1, score[label == 0]) if kind == 1 else (-1, score[label == 1])
+        if kind == -1 or len(others) == 0:
+            assert np.isnan(place)
+        else:
+            assert place == pytest.approx(np.mean([(sign * own > sign * of) + 0.5 * (own == of) for of in others]))
+    if {0, 1} <= set(label.tolist()):
+        for kind in (0, 1):
+            assert found[label == kind].mean() == pytest.approx(roc_auc_score(label[label >= 0], score[label >= 0]))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "again", "mapped"), [(256, 256, True, True), (100, 700, False, True), (900, 60, True, True), (64, 64, True, False)]
+)
+def test_panels_are_found_where_the_strip_has_them(height, width, again, mapped, tmp_path):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    mask = (random.random((height, width)) > 0.5).astype(np.uint8)
+    values = random.random((height, width)) if mapped else None
+    scale = (-0.25, 2000.5) if mapped else None
+    drawn = draw.strip(image, mask, values, scale, 1.5, "title\ntext", image[::-1] if again else None)
+    drawn.save(tmp_path / "strip.png", pnginfo=picture_info(drawn.info["Panels"]))
+    size = draw.panel_size(height, width)
+    expected = {"input": draw._sized(image, size), "ground truth": draw._sized(draw.GROUND[mask], size)}
+    if again:
+        expected["reconstruction"] = draw._sized(image[::-1], size)
+    if mapped:
+        expected["map"] = draw._sized(draw.colour(values, scale), size)
+        expected["overlay"] = draw.overlay(image, values, scale, 1.5, mask, size)
+    with Image.open(tmp_path / "strip.png") as strip:
+        boxes = panel_boxes(strip)
+        assert boxes.keys() == expected.keys()
+        for name, picture in expected.items():
+            np.testing.assert_array_equal(np.asarray(strip.crop(boxes[name])), np.asarray(picture))
+
+
+@pytest.mark.parametrize(
+    "said", [None, "{", "3", "[]", '{"map": 1}', '{"map": [0, 0, 9]}', '{"map": [0, 0, 99999, 9]}', '{"map": ["", 0, 9, 9]}']
+)
+def test_a_picture_that_is_no_strip_is_not_taken_apart(said):
+    picture = Image.new("RGB", (1140, 347))
+    picture.info |= {} if said is None else {"Panels": said}
+    assert panel_boxes(picture) is None
+
+
+def test_strips_are_told_from_their_namesakes(tmp_path):
+    folder = run_folder(tmp_path / "run", pictures=0)
+    rows = [(f"{place}/{index}.png", 1, index, "", "", "", "hole") for place in "ab" for index in range(3)]
+    write_csv(folder / "scores.csv", SCORES, rows)
+    record = json.loads((folder / "record.json").read_text())
+    names = ["hole_0.png", "hole_1.png", "hole_2.png", "hole_0-2.png", "hole_1-2.png", "hole_2-2.png"]
+    write_json(folder / "record.json", {**record, "pictures": [f"images/{name}" for name in names]})
+    (run,) = scan(tmp_path)
+    assert strips_of(run) == {
+        f"{place}/{index}.png": f"images/hole_{index}{end}.png" for place, end in zip("ab", ("", "-2"), strict=True) for index in range(3)
+    }
+    write_json(folder / "record.json", {**record, "pictures": ["images/hole_1.png"]})  # not the one that would be chosen
+    assert strips_of(scan(tmp_path)[0]) == {}  # of a or of b?
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """3 methods × 2 categories × 2 seeds, a third category that one method lacks, and runs that ended badly; one category is hostile."""
+    folder = tmp_path_factory.mktemp("runs")
+    for skill, method in enumerate(("padim", "patchcore", "reverse_distillation")):
+        for place, category in enumerate(("screw", "bottle", HOSTILE)):
+            for seed in (0, 1):
+                if (method, place) != ("padim", 2):
+                    run_folder(folder / method / str(place) / str(seed), method, category, seed, skill=0.7 + skill, curves=seed == 0)
+    run_folder(folder / "clean", "padim", "screw", 0, protocol="clean", variant=HOSTILE, epochs=3)
+    run_folder(folder / "failed", "vae", "screw", 0, status="failed", error={"type": "RuntimeError", "message": HOSTILE})
+    run_folder(folder / "running", "vae", "bottle", 0, status="running")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "record.json").write_text("{")
+    shutil.copytree(folder / "clean", folder / "clean" / "retest")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    assert write(runs, output, **BUDGET) == 20
+    return output
+
+
+def test_settings_are_pooled_over_seeds_and_only_like_is_ranked_with_like(runs, page):
+    data = inside(page)
+    assert len(data["settings"]) == 9
+    screw = next(of for of in data["settings"] if (of["method"], of["category"], of["protocol"]) == ("padim", "screw", "paper"))
+    figures = [json.loads((runs / "padim" / "0" / seed / "metrics.json").read_text())["image_auroc"] for seed in "01"]
+    assert screw["seeds"] == [0, 1]
+    assert screw["values"]["image_auroc"] == pytest.approx([np.mean(figures), np.std(figures, ddof=1)])
+    together = [{data["settings"][id]["protocol"] for id in group["settings"]} for group in data["groups"]]
+    assert sorted(map(sorted, together)) == [["clean"], ["paper"], ["paper"], ["paper"]]
+    # only what was run on all three categories has a mean over them
+    assert [of["method"] for of in data["means"]] == ["patchcore", "reverse_distillation"]
+    by_seed = [
+        np.mean([json.loads((runs / "patchcore" / place / seed / "metrics.json").read_text())["image_auroc"] for place in "012"])
+        for seed in "01"
+    ]
+    assert data["means"][0]["values"]["image_auroc"] == pytest.approx([np.mean(by_seed), np.std(by_seed, ddof=1)])
+    assert [(note["categories"], note["whole"], note["partial"]) for note in data["notes"]] == [(3, 2, 1)]
+
+
+def test_no_run_is_dropped(page):
+    statuses = [run["record"]["status"] for run in inside(page)["runs"]]
+    assert {status: statuses.count(status) for status in set(statuses)} == {"finished": 17, "failed": 1, "running": 1, "unreadable": 1}
+
+
+def test_curves_come_from_the_file_or_from_the_scores(page):
+    for run in inside(page)["runs"]:
+        if run["record"]["status"] == "finished":
+            seed = run["record"]["seed"]
+            assert set(run["curves"]) == (
+                {"image_roc", "pixel_roc", "pixel_pro", "image_pr", "pixel_pr"} if seed == 0 else {"image_roc", "image_pr"}
+            )
+            x, y = np.array(run["curves"]["image_roc"]).reshape(-1, 2).T / 1000
+            area = 1 / 1.2 if seed == 0 else run["metrics"]["image_auroc"]
+            assert abs(np.trapezoid(y, x) - area) < 0.01
+
+
+def test_the_gallery_ranks_by_place_over_the_settings(runs, page):
+    data = inside(page)
+    group = next(of for of in data["groups"] if of["category"] == "screw" and of["protocol"] == "paper")
+    gallery = data["galleries"][group["id"]]
+    found = [run for run in scan(runs) if run.record.get("category") == "screw" and run.record.get("protocol") == "paper" and run.scores]
+    by_method = [
+        np.mean([places(run.scores.score, run.scores.label) for run in found if run.record["method"] == method], axis=0)
+        for method in ("padim", "patchcore", "reverse_distillation")
+    ]
+    drawn = list(strips_of(found[0]))
+    mean = dict(zip(found[0].scores.key, np.mean(by_method, axis=0), strict=True))
+    spread = dict(zip(found[0].scores.key, np.std(by_method, axis=0), strict=True))
+    keys = {name: [gallery["images"][index]["key"] for index in of] for name, of in gallery["lists"].items()}
+    assert gallery["drawn"] == 4
+    assert gallery["tested"] == 24
+    for name, worth in (("best", mean.get), ("worst", lambda key: -mean[key]), ("disputed", spread.get)):
+        np.testing.assert_allclose([worth(key) for key in keys[name]], sorted((worth(key) for key in drawn), reverse=True)[:3])
+    for image in gallery["images"]:
+        assert set(image["panels"]) == {"image", *map(str, group["settings"])}
+        assert set(image["panels"]["image"]) == {"input", "truth"}
+        for id in group["settings"]:
+            assert set(image["panels"][str(id)]) == {"map", "overlay"}
+    assert data["left_out"] == {"images": 0, "of": sum(len(of["images"]) for of in data["galleries"]), "unread": 0}
+
+
+def test_nothing_in_a_run_folder_becomes_markup_and_only_this_script_may_run(page):
+    text = page.read_text()
+    assert HOSTILE not in text
+    assert "<img" not in text.replace('h("img"', "")
+    assert text.count("</script>") == 2
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
+    script, style = (re.search(rf"<{name}>(.*?)</{name}>", text, re.S)[1] for name in ("script", "style"))
+    for kind, code in (("script", script), ("style", style)):
+        assert f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)", text)
+    assert HOSTILE in json.dumps(inside(page))  # told, all the same
+
+
+def test_the_page_keeps_to_its_size_and_says_what_is_left_out(runs, page, tmp_path):
+    write(runs, tmp_path / "none.html", max_mb=16, images=0, picture_px=96)
+    assert inside(tmp_path / "none.html")["media"] == {}
+    bare, whole, of = (tmp_path / "none.html").stat().st_size, page.stat().st_size, inside(page)["left_out"]["of"]
+    most = bare + 0.6 * (whole - bare)
+    write(runs, tmp_path / "small.html", max_mb=most / 1e6, images=3, picture_px=96)
+    assert bare < (tmp_path / "small.html").stat().st_size <= most
+    data = inside(tmp_path / "small.html")
+    shown = sum(len(of["images"]) for of in data["galleries"])
+    assert 0 < shown < of
+    assert data["left_out"]["images"] == of - shown
+    # the first of every list goes before the second of any
+    assert all(len(gallery["images"]) > 0 for gallery in data["galleries"])
+
+
+def test_damaged_folders_are_told_and_pictures_stay_inside_their_run(tmp_path):
+    Image.new("RGB", (1140, 347), "red").save(tmp_path / "secret.png")
+    folder = run_folder(tmp_path / "runs" / "a")
+    record = json.loads((folder / "record.json").read_text())
+    names = record["pictures"]
+    (folder / names[0]).write_bytes(b"no png")
+    outside = ["../../secret.png", str(tmp_path / "secret.png"), 7, None]
+    write_json(
+        folder / "record.json",
+        {**record, "pictures": names + outside, "crop": [1, 2], "environment": 3, "peak_memory_mb": "much", "calibration": 1},
+    )
+    (folder / "curves.json").write_text('{"image": {"roc": [[0, "x"]], "pr": [1, 2]}, "pixel": 5}')
+    other = run_folder(tmp_path / "runs" / "b", "dfm")
+    (other / "metrics.json").unlink()
+    third = run_folder(tmp_path / "runs" / "c", "spade")
+    (third / "scores.csv").write_text("path,label\n1,2\n")
+    (third / "metrics.json").write_text('{"image_auroc": "high", "defects": 3}')
+    assert write(tmp_path / "runs", tmp_path / "report.html", **BUDGET) == 3
+    data = inside(tmp_path / "report.html")
+    assert data["left_out"]["unread"] == 1
+    assert [run["record"]["status"] for run in data["runs"]] == ["unreadable", "finished", "finished"]
+    assert data["runs"][1]["record"]["pictures"] == len(names)
+    assert data["runs"][1]["curves"] == {}
+
+
+def test_nothing_to_tell_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="runs=.*no run"):
+        write(tmp_path, tmp_path / "report.html", **BUDGET)
+    with pytest.raises(InputError, match="max_mb=0"):
+        write(tmp_path, tmp_path / "report.html", max_mb=0, images=3, picture_px=96)
+
+
+def test_a_run_that_was_trained_is_told(tmp_path):
+    quick = ["model=padim", "data=textures", "backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "logger=none"]
+    cfg = composed(*quick, "trainer.enable_progress_bar=false", "save.pictures=8", f"run_dir='{tmp_path / 'runs' / 'padim'}'")
+    metrics = train(cfg)
+    settings = composed(f"runs='{tmp_path / 'runs'}'", config="report")
+    assert write(settings.runs, settings.output, settings.max_mb, settings.images, settings.picture_px) == 1
+    data = inside(tmp_path / "runs" / "report.html")
+    (setting,) = data["settings"]
+    assert setting["values"]["pixel_auroc"] == [metrics["pixel_auroc"], None]
+    assert set(data["runs"][0]["curves"]) == {"image_roc", "pixel_roc", "pixel_pro", "image_pr", "pixel_pr"}
+    (gallery,) = data["galleries"]
+    assert gallery["drawn"] == 8
+    assert len(gallery["lists"]["worst"]) == 4
+    assert all(set(of) == {"map", "overlay"} for image in gallery["images"] for id, of in image["panels"].items() if id != "image")
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window and without a network."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = (next(filter(None, map(shutil.which, names)), None) for names in (("chromium", "google-chrome"), ("chromedriver",)))
+    if not chromium or not driver:
+        pytest.skip("no Chromium and chromedriver here")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    # nothing may be looked up; root has no sandbox, containers have little shared memory
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        "hide-scrollbars",
+        "host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def resized(browser, width, height, scheme="light"):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+
+
+@pytest.fixture
+def opened(browser, page):
+    """The page, fresh; afterwards nothing was complained of, loaded from elsewhere or run that should not."""
+    browser.get_log("browser"), browser.get_log("performance")
+    resized(browser, 1600, 1000)
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.execute_script("return window.hit") is None
+    assert browser.execute_script("return document.querySelectorAll('[onerror]').length") == 0
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
+
+
+def rows(browser, group):
+    """Texts of the visible rows of the first group whose title holds `group`: [[cell, …], …]."""
+    return browser.execute_script(
+        """const body = [...document.querySelectorAll("#board tbody")].find(of => of.rows[0].textContent.includes(arguments[0]));
+        return [...body.rows].slice(1).filter(of => !of.hidden).map(row => [...row.cells].map(cell => cell.textContent));""",
+        group,
+    )
+
+
+def wait(browser, until):
+    """Return when `until()` holds; TimeoutException after 20 s."""
+    from selenium.webdriver.support.ui import WebDriverWait  # where it is absent, there is no browser to wait for
+
+    WebDriverWait(browser, 20).until(lambda _: until())
+
+
+def heading(browser, column):
+    return browser.find_elements("css selector", "#board thead th")[column]
+
+
+@pytest.mark.slow
+def test_sorts_by_click_and_by_key(opened):
+    def figures(column):
+        return [float(re.search(r"[\d.]+", row[column])[0]) for row in rows(opened, "screw · protocol paper")]
+
+    assert heading(opened, 1).get_attribute("aria-sort") == "descending"
+    assert figures(1) == sorted(figures(1), reverse=True)
+    assert [row[0][0] for row in rows(opened, "screw · protocol paper")] == ["1", "2", "3"]
+    heading(opened, 1).find_element("tag name", "button").click()
+    assert heading(opened, 1).get_attribute("aria-sort") == "ascending"
+    assert figures(1) == sorted(figures(1))
+    heading(opened, 7).find_element("tag name", "button").send_keys("\ue007")  # enter: by the seconds of the fit, the fastest first
+    assert heading(opened, 7).get_attribute("aria-sort") == "ascending"
+    assert heading(opened, 1).get_attribute("aria-sort") == "none"
+    assert figures(7) == sorted(figures(7))
+    heading(opened, 0).find_element("tag name", "button").send_keys(" ")
+    assert [re.sub(r"^\d+", "", row[0]) for row in rows(opened, "bottle")] == ["padim", "patchcore", "reverse_distillation"]
+
+
+@pytest.mark.slow
+def test_the_best_of_a_column_is_marked_in_its_group_alone(opened):
+    for group in ("screw · protocol paper", "bottle", "mean of 3 categories"):
+        found = rows(opened, group)
+        column = [row[1] for row in found]
+        starred = [text for text in column if text.startswith("★")]
+        assert starred
+        assert float(starred[0][1:6]) == max(float(text.lstrip("★")[:5]) for text in column)
+    assert not any("★" in cell for row in rows(opened, "protocol clean") for cell in row)  # nothing to compare it with
+
+
+def visible(browser):
+    return browser.execute_script(
+        "return [...document.querySelectorAll('#board tbody:not([hidden]) tr[data-setting]')].filter(of => !of.hidden).length"
+    )
+
+
+@pytest.mark.slow
+def test_filters_by_text_and_by_choice(opened):
+    assert opened.find_element("id", "count").text == "9 of 9 settings"
+    opened.find_element("id", "text").send_keys("PATCH core")
+    assert opened.find_element("id", "count").text == "3 of 9 settings"
+    assert visible(opened) == 4  # with the mean
+    assert len(opened.find_elements("css selector", "#heat tbody tr")) == 1
+    opened.find_element("id", "clear").click()
+    opened.find_element("css selector", "#selects select[aria-label=protocol] option[value=clean]").click()
+    assert opened.find_element("id", "count").text == "1 of 9 settings"
+    assert [row[0] for row in rows(opened, "protocol clean")] == ["1padim"]
+    opened.find_element("id", "clear").click()
+    opened.find_element("css selector", "#selects select[aria-label=category] option[value=bottle]").click()
+    assert visible(opened) == 3
+    opened.find_element("id", "text").send_keys("nothing is called so")
+    assert visible(opened) == 0
+    opened.find_element("id", "clear").click()
+    assert opened.find_element("id", "count").text == "9 of 9 settings"
+
+
+@pytest.mark.slow
+def test_the_matrix_has_a_number_in_every_cell_and_a_mean_over_what_all_have(opened):
+    table = opened.execute_script(
+        "return [...document.querySelectorAll('#heat tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    assert len(table) == 4
+    assert HOSTILE in table[0][1] or HOSTILE in table[0][3]
+    place = next(index for index, text in enumerate(table[0]) if HOSTILE in text)
+    for row in table[1:]:
+        cells = [cell for index, cell in enumerate(row[1:-1], 1) if index != place]
+        assert float(row[-1]) == pytest.approx(np.mean(list(map(float, cells))), abs=1.1e-3)
+        assert (row[place] == "–") == (row[0] == "padim")
+    assert "2 of 3 columns" in opened.find_element("id", "matrix-note").text
+
+
+@pytest.mark.slow
+def test_opens_an_image_with_every_method_and_closes_it(opened):
+    dialog = opened.find_element("id", "viewer")
+    opened.find_element("css selector", "#cards button").click()
+    assert dialog.is_displayed()
+    names = [of.text for of in opened.find_elements("css selector", "#panels figcaption b")]
+    assert names[:2] == ["input", "ground truth"]
+    assert {"patchcore", "reverse_distillation"} <= set(names)
+    pictures = "return [...document.querySelectorAll('#panels img')].map(of => of.naturalWidth)"
+    wait(opened, lambda: all(width > 50 for width in opened.execute_script(pictures)))  # they are being decoded
+    sources = "return [...document.querySelectorAll('#panels img')].map(of => of.src)"
+    before, title = opened.execute_script(sources), opened.find_element("id", "viewer-title").text
+    opened.find_element("css selector", "input[name=panel][value=map]").click()
+    after = opened.execute_script(sources)
+    assert before[:2] == after[:2]
+    assert not set(before[2:]) & set(after[2:])
+    opened.find_element("id", "next").click()
+    assert opened.find_element("id", "viewer-title").text != title
+    opened.find_element("id", "next").send_keys("\ue012")  # arrow to the left
+    assert opened.find_element("id", "viewer-title").text == title
+    opened.find_element("id", "close").send_keys("\ue00c")  # escape
+    assert not dialog.is_displayed()
+    opened.find_element("css selector", "#cards button").click()
+    opened.find_element("id", "close").click()
+    assert not dialog.is_displayed()
+
+
+@pytest.mark.slow
+def test_curves_are_chosen_and_drawn(opened):
+    def lines():
+        return len(opened.find_elements("css selector", "#curves-chart .curve"))
+
+    opened.find_element("css selector", "#curves-controls select[aria-label=curve] option[value=pixel_pro]").click()
+    dashes = [of.get_attribute("stroke-dasharray") for of in opened.find_elements("css selector", "#curves-chart .curve")]
+    assert len(set(dashes)) == len(dashes) == 3  # of the seed that left curves.json
+    opened.find_element("css selector", "#curves-key input").click()
+    assert lines() == 2
+    opened.find_element("css selector", "#curves-controls select[aria-label=curve] option[value=image_roc]").click()
+    assert lines() == 4
+    marks = opened.find_elements("css selector", "#cost-chart .mark")
+    assert len({of.get_attribute("d") for of in marks}) == len(marks) == 3 or len(marks) == 2
+
+
+def body(browser, details):
+    """Wait for what a record shows when it is opened: the browser tells of the opening only after the click has returned."""
+    wait(browser, lambda: details.find_elements("css selector", ".body"))
+
+
+@pytest.mark.slow
+def test_records_say_how_every_run_ended(opened):
+    texts = [of.text for of in opened.find_elements("css selector", "#records > div > details > summary")]
+    assert sorted(text.split()[0] for text in texts) == ["FAILED:", "RUNNING", "UNREADABLE:"]
+    failed = next(of for of in opened.find_elements("css selector", "#records > div > details") if "FAILED" in of.text)
+    failed.find_element("tag name", "summary").click()
+    body(opened, failed)
+    assert HOSTILE in failed.text
+    assert "_target_: blemish.methods.vae.Method" in failed.text
+    shelf = opened.find_element("css selector", "#records > details")
+    shelf.find_element("tag name", "summary").click()
+    run = shelf.find_element("css selector", "details")
+    run.find_element("tag name", "summary").click()
+    body(opened, run)
+    opened.execute_script("arguments[0].scrollIntoView()", run)
+    assert {"weights", "tools/train.py", "fit seconds"} <= set(run.text.split("\n"))
+    assert "hole 12 " in run.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 740, "light"), (360, 740, "dark"), (1600, 1000, "light")])
+def test_fits_a_phone_and_a_wide_screen(opened, tmp_path, width, height, scheme):
+    resized(opened, width, height, scheme)
+    opened.refresh()
+    opened.execute_script("document.querySelectorAll('details').forEach(of => { of.open = true; })")
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    opened.get_screenshot_as_file(str(tmp_path / "page.png"))
+    opened.find_element("css selector", "#cards button").click()
+    assert opened.execute_script("const of = document.querySelector('#viewer'); return of.scrollWidth - of.clientWidth") <= 0
+    opened.get_screenshot_as_file(str(tmp_path / "image.png"))
+    for name in ("page", "image"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size == (width, height)
+            assert np.asarray(picture.convert("L")).std() > 10

@@ -1,0 +1,244 @@
+"""A paper's protocol composes, runs cell by cell, and says what is missing, what differs and what it means."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+from support import CONFIGS, composed
+
+from blemish.edge.errors import InputError
+from blemish.features.extractor import stage_indices
+from blemish.report.published import published, read
+from blemish.report.reproduce import cells_of, commands, missing_weights, program, reproduce
+from blemish.run.config import build, module_of
+from blemish.run.record import METRICS
+from blemish.run.train import train
+
+PAPERS = sorted(path.stem for path in (CONFIGS / "paper").glob("*.yaml"))
+TABLES = read(CONFIGS.parent / "results" / "paper")
+plain = partial(OmegaConf.to_container, resolve=True)
+
+
+def test_every_method_with_published_figures_has_a_composition():
+    methods = {table["method"] for table in TABLES if table["method"]}
+    assert {module_of(composed(f"paper={name}", config="reproduce").model) for name in PAPERS} == methods
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_composition(name):
+    cfg = composed(f"paper={name}", config="reproduce")
+    assert (CONFIGS.parent / "results" / "paper" / f"{cfg.paper}.yaml").is_file()
+    assert cfg.protocol == "paper"
+    assert not cfg.save.checkpoint  # forty-five models would fill a disk
+    config, dataset = plain(cfg), module_of(cfg.data)
+    assert config["data"]["protocol"] == "paper"
+    build(cfg.data)
+    # the setting of the table it is compared with, unless the source states none or ours is another network
+    screw = {**config, "image_size": cfg.image_sizes.get("screw", cfg.image_size)}
+    run = {"method": module_of(cfg.model), "dataset": dataset, "config": screw}
+    asked = [(metric, category) for metric in ("pixel_auroc", "image_auroc") for category in ("screw", None)]
+    figures = [figure for metric, c in asked if (figure := published(TABLES, {**run, "category": c}, metric))]
+    assert figures
+    if name == "ganomaly":
+        assert all("states no setting" in text for figure in figures for text in figure.differs)
+    elif name == "vae":
+        assert figures[0].differs == ["encoder None for resnet18"]
+    else:
+        own = [figure for figure in figures if figure.table["own"]] or figures[:1]
+        if name == "padim_resnet18":
+            own = [figure for figure in own if figure.table["metric"] == "pixel_auroc"]  # no image AUROC of it was published
+        assert [figure.differs for figure in own] == [[]] * len(own)
+    # the same through tools/train.py, as the printed commands say it
+    sweep = plain(composed(f"+paper={name}", f"image_size={cfg.image_size}"))
+    assert all(sweep[key] == config[key] for key in ("model", "backbone", "weights", "image_size", "crop", "protocol"))
+    if "backbone" in cfg.model:
+        assert timm.is_model(cfg.backbone)
+        stages = list(cfg.model.stages)
+        if isinstance(stages[0], str):
+            with torch.device("meta"):
+                assert set(stages) <= {name for name, _ in timm.create_model(cfg.backbone).named_modules()}
+        else:
+            stage_indices(cfg.backbone, stages)
+
+
+@pytest.fixture(scope="module")
+def mvtec(tiny, tmp_path_factory) -> Path:
+    """The tiny images in MVTec AD's layout, as its category screw."""
+    root = tmp_path_factory.mktemp("mvtec")
+    for old, new in (("normal", "train/good"), ("normal_test", "test/good"), ("square", "test/square"), ("masks", "ground_truth/square")):
+        shutil.copytree(tiny / old, root / "screw" / new)
+    for mask in sorted((root / "screw" / "ground_truth" / "square").iterdir()):
+        mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
+    return root
+
+
+def quick(root: Path, output: Path, *more: str) -> list[str]:
+    """Overrides of a reproduction that takes seconds."""
+    small = ["backbone=test_resnet", "weights=random", "image_size=64", "crop=null", "trainer=cpu", "trainer.enable_progress_bar=false"]
+    return ["paper=padim_resnet18", "logger=none", *small, f"data.root='{root}'", f"output='{output}'", *more]
+
+
+def run(typed: list[str], **calls) -> int:
+    cfg = composed(*typed, config="reproduce")
+    calls = {"plain": plain, "scan": lambda c: build(c.data).scan(), "train": train, **calls}
+    return reproduce(cfg, "padim_resnet18", typed, **calls)
+
+
+def lines_of(output: Path) -> dict:
+    with (output / "comparison.csv").open() as file:
+        return {(row["metric"], row["category"]): row for row in csv.DictReader(file)}
+
+
+def test_runs_what_can_be_run_and_says_what_is_missing(mvtec, tmp_path, capsys):
+    typed = quick(mvtec, tmp_path, "categories=[bottle,screw]", "seeds=[0,1]")
+    assert run(typed) == 0
+    said = capsys.readouterr().out
+    assert "missing: the images of bottle" in said
+    command = next(line.strip() for line in said.splitlines() if "tools/train.py" in line)
+    again = next(line.strip() for line in said.splitlines() if "tools/reproduce.py" in line)
+    assert shlex.split(command)[:3] == ["python", "tools/train.py", "-m"]
+    overrides = shlex.split(command)[3:]
+    assert {"+paper=padim_resnet18", "seed=0,1", "data.category=bottle", f"data.root='{mvtec}'"} <= set(overrides)
+    first = plain(composed(*(text.split(",")[0] for text in overrides)))
+    assert first["run_dir"] == f"{tmp_path}/bottle-s0"
+    assert shlex.split(again)[2:] == [*(text for text in typed if not text.startswith("data.root")), f"data.root='{mvtec}'"]
+    lines = lines_of(tmp_path)
+    row = lines["aupro", "screw"]
+    assert row["seeds"] == "0,1"
+    assert float(row["paper"]) == 0.913
+    assert float(row["difference"]) == pytest.approx(float(row["ours"]) - 0.913)
+    assert row["verdict"] == "not the paper's setting"
+    assert "backbone test_resnet for resnet18.tv_in1k" in row["differs"]
+    assert lines["aupro", "bottle"]["verdict"] == "not run"
+    assert lines["aupro", "mean"]["verdict"] == "needs all categories"
+    page = (tmp_path / "comparison.md").read_text()
+    assert "2 standard errors" in page
+    assert "torch" in page.splitlines()[-1]
+
+    # what is finished is not run again
+    def never(cfg):
+        raise AssertionError
+
+    assert run(typed, train=never) == 0
+    assert lines_of(tmp_path)["aupro", "screw"] == row
+    # and is not taken for a run of another setting
+    with pytest.raises(InputError, match=r"screw-s0: holds a finished run with model=.*output=FOLDER"):
+        run([*typed, "model.n_features=20"], train=never)
+
+
+def test_a_cell_that_fails_does_not_end_the_others(mvtec, tmp_path, capsys):
+    asked = []
+
+    def fails_once(cfg):
+        asked.append(cfg.seed)
+        if cfg.seed == 0:
+            raise RuntimeError("out of luck")
+        train(cfg)
+
+    assert run(quick(mvtec, tmp_path, "categories=[screw]", "seeds=[0,1]"), train=fails_once) == 1
+    assert asked == [0, 1]
+    assert "screw-s0: RuntimeError: out of luck" in capsys.readouterr().out
+    assert lines_of(tmp_path)["image_auroc", "screw"]["seeds"] == "1"
+
+
+def test_verdicts_and_the_mean_over_all_categories(tmp_path, monkeypatch):
+    """Cells that have the paper's own figures, scattered over the seeds, but for two categories."""
+    monkeypatch.setattr("blemish.report.reproduce.missing_weights", lambda backbone, weights: None)
+    (table,) = (t for t in TABLES if t["variant"] == "R18-Rd100" and t["metric"] == "pixel_auroc" and t.get("data") == "mvtec")
+    machine = {"cpu": "c", "cores_usable": 1, "packages": {"torch": "9"}, "git": None, "gpus": []}
+    record = {"status": "finished", "environment": machine, "peak_memory_mb": {"host": 1}, "manifest_digest": "", "started": ""}
+
+    def write(cfg):
+        folder = Path(cfg.run_dir)
+        folder.mkdir(parents=True)
+        moved = {"tile": 0.05, "wood": -0.05}.get(cfg.data.category, 0) + 0.001 * (cfg.seed - 1)
+        figures = {"pixel_auroc": table["per_category"][cfg.data.category] + moved, "fit_seconds": 1, "test_seconds": 1}
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        (folder / "metrics.json").write_text(json.dumps({**dict.fromkeys(METRICS), **figures}))
+        (folder / "record.json").write_text(json.dumps({**record, "seed": cfg.seed}))
+
+    assert run(["paper=padim_resnet18", f"output='{tmp_path}'"], train=write, scan=lambda c: None) == 0
+    lines = lines_of(tmp_path)
+    verdicts = {category: row["verdict"] for (metric, category), row in lines.items() if metric == "pixel_auroc"}
+    assert (verdicts.pop("tile"), verdicts.pop("wood")) == ("above", "below")
+    assert set(verdicts.values()) == {"as published"}
+    assert len(verdicts) == 14
+    mean = lines["pixel_auroc", "mean"]
+    assert mean["seeds"] == "0,1,2"
+    assert float(mean["ours"]) == pytest.approx(table["mean_computed"], abs=1e-4)
+    assert float(mean["deviation"]) == pytest.approx(0.001)
+    assert float(mean["margin"]) == pytest.approx(0.01 + 2 * 0.001 / 3**0.5)
+    assert lines["aupro", "mean"]["verdict"] == "needs all categories"  # these cells have none
+
+
+def test_commands_are_those_of_the_program_that_prints_them(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/blemish", "reproduce"])
+    assert program("train") == ["blemish", "train"]
+
+
+def test_wrong_words_name_the_right_ones(tmp_path):
+    for text, right in (("seed=1", "seeds="), ("data.category=screw", "categories="), ("run_dir=x", "output=")):
+        with pytest.raises(InputError, match=right):
+            run(["paper=padim_resnet18", f"output='{tmp_path}'", text])
+    with pytest.raises(InputError, match="seeds="):
+        run(["paper=padim_resnet18", f"output='{tmp_path}'", "seeds=[]"])
+
+
+def test_sizes_by_category():
+    cfg = composed("paper=cflow", "categories=[screw,cable,transistor]", config="reproduce")
+    sizes = [cell.plain["data"]["image_size"] for cell in cells_of(cfg, [], TABLES, Path("out"), plain)]
+    assert sizes == [512, 256, 128]
+    commanded = commands("cflow", [], cells_of(cfg, [], TABLES, Path("out"), plain), Path("out"))
+    assert [text for command in commanded for text in shlex.split(command) if text.startswith("image_size")] == [
+        f"image_size={size}" for size in sizes
+    ]
+    assert {cell.plain["image_size"] for cell in cells_of(cfg, ["image_size=256"], TABLES, Path("out"), plain)} == {256}
+
+
+def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
+    asked = []
+
+    def refused(address, timeout):
+        asked.append((address, timeout))
+        raise OSError
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
+    assert "not in timm's cache" in missing_weights("resnet18.tv_in1k", "pretrained")
+    assert asked[0][1] <= 5
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: io.StringIO())  # something that can be closed
+    assert missing_weights("resnet18.tv_in1k", "pretrained") is None  # it can be downloaded
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: "/a/file" if name == "model.safetensors" else None)
+    assert missing_weights("resnet18.tv_in1k", "pretrained") is None
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: huggingface_hub.file_download._CACHED_NO_EXIST)
+    assert missing_weights("resnet18.tv_in1k", "pretrained") is not None  # the hub noted that there is no such file
+    assert missing_weights("resnet18", "random") is None
+    assert missing_weights("resnet18.unheard_of", "pretrained") is None  # the run says what is wrong with it
+    assert missing_weights("unheard_of", "pretrained") is None
+    assert missing_weights("tf_efficientnet_lite0", "bundled") is None
+    assert "tf_efficientnet_lite1" in missing_weights("resnet18", "bundled")
+    assert "no such file" in missing_weights("resnet18", str(tmp_path / "w.pth"))
+
+
+@pytest.mark.slow
+def test_no_paper_names_the_choices():
+    tool = CONFIGS.parent / "tools" / "reproduce.py"
+    done = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in PAPERS)

@@ -1,0 +1,406 @@
+"""Tables hold what runs recorded, pooled over seeds, and nothing else."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from support import CONFIGS, tiny_run
+
+from blemish.edge.errors import InputError
+from blemish.report.tables import (
+    Grid,
+    by_category,
+    by_effort,
+    by_run,
+    collect,
+    highlights,
+    in_latex,
+    in_markdown,
+    label,
+    latex,
+    markdown,
+    pooled,
+    read_rows,
+    show,
+    signed,
+    spread,
+    write,
+)
+from blemish.run.record import METRICS
+from blemish.run.train import train
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    metrics = [train(tiny_run(tiny, folder / str(seed), f"seed={seed}")) for seed in (0, 1)]
+    (folder / "failed").mkdir()
+    (folder / "failed" / "record.json").write_text('{"status": "failed"}')
+    return folder, metrics
+
+
+def recorded(folder: Path, method: str, category: str, seed: int, value: float, **facts) -> None:
+    """A folder as a run of these facts leaves it, without one."""
+    folder.mkdir(parents=True)
+    setting = {"method": method, "dataset": "mvtec", "category": category, "seed": seed, "unit": "image", "backbone": "resnet18"}
+    setting |= {"weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper", "manifest_digest": "d", "started": f"{seed}"}
+    machine = {"cpu": "Tester 3000", "cores_usable": 4, "packages": {"torch": "9.9"}, "git": None, "gpus": []}
+    record = {"status": "finished", **setting, "peak_memory_mb": {"host": 100 + seed, "gpu": None}, "environment": machine, **facts}
+    (folder / "record.json").write_text(json.dumps(record))
+    metrics = {**dict.fromkeys(METRICS, value), "fit_seconds": 10 * seed, "test_seconds": 5}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    config = {"backbone": "resnet18", "weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper"}
+    (folder / "config.yaml").write_text(yaml.dump(config))
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Two methods: padim on two categories with two seeds, spade on one with one; and four runs that must not count."""
+    values = {
+        ("padim", "a|b", 0): 0.9,
+        ("padim", "a|b", 1): 0.8,
+        ("padim", "wood", 0): 0.7,
+        ("padim", "wood", 1): 0.7,
+        ("spade", "wood", 0): 0.75,
+    }
+    for (method, category, seed), value in values.items():
+        recorded(tmp_path / f"{method}-{category[0]}-{seed}", method, category, seed, value)
+    recorded(tmp_path / "failed", "spade", "a|b", 0, 0.99, status="failed")
+    recorded(tmp_path / "running", "spade", "a|b", 1, 0.99, status="running")
+    recorded(tmp_path / "torn", "spade", "a|b", 2, 0.99)
+    (tmp_path / "torn" / "metrics.json").write_text('{"image_auroc": 0.9')
+    recorded(tmp_path / "padim-a-0" / "retest", "spade", "a|b", 3, 0.99)
+    return tmp_path
+
+
+def test_one_row_per_run_and_one_per_setting(runs):
+    rows = collect(runs[0])
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert [row["image_auroc"] for row in rows] == [m["image_auroc"] for m in runs[1]]
+    (row,) = pooled(rows)
+    assert row["seeds"] == [0, 1]
+    assert len(row["runs"]) == 2
+
+
+def test_writes_csv_and_between_the_markers(runs, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
+    assert write(runs[0], tmp_path / "measured.csv", readme)[0] == 2
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "stale" not in text
+    mean = sum(m["pixel_auroc"] for m in runs[1]) / 2
+    assert f"{mean:.3f} ±" in text
+    with (tmp_path / "measured.csv").open() as file:
+        assert [float(row["aupro"]) for row in csv.DictReader(file)] == [m["aupro"] for m in runs[1]]
+    readme.write_text("no markers")
+    with pytest.raises(InputError, match="runs: begin"):
+        write(runs[0], tmp_path / "measured.csv", readme)
+
+
+def contents(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
+    output, page = tmp_path / "m.csv", tmp_path / "m.md"
+    write(several, output, None)
+    before = contents(output)
+    shutil.rmtree(several / "padim-w-0")
+    recorded(several / "new", "dfm", "wood", 0, 0.6)
+    found, grids = write(several, output, None, page)
+    assert found == 5
+    after = contents(output)
+    assert all(row in after for row in before)
+    assert [row["method"] for row in after] == ["dfm", *(row["method"] for row in before)]
+    assert [row[5] for row in grids[0].rows if row[:2] == ["padim", "mvtec wood"]] == ["0,1"]
+    text = output.read_bytes()
+    for runs in (several, output):
+        write(runs, output, None)
+        assert output.read_bytes() == text, "no row twice, and no value other"
+    metrics = json.loads((several / "new" / "metrics.json").read_text())
+    (several / "new" / "metrics.json").write_text(json.dumps({**metrics, "aupro": 0.1}))
+    write(several, output, None)
+    assert [row["aupro"] for row in contents(output) if row["method"] == "dfm"] == ["0.1"], "what the folder says now counts"
+
+
+def test_a_csv_in_place_of_the_folder(several, tmp_path):
+    write(several, tmp_path / "m.csv", None, tmp_path / "runs.md", by="category")
+    write(tmp_path / "m.csv", None, None, tmp_path / "csv.md", by="category")
+    assert (tmp_path / "csv.md").read_text() == (tmp_path / "runs.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
+def test_another_file_is_not_replaced(text, several, tmp_path):
+    output = tmp_path / "m.csv"
+    write(several, output, None)
+    header, row, *_ = output.read_text().splitlines()
+    text = text.format(header=header, row=row, wrong=row.replace("0.9", "much"))
+    output.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(output))):
+        write(several, output, None)
+    assert output.read_text() == text
+
+
+def test_a_readme_needs_the_rows_that_it_has(several, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(text := "<!-- runs: begin -->\nrows\n<!-- runs: end -->")
+    with pytest.raises(InputError, match="output="):
+        write(several, None, readme)
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("by", ["run", "category"])
+@pytest.mark.parametrize("width", [40, 120, 160])
+def test_the_terminal_shows_all_of_it(several, by, width):
+    recorded(several / "long", "reverse_distillation", "wood", 0, 0.5, epochs=200, variant="a name of many words", aupro=None)
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    for grid in write(several, None, None, by=by)[1]:
+        show(console, grid, by == "category")
+        said = console.file.getvalue()
+        assert "…" not in said
+        assert "reverse_distillation," in said
+        assert "protocol: paper" in " ".join(said.split()), "what all rows share stands above"
+        assert width < 120 or max(map(len, said.splitlines())) <= width
+        for row in grid.rows:
+            for cell in row[grid.words :]:
+                assert cell.partition(" ± ")[0] in said
+
+
+def test_a_csv_has_the_runs_again(several, tmp_path):
+    write(several, tmp_path / "m.csv", None)
+    rows = [{**row, "folder": None, "git": None} for row in collect(several)]  # without a commit
+    assert read_rows(tmp_path / "m.csv") == rows
+    pages = tmp_path / "of_runs.md", tmp_path / "of_csv.md"
+    for source, page in zip((several, tmp_path / "m.csv"), pages, strict=True):
+        page.write_text("<!-- runs: begin -->\n<!-- runs: end -->\n")
+        write(source, tmp_path / "n.csv", None, docs=page)
+        assert "| padim | mvtec a\\|b |" in page.read_text()
+    assert pages[0].read_text() == pages[1].read_text()
+    (tmp_path / "m.csv").write_text("path,label\nx,1\n")
+    with pytest.raises(InputError, match=r"m\.csv.*'method'"):
+        read_rows(tmp_path / "m.csv")
+
+
+@pytest.fixture
+def efforts(tmp_path):
+    """On one category: methods without training, trained in full and cut, each with a worse run before a better one."""
+    for name, (method, value, facts) in {
+        "a": ("dfkde", 0.2, {}),
+        "b": ("padim", 0.5, {}),
+        "c": ("padim", 0.6, {"variant": "recipe"}),
+        "d": ("lake", 0.04, {"variant": "cut", "epochs": 4}),
+        "e": ("vae", 0.3, {"variant": "cut", "epochs": 4}),
+        "f": ("vae", 0.4, {"epochs": 200}),
+        "g": ("riad", 0.1, {"epochs": 300}),
+    }.items():
+        recorded(tmp_path / name, method, "wood", 0, value, **facts)
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text()) | dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps(metrics))
+    return collect(tmp_path)
+
+
+def test_rows_by_effort_have_the_best_first(efforts):
+    names = [[row[0] for row in grid.rows] for grid in by_effort(efforts)]
+    assert names == [
+        ["padim, recipe", "padim", "dfkde"],
+        ["vae, 200 epochs", "riad, 300 epochs"],
+        ["vae, cut, 4 epochs", "lake, cut, 4 epochs"],
+    ]
+    assert all(grid.title for grid in by_effort(efforts))
+
+
+def test_highlights_are_the_best_of_each_method(efforts):
+    assert [row[0] for row in highlights(efforts, 3).rows] == ["padim, recipe", "vae, 200 epochs", "riad, 300 epochs"]
+    grid = highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
+    assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 200 epochs", "riad, 300 epochs", "lake, cut, 4 epochs", "dfkde"}
+    assert grid.columns == ["method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
+    assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
+
+
+def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
+    shown = {
+        "256 → 224": {},
+        "256 → 224, tiles of 512": {"tiling": 512},
+        "256 → 224, letterbox, region": {"resize": "letterbox", "region": "d"},
+    }
+    for number, facts in enumerate(shown.values()):
+        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **facts)
+    groups = pooled(collect(tmp_path))
+    assert {label(group)[2]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(shown, (0.5, 0.6, 0.7), strict=True))
+
+
+def test_epochs_of_so_many_images_make_rows_of_their_own(tmp_path):
+    names = {
+        "vae, 5 epochs": {},
+        "vae, 5 epochs of 320 images": {"epoch_size": 320},
+        "vae, 5 epochs of 320 tiles": {"epoch_size": 320, "tiling": 32},
+    }
+    for number, facts in enumerate(names.values()):
+        recorded(tmp_path / f"{number}", "vae", "wood", 0, 0.5 + number / 10, epochs=5, **facts)
+    groups = pooled(collect(tmp_path))
+    assert {label(group)[0]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(names, (0.5, 0.6, 0.7), strict=True))
+
+
+def test_nothing_measured_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no finished run"):
+        collect(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        collect(tmp_path / "nowhere")
+
+
+def test_only_finished_runs_count(several, caplog):
+    assert len(collect(several)) == 5
+    assert "torn: left out" in caplog.text
+    assert "0.99" not in markdown(by_category(collect(several), "image_auroc")[0], bold=True)
+
+
+def test_matrix_of_methods_and_categories(several):
+    (grid,) = by_category(collect(several), "aupro")
+    assert grid.columns[5:8] == ["a|b", "wood", "mean (categories)"]
+    assert [row[0] for row in grid.rows] == ["padim", "spade"]
+    per_seed = np.array([[0.9, 0.7], [0.8, 0.7]]).mean(axis=1)
+    deviation = np.std([0.9, 0.8], ddof=1)
+    assert grid.rows[0][5:8] == [f"0.850 ± {deviation:.3f}", "0.700 ± 0.000", f"{per_seed.mean():.3f} ± {per_seed.std(ddof=1):.3f} (2)"]
+    assert grid.rows[1][5:8] == ["–", "0.750", "0.750 (1)"]
+    assert grid.rows[0][8:] == ["5", "5", "100"]  # medians of the cost over seeds and categories
+    assert grid.best == {(1, 6)}  # alone in a|b, and spade's mean is over fewer categories
+    assert "Tester 3000, 4 cores, torch 9.9" in grid.notes[0]
+    text = markdown(grid, bold=True)
+    assert "| a\\|b |" in text
+    assert "**0.750**" in text
+    assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {12}
+
+
+def test_a_category_without_a_seed_is_said(several):
+    shutil.rmtree(several / "padim-w-1")
+    (grid,) = by_category(collect(several), "aupro")
+    assert grid.rows[0][4:8] == ["0,1 (not everywhere)", f"0.850 ± {np.std([0.9, 0.8], ddof=1):.3f}", "0.700", "0.800 (2)"]
+
+
+def test_published_figures_stand_below_with_the_difference(several, tmp_path):
+    table = {
+        "variant": "v_1",
+        "dataset": "MVTec AD",
+        "data": "mvtec",
+        "metric": "image_auroc",
+        "origin": "paper",
+        "own": True,
+        "source": "Table 1",
+    }
+    table |= {"backbone": "resnet18", "setting": {"backbone": "resnet18", "crop": None}, "per_category": {"wood": 0.72}, "mean": 0.72}
+    (several / "paper").mkdir()
+    (several / "paper" / "padim.yaml").write_text(yaml.dump({"paper": "padim", "name": "PaDiM", "method": "padim", "tables": [table]}))
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", tmp_path / "m.tex", "category", "image_auroc", several / "paper")
+    text = (tmp_path / "m.md").read_text()
+    assert "| published [1] | resnet18 | – | – | – | – | 0.720 | 0.720 (1) |" in text
+    assert "| difference | – | – | – | – | – | −0.020 | −0.020 (1) |" in text
+    assert "[1] PaDiM, v_1, Table 1 (paper). Ours: crop 224 for None." in text
+    with (tmp_path / "m.csv").open() as file:
+        found = [(row["method"], row["category"], row["paper"], row["paper_differs"]) for row in csv.DictReader(file)]
+    assert ("padim", "wood", "0.72", "crop 224 for None") in found
+    assert ("spade", "wood", "", "") in found
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "image_auroc", several / "paper")
+    assert "| 0.720 [1] | −0.020 |" in (tmp_path / "m.md").read_text()
+    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "aupro", several / "paper")
+    assert "[1]" not in (tmp_path / "m.md").read_text()
+
+
+@pytest.mark.slow
+def test_tool(several, tmp_path):
+    tool = CONFIGS.parent / "tools" / "table.py"
+    options = [f"runs={several}", "output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper"]
+    done = subprocess.run([sys.executable, tool, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *said, last = done.stdout.splitlines()
+    assert last == f"5 runs in {several}, written to m.csv, m.md, m.tex"
+    assert "torn: left out" in said[0]
+    assert any("published [1]" in line for line in said)
+    page = (tmp_path / "m.md").read_text()
+    assert "| published [1] | resnet18 | 256 -> crop 224 | – | – | – | 0.903 |" in page  # R18-Rd100, wood
+    assert "PaDiM, R18-Rd100, Defard et al. 2020" in page
+    assert r"\textbf{0.750}" in (tmp_path / "m.tex").read_text()
+
+
+@pytest.mark.slow
+def test_tool_writes_nothing_unasked(several, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    tool = [sys.executable, CONFIGS.parent / "tools" / "table.py", f"runs={several}"]
+    done = subprocess.run(tool, cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True)
+    assert "padim" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"5 runs in {several}"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_wrong_choices_name_the_right_ones(several, tmp_path):
+    with pytest.raises(InputError, match="by=method: expected run or category"):
+        write(several, tmp_path / "m.csv", None, by="method")
+    with pytest.raises(InputError, match="metric=auroc: expected .*image_auroc"):
+        write(several, tmp_path / "m.csv", None, metric="auroc")
+
+
+def test_by_run_marks_the_best_on_the_same_data(several):
+    grid = by_run(collect(several), "image_auroc")
+    assert grid.best == {(1, column) for column in range(6, 12)}  # spade on wood, where padim is as well, and worse
+    assert "**" not in markdown(grid, bold=False)
+
+
+NASTY = "[a&b] 50% $x$ #1 _u_ {c} ~t ^h \\n <i> |p| ± → – −"
+
+
+def test_latex_is_escaped_and_whole():
+    grid = Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
+    text = latex(grid)
+    for name in ("table", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
+    assert r"\begin{tabular}{lr}" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert r"\textbf{2}" in text
+    assert r"note \& more" in text
+    assert "[1] second" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [1, 1, 1]
+    bare = in_latex(NASTY)
+    for sign in "&%$#_{}":
+        assert f"\\{sign}" in bare
+    # nothing that LaTeX reads as a command is left but what was put there
+    assert not re.search(r"(?<!\\)[%#_&]", bare)
+    assert bare.isascii()
+    assert not set("<>|") & set(bare)
+    depth = np.cumsum([{"{": 1, "}": -1}.get(sign, 0) for sign in re.sub(r"\\[{}]", "", text)])
+    assert depth.min() >= 0
+    assert depth[-1] == 0
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
+def test_latex_compiles(several, tmp_path):
+    grid = by_category(collect(several), "aupro")[0]._replace(title=NASTY)
+    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + latex(grid) + "\\end{document}\n"
+    (tmp_path / "t.tex").write_text(page)
+    subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_markdown_cells_stay_in_their_column():
+    assert in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
+    assert in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
+
+
+def test_spread():
+    assert spread([0.5]) == "0.500"
+    assert spread([0.4, 0.6]) == "0.500 ± 0.141"
+    assert spread([0.4, None]) == "–"
+    assert spread([]) == "–"
+
+
+def test_signed():
+    assert [signed(value) for value in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "+0.000"]

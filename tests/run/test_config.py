@@ -1,0 +1,223 @@
+"""Every file in configs/ composes, and what it describes can be made."""
+
+import copy
+import math
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from support import CONFIGS, composed
+
+from blemish.api import AnomalyDetector
+from blemish.edge.errors import InputError
+from blemish.run.config import OPTIONAL, build, module_of, plain, settled
+from blemish.run.train import train
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def test_every_group_is_known():
+    known = {"data", "launch", "logger", "model", "paper", "recipe", "store", "sweep", "trainer"}
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= known
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_data(name, tmp_path):
+    cfg = composed(f"data={name}", f"data.root='{tmp_path}'")
+    data = build(cfg.data)
+    assert data.name == name
+    assert cfg.data.batch_size == cfg.batch_size
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_model(name):
+    cfg = composed(f"model={name}", "backbone=test_resnet", "weights=random", "seed=3")
+    assert cfg.model._target_.startswith(f"blemish.methods.{name}.")
+    model = build(cfg.model)
+    assert model.hparams.get("seed", 3) == 3
+
+
+@pytest.mark.parametrize("name", names("trainer"))
+def test_trainer(name):
+    cfg = composed(f"trainer={name}")
+    if cfg.trainer.accelerator == "gpu":
+        cfg.trainer.accelerator = "cpu"  # composes here, runs where there is one
+    build(cfg.trainer, logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("name", names("logger"))
+def test_logger(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = composed(f"logger={name}", f"run_dir='{tmp_path}'")
+    if cfg.logger._target_:
+        assert build(cfg.logger).save_dir is not None
+
+
+@pytest.mark.parametrize("name", names("recipe"))
+def test_recipe(name):
+    cfg = composed(f"recipe={name}")
+    cfg.run_dir = "out"
+    OmegaConf.to_container(cfg, resolve=True)  # nothing it interpolates is missing
+    if name != "bundled":
+        assert module_of(cfg.model) == name  # a recipe brings its method along
+        build(cfg.model)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
+def test_tools(name):
+    composed(config=name)
+    assert not HydraConfig.initialized()
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_model():
+    assert composed("model=padim").backbone == "resnet18"
+    assert composed("model=padim", "recipe=bundled").backbone == "tf_efficientnet_lite0"
+    cfg = composed("model=padim", "recipe=bundled", "backbone=tf_efficientnet_lite1", "image_size=320")
+    assert cfg.model.backbone == "tf_efficientnet_lite1"
+    assert cfg.data.image_size == 320
+
+
+@pytest.mark.parametrize("group", [path.name for path in CONFIGS.iterdir() if path.is_dir()])
+def test_a_misspelt_choice_of_any_group_names_the_nearest(group):
+    name = next((name for name in names(group) if len(name) > 3), "on")
+    typo = name[:-1] + "qz"
+    for texts in ([f"{group}={typo}"], [f"{group}={typo}", f"{group}={name}"], [f"+{group}={typo}"], [f"{group}=[{typo}]"]):
+        with pytest.raises(InputError, match=rf"^{group}={typo}: .*choose .*{name}"):
+            composed(*texts, config="reproduce")
+    with pytest.raises(InputError, match=rf"^{group}={typo}: .*choose .*{name}"):
+        settled([f"{group}={name},{typo}"])
+
+
+@pytest.mark.parametrize("group", OPTIONAL)
+def test_none_of_a_group_may_be_chosen(group):
+    assert plain(composed(f"{group}=null", config="reproduce")) == plain(composed(config="reproduce"))
+    assert settled([f"{group}="]) == settled([f"{group}=''"]) == [f"~{group}"]
+    assert settled(["recipe=padim", "recipe=null"]) == ["~recipe"]
+    assert settled(["recipe=null", "recipe=padim"]) == ["recipe=padim"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model.n_featurs=3", "model.n_featurs: .*model.n_features"),
+        ("modle.sigma=4", "modle.sigma: .*model.sigma"),
+        ("sigma=4", "sigma: .*model.sigma"),
+        ("image_sise=64", "image_sise: .*image_size"),
+        ("recipes=padim", "recipes: .*recipe"),
+        ("+alhpa=1", "alhpa: .*alpha"),
+        ("+save.picturs=1", "save.picturs: .*save.pictures"),
+        ("recipe@other=padim", "recipe@other=padim: .*recipe=NAME"),
+        ("+recipe=padim", "recipe: .*recipe=NAME"),
+        ("paper=padim", r"paper: .*\+paper=NAME"),
+        ("alpha", "alpha"),
+        ("model=null", "model=null: .*padim"),
+    ],
+)
+def test_what_does_not_exist_is_told_in_one_line(text, says):
+    with pytest.raises(InputError, match=f"^[^\n]*{says}[^\n]*$"):
+        composed(text)
+
+
+def scalars(cfg, place: str = ""):
+    """(key, value) of every number of a resolved config that a command line can set."""
+    for name, value in cfg.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{place}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{place}{name}", value
+
+
+ABSURD = (math.nan, math.inf, -1e9, "high", True, [1, 2], {"a": 1})
+
+
+def refused(cfg, key: str, value, work) -> str:
+    """What is said of a value; a failure if nothing, or something else, is."""
+    changed = copy.deepcopy(cfg)
+    OmegaConf.update(changed, key, value, merge=False)
+    with pytest.raises(InputError) as error:
+        work(changed)
+    shown = key.split(".")[1] if key in ("model.image_size", "data.image_size", "data.batch_size", "data.workers", "data.seed") else key
+    assert f"{shown}=" in str(error.value), f"{key}={value}: {error.value}"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_every_number_of_a_method_is_checked_before_anything_is_read(name, tmp_path):
+    """As the images are not there, they would be what is told of otherwise; `reweight: true` is a number too."""
+    cfg = composed(f"model={name}", "backbone=test_resnet", "weights=random", "data=folder", f"data.root='{tmp_path}/none'", "trainer=cpu")
+    cfg.run_dir = str(tmp_path / "run")
+    OmegaConf.set_struct(cfg, False)
+    for key, _ in scalars(plain(cfg)["model"], "model."):
+        if key.startswith("model.strides."):
+            continue
+        for value in ABSURD:
+            if value != "high" or not key.endswith("stage"):  # a layer may have a name
+                refused(cfg, key, value, train)
+    for key, value in (("model.stages", 3), ("model.radii", 2), ("model.betas", [0.5, 2]), ("model.cells", [0]), ("model.strides", 4)):
+        if OmegaConf.select(cfg, key) is not None:
+            refused(cfg, key, value, train)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_number_of_a_run_is_checked_before_anything_is_read(tmp_path):
+    cfg = composed("backbone=test_resnet", "weights=random", "data=folder", f"data.root='{tmp_path}/none'", "trainer=cpu", "store=on")
+    cfg.run_dir, cfg.tiling = str(tmp_path / "run"), 128
+    OmegaConf.set_struct(cfg, False)
+    keys = [key for key, _ in scalars({key: value for key, value in plain(cfg).items() if key != "model"})]
+    assert {"alpha", "seed", "pixel_limit", "save.pictures", "overlap", "trainer.max_epochs", "store.max_gb", "data.calibration"} <= set(
+        keys
+    )
+    for key in keys:
+        if (key not in ("trainer.devices",) and not key.startswith("data.")) or key in ("data.calibration", "data.test_share"):
+            for value in ABSURD:
+                refused(cfg, key, value, train)
+    for text in ("alpha=0", "alpha=1", "alpha=5", "pixel_limit=-1", "save.pictures=-2", "overlap=128", "trainer.max_epochs=0", "seed=-1"):
+        key, _, value = text.partition("=")
+        refused(cfg, key, float(value) if key == "alpha" else int(value), train)
+    for key in ("save.checkpoint", "save.curves", "overwrite", "store.enabled", "store.images", "trainer.enable_progress_bar"):
+        refused(cfg, key, "no", train)
+    for key, value in (
+        ("sweep.minutes", 0),
+        ("sweep.threads", -1),
+        ("objective", "foo"),
+        ("batch_size", 0.5),
+        ("protocol", "fast"),
+        ("save", 3),
+        ("weights", None),
+        ("backbone", 3),
+    ):
+        refused(cfg, key, value, train)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_every_number_of_a_data_set_is_checked_before_anything_is_read(name, tmp_path):
+    cfg = composed(f"data={name}", f"data.root='{tmp_path}/none'", *(["data.unit=tile"] if name == "gdxray" else []))
+    OmegaConf.set_struct(cfg, False)
+    for key, _ in scalars(plain(cfg)["data"], "data."):
+        for value in ABSURD:
+            refused(cfg, key, value, lambda cfg: build(cfg.data))
+
+
+def test_a_share_and_a_count_are_told_apart_by_the_point():
+    for value in (1, 1.0, 0.97, 40):
+        assert build(composed("model=dfm", "backbone=test_resnet", "weights=random", f"model.keep={value}").model).share == value
+    for value in (0, 0.0, 1.5, 40.0, -1):
+        with pytest.raises(InputError, match=rf"model.keep={value}"):
+            build(composed("model=dfm", "backbone=test_resnet", "weights=random", f"model.keep={value}").model)
+
+
+def test_an_option_of_python_is_checked_as_the_command_line_is():
+    for options in (
+        {"n_features": 0},
+        {"n_features": math.nan},
+        {"sigma": "high"},
+        {"alpha": 5},
+        {"seed": -1},
+        {"epochs": 0},
+        {"recipe": "padin"},
+    ):
+        with pytest.raises(InputError, match=next(iter(options))):
+            AnomalyDetector("padim", backbone="test_resnet", weights="random", **options)

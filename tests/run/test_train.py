@@ -1,0 +1,260 @@
+"""Whole runs as a user makes them: what is left behind, again the same, and what happens when something is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from support import CONFIGS, DRAWN, composed, tiny_overrides, tiny_run
+
+from blemish.edge.errors import InputError
+from blemish.run.checkpoint import load
+from blemish.run.predict import predict
+from blemish.run.test import test as retest
+from blemish.run.train import train
+
+ROOT = CONFIGS.parent
+
+
+def without_times(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if not key.endswith("_seconds")}
+
+
+def tool(name: str, *overrides: str, **options) -> subprocess.CompletedProcess:
+    """A tool in a process of its own, as a user starts it."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, train(tiny_run(tiny, folder, "logger=csv", *DRAWN))
+
+
+def test_leaves_every_file(finished):
+    folder, metrics = finished
+    names = {
+        "config.yaml",
+        "model.ckpt",
+        "metrics.json",
+        "scores.csv",
+        "manifest.csv",
+        "curves.png",
+        "curves.json",
+        "record.json",
+        "images",
+        "logs",
+    }
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "fit_seconds", "test_seconds"} <= metrics.keys()
+    assert metrics["defects"].keys() >= {"square"}
+    assert len(list((folder / "images").glob("*.png"))) == 4
+    record = json.loads((folder / "record.json").read_text())
+    assert record["status"] == "finished"
+    assert record["counts"] == {"calibrate/good": 6, "test/good": 6, "test/square": 6, "train/good": 18}
+    assert all(record[key] for key in ("method", "seconds", "environment", "manifest_digest", "weights_digest", "peak_memory_mb"))
+    assert OmegaConf.load(folder / "config.yaml").data.root  # resolved: no interpolation is left
+    assert "${" not in (folder / "config.yaml").read_text()
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:5] == ["path", "label", "score", "threshold", "decision"]
+    assert len(rows) == 12
+    assert all((float(r["score"]) > float(r["threshold"])) == bool(int(r["decision"])) for r in rows)
+
+
+def test_checkpoint_needs_no_unpickling(finished):
+    checkpoint = torch.load(finished[0] / "model.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["n_features"] == 100
+
+
+def test_testing_again_gives_identical_numbers(finished, tmp_path):
+    folder, metrics = finished
+    again = retest(composed(f"run='{folder}'", f"output='{tmp_path / 'again'}'", "device=cpu", config="test"))
+    assert without_times(again) == without_times(metrics)
+    assert (tmp_path / "again" / "scores.csv").read_text() == (folder / "scores.csv").read_text()
+    with pytest.raises(InputError, match="is the run itself"):
+        retest(composed(f"run='{folder}'", f"output='{folder}'", config="test"))
+
+
+def test_predicts_in_the_images_own_pixels(finished, tiny, tmp_path):
+    folder = finished[0]
+    source = tmp_path / "in put" / "ä"
+    source.mkdir(parents=True)
+    large = Image.open(tiny / "square" / "000.png").resize((200, 90))
+    large.save(source / "große.png")
+    large.save(source / "große.jpg")
+    large.convert("RGB").save(source.parent / "other.bmp")
+    cfg = composed(f"run='{folder}'", f"input='{source.parent}'", f"output='{tmp_path / 'out'}'", "device=cpu", config="predict")
+    assert len(predict(cfg).rows) == 3
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("[!.]*.*"))
+    kinds = ("map", "mask", "overlay")
+    expected = [f"{n}_{k}.png" for n in ("other", "ä/große_jpg", "ä/große_png") for k in kinds]
+    assert written == sorted([*expected, "monitor.json", "scores.csv"])
+    for kind, dtype in (("map", np.uint16), ("mask", np.uint8), ("overlay", np.uint8)):
+        array = np.asarray(Image.open(tmp_path / "out" / f"other_{kind}.png"))
+        assert array.shape[:2] == (90, 200)
+        assert array.dtype == dtype
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    values = np.asarray(Image.open(tmp_path / "out" / "other_map.png")) / 65535
+    low, high = (float(rows["other.bmp"][name]) for name in ("map_min", "map_max"))
+    assert low < high
+    assert values.min() == 0
+    assert values.max() == 1
+
+
+def test_too_few_calibration_images_are_said(finished, tiny, tmp_path, caplog):
+    train(tiny_run(tiny, tmp_path / "run"))
+    assert "cannot be promised" in caplog.text  # 6 images, alpha 0.05
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["calibration"]["alpha"] == pytest.approx(1 / 7)
+
+
+def test_paper_protocol_trains_on_all_and_decides_nothing(tiny, tmp_path):
+    train(tiny_run(tiny, tmp_path / "run", "protocol=paper"))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["counts"]["train/good"] == 24
+    assert record["calibration"]["value"] is None
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        assert {row["decision"] for row in csv.DictReader(file)} == {""}
+
+
+def test_an_epoch_of_so_many_images(tiny, tmp_path):
+    more = ["model=lake", "model.latent=4", "model.components=4", "trainer.max_epochs=2", "batch_size=8", "store=off"]
+    runs = {size: tmp_path / str(size) for size in (None, 5, 18, 40)}
+    for size, run in runs.items():
+        train(tiny_run(tiny, run, *more, f"epoch_size={'null' if size is None else size}"))
+    records = [json.loads((run / "record.json").read_text()) for run in runs.values()]
+    assert [(record["epochs"], record["epoch_size"]) for record in records] == [(2, size) for size in runs]
+    models = {size: load(run, "cpu")[1] for size, run in runs.items()}
+    assert [len(model.points) for model in models.values()] == [18] * 4  # its density knows every image once, whatever an epoch is
+    parameters = {size: torch.cat([value.flatten() for value in model.encoder.parameters()]) for size, model in models.items()}
+    assert torch.equal(parameters[None], parameters[18])
+    assert not torch.equal(parameters[5], parameters[40])
+    with pytest.raises(InputError, match="epoch_size=5: .*null"):
+        train(tiny_run(tiny, tmp_path / "padim", "epoch_size=5"))
+
+
+def test_everything_can_be_switched_off(tiny, tmp_path):
+    train(tiny_run(tiny, tmp_path / "run", "save.checkpoint=false", "save.scores=false"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.json", "manifest.csv", "record.json"}
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers(logger, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    extra = ["logger.offline=true", "sweep.name=cells-of-one-sweep"] if logger == "wandb" else []
+    train(tiny_run(tiny, tmp_path / "run", f"logger={logger}", *DRAWN, *extra))
+    written = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert any(name.startswith("events.out") if logger == "tensorboard" else name.endswith(".wandb") for name in written)
+    if logger == "wandb":
+        (log,) = (tmp_path / "run").rglob("*.wandb")
+        assert b"cells-of-one-sweep" in log.read_bytes()
+        assert b"image_auroc" in log.read_bytes()
+        kinds = [path.name.partition("_")[0] for path in (tmp_path / "run").rglob("media/images/*.png")]
+        assert kinds.count("curves") == 1
+        assert kinds.count("images") == 4
+
+
+def test_a_finished_run_is_not_overwritten(finished, tiny):
+    before = (finished[0] / "scores.csv").read_text()
+    with pytest.raises(InputError, match="overwrite=true"):
+        train(tiny_run(tiny, finished[0]))
+    assert (finished[0] / "scores.csv").read_text() == before
+
+
+def test_an_unusable_results_folder_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run.*run_dir="):
+        train(tiny_run(tiny, tmp_path / "file" / "run"))
+
+
+def test_a_failed_run_says_so_in_its_folder(tiny, tmp_path):
+    data = tmp_path / "data"
+    for part in ("normal", "normal_test", "square", "masks"):
+        (data / part).mkdir(parents=True)
+        for path in (tiny / part).iterdir():
+            os.link(path, data / part / path.name)
+    broken = data / "square" / "003.png"
+    whole = broken.read_bytes()
+    broken.unlink()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"square/003\.png"):
+        train(tiny_run(data, tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "failed"
+    assert "003.png" in record["error"]["message"]
+    train(tiny_run(data, tmp_path / "skipping", "data.on_error=skip"))
+    counts = json.loads((tmp_path / "skipping" / "record.json").read_text())["counts"]
+    assert counts["skipped/square"] == 1
+
+
+def test_wrong_runs_are_refused(finished, tmp_path):
+    with pytest.raises(InputError, match=r"no config\.yaml"):
+        load(tmp_path)
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes()[:5000])
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="not a whole checkpoint"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["model", "data", "trainer", "logger", "model.backbone", "data.root", "save"])
+def test_a_strangers_config_calls_nothing_else(place, finished, tmp_path):
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    OmegaConf.update(config, place, {"_target_": "os.system", "command": "touch /tmp/owned"}, force_add=True)
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes())
+    with pytest.raises(InputError, match=r"os\.system"):
+        load(tmp_path)
+
+
+def test_a_path_below_our_modules_may_lead_out_of_them_again(finished, tmp_path):
+    config = OmegaConf.load(finished[0] / "config.yaml")
+    for target in (
+        "blemish.methods.noise_residual.torch.load",
+        "blemish.data.module.os.system",
+        "lightning.pytorch.loggers.csv_logs.os.system",
+    ):
+        place = "model" if "methods" in target else "data" if "data" in target else "logger"
+        OmegaConf.update(config, place, {"_target_": target}, force_add=True)
+        OmegaConf.save(config, tmp_path / "config.yaml")
+        (tmp_path / "model.ckpt").write_bytes((finished[0] / "model.ckpt").read_bytes())
+        with pytest.raises(InputError, match=target):
+            load(tmp_path)
+        config = OmegaConf.load(finished[0] / "config.yaml")
+
+
+@pytest.mark.slow
+def test_multirun_makes_a_run_per_seed(tiny, tmp_path):
+    done = tool("train", "-m", "model=padim", "seed=0,1", f"run_dir={tmp_path}/${{seed}}", *tiny_overrides(tiny))
+    assert done.returncode == 0, done.stderr
+    for seed in ("0", "1"):
+        assert json.loads((tmp_path / seed / "record.json").read_text())["seed"] == int(seed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_fit_leaves_a_record_and_no_checkpoint(tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "model=padim", *tiny_overrides(tiny), f"run_dir={tmp_path / 'run'}"]
+    # one image a batch, so that the fit lasts long enough to be interrupted
+    process = subprocess.Popen([*command, "batch_size=1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path / "run" / "manifest.csv").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(300) != 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "interrupted"
+    assert not list((tmp_path / "run").glob("model.ckpt*"))
