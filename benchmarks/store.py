@@ -16,7 +16,7 @@ from blemish.run.record import read_record
 from blemish.run.train import expected_warnings, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
 RATIOS = [
     ("store, empty", "without a store"),
     ("store, filled", "without a store"),
@@ -57,7 +57,7 @@ def main() -> None:
             path.read_bytes()  # all cases then find the files in memory
         print(
             f"{'':26}{'CPU s':>8}{'fit s':>8}{'test s':>8}{'decode':>8}{'network':>8}{'computed':>10}"
-            + "".join(f"{n:>13}" for n in FIGURES)
+            + "".join(f"{n:>13}" for n in METRICS)
         )
         cpu, seconds = {}, {}
         for number, (name, overrides) in enumerate(cases.items()):
@@ -66,7 +66,7 @@ def main() -> None:
             cpu[name], seconds[name] = time.process_time() - begun, metrics["fit_seconds"]
             computed = record["store"]["computed"] if record["store"] else sum(record["counts"].values())
             times = "".join(f"{s:8.2f}" for s in (cpu[name], seconds[name], metrics["test_seconds"], *list(record["seconds"].values())[:2]))
-            print(f"{name:26}{times}{computed:>10}" + "".join(f"{metrics[n]:13.5f}" for n in FIGURES), flush=True)
+            print(f"{name:26}{times}{computed:>10}" + "".join(f"{metrics[n]:13.5f}" for n in METRICS), flush=True)
             if record["store"]:
                 size = record["store"]["bytes"] / 1e6
         print(f"store {size:.0f} MB in use by the last run")

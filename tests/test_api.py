@@ -127,8 +127,8 @@ def test_maps_and_boxes_are_in_the_pixels_of_the_input(padim, tiny):
     level = padim.map_threshold
     assert result.boxes == boxes_of(result.map, level)
     regions = regionprops(label(result.map > level, connectivity=2), result.map)
-    expected = sorted(regions, key=lambda region: -region.intensity_max)
-    found = [(region.bbox[1], region.bbox[0], region.bbox[3] - region.bbox[1], region.bbox[2] - region.bbox[0]) for region in expected]
+    expected = sorted(regions, key=lambda roi: -roi.intensity_max)
+    found = [(roi.bbox[1], roi.bbox[0], roi.bbox[3] - roi.bbox[1], roi.bbox[2] - roi.bbox[0]) for roi in expected]
     assert result.boxes == found
     mask = np.asarray(Image.open(tiny / "masks" / "000.png").resize((200, 90))) > 0
     inside = np.zeros_like(mask)
@@ -387,7 +387,7 @@ def test_a_run_folder_is_a_detector_too(tiny, tmp_path):
 def test_a_saved_detector_is_a_run_for_the_tools(tiny, tmp_path):
     mask = np.zeros((64, 64), np.uint8)
     mask[8:, 8:] = 255
-    detector = tiny_detector("padim", region=mask).train(tiny / "normal")
+    detector = tiny_detector("padim", roi=mask).train(tiny / "normal")
     detector.threshold, detector.map_threshold = 3.5, 2.5
     detector.save(tmp_path / "x.ckpt")
     options = [f"run='{tmp_path / 'x.ckpt'}'", f"input='{tiny / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]

@@ -127,8 +127,8 @@ def test_no_tool_replaces_a_file_of_the_users(blemish, name, arguments, tiny, tm
     data = tiny_overrides(tiny)[:5] if arguments[0] == "data" else []
     run = tmp_path / "run"
     run.mkdir()
-    facts = {"status": "finished", "method": "padim", "dataset": "folder", "counts": {}, "environment": {}}
-    (run / "record.json").write_text(json.dumps(facts))
+    metadata = {"status": "finished", "method": "padim", "dataset": "folder", "counts": {}, "environment": {}}
+    (run / "record.json").write_text(json.dumps(metadata))
     (run / "metrics.json").write_text("{}")
     path = tmp_path / name
     path.write_text("mine")

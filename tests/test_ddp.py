@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import CONFIGS, DRAWN, composed, quick, tiny_overrides, tiny_run
 
-from blemish.data.samplers import Dealt, Shuffled
+from blemish.data.samplers import ShardedBatchSampler, Shuffled
 from blemish.edge.errors import InputError
 from blemish.run.test import test as retest
 from blemish.run.train import train
@@ -76,7 +76,7 @@ def test_the_processes_have_one_model(name, tiny, tmp_path):
 @pytest.mark.parametrize(("count", "size", "processes"), [(10, 4, 2), (9, 4, 2), (9, 4, 3), (4, 4, 4), (101, 8, 3)])
 def test_every_image_goes_to_one_process(count, size, processes):
     samplers = [Shuffled(count, 5) for _ in range(processes)]
-    shares = [list(Dealt(sampler, size, i, processes)) for i, sampler in enumerate(samplers)]
+    shares = [list(ShardedBatchSampler(sampler, size, i, processes)) for i, sampler in enumerate(samplers)]
     assert len({len(share) for share in shares}) == 1, "processes wait for each other at every batch"
     together = [sorted(index for share in shares for index in share[b]) for b in range(len(shares[0]))]
     assert sorted(index for batch in together for index in batch) == list(range(count))
@@ -84,11 +84,11 @@ def test_every_image_goes_to_one_process(count, size, processes):
     whole = [sorted(alone[i : i + size]) for i in range(0, count, size)]
     rest = count % size or size
     assert together == (whole if rest >= processes else [*whole[:-2], sorted(whole[-2] + whole[-1])])
-    assert [list(share) for share in shares] != [list(Dealt(sampler, size, i, processes)) for i, sampler in enumerate(samplers)], (
-        "epochs differ"
-    )
+    assert [list(share) for share in shares] != [
+        list(ShardedBatchSampler(sampler, size, i, processes)) for i, sampler in enumerate(samplers)
+    ], "epochs differ"
 
 
 def test_too_many_processes():
     with pytest.raises(InputError, match=r"trainer\.devices: 3 images in batches of 8 for 4 processes"):
-        Dealt(Shuffled(3, 0), 8, 0, 4)
+        ShardedBatchSampler(Shuffled(3, 0), 8, 0, 4)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blemish.detector import within
+from blemish.detector import apply_ignore_mask
 from blemish.types import Prediction
 
 
@@ -13,23 +13,25 @@ def test_a_largest_value_is_that_of_what_is_seen(seed, share, ties):
     generator = torch.Generator().manual_seed(seed)
     map = torch.rand(4, 9, 7, generator=generator)
     map = (3 * map).round() if ties else map
-    hidden = torch.rand(4, 9, 7, generator=generator) < share
-    score, found = within(Prediction(map.amax((1, 2)), map), hidden)
-    mean, _ = within(Prediction(map.mean((1, 2)), map), hidden)
+    ignore_mask = torch.rand(4, 9, 7, generator=generator) < share
+    score, found = apply_ignore_mask(Prediction(map.amax((1, 2)), map), ignore_mask)
+    mean, _ = apply_ignore_mask(Prediction(map.mean((1, 2)), map), ignore_mask)
     for i in range(4):
-        shown = map[i][~hidden[i]]
+        shown = map[i][~ignore_mask[i]]
         if len(shown) == 0:  # a tile that has no part in its image's score
             assert score[i] == mean[i] == -torch.inf and found[i].isfinite().all()
             continue
         assert score[i] == shown.max() == found[i].max() and mean[i] == map[i].mean()
-        assert torch.equal(found[i][~hidden[i]], shown) and (found[i][hidden[i]] == shown.min()).all()
+        assert torch.equal(found[i][~ignore_mask[i]], shown) and (found[i][ignore_mask[i]] == shown.min()).all()
 
 
 def test_without_anything_hidden_it_is_the_prediction_itself():
     prediction = Prediction(torch.rand(2), torch.rand(2, 5, 5))
-    assert within(prediction, None) is prediction
-    assert all(torch.equal(a, b) for a, b in zip(within(prediction, torch.zeros(2, 5, 5, dtype=torch.bool)), prediction, strict=True))
+    assert apply_ignore_mask(prediction, None) is prediction
+    assert all(
+        torch.equal(a, b) for a, b in zip(apply_ignore_mask(prediction, torch.zeros(2, 5, 5, dtype=torch.bool)), prediction, strict=True)
+    )
     alone = Prediction(torch.rand(2))
     assert torch.equal(
-        within(alone, torch.ones(2, 5, 5, dtype=torch.bool)[:, :, :3] & torch.tensor([True, False, True])).score, alone.score
+        apply_ignore_mask(alone, torch.ones(2, 5, 5, dtype=torch.bool)[:, :, :3] & torch.tensor([True, False, True])).score, alone.score
     )

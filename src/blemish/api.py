@@ -14,8 +14,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from scipy import ndimage
 
-from blemish.data.arrays import ASSUMED, Given, Image, array_of, check_of, images_of, window_of
-from blemish.data.roi import Region
+from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
+from blemish.data.roi import Roi
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.edge.calibration import Threshold, finite, p_values, rate
 from blemish.edge.checks import check_switch, check_whole, nearest
@@ -26,8 +26,8 @@ from blemish.run.checkpoint import Streamed, device_of, load, portable_config
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names, plain
 from blemish.run.evaluate import Calibrate
 from blemish.run.monitor import unusual
-from blemish.run.results import Failure, Found, View, anomalous, images_at, output_names, predict, thresholds, write
-from blemish.run.tiling import whole
+from blemish.run.results import Failure, ImageResult, Preprocessing, anomalous, images_at, output_names, predict, thresholds, write
+from blemish.run.tiling import stitch_callbacks
 from blemish.run.train import calibrated, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
@@ -55,19 +55,19 @@ class AnomalyDetector:
     Options are backbone, weights, image_size, crop, resize, tiling, overlap, batch_size, workers, seed, alpha (bound on false alarms),
     recipe (False: the paper's settings), epochs (of a method that trains), epoch_size (images that one draws; None: each once),
     calibration (share held out), value_range ((lo, hi) of deep images), device, progress, and every constructor argument of the method.
-    Without `backbone` and `weights` the bundled ones are taken, which need no network. `region` is a mask, a file or an array (H, W) or
+    Without `backbone` and `weights` the bundled ones are taken, which need no network. `roi` is a mask, a file or an array (H, W) or
     (H, W, C), white where images are looked at, see `data.masks.interpret`.
     Images are files, folders, arrays, or lists of these: uint8 counts to 255, uint16 to 65535 and floats to 1, whatever values occur.
     InputError for an option, a value or an image that cannot be used.
     """
 
-    def __init__(self, method: str = "self_similarity", *, region: str | Path | np.ndarray | None = None, **options: Any):
-        self._begin(configured(method, options), options.get("device", "auto"), one_mask(region))
+    def __init__(self, method: str = "self_similarity", *, roi: str | Path | np.ndarray | None = None, **options: Any):
+        self._begin(configured(method, options), options.get("device", "auto"), one_mask(roi))
         if "epochs" in options and not isinstance(self.model, TrainedDetector):
             raise InputError(f"epochs={options['epochs']}: {method} looks at every image once, or not at all; leave epochs out")
 
-    def _begin(self, cfg: DictConfig, device: str, region: Region | None, model: Detector | None = None) -> None:
-        self.cfg, self.device, self.region, self.low = cfg, device_of(device), region, None
+    def _begin(self, cfg: DictConfig, device: str, roi: Roi | None, model: Detector | None = None) -> None:
+        self.cfg, self.device, self.roi, self.low = cfg, device_of(device), roi, None
         self._by_hand: dict[str, float | None] = {}
         self.model = (model or self._built()).eval().to(self.device)
         self.ready = model is not None or not isinstance(self.model, OnePassDetector | TrainedDetector)
@@ -125,7 +125,7 @@ class AnomalyDetector:
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         model = self._built()
         fits = isinstance(model, OnePassDetector | TrainedDetector)
-        data = given(self.cfg, normal if fits else [], held_out if fits else normal + held_out, self.region)
+        data = given(self.cfg, normal if fits else [], held_out if fits else normal + held_out, self.roi)
         if fits and data.count("train") < model.min_images:
             raise InputError(
                 f"train: {self.method} compares whole images and takes {model.min_images} at least; found {len(normal)}, of which "
@@ -136,7 +136,7 @@ class AnomalyDetector:
         model.ranges = data.ranges
         calibrate, lowest = Calibrate(), Lowest()
         with expected_warnings(), quiet(), isolate_rng():
-            trainer = trainer_of(self.cfg, [*whole(data, calibrate, lowest)])
+            trainer = trainer_of(self.cfg, [*stitch_callbacks(data, calibrate, lowest)])
             model.expects_calibration = data.count("calibrate") > 0
             if fits:
                 trainer.fit(model, datamodule=data)
@@ -162,7 +162,7 @@ class AnomalyDetector:
         folder, output = Path(folder).expanduser(), Path(output).expanduser()
         paths, results, failed = images_at(folder), [], []
 
-        def noted() -> Iterator[Found]:
+        def noted() -> Iterator[ImageResult]:
             for found in self._found(paths, failed):
                 results.append(self._result(found)._replace(map=None))
                 yield found
@@ -184,7 +184,7 @@ class AnomalyDetector:
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: is there already and no file of AnomalyDetector.save; move it away, or choose another place")
         state = {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
-        more = portable_config(self.cfg, self.region, low=self.low, by_hand=self._by_hand)
+        more = portable_config(self.cfg, self.roi, low=self.low, by_hand=self._by_hand)
         Streamed().save_checkpoint({"state_dict": state, "hyper_parameters": dict(self.model.hparams), **more}, path)
 
     @classmethod
@@ -195,7 +195,7 @@ class AnomalyDetector:
         try:
             detector = cls.__new__(cls)
             own = configured(module_of(cfg.model), {**options_of(cfg), "recipe": False})
-            detector._begin(own, device, one_mask(cfg.data.region), model)
+            detector._begin(own, device, one_mask(cfg.data.roi), model)
             detector.low = None if cfg.get("low") is None else float(cfg.low)
             for name, value in (cfg.get("by_hand") or {}).items():
                 if name not in ("threshold", "map_threshold"):
@@ -207,29 +207,31 @@ class AnomalyDetector:
 
     def _check_ready(self, what: str) -> None:
         if not self.ready:
-            raise InputError(f"{what}: {self.method} has not seen normal images yet; call train(...) first, or AnomalyDetector.load(path)")
+            raise InputError(
+                f"{what}: {self.method} has not been fitted to normal images yet; call train(...) first, or AnomalyDetector.load(path)"
+            )
 
     def _scale(self) -> tuple[float, float] | None:
         """Map values at the ends of the overlays' colours, with the threshold in their middle; None leaves it to each image."""
         low = self.low if self.model.map_floor is None else self.model.map_floor
         return None if low is None or self.map_threshold is None else (low, 2 * self.map_threshold - low)
 
-    def _found(self, images: Sequence[Image], failed: list[Failure] | None = None) -> Iterator[Found]:
+    def _found(self, images: Sequence[Image], failed: list[Failure] | None = None) -> Iterator[ImageResult]:
         """What the method says of images, read a batch at a time; those that cannot be used are added to `failed`, None to raise."""
         self._check_ready("predict")
         window = window_in(self.cfg)
         geometry = Geometry(self.cfg.image_size, self.cfg.crop, self.cfg.resize)
-        view = View(geometry, window, self.cfg.tiling, self.cfg.overlap, self.region)
+        preprocessing = Preprocessing(geometry, window, self.cfg.tiling, self.cfg.overlap, self.roi)
         values = check_of(self.model.ranges, window)
-        load = values.loading(partial(array_of, window=window), view.seen)
+        load = values.loading(partial(array_of, window=window), preprocessing.inside)
 
-        def found() -> Iterator[Found]:
-            yield from predict(self.model, images, view, self.cfg.batch_size, load=load, failed=failed)
+        def found() -> Iterator[ImageResult]:
+            yield from predict(self.model, images, preprocessing, self.cfg.batch_size, load=load, failed=failed)
             values.report()
 
         return found()
 
-    def _result(self, found: Found) -> Result:
+    def _result(self, found: ImageResult) -> Result:
         threshold, level = self._thresholds()
         p = decision = None
         if threshold.n:
@@ -239,7 +241,7 @@ class AnomalyDetector:
         elif self.model.decides_by_map:
             decision = found.score > level
         map = None if found.map is None else np.asarray(found.map[:])
-        shown = map if map is None or found.seen is None else np.where(found.seen, map, -np.inf)
+        shown = map if map is None or found.inside is None else np.where(found.inside, map, -np.inf)
         return Result(found.score, p, decision, map, [] if map is None or level is None else boxes_of(shown, level), found.path)
 
 
@@ -316,20 +318,20 @@ def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
     return {dtype: ASSUMED[dtype] for dtype in ("uint16", "float32")} | {dtype: tuple(ends) for dtype, ends in window.items()}
 
 
-def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], region: Region | None = None) -> Given:
+def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], roi: Roi | None = None) -> ArrayData:
     """The data module of a detector's config; InputError for a setting that no data can be read by."""
     settings = (cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg), cfg.resize)
-    data = Given(train, val, *settings, region and region.mask)
+    data = ArrayData(train, val, *settings, roi and roi.mask)
     data.tiled(cfg.tiling, cfg.overlap)
     data.paced(cfg.get("epoch_size"))
     return data
 
 
-def one_mask(region: str | Path | np.ndarray | None) -> Region | None:
-    """A region of one mask for all images; InputError for a folder of them."""
-    found = None if region is None else Region(region)
+def one_mask(roi: str | Path | np.ndarray | None) -> Roi | None:
+    """A roi of one mask for all images; InputError for a folder of them."""
+    found = None if roi is None else Roi(roi)
     if found and found.folder:
-        raise InputError(f"region={region}: a folder; expected one mask for all images, a file or an array")
+        raise InputError(f"roi={roi}: a folder; expected one mask for all images, a file or an array")
     return found
 
 

@@ -152,7 +152,7 @@ COMMANDS = {
 
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("change.data.root", "data.region", "change.data.region", "region", "monitor_file", "readme", "docs", "markdown", "latex")
+PATHS += ("change.data.root", "data.roi", "change.data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex")
 
 
 def path_as_typed(override: str, several: bool) -> str:

@@ -86,7 +86,7 @@ class Detector(pl.LightningModule):
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
         found = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
-        return within(found, batch.hidden)
+        return apply_ignore_mask(found, batch.ignore_mask)
 
     predict_step = test_step
 
@@ -99,19 +99,21 @@ class Detector(pl.LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def within(prediction: Prediction, hidden: Tensor | None) -> Prediction:
-    """The prediction without what is hidden (B, H, W): there a map has the least value of the rest, and a score that is the map's largest
-    value is the rest's. Where all is hidden, which a tile may be, the score is −∞. With None nothing is hidden.
+def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None) -> Prediction:
+    """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
+
+    Ignored pixels of a map take the least value of the others. A score that equals the largest value of its map becomes the largest of the
+    others; the score of an image, or a tile, that is ignored altogether is −∞.
     """
     score, map = prediction
-    if hidden is None:
+    if ignore_mask is None:
         return prediction
-    score = score.masked_fill(hidden.all(2).all(1), -torch.inf)
+    score = score.masked_fill(ignore_mask.all(2).all(1), -torch.inf)
     if map is None:
         return Prediction(score)
-    most, least = (map.masked_fill(hidden, end) for end in (-torch.inf, torch.inf))
+    most, least = (map.masked_fill(ignore_mask, end) for end in (-torch.inf, torch.inf))
     most, least = most.amax((1, 2)), least.amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
-    return Prediction(torch.where(score == map.amax((1, 2)), most, score), torch.where(hidden, least[:, None, None], map))
+    return Prediction(torch.where(score == map.amax((1, 2)), most, score), torch.where(ignore_mask, least[:, None, None], map))
 
 
 class OnePassDetector(Detector):
@@ -160,7 +162,7 @@ class OnePassDetector(Detector):
         if self.trainer.max_epochs != 1:
             raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} fits in a single pass; use 1")
         loader = self.trainer.train_dataloader
-        if hasattr(order := order_of(loader), "whole"):
+        if hasattr(order := order_of(loader), "full_pass"):
             raise InputError(f"epoch_size={len(order)}: {type(self).__name__} fits in a single pass over all images; use null")
         self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
         self.state = self.new_state(self.total).to(self.device)
@@ -230,7 +232,7 @@ class TrainedDetector(Detector):
         # every process iterates over all images, so that all get the same result
         shared = self.trainer.world_size > 1
         loader = self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader
-        with getattr(order_of(loader), "whole", nullcontext)():  # every image once, whatever an epoch is
+        with getattr(order_of(loader), "full_pass", nullcontext)():  # every image once, whatever an epoch is
             for batch in loader:
                 yield self.trainer.strategy.batch_to_device(batch)
 
@@ -281,7 +283,7 @@ class TrainedDetector(Detector):
 
 
 def order_of(loader: DataLoader) -> Sampler | None:
-    """What draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `whole`: `data.module.Paced`."""
+    """What draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `full_pass`."""
     return getattr(loader.batch_sampler, "sampler", None)
 
 

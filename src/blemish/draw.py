@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blemish.metrics.metrics import GOOD
 from blemish.metrics.ranking import FPR_LIMIT
-from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN
+from blemish.types import ANOMALOUS, IGNORED, NO_TRUTH, NORMAL, UNKNOWN
 
-PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are enlarged by a whole number to reach the first, large ones reduced to the second
+PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are to_image by a whole number to reach the first, large ones reduced to the second
 MARGIN, GAP, BAR = 14, 12, 10  # px around the strip, between panels, width of the colour bar
 PAPER, INK, QUIET, FAINT = (255, 255, 255), (26, 26, 26), (95, 95, 95), (236, 236, 236)
 ALARM, TRUTH, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)  # lines around alarms and truth, and what sets them off
@@ -153,7 +153,7 @@ def strip(
         face, ink = (font(text + 1, bold=True), INK) if line == 0 else (font(text + 1), QUIET)
         pen.text((MARGIN, MARGIN + line * round(1.6 * text)), elided(words, face, sheet.width - 2 * MARGIN), ink, face)
 
-    truth = None if mask is None or np.isin(mask, (NO_TRUTH, OUTSIDE)).all() else _sized(GROUND[mask], size)
+    truth = None if mask is None or np.isin(mask, (NO_TRUTH, IGNORED)).all() else _sized(GROUND[mask], size)
     painted = None if values is None else _sized(colour(values, scale), size)
     both = None if values is None else overlay(image, values, scale, threshold, mask, size)
     panels = [

@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # tools that only read results do not wait for torch
 
 NORMAL, ANOMALOUS, UNKNOWN = 0, 1, -1  # image labels
 NO_TRUTH = 255  # mask value of a pixel whose truth is not known; pixel metrics leave it out
-OUTSIDE = 254  # mask value of a pixel that is not looked at: beside an image in a letterbox, or outside the region of interest
+IGNORED = 254  # mask value of a pixel that is not looked at: beside an image in a letterbox, or outside the roi of interest
 
 
 class Batch(NamedTuple):
@@ -17,10 +17,10 @@ class Batch(NamedTuple):
 
     image: Tensor  # (B, 3, H, W) float32 in [0, 1]
     label: Tensor  # (B,) int64: NORMAL, ANOMALOUS or UNKNOWN
-    mask: Tensor  # (B, H, W) uint8: 0 normal, 1 anomalous, NO_TRUTH where unknown, OUTSIDE where nothing is looked at
+    mask: Tensor  # (B, H, W) uint8: 0 normal, 1 anomalous, NO_TRUTH where unknown, IGNORED where nothing is looked at
     path: list[str]  # B keys of the manifest: the relative path, with "#x,y,w,h" behind it for a tile
     maps: list[Tensor] | None = None  # stored maps (B, C, h, w), one per stage; image is then (B, 0, H, W) unless the method wants both
-    hidden: Tensor | None = None  # (B, H, W) bool, where the mask is OUTSIDE; None where it is nowhere
+    ignore_mask: Tensor | None = None  # (B, H, W) bool, where the mask is IGNORED; None where it is nowhere
 
 
 class Prediction(NamedTuple):

@@ -7,7 +7,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from PIL import Image
 
-from blemish.data.arrays import Given, array_of, images_of, window_of
+from blemish.data.arrays import ArrayData, array_of, images_of, window_of
 from blemish.data.images import prepare
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
@@ -17,9 +17,9 @@ from blemish.types import NORMAL
 WINDOW = window_of(None)
 
 
-def module(train, val=(), **changes) -> Given:
+def module(train, val=(), **changes) -> ArrayData:
     settings = {"image_size": 16, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "calibration": 0.25, "window": WINDOW}
-    return Given(train, list(val), **{**settings, **changes})
+    return ArrayData(train, list(val), **{**settings, **changes})
 
 
 def noise(count: int, shape=(20, 24)) -> list[np.ndarray]:
@@ -43,15 +43,15 @@ def test_rows_are_those_of_files(tmp_path):
     for array, file in zip(arrays, files, strict=True):
         Image.fromarray(array).save(file)
     for data in (module(arrays), module(files)):
-        keys, seen = [], {}
+        keys, inside = [], {}
         for batch in data.train_dataloader():
             keys += batch.path
             assert (batch.label == NORMAL).all()
             assert not batch.mask.any()
             assert batch.mask.shape[1:] == batch.image.shape[2:]
-            seen |= dict(zip(batch.path, batch.image, strict=True))
+            inside |= dict(zip(batch.path, batch.image, strict=True))
         assert len(keys) == len(set(keys)) == 5
-        for key, image in seen.items():
+        for key, image in inside.items():
             assert torch.equal(image, prepare(arrays[int(key)], {}, Geometry(16)))
 
 

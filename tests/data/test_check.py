@@ -111,7 +111,7 @@ def test_what_masks_mark_is_told(root, run):
     assert crack.marked == "10 % (10–90)" and crack.levels == "0 50 100 classes ×1, 0 255 ×1, alpha 0 255 ×2"
     assert len(crack.odd) == 1 and "truth/d.png" in crack.odd[0] and not crack.faulty and not crack.empty
     arguments = ["check", "data=folder", f"data.root={root}", "data.abnormal=[crack]", "data.masks=truth"]
-    code, out, _ = run(*arguments, f"data.region={root}/truth/a.png")
-    assert code == 0 and "truth/d.png" in out and f"data.region={root}/truth/a.png: 10 %" in out
-    code, out, _ = run(*arguments, f"data.region={root}/truth")
+    code, out, _ = run(*arguments, f"data.roi={root}/truth/a.png")
+    assert code == 0 and "truth/d.png" in out and f"data.roi={root}/truth/a.png: 10 %" in out
+    code, out, _ = run(*arguments, f"data.roi={root}/truth")
     assert code == 1 and f"{root}/normal/1.png: no mask" in out

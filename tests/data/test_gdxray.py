@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blemish.data.gdxray import Defect, GDXray, Row, Rules, corners, frame_range, frames, held_share, read_boxes, samples
-from blemish.data.manifest import parse_boxes, parse_region
+from blemish.data.manifest import parse_boxes, parse_tile
 from blemish.edge.errors import InputError
 
 PLAIN = {"image_size": None, "crop": None, "batch_size": 1, "workers": 0, "seed": 0, "protocol": "paper", "calibration": 0.1}
@@ -201,11 +201,11 @@ def test_a_row_that_cannot_be_used_is_named_with_its_line(root, text, message):
 
 
 def test_choices_and_options(root):
-    with pytest.raises(InputError, match=r"no series 'C001'; did you mean 'C0001'\? Found: C0001, C0003, W0001"):
+    with pytest.raises(InputError, match=r"no series 'C001'; did you mean 'C0001'\? ImageResult: C0001, C0003, W0001"):
         data_of(root, "C001").setup()
     with pytest.raises(InputError, match=r"nowhere: no such folder\ngdxray expects"):
         data_of(root / "nowhere").setup()
-    with pytest.raises(InputError, match=r"none given. Found in .*: C0001, C0003, W0001"):
+    with pytest.raises(InputError, match=r"none given. ImageResult in .*: C0001, C0003, W0001"):
         data_of(root, None).setup()
     for changes, message in (
         ({"unit": "tiles"}, "data.unit=tiles: expected image or tile"),
@@ -274,7 +274,7 @@ def test_real_tiles(real_data):
     assert len({s.path for s in found if s.split == "test"}) == 24
     by_frame = {s.path: parse_boxes(s.boxes) for s in samples(real_data / "gdxray", "C0001", rules(unit="image"))}
     for s in found:
-        x, y, w, h = parse_region(s.region)
+        x, y, w, h = parse_tile(s.tile)
         touched = any(x1 < x + w and x < x2 and y1 < y + h and y < y2 for x1, y1, x2, y2 in by_frame[s.path])
         assert touched == (s.label == 1)
 

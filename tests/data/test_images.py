@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blemish.data.images import compact, place, place_mask, prepare, restored, to_unit, unplace
+from blemish.data.images import compact, mask_to_network, prepare, restored, to_image, to_network, to_unit
 from blemish.data.ranges import fit_window
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
@@ -59,7 +59,7 @@ def test_lossless_eight_bits(tmp_path, kind, array):
 
 
 def test_jpeg_grey_colour_and_cmyk(tmp_path):
-    smooth = np.add.outer(np.arange(H), np.arange(W)).astype(np.uint8) * 3
+    smooth = np.add.padded(np.arange(H), np.arange(W)).astype(np.uint8) * 3
     colour = np.dstack([smooth, smooth[::-1], 255 - smooth])
     assert np.abs(read(saved(tmp_path / "g.jpg", smooth, quality=95)).astype(int) - smooth).max() < 12
     rgb = read(saved(tmp_path / "c.jpg", colour, quality=95, subsampling=0))
@@ -347,9 +347,9 @@ def box_weights(size, out):
 def test_place_is_antialiased_bilinear(size):
     image = to_unit(RGB, {})
     expected = np.einsum("yh,chw,xw->cyx", box_weights(H, size), image.numpy(), box_weights(W, size))
-    np.testing.assert_allclose(place(image, Geometry(size)).numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(to_network(image, Geometry(size)).numpy(), expected, atol=2e-6)
     for array in (GREY, RGB, RAMP):
-        quick, slow = prepare(array, {}, Geometry(size)), place(to_unit(array, {}), Geometry(size))
+        quick, slow = prepare(array, {}, Geometry(size)), to_network(to_unit(array, {}), Geometry(size))
         assert quick.shape == (3, size, size) and quick.dtype == torch.float32
         assert (quick - slow).abs().max() <= 1.01 / 255
 
@@ -357,9 +357,9 @@ def test_place_is_antialiased_bilinear(size):
 @pytest.mark.parametrize("shape", [(43, 8), (8, 43), (400, 9)])
 def test_the_thinnest_letterbox_is_resized_right(shape):
     image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
-    high, wide = Geometry(8, None, "letterbox").inner(*shape)
+    high, wide = Geometry(8, None, "letterbox").resized(*shape)
     expected = np.einsum("yh,chw,xw->cyx", box_weights(shape[0], high), image.numpy(), box_weights(shape[1], wide))
-    placed = place(image, Geometry(8, None, "letterbox"))
+    placed = to_network(image, Geometry(8, None, "letterbox"))
     rows, columns = (slice((8 - side) // 2, (8 - side) // 2 + side) for side in (high, wide))
     assert min(high, wide) == 1
     np.testing.assert_allclose(placed[:, rows, columns], expected, atol=2e-6)
@@ -367,11 +367,11 @@ def test_the_thinnest_letterbox_is_resized_right(shape):
 
 def test_crop_is_the_centre_and_no_larger_than_the_image():
     image = to_unit(RGB, {})
-    assert torch.equal(place(image, Geometry()), image)
-    assert torch.equal(place(image, Geometry(None, 10)), image[:, 7:17, 15:25])
-    assert torch.equal(place(image, Geometry(32, 9)), place(image, Geometry(32))[:, 11:20, 11:20])
+    assert torch.equal(to_network(image, Geometry()), image)
+    assert torch.equal(to_network(image, Geometry(None, 10)), image[:, 7:17, 15:25])
+    assert torch.equal(to_network(image, Geometry(32, 9)), to_network(image, Geometry(32))[:, 11:20, 11:20])
     with pytest.raises(InputError, match=r"data\.crop=30"):
-        place(image, Geometry(None, 30))
+        to_network(image, Geometry(None, 30))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (64, 64), (37, 101), (5, 300)])
@@ -379,7 +379,7 @@ def test_crop_is_the_centre_and_no_larger_than_the_image():
 def test_mask_takes_the_nearest_pixel(shape, size):
     mask = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     expected = torch.nn.functional.interpolate(mask[None, None].double(), (size, size), mode="nearest-exact")[0, 0]
-    assert torch.equal(place_mask(mask, Geometry(size)), expected.to(torch.uint8))
+    assert torch.equal(mask_to_network(mask, Geometry(size)), expected.to(torch.uint8))
 
 
 def test_mask_is_placed_as_its_image():
@@ -387,8 +387,8 @@ def test_mask_is_placed_as_its_image():
     mask[4:14, 10:30] = 1
     mask[0, 0] = 255
     for size, crop in ((48, None), (48, 32), (None, 20), (12, 8)):
-        placed = place_mask(mask, Geometry(size, crop))
-        image = place(mask.clamp(max=1).float().expand(3, -1, -1), Geometry(size, crop))
+        placed = mask_to_network(mask, Geometry(size, crop))
+        image = to_network(mask.clamp(max=1).float().expand(3, -1, -1), Geometry(size, crop))
         assert placed.shape == image.shape[1:] and set(placed.unique().tolist()) <= {0, 1, 255}
         clear = (image[0] < 0.01) | (image[0] > 0.99)
         assert torch.equal((placed > 0)[clear], (image[0] > 0.5)[clear])
@@ -409,7 +409,7 @@ def test_a_blob_comes_back_to_its_place(height, width, size, share, u, v):
     y, x = height / 2 + u * seen_y / 2, width / 2 + v * seen_x / 2
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
     blob = torch.exp(-(((rows - y) / seen_y) ** 2 + ((columns - x) / seen_x) ** 2) / (2 * 0.06**2))  # (H, W)
-    back = unplace(place(blob.expand(3, -1, -1), Geometry(size, crop))[0], height, width, Geometry(size, crop))
+    back = to_image(to_network(blob.expand(3, -1, -1), Geometry(size, crop))[0], height, width, Geometry(size, crop))
     assert back.shape == (height, width) and back.dtype == torch.float32
     weight = back - back.min()
     assert abs((weight * rows).sum() / weight.sum() - y) < 0.5
@@ -418,15 +418,15 @@ def test_a_blob_comes_back_to_its_place(height, width, size, share, u, v):
 
 def test_outside_the_crop_lies_the_minimum():
     map = torch.rand(16, 16) - 3
-    back = unplace(map, 32, 32, Geometry(32, 16))
+    back = to_image(map, 32, 32, Geometry(32, 16))
     assert torch.equal(back[8:24, 8:24], map) and back[:8].unique().item() == map.min()
     with pytest.raises(InputError, match=r"\(32, 32\)"):
-        unplace(map, 100, 100, Geometry(32))
+        to_image(map, 100, 100, Geometry(32))
 
 
 def test_find_images(tmp_path):
     names = ["b.PNG", "a.jpg", "Ünï cödé/c d.TiF", "deep/er/e.bmp"]
-    for name in [*names, ".hidden.png", ".cache/x.png", "notes.txt", "Thumbs.db"]:
+    for name in [*names, ".ignore_mask.png", ".cache/x.png", "notes.txt", "Thumbs.db"]:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
     (tmp_path / "elsewhere").mkdir()

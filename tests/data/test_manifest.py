@@ -2,14 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blemish.data.manifest import Sample, manifest_digest, parse_boxes, parse_region, read_manifest, write_manifest
+from blemish.data.manifest import Sample, manifest_digest, parse_boxes, parse_tile, read_manifest, write_manifest
 from blemish.edge.errors import InputError
 
 ROWS = [
     Sample("train/good/ein Bild ä.png", "train", 0, "good", digest="0123456789abcdef"),
     Sample('test/a "b", c/1.png', "test", 1, "crack", mask="masks/1.png"),
-    Sample("big.tif", "test", 1, "pore", boxes="1 2 3 4;10 20 30 40", region="0,0,64,64"),
-    Sample("big.tif", "unlabelled", -1, "unknown", region="64,0,64,64"),
+    Sample("big.tif", "test", 1, "pore", boxes="1 2 3 4;10 20 30 40", tile="0,0,64,64"),
+    Sample("big.tif", "unlabelled", -1, "unknown", tile="64,0,64,64"),
 ]
 
 
@@ -53,7 +53,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path):
         ("path,split,label,defect\na,train,0,good\na,test,0,good\n", "line 3: a is on line 2 too"),
         ("path,split,label,defect,boxes\na,test,1,x,1 2 3\n", "boxes '1 2 3'"),
         ("path,split,label,defect,boxes\na,test,1,x,5 2 3 4\n", "x1 < x2"),
-        ('path,split,label,defect,region\na,test,1,x,"1,2,3"\n', "region '1,2,3'"),
+        ('path,split,label,defect,tile\na,test,1,x,"1,2,3"\n', "tile '1,2,3'"),
         ("path,split,label,defect\na,train,0,good,extra\n", "fields"),
         ("path,split,label,defect\na,train\n", "fields"),
     ],
@@ -87,4 +87,4 @@ def test_keys_boxes_and_regions():
     assert [row.key for row in ROWS[1:3]] == ['test/a "b", c/1.png', "big.tif#0,0,64,64"]
     assert parse_boxes(ROWS[2].boxes) == [(1, 2, 3, 4), (10, 20, 30, 40)]
     assert parse_boxes("") == [] and parse_boxes("1 2 3 4;") == [(1, 2, 3, 4)]
-    assert parse_region("") is None and parse_region("64,0,64,32") == (64, 0, 64, 32)
+    assert parse_tile("") is None and parse_tile("64,0,64,32") == (64, 0, 64, 32)

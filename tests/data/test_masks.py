@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from blemish.data.masks import binary, interpret, read_mask
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.edge.errors import InputError
 
 Y, X = np.mgrid[:64, :80]
@@ -47,7 +47,7 @@ def test_one_colour_on_transparency_marks_where_it_is(tmp_path, colour, below, a
     assert np.array_equal(marked(tmp_path, painted, "mask.tif"), DISC)
     assert np.array_equal(marked(tmp_path, painted, "mask.webp", lossless=True), DISC)
     assert binary(painted).dtype == np.uint8 and interpret(painted).alpha
-    assert np.array_equal(Region(painted).seen(None, *DISC.shape), DISC) and np.array_equal(Region(tmp_path / "mask.png").mask, DISC)
+    assert np.array_equal(Roi(painted).seen(None, *DISC.shape), DISC) and np.array_equal(Roi(tmp_path / "mask.png").mask, DISC)
 
 
 def test_alpha_of_deep_images(tmp_path):
@@ -169,5 +169,5 @@ def test_single_pixels():
 
 @pytest.mark.parametrize("wrong", [np.zeros((9, 9, 5)), np.zeros((0, 9)), np.full((9, 9), np.nan), np.zeros((9, 9), "c8")])
 def test_what_is_no_mask(wrong):
-    with pytest.raises(InputError, match="data.region: "):
-        Region(wrong)
+    with pytest.raises(InputError, match="data.roi: "):
+        Roi(wrong)

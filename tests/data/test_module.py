@@ -10,7 +10,7 @@ from PIL import Image
 
 from blemish.data import module
 from blemish.data.dataset import Images, Recent
-from blemish.data.images import place, place_mask, to_unit
+from blemish.data.images import mask_to_network, to_network, to_unit
 from blemish.data.manifest import Sample, read_manifest, write_manifest
 from blemish.data.module import ImageData, held_out
 from blemish.edge.errors import InputError
@@ -70,14 +70,14 @@ def test_batches_are_the_files_by_definition(root):
     for image, label, mask, path in loaded:
         array = np.array(Image.open(root / path))
         assert image.dtype == torch.float32 and image.shape == (3, 24, 24)
-        assert (image - place(to_unit(array, {}), Geometry(32, 24))).abs().max() <= 1.01 / 255
+        assert (image - to_network(to_unit(array, {}), Geometry(32, 24))).abs().max() <= 1.01 / 255
         assert label == data.sample(path).label == int("bad" in path)
         expected = torch.zeros(array.shape[:2], dtype=torch.uint8)
         if "bad/002" in path:
             expected[:] = NO_TRUTH
         elif label:
             expected[10:20, 5:30] = 1
-        assert mask.dtype == torch.uint8 and torch.equal(mask, place_mask(expected, Geometry(32, 24)))
+        assert mask.dtype == torch.uint8 and torch.equal(mask, mask_to_network(expected, Geometry(32, 24)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 40, 75, 76, 77, 100, 190, 191, 1000])
@@ -104,7 +104,7 @@ def test_hold_out_follows_seed_and_protocol(root):
 def test_tiles_of_one_image_stay_on_one_side(root):
     class Tiles(Pictures):
         def scan(self):
-            return [s._replace(region=f"{x},{y},16,16") for s in super().scan() for x in (0, 16) for y in (0, 16)]
+            return [s._replace(tile=f"{x},{y},16,16") for s in super().scan() for x in (0, 16) for y in (0, 16)]
 
     data = data_of(root, Tiles, image_size=16)
     data.setup()
@@ -117,7 +117,7 @@ def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
     monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
     monkeypatch.setattr(module, "read_mask", lambda path, read=module.read_mask: opened.append(path) or read(path))
     box = Sample("test/bad/000.png", "test", 1, "bad", boxes="2 4 20 9;30 30 99 99")
-    samples = [box._replace(region=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
+    samples = [box._replace(tile=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
     samples += [s._replace(boxes="", mask="masks/000.png") for s in samples]
     array, mask = (np.array(Image.open(root / name)) for name in ("test/bad/000.png", "masks/000.png"))
     boxes = np.zeros_like(mask)
@@ -230,7 +230,7 @@ def test_an_epoch_of_so_many_images(root, size, tile):
     assert [keys(paced) for _ in range(4)] == expected
     paced.sampler.set_epoch(2)  # as a resumed training does
     assert keys(paced) == expected[2]
-    with paced.sampler.whole():
+    with paced.sampler.full_pass():
         assert sorted(keys(paced)) == sorted(orders[0])
     assert len(keys(paced)) == size
 
@@ -358,7 +358,7 @@ def test_skip_with_a_manifest_that_names_an_absent_file(root):
 def test_missing_data_is_explained(root):
     for changes, says in (
         ({"root": root / "nowhere"}, ["nowhere: no such folder"]),
-        ({"category": "tests"}, ["no category 'tests'", "did you mean 'test'?", "Found: masks, test, train"]),
+        ({"category": "tests"}, ["no category 'tests'", "did you mean 'test'?", "ImageResult: masks, test, train"]),
     ):
         with pytest.raises(InputError) as error:
             data_of(**{"root": root, **changes}).setup()
@@ -413,4 +413,4 @@ def test_native_sizes_do_not_mix_in_a_batch(root):
 
 def test_tile_beyond_the_image(root):
     with pytest.raises(InputError, match=r"000\.png: the tile 40,0,16,16"):
-        Images([Sample("train/000.png", "train", 0, "good", region="40,0,16,16")], root, {}, Geometry())[0]
+        Images([Sample("train/000.png", "train", 0, "good", tile="40,0,16,16")], root, {}, Geometry())[0]

@@ -64,12 +64,12 @@ def test_blank_masks_of_normal_images_are_no_orphans(root):
 
 
 def test_what_is_missing_is_named_with_the_choices(root):
-    with pytest.raises(InputError, match=r"no category 'scrwe'; did you mean 'screw'\? Found: screw") as error:
+    with pytest.raises(InputError, match=r"no category 'scrwe'; did you mean 'screw'\? ImageResult: screw") as error:
         MVTec(root, "scrwe", **PLAIN).setup()
     assert all(name in str(error.value) for name in CATEGORIES) and len(CATEGORIES) == 15
     with pytest.raises(InputError, match=r"nowhere: no such folder\nmvtec expects"):
         MVTec(root / "nowhere", "screw", **PLAIN).setup()
-    with pytest.raises(InputError, match="data.category: none given. Found in .*: screw"):
+    with pytest.raises(InputError, match="data.category: none given. ImageResult in .*: screw"):
         MVTec(root, None, **PLAIN).setup()
     (root / "screw/test").rename(root / "screw/tset")
     with pytest.raises(InputError, match=r"screw/test: no such folder\nmvtec expects"):

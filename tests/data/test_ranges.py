@@ -72,10 +72,10 @@ def test_defects_and_gradual_change_are_no_news(caplog):
 
 
 def test_only_what_is_looked_at_counts(caplog):
-    check, seen = ValueCheck({"uint16": Range(320, 3840, 3800)}, {}), np.zeros((64, 64), bool)
-    seen[:8] = True
-    image = np.where(seen, DEEP, 65535).astype(np.uint16)
-    check("a", image, lambda: seen)
+    check, inside = ValueCheck({"uint16": Range(320, 3840, 3800)}, {}), np.zeros((64, 64), bool)
+    inside[:8] = True
+    image = np.where(inside, DEEP, 65535).astype(np.uint16)
+    check("a", image, lambda: inside)
     check.report()
     assert not caplog.records
     assert said(check, image, caplog=caplog)

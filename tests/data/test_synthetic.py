@@ -1,4 +1,4 @@
-"""Drawn defects: exact masks, seen where there is something to see, and a folder that trains and tests."""
+"""Drawn defects: exact masks, inside where there is something to see, and a folder that trains and tests."""
 
 import numpy as np
 import pytest
@@ -71,17 +71,17 @@ def test_deep_images_are_refused_and_nothing_is_left(tmp_path):
 
 
 def test_defects_lie_inside_of_the_region(tiny, tmp_path):
-    seen = np.zeros((64, 64), bool)
-    seen[20:50, 30:60] = True
-    Image.fromarray(seen).save(tmp_path / "region.png")
+    inside = np.zeros((64, 64), bool)
+    inside[20:50, 30:60] = True
+    Image.fromarray(inside).save(tmp_path / "roi.png")
     (tmp_path / "masks").mkdir()
     options = ["data=folder", f"data.root='{tiny}'", "data.normal_test=normal_test", "data.abnormal=[square]", "image_size=64"]
     with pytest.raises(InputError, match="a mask for each image"):
-        write(build(composed(*options, f"data.region='{tmp_path}/masks'").data), tmp_path / "none", 0.5, 0)
-    data = build(composed(*options, f"data.region='{tmp_path}/region.png'").data)
+        write(build(composed(*options, f"data.roi='{tmp_path}/masks'").data), tmp_path / "none", 0.5, 0)
+    data = build(composed(*options, f"data.roi='{tmp_path}/roi.png'").data)
     data.setup()
     assert write(data, tmp_path / "out", 0.5, 0) == 12
     for changed in sorted((tmp_path / "out" / "defects").iterdir()):
         mask, normal = read(tmp_path / "out" / "masks" / changed.name) > 0, read(tmp_path / "out" / "normal_test" / changed.name)
-        assert mask.any() and not mask[~seen].any()
+        assert mask.any() and not mask[~inside].any()
         assert np.array_equal(read(changed)[~mask], normal[~mask])

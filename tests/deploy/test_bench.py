@@ -16,7 +16,7 @@ from blemish.deploy.export import chosen, loaded
 from blemish.edge.errors import InputError
 from blemish.run.checkpoint import load
 from blemish.run.config import build
-from blemish.run.results import view_of
+from blemish.run.results import preprocessing_of
 from blemish.run.train import train
 
 STAGES = ["resize", "backbone", "score", "map", "image to score", "image to map"]
@@ -43,7 +43,7 @@ def test_engines_compute_the_run_whole_and_in_parts(run, arrays, name, tmp_path)
     for module in ("onnx", "onnxscript", name):
         pytest.importorskip(module, reason=f"no {module} here: pip install blemish[export]")
     saved, model = load(run, "cpu")
-    view = view_of(saved)
+    view = preprocessing_of(saved)
     plain = torch_engine(model, view)
     other = graph_engine(name, load(run, "cpu")[1], view, (48, 48), "uint8", True, 1, 20, tmp_path)
     expected = plain.whole(plain.stack([plain.resize(array) for array in arrays]))
@@ -78,7 +78,7 @@ def test_what_is_written(run, tiny, tmp_path, monkeypatch):
 
 
 def test_without_maps_there_is_no_stage_for_them(run, arrays):
-    view = view_of(load(run, "cpu")[0])
+    view = preprocessing_of(load(run, "cpu")[0])
     rows = measured("torch", torch_engine(load(run, "cpu")[1], view), arrays, 1, False, Plan(0, 1, 9))
     assert [r.stage for r in rows] == ["resize", "backbone", "score", "image to score"]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import METHODS, batch, bricks, composed, fitted, quick, slow, tiny_overrides, tiny_run
 
-from blemish.data.images import place, prepare, to_unit, unplace
+from blemish.data.images import prepare, to_image, to_network, to_unit
 from blemish.deploy import export
 from blemish.deploy.export import ENDINGS, NEEDS, Parity, export_run, spread
 from blemish.detector import OnePassDetector, TrainedDetector
@@ -31,7 +31,7 @@ from blemish.edge.reading import read
 from blemish.ops import gaussian
 from blemish.run.checkpoint import load
 from blemish.run.config import build
-from blemish.run.results import View, predict
+from blemish.run.results import Preprocessing, predict
 from blemish.run.train import train
 
 
@@ -151,18 +151,18 @@ def test_an_export_says_what_its_run_says(run, exports, format):
     assert parity.flipped == 0
     assert sorted(p.suffix for p in path.parent.glob("[!.]*")) == ([".bin", ".xml"] if format == "openvino" else [ENDINGS[format]])
     if format != "torch_export":
-        facts = runtime.Model(path, threads=1).facts
+        metadata = runtime.Model(path, threads=1).metadata
     else:
         extra = {"blemish.json": ""}
         torch.export.load(path, extra_files=extra)
-        facts = json.loads(extra["blemish.json"])
-    assert facts["parity"] == {**parity._asdict(), "tolerance": 0.01, "map_tolerance": 0.05, "flips": 0}
-    assert facts["method"] == "padim"
+        metadata = json.loads(extra["blemish.json"])
+    assert metadata["parity"] == {**parity._asdict(), "tolerance": 0.01, "map_tolerance": 0.05, "flips": 0}
+    assert metadata["method"] == "padim"
     for own in (Path(export.__file__).parent, Path(torch.__file__).parent):  # an artefact travels: nothing of this machine in it
         assert not any(str(own).encode() in file.read_bytes() for file in path.parent.iterdir())
     model = load(run, "cpu")[1]
-    assert facts["threshold"] == conformal_threshold(model.calibration[:, 0], 0.05).value
-    assert facts["calibration"] == sorted(model.calibration[:, 0].double().tolist())
+    assert metadata["threshold"] == conformal_threshold(model.calibration[:, 0], 0.05).value
+    assert metadata["calibration"] == sorted(model.calibration[:, 0].double().tolist())
 
 
 ALONE = """
@@ -230,7 +230,7 @@ def test_scores_are_the_same_without_maps_from_floats_and_from_the_camera(run, o
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(folder / f"{i}.png")
     camera = runtime.Model(exported(run, tmp_path / "c.onnx", "source=[90,70]", f"images='{folder}'")[0], threads=1)
-    assert camera.facts["parity"]["images"] == 3
+    assert camera.metadata["parity"]["images"] == 3
     assert camera.run(np.stack(arrays))[0] == pytest.approx([r.score for r in expected], rel=1e-5)
     with pytest.raises(InputError, match=r"\[90, 70\] alone"):
         camera.predict(np.zeros((64, 64, 3), np.uint8))
@@ -251,13 +251,13 @@ def test_a_crop_and_deep_images(tiny, tmp_path):
     (found,) = other.predict(deep)
     assert found.score == pytest.approx(float(score), rel=1e-4)
     own = other.own_pixels(found.map, 80, 100)
-    np.testing.assert_allclose(own, unplace(map[0], 80, 100, Geometry(64, 48)).numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(own, to_image(map[0], 80, 100, Geometry(64, 48)).numpy(), rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="float64"):
         other.predict(deep.astype(np.float64))
     Image.fromarray(deep).save(tmp_path / "deep.png")
     colour = np.random.default_rng(1).integers(0, 65536, (80, 100, 3)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "colour.tif", colour, photometric="rgb")
-    expected = list(predict(model, [tmp_path / "deep.png", tmp_path / "colour.tif"], export.view_of(saved), 2))
+    expected = list(predict(model, [tmp_path / "deep.png", tmp_path / "colour.tif"], export.preprocessing_of(saved), 2))
     found = other.predict([tmp_path / "deep.png", str(tmp_path / "colour.tif")])
     assert [result.score for result in found] == pytest.approx([one.score for one in expected], rel=1e-4)
     assert other.predict(colour)[0].score == found[1].score
@@ -267,37 +267,37 @@ def test_a_crop_and_deep_images(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def by_tiles(tiny, tmp_path_factory):
-    """Runs that score images by tiles of 40 px, made when they are first asked for: without a region, and looking at a half."""
+    """Runs that score images by tiles of 40 px, made when they are first asked for: without a roi, and looking at a half."""
     root = tmp_path_factory.mktemp("tiles")
     half = np.zeros((64, 64), np.uint8)
     half[:, :30] = 255
     Image.fromarray(half).save(root / "half.png")
 
     @cache
-    def made(region: bool) -> Path:
+    def made(roi: bool) -> Path:
         options = ["tiling=40", "overlap=12", "image_size=32", "crop=null"]
-        more = [f"data.region='{root / 'half.png'}'"] if region else []
-        train(tiny_run(tiny, root / f"{region}", "model=padim", *options, *more))
-        return root / f"{region}"
+        more = [f"data.roi='{root / 'half.png'}'"] if roi else []
+        train(tiny_run(tiny, root / f"{roi}", "model=padim", *options, *more))
+        return root / f"{roi}"
 
     return made
 
 
-@pytest.mark.parametrize("region", [slow(False), True])
+@pytest.mark.parametrize("roi", [slow(False), True])
 @pytest.mark.parametrize("input", ["uint8", slow("float")])
-def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, region, input):
+def test_an_export_of_a_run_by_tiles_cuts_them(by_tiles, tiny, tmp_path, roi, input):
     """Images of many sizes, of which one is smaller than a tile, against `predict`."""
     needs("onnx", "onnxscript", "onnxruntime")
-    folder = by_tiles(region)
+    folder = by_tiles(roi)
     path, parity = exported(folder, tmp_path / "m.onnx", f"input={input}")
     assert parity.images > 8 and parity.score_difference <= 1e-4 * parity.score_scale
     assert parity.map_difference <= 1e-3 * parity.map_scale
     saved, model = load(folder, "cpu")
     other = runtime.Model(path, threads=1)
-    assert other.facts["tiling"] == {"side": 40, "overlap": 12}
+    assert other.metadata["tiling"] == {"side": 40, "overlap": 12}
     rng = np.random.default_rng(0)
     arrays = [rng.integers(80, 190, size, dtype=np.uint8) for size in [(64, 64), (30, 70), (25, 31, 3), (100, 41)]]
-    expected = list(predict(model, arrays, export.view_of(saved), 3, tmp_path, load=lambda array: array))
+    expected = list(predict(model, arrays, export.preprocessing_of(saved), 3, tmp_path, load=lambda array: array))
     for batch_size in (1, 7):
         found = other.predict(arrays, batch_size)
         assert [result.score for result in found] == pytest.approx([one.score for one in expected], rel=1e-4)
@@ -324,10 +324,10 @@ def test_an_export_by_tiles_without_maps(by_tiles, tmp_path):
 def test_an_export_by_tiles_of_which_nothing_is_seen(by_tiles, tmp_path):
     path, _ = exported(by_tiles(True), tmp_path / "m.pt2", "format=torch_export")
     other = export.Program(path)
-    seen = np.zeros((64, 64), bool)
-    seen[2, 5] = True  # row 2 of a tile of 40 px is under no centre of its 32
-    other.facts["region"] = runtime.packed(seen)
-    with pytest.raises(InputError, match="nothing of it is inside the region"):
+    inside = np.zeros((64, 64), bool)
+    inside[2, 5] = True  # row 2 of a tile of 40 px is under no centre of its 32
+    other.metadata["roi"] = runtime.packed(inside)
+    with pytest.raises(InputError, match="nothing of it is inside the roi"):
         other.predict(np.full((64, 64), 128, np.uint8))
     with pytest.raises(InputError, match=r"an array of shape \(0, 5\)"):
         other.predict(np.zeros((0, 5), np.uint8))
@@ -362,7 +362,7 @@ def names_of(path: Path) -> list[list[str]]:
 def test_every_graph_has_the_same_names(method, tmp_path):
     needs(*NEEDS["openvino"])
     (model, side), maps = made(method), method != "spade"
-    graph = export.Graph(model, (side, side), "uint8", None, View(Geometry(side), {}), maps)
+    graph = export.ExportModule(model, (side, side), "uint8", None, Preprocessing(Geometry(side), {}), maps)
     program, _ = export.traced(graph, export.example("uint8", (side, side)))
     export.to_onnx(program, tmp_path / "m.onnx", 20)
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_options_that_do_not_fit(run, tmp_path, overrides, message):
 def test_a_source_smaller_than_the_crop(tmp_path):
     for geometry in (Geometry(None, 48), Geometry(40, 48)):
         with pytest.raises(InputError, match=r"source=\[40, 44\].*crop of 48"):
-            export.check("torch_export", "uint8", [40, 44], View(geometry, {}), tmp_path / "m.pt2")
+            export.check("torch_export", "uint8", [40, 44], Preprocessing(geometry, {}), tmp_path / "m.pt2")
 
 
 def test_a_file_that_would_be_too_large_is_refused(run, tmp_path, monkeypatch):
@@ -431,8 +431,8 @@ def test_foreign_files(tmp_path, pictures):
         with pytest.raises(InputError, match=message):
             runtime.Model(path)
     later = json.dumps({"format": "blemish artefact 9"})
-    for facts, message in {"other": "says nothing of blemish", later: "export the run again"}.items():
-        onnx.helper.set_model_props(model, {runtime.KEY: facts, "seal": runtime.NO_SEAL})
+    for metadata, message in {"other": "says nothing of blemish", later: "export the run again"}.items():
+        onnx.helper.set_model_props(model, {runtime.KEY: metadata, "seal": runtime.NO_SEAL})
         onnx.save(model, tmp_path / "sealed.onnx")
         export.set_seal(tmp_path / "sealed.onnx")
         with pytest.raises(InputError, match=message):
@@ -467,7 +467,7 @@ def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
     array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     tensor = torch.from_numpy(array).permute(2, 0, 1) if colour else torch.from_numpy(array)[None]
     crop = size // 2 if seed % 2 else None
-    expected = place(tensor, Geometry(size, crop)).permute(1, 2, 0).numpy()
+    expected = to_network(tensor, Geometry(size, crop)).permute(1, 2, 0).numpy()
     assert np.array_equal(edge.place(array, {}, Geometry(size, crop)).reshape(expected.shape), expected)
     assert np.array_equal(
         edge.place(array, {}, Geometry(None, 8)), edge.place(array, {}, Geometry())[(height - 8) // 2 :, (width - 8) // 2 :][:8, :8]
@@ -479,9 +479,9 @@ def test_bytes_are_placed_as_torch_does_it(height, width, size, colour, seed):
 def test_deep_images_are_placed_as_torch_does_it(height, width, size, dtype):
     array = (np.random.default_rng(height).random((height, width)) * 60000).astype(dtype)
     window = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
-    expected = place(to_unit(array, window), Geometry(size))[0].numpy()
+    expected = to_network(to_unit(array, window), Geometry(size))[0].numpy()
     np.testing.assert_allclose(edge.place(array, window, Geometry(size)), expected, atol=2e-5)
     map = np.random.default_rng(width).random((size, size), dtype=np.float32)
     np.testing.assert_allclose(
-        edge.enlarged(map, height, width, Geometry(size)), unplace(torch.from_numpy(map), height, width, Geometry(size)), atol=2e-5
+        edge.to_image(map, height, width, Geometry(size)), to_image(torch.from_numpy(map), height, width, Geometry(size)), atol=2e-5
     )

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blemish.data.images import hidden, place, place_mask, prepare, to_unit, unplace
-from blemish.detector import within
+from blemish.data.images import ignore_mask, mask_to_network, prepare, to_image, to_network, to_unit
+from blemish.detector import apply_ignore_mask
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, Geometry
-from blemish.types import OUTSIDE, Prediction
+from blemish.types import IGNORED, Prediction
 
 SIDES = st.integers(8, 400)
 WINDOW = {"uint16": (5.0, 50000.0), "float32": (-3.5, 40000.25)}
@@ -27,12 +27,12 @@ def geometries(draw, sizes=(None, 8, 33, 64, 129, 256), height=8, width=8):
     return Geometry(size, crop, draw(st.sampled_from(edge.RESIZES)))
 
 
-def extent(length: int, inner: int, outer: int, crop: int | None) -> tuple[float, float]:
+def extent(length: int, resized: int, padded: int, crop: int | None) -> tuple[float, float]:
     """From where to where the pixels of one axis of an image are in the network's input."""
     if crop is None:
         return 0.0, float(length)
-    first, before = (outer - crop) // 2, (outer - inner) // 2
-    return max(0, (first - before) / inner) * length, min(1, (first + crop - before) / inner) * length
+    first, before = (padded - crop) // 2, (padded - resized) // 2
+    return max(0, (first - before) / resized) * length, min(1, (first + crop - before) / resized) * length
 
 
 def picture(seed: int, height: int, width: int, dtype: str, colour: bool) -> np.ndarray:
@@ -46,39 +46,39 @@ def picture(seed: int, height: int, width: int, dtype: str, colour: bool) -> np.
 @settings(max_examples=200)
 @given(SIDES, SIDES, st.integers(8, 300))
 def test_a_letterbox_never_distorts(height, width, size):
-    inner, outer = Geometry(size, None, "letterbox").inner(height, width), Geometry(size, None, "letterbox").outer(height, width)
-    assert max(inner) == size and outer == (size, size)
+    resized, padded = Geometry(size, None, "letterbox").resized(height, width), Geometry(size, None, "letterbox").padded(height, width)
+    assert max(resized) == size and padded == (size, size)
     scale = size / max(height, width)
-    for side, placed in zip((height, width), inner, strict=True):
+    for side, placed in zip((height, width), resized, strict=True):
         assert abs(placed - scale * side) <= 0.5 + 1e-9 or placed == 1  # 46.5 of 139 × 93 / 278 is not what floats make of it
-    assert (inner[0] - inner[1]) * (height - width) >= 0
+    assert (resized[0] - resized[1]) * (height - width) >= 0
 
 
 @settings(max_examples=120)
 @given(SIDES, SIDES, st.data())
 def test_bars_of_grey_lie_where_the_mask_says(height, width, data):
     geometry = data.draw(geometries(height=height, width=width))
-    image = place(torch.zeros(3, height, width, dtype=torch.uint8), geometry)
-    mask = place_mask(torch.zeros(height, width, dtype=torch.uint8), geometry)
-    outside = hidden(height, width, geometry, None)
-    assert torch.equal(image == GREY, (mask == OUTSIDE).expand_as(image))
+    image = to_network(torch.zeros(3, height, width, dtype=torch.uint8), geometry)
+    mask = mask_to_network(torch.zeros(height, width, dtype=torch.uint8), geometry)
+    outside = ignore_mask(height, width, geometry, None)
+    assert torch.equal(image == GREY, (mask == IGNORED).expand_as(image))
     assert set(image.unique().tolist()) <= {0, GREY}
-    assert torch.equal(mask == OUTSIDE, torch.zeros_like(mask).bool() if outside is None else outside)
+    assert torch.equal(mask == IGNORED, torch.zeros_like(mask).bool() if outside is None else outside)
     bars = geometry.resize == "letterbox" and geometry.size is not None and height != width and geometry.crop is None
-    assert bars or geometry.crop or not (mask == OUTSIDE).any()
+    assert bars or geometry.crop or not (mask == IGNORED).any()
 
 
 @settings(max_examples=200)
 @given(SIDES, SIDES, st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.data())
 def test_a_blob_comes_back_to_its_place(height, width, u, v, data):
     geometry = data.draw(geometries(height=height, width=width))
-    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
-    spans = [extent(*axis, geometry.crop) for axis in zip((height, width), inner, outer, strict=True)]
-    wide, pitch = [end - begin for begin, end in spans], [max(1, a / b) for a, b in zip((height, width), inner, strict=True)]
+    resized, padded = geometry.resized(height, width), geometry.padded(height, width)
+    spans = [extent(*axis, geometry.crop) for axis in zip((height, width), resized, padded, strict=True)]
+    wide, pitch = [end - begin for begin, end in spans], [max(1, a / b) for a, b in zip((height, width), resized, strict=True)]
     y, x = ((begin + end) / 2 + share * (end - begin) / 2 for (begin, end), share in zip(spans, (u, v), strict=True))
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
     blob = torch.exp(-(((rows - y) / wide[0]) ** 2 + ((columns - x) / wide[1]) ** 2) / (2 * 0.06**2))  # (H, W)
-    back = unplace(place(blob.expand(3, -1, -1), geometry)[0], height, width, geometry)
+    back = to_image(to_network(blob.expand(3, -1, -1), geometry)[0], height, width, geometry)
     assert back.shape == (height, width) and back.dtype == torch.float32
     weight = back - back.min()
     assume(weight.sum() > 0)  # a blob between the only two pixels of a side may be as flat as a map of one value
@@ -90,33 +90,33 @@ def test_a_blob_comes_back_to_its_place(height, width, u, v, data):
 @given(SIDES, SIDES, st.data())
 def test_a_smooth_image_comes_back(height, width, data):
     geometry = data.draw(geometries(height=height, width=width))
-    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+    resized, padded = geometry.resized(height, width), geometry.padded(height, width)
     waves, inside, slope = [], [], 0.0
-    for length, placed, whole in zip((height, width), inner, outer, strict=True):
+    for length, placed, whole in zip((height, width), resized, padded, strict=True):
         centres, pitch = torch.arange(length) + 0.5, max(1.0, length / placed)
         waves.append(0.25 * torch.cos(torch.pi * centres / length))
         begin, end = extent(length, placed, whole, geometry.crop)  # what the crop cut off reaches a pixel further
         inside.append(((begin == 0) | (centres > begin + 1.5 * pitch)) & ((end == length) | (centres < end - 1.5 * pitch)))
         slope += 0.25 * torch.pi / length * pitch
     image = 0.5 + waves[0][:, None] + waves[1][None]
-    back = unplace(place(image.expand(3, -1, -1), geometry)[0], height, width, geometry)
-    seen = inside[0][:, None] & inside[1][None]
-    assert ((back - image).abs()[seen] <= slope + 1e-5).all()  # nowhere further off than the next pixel of the network's input
+    back = to_image(to_network(image.expand(3, -1, -1), geometry)[0], height, width, geometry)
+    inside = inside[0][:, None] & inside[1][None]
+    assert ((back - image).abs()[inside] <= slope + 1e-5).all()  # nowhere further off than the next pixel of the network's input
 
 
 def test_an_image_of_the_right_size_is_left_alone():
     image = torch.rand(3, 48, 48)
     for resize in edge.RESIZES:
-        assert place(image, Geometry(48, None, resize)) is image
-        assert torch.equal(unplace(image[0], 48, 48, Geometry(48, None, resize)), image[0])
+        assert to_network(image, Geometry(48, None, resize)) is image
+        assert torch.equal(to_image(image[0], 48, 48, Geometry(48, None, resize)), image[0])
 
 
 def test_a_crop_of_a_letterbox_has_its_bars():
-    image = place(torch.zeros(1, 30, 90), Geometry(90, 60, "letterbox"))[0]
+    image = to_network(torch.zeros(1, 30, 90), Geometry(90, 60, "letterbox"))[0]
     expected = torch.full((60, 60), GREY / 255)
     expected[15:45] = 0
     assert torch.equal(image, expected)
-    map = unplace(1 - image, 30, 90, Geometry(90, 60, "letterbox"))
+    map = to_image(1 - image, 30, 90, Geometry(90, 60, "letterbox"))
     assert (map[:, 15:75] == 1).all() and (map[:, :15] == (1 - image).min()).all() and (map[:, 75:] == (1 - image).min()).all()
 
 
@@ -125,40 +125,40 @@ def test_a_crop_of_a_letterbox_has_its_bars():
 
 @settings(max_examples=150)
 @given(SIDES, SIDES, st.sampled_from(["uint8", "uint16", "float32"]), st.booleans(), st.booleans(), st.integers(0, 2**32), st.data())
-def test_numpy_places_as_torch_does(height, width, dtype, colour, region, seed, data):
+def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, data):
     geometry = data.draw(geometries(height=height, width=width))
     array = picture(seed, height, width, dtype, colour)
-    seen = np.random.default_rng(seed).random((height, width)) < 0.7 if region else None
-    expected = prepare(array, WINDOW, geometry, seen)
-    facts = {
+    inside = np.random.default_rng(seed).random((height, width)) < 0.7 if roi else None
+    expected = prepare(array, WINDOW, geometry, inside)
+    metadata = {
         "input": "float",
         "source": None,
         "window": WINDOW,
         "size": list(expected.shape[1:]),
     }
-    facts |= {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
-    facts["region"] = None if seen is None else runtime.packed(seen)
-    found = runtime.prepared(array, facts)
+    metadata |= {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
+    metadata["roi"] = None if inside is None else runtime.packed(inside)
+    found = runtime.prepared(array, metadata)
     assert found.dtype == np.float32
     if dtype == "uint8":
         assert np.array_equal(found, expected)
     np.testing.assert_allclose(found, expected, atol=3e-5)
     map = np.random.default_rng(seed).random(expected.shape[1:], dtype=np.float32)
-    back = edge.enlarged(map, height, width, geometry)
-    np.testing.assert_allclose(back, unplace(torch.from_numpy(map), height, width, geometry), atol=3e-5)
-    where = edge.unseen(height, width, geometry, runtime.seen_in(height, width, facts))
+    back = edge.to_image(map, height, width, geometry)
+    np.testing.assert_allclose(back, to_image(torch.from_numpy(map), height, width, geometry), atol=3e-5)
+    where = edge.ignore_mask_in_network(height, width, geometry, runtime.inside_of(height, width, metadata))
     if where is not None and where.all():
-        with pytest.raises(InputError, match="nothing of its region"):
-            hidden(height, width, geometry, seen)
+        with pytest.raises(InputError, match="nothing of its roi"):
+            ignore_mask(height, width, geometry, inside)
         return
-    other = hidden(height, width, geometry, seen)
+    other = ignore_mask(height, width, geometry, inside)
     assert (where is None) == (other is None)
     if where is None:
         return
     assert np.array_equal(where, other)
     for score in (float(map.max()), 0.123):
-        judged = edge.within(score, map, where)
-        again = within(Prediction(torch.tensor([score]), torch.from_numpy(map)[None]), other[None])
+        judged = edge.apply_ignore_mask(score, map, where)
+        again = apply_ignore_mask(Prediction(torch.tensor([score]), torch.from_numpy(map)[None]), other[None])
         assert judged[0] == pytest.approx(float(again.score), rel=1e-6) and np.array_equal(judged[1], again.map[0])
 
 
@@ -166,13 +166,13 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, region, seed, 
 @pytest.mark.parametrize("colour", [False, True])
 def test_bytes_become_one_pixel_wide_as_torch_rounds(height, width, size, colour):
     geometry = Geometry(size, None, "letterbox")
-    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+    resized, padded = geometry.resized(height, width), geometry.padded(height, width)
     for seed in range(20):
         image = torch.from_numpy(runtime.coloured(picture(seed, height, width, "uint8", colour))).permute(2, 0, 1)
-        expected = F.interpolate(image[None], inner, mode="bilinear", antialias=True)[0]
-        placed = place(image, geometry)
-        assert torch.equal(placed[..., *edge.middle(outer, inner)], expected)
-        found = edge.place(image.permute(1, 2, 0).numpy(), WINDOW, geometry)
+        expected = F.interpolate(image[None], resized, mode="bilinear", antialias=True)[0]
+        placed = to_network(image, geometry)
+        assert torch.equal(placed[..., *edge.middle(padded, resized)], expected)
+        found = edge.to_network(image.permute(1, 2, 0).numpy(), WINDOW, geometry)
         assert np.array_equal(found, placed.permute(1, 2, 0))
 
 
@@ -180,19 +180,19 @@ def test_bytes_become_one_pixel_wide_as_torch_rounds(height, width, size, colour
 @given(SIDES, SIDES, st.integers(0, 2**32))
 def test_a_region_comes_back_from_its_text(height, width, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
-    facts = runtime.packed(mask)
-    assert np.array_equal(runtime.unpacked(facts["bits"], facts["height"], facts["width"]), mask)
-    assert np.array_equal(runtime.seen_in(height, width, {"region": facts}), mask)
-    assert runtime.seen_in(2 * height, 3 * width, {"region": facts})[1::2, 1::3].tolist() == mask.tolist()
+    metadata = runtime.packed(mask)
+    assert np.array_equal(runtime.unpacked(metadata["bits"], metadata["height"], metadata["width"]), mask)
+    assert np.array_equal(runtime.inside_of(height, width, {"roi": metadata}), mask)
+    assert runtime.inside_of(2 * height, 3 * width, {"roi": metadata})[1::2, 1::3].tolist() == mask.tolist()
 
 
 def test_facts_of_earlier_versions_mean_stretch():
-    facts = {"image_size": 64, "crop": 48}
-    assert runtime.geometry_of(facts) == Geometry(64, 48, "stretch")
-    assert runtime.seen_in(9, 9, facts) is None
+    metadata = {"image_size": 64, "crop": 48}
+    assert runtime.geometry_of(metadata) == Geometry(64, 48, "stretch")
+    assert runtime.inside_of(9, 9, metadata) is None
 
 
-# ---- what is not seen ----
+# ---- what is not inside ----
 
 
 @settings(max_examples=100)
@@ -200,10 +200,10 @@ def test_facts_of_earlier_versions_mean_stretch():
 def test_pixels_outside_of_the_region_change_nothing(height, width, dtype, colour, seed, data):
     geometry = data.draw(geometries(height=height, width=width))
     array, other = (picture(seed + i, height, width, dtype, colour) for i in (0, 1))
-    seen = np.random.default_rng(seed).random((height, width)) < 0.5
-    other[seen] = array[seen]
+    inside = np.random.default_rng(seed).random((height, width)) < 0.5
+    other[inside] = array[inside]
     kept = array.copy()
-    assert torch.equal(prepare(array, WINDOW, geometry, seen), prepare(other, WINDOW, geometry, seen))
+    assert torch.equal(prepare(array, WINDOW, geometry, inside), prepare(other, WINDOW, geometry, inside))
     assert np.array_equal(array, kept)
     everything = np.ones((height, width), bool)
     assert torch.equal(prepare(array, WINDOW, geometry, everything), prepare(array, WINDOW, geometry))
@@ -212,26 +212,26 @@ def test_pixels_outside_of_the_region_change_nothing(height, width, dtype, colou
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_the_grey_is_the_same_share_of_every_range(dtype):
     array = np.full((9, 9), 7, dtype)
-    painted = to_unit(edge.painted(array, np.zeros((9, 9), bool), WINDOW), WINDOW)
+    painted = to_unit(edge.fill_masked(array, np.zeros((9, 9), bool), WINDOW), WINDOW)
     np.testing.assert_allclose(painted, GREY / 255, atol=2e-5)
 
 
 def test_the_map_outside_takes_the_least_value_inside():
-    seen = np.zeros((20, 30), bool)
-    seen[5:15, 10:20] = True
+    inside = np.zeros((20, 30), bool)
+    inside[5:15, 10:20] = True
     map = torch.rand(64, 64) + 1
     map[:8] = -3
-    back = unplace(map, 20, 30, Geometry(64), seen)
-    plain = unplace(map, 20, 30, Geometry(64))
-    assert torch.equal(back[seen], plain[seen]) and (back[~torch.from_numpy(seen)] == plain[seen].min()).all()
+    back = to_image(map, 20, 30, Geometry(64), inside)
+    plain = to_image(map, 20, 30, Geometry(64))
+    assert torch.equal(back[inside], plain[inside]) and (back[~torch.from_numpy(inside)] == plain[inside].min()).all()
 
 
 def test_values_that_training_did_not_have():
-    facts = {"ranges": {"uint16": [320, 3840, 3800]}, "window": {"uint16": [320, 3840]}, "region": None}
+    metadata = {"ranges": {"uint16": [320, 3840, 3800]}, "window": {"uint16": [320, 3840]}, "roi": None}
     deep = np.random.default_rng(0).integers(320, 3840, (64, 64)).astype(np.uint16)
-    runtime.check_values(deep, facts)
+    runtime.check_values(deep, metadata)
     for other in (deep * 16, deep // 16):
         with pytest.warns(UserWarning, match="uint16 from 320 to 3840"):
-            runtime.check_values(other, facts)
+            runtime.check_values(other, metadata)
     with pytest.raises(runtime.InputError, match=r"uint8.*uint16.*data\.window"):
-        runtime.check_values((deep // 16).astype(np.uint8), facts)
+        runtime.check_values((deep // 16).astype(np.uint8), metadata)

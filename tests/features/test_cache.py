@@ -265,7 +265,7 @@ def test_tiles_boxes_and_copies(tiny, tmp_path):
     for sample in data.samples:
         rows.append(sample._replace(mask="", boxes="3 4 20 30" if sample.label == 1 else ""))
         if sample.split == "test":
-            rows += [sample._replace(region="0,0,32,40"), sample._replace(region="16,8,48,48", mask="", boxes="20 10 64 40")]
+            rows += [sample._replace(tile="0,0,32,40"), sample._replace(tile="16,8,48,48", mask="", boxes="20 10 64 40")]
     data.samples = rows
     data._by_key = {sample.key: sample for sample in rows}
     assert_batches_equal(data, stored(tmp_path, data), images=False)
@@ -590,7 +590,7 @@ def test_processes_fill_one_store_together(tiny, written):
 
 def test_the_sample_is_known_by_its_content_and_its_tile():
     sample = Sample("a.png", "train", 0, "good", digest="0123456789abcdef")
-    assert name_of(sample) == name_of(sample._replace(path="b.png", split="test", label=1)) != name_of(sample._replace(region="0,0,9,9"))
+    assert name_of(sample) == name_of(sample._replace(path="b.png", split="test", label=1)) != name_of(sample._replace(tile="0,0,9,9"))
 
 
 @pytest.mark.slow
@@ -625,7 +625,7 @@ def test_geometry_and_region_keep_maps_apart(tiny, tmp_path):
         for i, path in enumerate(sorted((tiny / folder).glob("*.png"))):
             region_file(tmp_path / "own" / folder / path.name, 30 + i % 2 * 10)
     changes = [[], ["image_size=48"], ["crop=48"], ["image_size=48", "crop=40"]]
-    changes += [["resize=letterbox"], *([f"data.region='{mask}'"] for mask in (*masks, tmp_path / "own"))]
+    changes += [["resize=letterbox"], *([f"data.roi='{mask}'"] for mask in (*masks, tmp_path / "own"))]
     for change in changes:
         data = data_of(tiny, *change)
         other = stored(tmp_path / "store", data, BOTH)
@@ -645,7 +645,7 @@ def test_masks_of_stored_batches_know_region_and_bars(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(g.integers(0, 256, (40 + 10 * i, 70 - 10 * i), dtype=np.uint8)).save(path)
     overrides = ["data.normal=train/good", "data.normal_test=test/good", "data.abnormal=[test/bad]", "data.masks=null"]
-    overrides += ["resize=letterbox", f"data.region='{region_file(tmp_path / 'mask.png', 50)}'"]
+    overrides += ["resize=letterbox", f"data.roi='{region_file(tmp_path / 'mask.png', 50)}'"]
     data = build(tiny_run(tmp_path / "data", tmp_path, *overrides).data)
     data.setup()
     assert_batches_equal(data, stored(tmp_path / "store", data), images=False)

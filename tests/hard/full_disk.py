@@ -37,10 +37,10 @@ class Disk:
     def leave(self, free: int) -> None:
         """Fill the disk but for about `free` bytes, in pages of 4 KiB."""
         self.ballast.unlink(missing_ok=True)
-        facts = os.statvfs(self.place)
-        pages = facts.f_bavail - free // facts.f_frsize
+        metadata = os.statvfs(self.place)
+        pages = metadata.f_bavail - free // metadata.f_frsize
         with self.ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(pages, 0) * facts.f_frsize or 1)
+            os.posix_fallocate(file.fileno(), 0, max(pages, 0) * metadata.f_frsize or 1)
 
     def clear(self) -> None:
         self.ballast.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def test_a_run_folder(disk, tiny, method):
     assert {path.name for path in again.iterdir()} == {path.name for path in (disk.place / "first").iterdir()}, "nothing unfinished is left"
     assert read_record(again)["status"] == FINISHED
     second = json.loads((again / "metrics.json").read_text())
-    assert [second[name] for name in tables.FIGURES] == [first[name] for name in tables.FIGURES]
+    assert [second[name] for name in tables.METRICS] == [first[name] for name in tables.METRICS]
     assert len(tables.collect(disk.place)) == 2
 
 
@@ -108,14 +108,14 @@ def test_the_tool_ends_with_one_message(disk, tiny):
 
 def test_a_run_that_was_stopped_by_it_is_resumed(disk, tiny):
     options = ["model=autoencoder", "trainer.max_epochs=3", "save.curves=false", "save.pictures=0", "model.latent=16"]
-    whole = train(tiny_run(tiny, disk.place / "whole", *options))
+    whole = train(tiny_run(tiny, disk.place / "full_pass", *options))
     disk.leave(60 * 1024)
     with pytest.raises(InputError, match=r"last\.ckpt.*o space left"):
         train(tiny_run(tiny, disk.place / "cut", *options))
     assert read_record(disk.place / "cut")["status"] == "failed"
     disk.clear()
     found = train(composed(f"resume='{disk.place / 'cut'}'"))
-    assert [found[name] for name in tables.FIGURES] == [whole[name] for name in tables.FIGURES]
+    assert [found[name] for name in tables.METRICS] == [whole[name] for name in tables.METRICS]
 
 
 def test_a_store(disk, tiny, tmp_path, caplog):

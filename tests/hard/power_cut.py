@@ -165,7 +165,7 @@ def trial(method: str, most: int, overrides: list[str]) -> dict:
 torch.set_num_threads(1)
 (PLACE / "temporary").mkdir()
 os.environ["TMPDIR"] = str(PLACE / "temporary")
-told = {method: trial(method, *facts) for method, facts in json.loads(sys.argv[3]).items()}
+told = {method: trial(method, *metadata) for method, metadata in json.loads(sys.argv[3]).items()}
 strays = [path.name for path in (PLACE / "temporary").iterdir()]
 assert not strays, f"left in the system's folder for temporary files: {strays}"
 sys.stdout.write(json.dumps(told) + "\n")

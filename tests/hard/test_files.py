@@ -350,9 +350,9 @@ import sys
 from pathlib import Path
 from blemish.run.config import composed
 from blemish.files import release
-from blemish.run.record import Record, claim
+from blemish.run.record import Record, lock_run_folder
 from blemish.run.train import save_config
-claim(sys.argv[1], overwrite=False)
+lock_run_folder(sys.argv[1], overwrite=False)
 Record.start(sys.argv[1], {})
 save_config(composed("model=vae"), Path(sys.argv[1]))
 print("claimed", flush=True)

@@ -16,7 +16,7 @@ from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encodin
 from blemish.run.config import build
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Found .* in eval mode",  # the frozen teacher
+    "ignore:ImageResult .* in eval mode",  # the frozen teacher
     "ignore:.*does not have many workers",  # eight small images
 )
 

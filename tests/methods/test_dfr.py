@@ -15,7 +15,7 @@ from blemish.methods.dfr import DFR, autoencoder, regional
 from blemish.types import Batch
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Found .* in eval mode",  # the frozen teacher
+    "ignore:ImageResult .* in eval mode",  # the frozen teacher
     "ignore:.*does not have many workers",  # eight small images
 )
 

@@ -181,8 +181,10 @@ def test_calibration_thins_maps_to_its_bound_and_leaves_out_what_is_ignored(monk
     ignored[:, :6] = ignored[1, :, :9] = True
     for most, step in ((map.numel(), 1), (map.numel() - 1, 2), (map.numel() // 4 - 1, 4)):
         monkeypatch.setattr(self_similarity, "MOST", most)
-        parts = batch(pictures)._replace(hidden=ignored)
-        model.calibrate([parts._replace(image=pictures[:2], hidden=ignored[:2]), parts._replace(image=pictures[2:], hidden=ignored[2:])])
+        parts = batch(pictures)._replace(ignore_mask=ignored)
+        model.calibrate(
+            [parts._replace(image=pictures[:2], ignore_mask=ignored[:2]), parts._replace(image=pictures[2:], ignore_mask=ignored[2:])]
+        )
         seen = map[:, ::step, ::step][~ignored[:, ::step, ::step]]
         assert model.map_threshold == pytest.approx(np.quantile(seen, 0.95, method="inverted_cdf"), rel=1e-5)
 

@@ -121,11 +121,11 @@ def test_summary(values):
     summary = Summary(0)
     for value in values:
         summary.take(value)
-    facts = summary.facts()
-    assert facts["count"] == len(values) and facts["min"] == min(values) and facts["max"] == max(values)
-    assert facts["mean"] == pytest.approx(np.mean(values), abs=1e-6)
-    assert facts["deviation"] == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0, abs=1e-5, rel=1e-9)
-    assert facts["quantiles"]["0.95"] == pytest.approx(np.quantile(values, 0.95))
+    metadata = summary.metadata()
+    assert metadata["count"] == len(values) and metadata["min"] == min(values) and metadata["max"] == max(values)
+    assert metadata["mean"] == pytest.approx(np.mean(values), abs=1e-6)
+    assert metadata["deviation"] == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0, abs=1e-5, rel=1e-9)
+    assert metadata["quantiles"]["0.95"] == pytest.approx(np.quantile(values, 0.95))
 
 
 def test_a_summary_keeps_a_uniform_sample():
@@ -138,4 +138,4 @@ def test_a_summary_keeps_a_uniform_sample():
     assert len(summary.sample) == 20 and hits.sum() == 20 * 200
     assert stats.chisquare(hits).pvalue > 0.001
     summary.take(math.nan)
-    assert summary.facts()["count"] == 200 and summary.facts()["not_finite"] == 1 and Summary(0).facts()["count"] == 0
+    assert summary.metadata()["count"] == 200 and summary.metadata()["not_finite"] == 1 and Summary(0).metadata()["count"] == 0

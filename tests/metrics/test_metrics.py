@@ -15,9 +15,9 @@ from torchmetrics.classification import BinaryAUROC
 from blemish.edge.errors import InputError
 from blemish.metrics import metrics
 from blemish.metrics.metrics import ImageMetrics, PixelMetrics, auroc, average_precision, f1_max, region_sizes
-from blemish.types import OUTSIDE
+from blemish.types import IGNORED
 
-FIGURES = ("pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
+METRICS = ("pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 
 
@@ -130,16 +130,16 @@ def test_pixel_figures_are_scikit_learns_and_the_definitions(levels, ignored):
 def test_figures_are_those_of_the_pixels_that_are_looked_at():
     maps, masks, groups = images(seed=5, ignored=0.1)
     region = np.hypot(*(np.mgrid[:24, :24] - 11)) < 10
-    masks[:, torch.from_numpy(~region)] = OUTSIDE
+    masks[:, torch.from_numpy(~region)] = IGNORED
     maps[:, torch.from_numpy(~region)] = 1e30
     table = seen([(maps, masks, groups)]).compute()["pooled"]
     score, label = maps.numpy()[masks < 2], masks.numpy()[masks < 2]
     area, ap, f1, threshold = sklearn_figures(score, label)
-    cut = np.where(masks == OUTSIDE, 255, masks)
+    cut = np.where(masks == IGNORED, 255, masks)
     expected = {"pixel_auroc": area, "pixel_ap": ap, "pixel_f1_max": f1, "pixel_f1_max_threshold": threshold}
     assert table == pytest.approx(expected | {"aupro": brute_aupro(maps.numpy(), cut)}, abs=1e-12)
     # cut out and put side by side, they are the same pixels
-    masks[masks == OUTSIDE] = 255
+    masks[masks == IGNORED] = 255
     maps[masks == 255] = torch.nan
     assert seen([(maps, masks, groups)]).compute()["pooled"] == table
 
@@ -171,7 +171,7 @@ def test_aupro_weighs_regions_not_pixels():
 def test_perfect_maps_score_exactly_one():
     _, masks, groups = images(seed=2)
     pooled = seen([(masks.float() * 300 - 20, masks, groups)]).compute()["pooled"]
-    assert [pooled[key] for key in FIGURES] == [1.0] * 4
+    assert [pooled[key] for key in METRICS] == [1.0] * 4
     assert pooled["pixel_f1_max_threshold"] == 280.0
 
 
@@ -199,7 +199,7 @@ def test_ranks_alone_count(limit):
     maps, masks, groups = images(seed=3, levels=4)
     table = seen([(maps, masks, groups)], limit).compute()
     for row, figures in seen([(maps * 8 - 1000, masks, groups)], limit).compute().items():
-        assert {k: figures[k] for k in FIGURES} == pytest.approx({k: table[row][k] for k in FIGURES}, abs=1e-12)
+        assert {k: figures[k] for k in METRICS} == pytest.approx({k: table[row][k] for k in METRICS}, abs=1e-12)
 
 
 @pytest.mark.parametrize("limit", [10**9, 700])
@@ -272,7 +272,7 @@ def test_bounds_of_the_histograms_hold(seed, bins, levels, shift):
     finally:
         metrics.BINS = before
     for row, bounds in coarse.bounds().items():
-        for key in FIGURES:
+        for key in METRICS:
             if exact[row][key] is None:
                 assert coarse.compute()[row][key] is bounds[key] is None
             else:
@@ -297,19 +297,19 @@ def test_histograms_are_close_and_small():
         coarse.update(maps, masks, groups)
     assert coarse._kept <= 10**5
     truth, result, bounds = exact.compute(), coarse.compute(), coarse.bounds()
-    assert exact.bounds()["pooled"] == dict.fromkeys(FIGURES, 0.0)
+    assert exact.bounds()["pooled"] == dict.fromkeys(METRICS, 0.0)
     assert all(len(g.normal_bins.value) <= 2**16 and not g.normal and not g.defect for g in coarse._groups.values())
     assert 0 < bounds["pooled"]["pixel_auroc"] < 1e-4
     assert 0 < bounds["pooled"]["aupro"] < 2e-4
     for row in truth:
-        assert all(abs(truth[row][key] - result[row][key]) <= bounds[row][key] for key in FIGURES)
+        assert all(abs(truth[row][key] - result[row][key]) <= bounds[row][key] for key in METRICS)
 
 
 def test_a_histogram_of_few_values_is_exact():
     maps, masks, groups = images(seed=9, levels=5)
     coarse = seen([(maps, masks, groups)], limit=10)
     assert coarse.compute()["pooled"] == pytest.approx(seen([(maps, masks, groups)]).compute()["pooled"], abs=1e-12)
-    assert coarse.bounds()["pooled"] == dict.fromkeys(FIGURES, 0.0)
+    assert coarse.bounds()["pooled"] == dict.fromkeys(METRICS, 0.0)
 
 
 def test_histograms_take_every_finite_score(monkeypatch):
@@ -362,7 +362,7 @@ def test_pixels_without_truth_contribute_nothing():
 
 
 def test_an_absent_class_has_no_figure():
-    keys = (*FIGURES, "pixel_f1_max_threshold")
+    keys = (*METRICS, "pixel_f1_max_threshold")
     nothing = PixelMetrics(10)
     assert nothing.compute() == {"pooled": dict.fromkeys(keys)}
     assert all(curve.shape == (0, 2) for curve in nothing.curves().values())
@@ -370,7 +370,7 @@ def test_an_absent_class_has_no_figure():
     for limit in (0, 10**6):
         clean = seen([(maps, masks, ["good"]), (maps, masks, ["dent"])], limit)
         assert clean.compute() == {"pooled": dict.fromkeys(keys), "dent": dict.fromkeys(keys)}
-        assert clean.bounds()["dent"] == dict.fromkeys(FIGURES)
+        assert clean.bounds()["dent"] == dict.fromkeys(METRICS)
         assert seen([(maps, masks + 1, ["dent"])], limit).compute()["pooled"] == dict.fromkeys(keys)
     assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([0, 0])) is None
     assert average_precision(torch.tensor([]), torch.tensor([])) is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from blemish.metrics.ranking import Ranks, aupro, auroc, average_precision, f1_max, ordered, unordered, walk
 
-FIGURES = {"auroc": auroc, "aupro": aupro, "ap": average_precision, "f1": f1_max}
+METRICS = {"auroc": auroc, "aupro": aupro, "ap": average_precision, "f1": f1_max}
 
 
 def steps_of(score, label, weight):
@@ -31,11 +31,11 @@ def test_bounds_hold_for_every_order_inside_the_steps(data):
     weight = np.array(data.draw(st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=len(base), max_size=len(base))))
     if len(set(label)) < 2:
         return
-    coarse = {name: figure(steps_of(base, label, weight)) for name, figure in FIGURES.items()}
-    worst = dict.fromkeys(FIGURES, 0.0)
+    coarse = {name: figure(steps_of(base, label, weight)) for name, figure in METRICS.items()}
+    worst = dict.fromkeys(METRICS, 0.0)
     for offsets in itertools.product(*map(within_step, sizes)):
         steps = steps_of(base + np.concatenate(offsets), label, weight)
-        for name, figure in FIGURES.items():
+        for name, figure in METRICS.items():
             worst[name] = max(worst[name], abs(figure(steps)[0] - coarse[name][0]))
     for name, (_, bound) in coarse.items():
         assert worst[name] <= bound + 1e-12, name

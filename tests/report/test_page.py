@@ -44,7 +44,7 @@ def strip_of(method, category, key, label, scale):
     return draw.strip(image, mask, values, scale, 2.5, draw.caption(key, "hole", label, 1.0, None))
 
 
-def run_folder(folder, method="padim", category="screw", seed=0, status="finished", skill=2.0, pictures=4, n=24, curves=True, **facts):
+def run_folder(folder, method="padim", category="screw", seed=0, status="finished", skill=2.0, pictures=4, n=24, curves=True, **metadata):
     """A run folder as a run leaves it, but that its numbers are drawn; half of the n images are anomalous, `skill` σ above the others."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(list(f"{method}{category}{seed}".encode()))
@@ -60,7 +60,7 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
     record |= {"epochs": None, "dataset": "mvtec", "category": category, "seed": seed, "protocol": "paper", "image_size": 256, "crop": None}
     record |= {"unit": "image", "backbone": "resnet18", "weights": "pretrained", "manifest_digest": "0123", "truth": "pixel masks"}
     record |= {"scale": scale, "calibration": {"map_value": 2.5}, "pictures": [f"images/{name}" for name in names.values()]}
-    record |= {"peak_memory_mb": {"host": 900.0, "gpu": None}, "command": "tools/train.py", "environment": machine(), **facts}
+    record |= {"peak_memory_mb": {"host": 900.0, "gpu": None}, "command": "tools/train.py", "environment": machine(), **metadata}
     write_json(folder / "record.json", record)
     (folder / "config.yaml").write_text(f"seed: {seed}\nmodel:\n  _target_: blemish.methods.{method}.Method\ndata:\n  category: screw\n")
     if status != "finished":
@@ -198,7 +198,7 @@ def test_settings_are_pooled_over_seeds_and_only_like_is_ranked_with_like(runs, 
         for seed in "01"
     ]
     assert data["means"][0]["values"]["image_auroc"] == pytest.approx([np.mean(by_seed), np.std(by_seed, ddof=1)])
-    assert [(note["categories"], note["whole"], note["partial"]) for note in data["notes"]] == [(3, 2, 1)]
+    assert [(note["categories"], note["full_pass"], note["partial"]) for note in data["notes"]] == [(3, 2, 1)]
 
 
 def test_no_run_is_dropped(page):

@@ -48,13 +48,13 @@ def runs(tiny, tmp_path_factory):
     return folder, metrics
 
 
-def recorded(folder: Path, method: str, category: str, seed: int, value: float, **facts) -> None:
-    """A folder as a run of these facts leaves it, without one."""
+def recorded(folder: Path, method: str, category: str, seed: int, value: float, **metadata) -> None:
+    """A folder as a run of these metadata leaves it, without one."""
     folder.mkdir(parents=True)
     setting = {"method": method, "dataset": "mvtec", "category": category, "seed": seed, "unit": "image", "backbone": "resnet18"}
     setting |= {"weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper", "manifest_digest": "d", "started": f"{seed}"}
     machine = {"cpu": "Tester 3000", "cores_usable": 4, "packages": {"torch": "9.9"}, "git": None, "gpus": []}
-    record = {"status": "finished", **setting, "peak_memory_mb": {"host": 100 + seed, "gpu": None}, "environment": machine, **facts}
+    record = {"status": "finished", **setting, "peak_memory_mb": {"host": 100 + seed, "gpu": None}, "environment": machine, **metadata}
     (folder / "record.json").write_text(json.dumps(record))
     metrics = {**dict.fromkeys(METRICS, value), "fit_seconds": 10 * seed, "test_seconds": 5}
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -196,7 +196,7 @@ def test_a_csv_has_the_runs_again(several, tmp_path):
 @pytest.fixture
 def efforts(tmp_path):
     """On one category: methods without training, trained in full and cut, each with a worse run before a better one."""
-    for name, (method, value, facts) in {
+    for name, (method, value, metadata) in {
         "a": ("dfkde", 0.2, {}),
         "b": ("padim", 0.5, {}),
         "c": ("padim", 0.6, {"variant": "recipe"}),
@@ -205,7 +205,7 @@ def efforts(tmp_path):
         "f": ("vae", 0.4, {"epochs": 200}),
         "g": ("riad", 0.1, {"epochs": 300}),
     }.items():
-        recorded(tmp_path / name, method, "wood", 0, value, **facts)
+        recorded(tmp_path / name, method, "wood", 0, value, **metadata)
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text()) | dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
     (tmp_path / "a" / "metrics.json").write_text(json.dumps(metrics))
     return collect(tmp_path)
@@ -233,10 +233,10 @@ def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
     shown = {
         "256 → 224": {},
         "256 → 224, tiles of 512": {"tiling": 512},
-        "256 → 224, letterbox, region": {"resize": "letterbox", "region": "d"},
+        "256 → 224, letterbox, roi": {"resize": "letterbox", "roi": "d"},
     }
-    for number, facts in enumerate(shown.values()):
-        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **facts)
+    for number, metadata in enumerate(shown.values()):
+        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **metadata)
     groups = pooled(collect(tmp_path))
     assert {label(group)[2]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(shown, (0.5, 0.6, 0.7), strict=True))
 
@@ -247,8 +247,8 @@ def test_epochs_of_so_many_images_make_rows_of_their_own(tmp_path):
         "vae, 5 epochs of 320 images": {"epoch_size": 320},
         "vae, 5 epochs of 320 tiles": {"epoch_size": 320, "tiling": 32},
     }
-    for number, facts in enumerate(names.values()):
-        recorded(tmp_path / f"{number}", "vae", "wood", 0, 0.5 + number / 10, epochs=5, **facts)
+    for number, metadata in enumerate(names.values()):
+        recorded(tmp_path / f"{number}", "vae", "wood", 0, 0.5 + number / 10, epochs=5, **metadata)
     groups = pooled(collect(tmp_path))
     assert {label(group)[0]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(names, (0.5, 0.6, 0.7), strict=True))
 

@@ -56,10 +56,10 @@ def test_nothing_is_detected_outside_of_a_region(tmp_path):
     Image.fromarray(photograph).save(tmp_path / "brick.png")
     right = np.zeros((64, 80), np.uint8)  # of a smaller copy: scaled to the image
     right[:, 35:] = 255
-    Image.fromarray(right).save(tmp_path / "region.png")
+    Image.fromarray(right).save(tmp_path / "roi.png")
     options = ["model=noise_residual", "model.channels=1", f"input='{tmp_path / 'brick.png'}'"]
     found = {}
-    for name, more in {"all": [], "right": [f"region='{tmp_path / 'region.png'}'"]}.items():
+    for name, more in {"all": [], "right": [f"roi='{tmp_path / 'roi.png'}'"]}.items():
         assert len(predict(composed(*options, f"output='{tmp_path / name}'", *more, config="predict")).rows) == 1
         found[name] = json.loads((tmp_path / name / "brick_detections.json").read_text())
     assert {one["x1"] >= 70 for one in found["all"]} == {True, False}
@@ -73,14 +73,14 @@ def test_an_image_that_no_pixel_of_the_region_falls_on(tmp_path):
     Image.fromarray(skimage.data.brick()[:64, :64]).save(tmp_path / "brick.png")
     dot = np.zeros((128, 128), np.uint8)
     dot[0, 0] = 255  # between the pixels of the image
-    Image.fromarray(dot).save(tmp_path / "region.png")
+    Image.fromarray(dot).save(tmp_path / "roi.png")
     options = [
         "model=noise_residual",
         f"input='{tmp_path / 'brick.png'}'",
-        f"region='{tmp_path / 'region.png'}'",
+        f"roi='{tmp_path / 'roi.png'}'",
         f"output='{tmp_path}/out'",
     ]
-    with pytest.raises(InputError, match=r"brick\.png: nothing of this image is inside the region"):
+    with pytest.raises(InputError, match=r"brick\.png: nothing of this image is inside the roi"):
         predict(composed(*options, config="predict"))
 
 

@@ -16,9 +16,9 @@ from blemish.data.manifest import Sample
 from blemish.draw import choose, file_names, simplified
 from blemish.edge.errors import InputError
 from blemish.files import write_csv, write_json
-from blemish.run.evaluate import FIGURES, SCORES, Calibrate, Evaluate, Seen, looked_at
+from blemish.run.evaluate import METRICS, SCORES, Calibrate, Evaluate, TestedImage, looked_at
 from blemish.run.timing import StageTimes
-from blemish.types import NO_TRUTH, OUTSIDE, Batch, Prediction
+from blemish.types import IGNORED, NO_TRUTH, Batch, Prediction
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the toy's images are made in no time
@@ -142,7 +142,7 @@ def test_calibrate_collects_score_and_peak_of_every_image():
 
 def test_what_is_not_looked_at_is_in_no_picture(tmp_path):
     images, masks = torch.rand(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
-    masks[:, :6] = masks[:, 20:] = masks[1, :, :9] = OUTSIDE
+    masks[:, :6] = masks[:, 20:] = masks[1, :, :9] = IGNORED
     batch = Batch(images, torch.tensor([0, 1]), masks, ["a.png", "b.png"])
     model, trainer = Brightness(), SimpleNamespace(world_size=1, global_rank=0)
     samples = [Sample("a.png", "test", 0, "good"), Sample("b.png", "test", 1, "hole")]
@@ -156,7 +156,7 @@ def test_what_is_not_looked_at_is_in_no_picture(tmp_path):
         assert (picture.mask == 0).all()
     assert len(evaluate.draw(tmp_path, None)) == 2
     everything = looked_at(torch.zeros(4, 5, dtype=torch.uint8))
-    assert everything == (slice(0, 4), slice(0, 5)) and looked_at(torch.full((4, 5), OUTSIDE))[0] == slice(0, 0)
+    assert everything == (slice(0, 4), slice(0, 5)) and looked_at(torch.full((4, 5), IGNORED))[0] == slice(0, 0)
 
 
 def test_figures_are_those_of_sklearn():
@@ -208,11 +208,11 @@ def test_score_rows_have_decision_and_p_value_from_the_calibration(tmp_path):
     expected = [(1 + (calibration >= value).sum()) / 22 for value in score]
     np.testing.assert_allclose([float(row["p_value"]) for row in rows], expected)
     assert [row["defect"] for row in rows] == [s.defect for s in samples if s.split == "test"]
-    facts = evaluate.calibration_facts()
-    assert facts["value"] == float(threshold)
-    assert facts["reachable"]
-    assert "21 normal calibration images" in facts["explanation"]
-    json.dumps(facts)
+    metadata = evaluate.calibration_metadata()
+    assert metadata["value"] == float(threshold)
+    assert metadata["reachable"]
+    assert "21 normal calibration images" in metadata["explanation"]
+    json.dumps(metadata)
 
 
 def test_a_score_at_the_threshold_is_normal():
@@ -227,7 +227,7 @@ def test_a_score_at_the_threshold_is_normal():
 def test_without_calibration_nothing_is_decided():
     evaluate = evaluated(samples_of(3, 3, 0), Brightness(), calibrate=False)
     assert all(threshold is decision is p is None for _, _, _, threshold, decision, p, _ in evaluate.scores)
-    assert evaluate.calibration_facts()["value"] is None
+    assert evaluate.calibration_metadata()["value"] is None
     assert evaluate.metrics(None, None)["image_auroc"] > 0.9
 
 
@@ -235,7 +235,7 @@ def test_an_image_level_method_has_no_pixel_figures(tmp_path):
     evaluate = evaluated(samples_of(3, 3, 0), Brightness(maps=False), pictures=-1)
     metrics = evaluate.metrics(0.0, 0.0)
     assert metrics["image_auroc"] > 0.9
-    assert [metrics[name] for name in FIGURES if "image" not in name] == [None] * 4
+    assert [metrics[name] for name in METRICS if "image" not in name] == [None] * 4
     assert evaluate.scale is None
     assert len(evaluate.draw(tmp_path, tmp_path / "curves.png")) == 7
 
@@ -288,7 +288,7 @@ def test_one_odd_image_does_not_darken_the_rest():
     evaluate = evaluated(samples, Brightness())
     before = evaluate.scale
     key = samples[0].key
-    evaluate.seen[key] = evaluate.seen[key]._replace(low=-1e6, high=1e6)
+    evaluate.tested[key] = evaluate.tested[key]._replace(low=-1e6, high=1e6)
     after = evaluate.scale
     assert np.ptp(after) < 1.5 * np.ptp(before)
 
@@ -324,7 +324,7 @@ class Writes(Evaluate):
             write_json(self.folder / "scale.json", self.scale)
             self.draw(self.folder / "images", None)
         else:
-            assert not self.seen
+            assert not self.tested
             assert not self.kept
 
 
@@ -448,7 +448,7 @@ def test_decisions_are_counted_at_the_calibrated_threshold():
     evaluate = Evaluate(0, 1000, 0.5, None)
     evaluate.calibration = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])  # alpha .5: the second of three
     scores = {"a": (1, 3.0), "b": (1, 0.5), "c": (0, 1.5), "d": (0, 0.2), "e": (0, 1.0), "f": (-1, 9.0)}
-    evaluate.seen = {key: Seen(label, score, 0.0, 0.0) for key, (label, score) in scores.items()}
+    evaluate.tested = {key: TestedImage(label, score, 0.0, 0.0) for key, (label, score) in scores.items()}
     assert evaluate.threshold.value == 1.0
     assert evaluate.decisions() == {"image_f1": 2 / 4, "image_recall": 1 / 2, "image_false_alarm_rate": 1 / 3}
     evaluate.calibration = torch.empty(0, 2)

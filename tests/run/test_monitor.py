@@ -132,10 +132,10 @@ def test_prediction_without_a_monitor_sums_up(finished, tiny, tmp_path):
     first = (tmp_path / "scores.csv").read_text()
     told(finished, tiny / "normal_test", tmp_path)
     assert (tmp_path / "scores.csv").read_text() == first and "bound" not in first
-    facts = json.loads((tmp_path / "monitor.json").read_text())
+    metadata = json.loads((tmp_path / "monitor.json").read_text())
     values = [float(row.split(",")[1]) for row in first.splitlines()[1:]]
-    assert facts["summary"]["count"] == 12 and facts["test"] is None
-    assert facts["summary"]["mean"] == pytest.approx(np.mean(values)) and facts["summary"]["quantiles"]["0.5"] == pytest.approx(
+    assert metadata["summary"]["count"] == 12 and metadata["test"] is None
+    assert metadata["summary"]["mean"] == pytest.approx(np.mean(values)) and metadata["summary"]["quantiles"]["0.5"] == pytest.approx(
         np.median(values)
     )
     told(finished, tiny / "normal_test", tmp_path / "elsewhere", f"monitor_file='{tmp_path / 'monitor.json'}'")

@@ -20,7 +20,7 @@ from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing
 from blemish.run.config import build
 from blemish.run.monitor import unusual
 from blemish.run.predict import predict
-from blemish.run.results import Found, output_names, thresholds, write
+from blemish.run.results import ImageResult, output_names, thresholds, write
 from blemish.run.test import test as retest
 from blemish.run.train import train
 
@@ -252,7 +252,7 @@ def test_nothing_but_bad_files_is_an_error(how, finished, tmp_path):
 def test_an_image_without_a_region_is_one_of_them(finished, images, tmp_path):
     (tmp_path / "regions").mkdir()
     Image.new("L", (64, 64), 255).save(tmp_path / "regions" / "000.png")
-    done = told(images, tmp_path / "out", *by_run(finished), f"region='{tmp_path / 'regions'}'")
+    done = told(images, tmp_path / "out", *by_run(finished), f"roi='{tmp_path / 'regions'}'")
     assert [path.name for path, _ in done.failed] == ["001.png"]
 
 
@@ -269,7 +269,7 @@ def test_what_was_scored_before_a_stop_is_kept(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
 
     def found():
-        yield Found(tmp_path / "a.png", image, 1.0, torch.zeros(8, 8))
+        yield ImageResult(tmp_path / "a.png", image, 1.0, torch.zeros(8, 8))
         raise KeyboardInterrupt
 
     calibration = torch.tensor([[0.5, 0.5]] * 20)

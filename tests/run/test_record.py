@@ -17,7 +17,7 @@ from blemish.edge.calibration import Threshold
 from blemish.edge.errors import InputError
 from blemish.files import atomic_write, is_locked, plain, release, write_csv, write_json, write_text
 from blemish.run import record
-from blemish.run.record import Record, claim, environment, git_state, read_record, truth_kind
+from blemish.run.record import Record, environment, git_state, lock_run_folder, read_record, truth_kind
 
 
 def content(folder):
@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path, mon
         with pytest.raises(InputError, match=r"file.*cannot write a\.json.*run_dir=PATH"):
             write_json(path, {})
     with pytest.raises(InputError, match=r"file.*run_dir=PATH"):
-        claim(tmp_path / "file" / "run", overwrite=True)
+        lock_run_folder(tmp_path / "file" / "run", overwrite=True)
 
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path, mon
         write_text(tmp_path / "a.txt", "")
     monkeypatch.setattr(Path, "mkdir", denied)
     with pytest.raises(InputError, match=r"run.*Permission denied.*run_dir=PATH"):
-        claim(tmp_path / "run", overwrite=False)
+        lock_run_folder(tmp_path / "run", overwrite=False)
 
 
 def test_json_keeps_order_and_full_precision_and_has_no_infinities(tmp_path):
@@ -256,15 +256,15 @@ def test_a_record_that_cannot_be_written_does_not_hide_the_error_of_the_run(tmp_
 
 def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    claim(tmp_path / "run", overwrite=False)
+    lock_run_folder(tmp_path / "run", overwrite=False)
     Record.start(tmp_path / "run", {}).finish({})
     release(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def finished(folder, facts):
-    claim(folder, overwrite=False)
-    Record.start(folder, {}).finish(facts)
+def finished(folder, metadata):
+    lock_run_folder(folder, overwrite=False)
+    Record.start(folder, {}).finish(metadata)
     release(folder)
 
 
@@ -276,10 +276,10 @@ def test_a_finished_run_is_overwritten_only_when_told(tmp_path):
     for path in kept + gone:
         path.write_text("x")
     with pytest.raises(InputError, match=r"finished run \(knn.*overwrite=true.*run_dir="):
-        claim(tmp_path, overwrite=False)
+        lock_run_folder(tmp_path, overwrite=False)
     assert all(path.exists() for path in kept + gone)
     assert not (tmp_path / ".lock").exists()
-    claim(tmp_path, overwrite=True)
+    lock_run_folder(tmp_path, overwrite=True)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert read_record(tmp_path)["status"] == "interrupted", "until the next record takes its place"
@@ -289,40 +289,40 @@ def test_a_finished_run_is_overwritten_only_when_told(tmp_path):
 def test_a_checkpoint_that_is_still_needed_is_kept(tmp_path):
     finished(tmp_path, {})
     (tmp_path / "model.ckpt").write_text("x")
-    claim(tmp_path, overwrite=True, keep=["model.ckpt"])
+    lock_run_folder(tmp_path, overwrite=True, keep=["model.ckpt"])
     assert (tmp_path / "model.ckpt").exists()
     release(tmp_path)
 
 
 def test_a_failed_run_gives_way_and_foreign_files_do_not(tmp_path):
-    claim(tmp_path / "a", overwrite=False)
+    lock_run_folder(tmp_path / "a", overwrite=False)
     Record.start(tmp_path / "a", {}).fail(RuntimeError("x"))
     release(tmp_path / "a")
-    claim(tmp_path / "a", overwrite=False)
+    lock_run_folder(tmp_path / "a", overwrite=False)
     release(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.yaml").write_text("of another program")
     with pytest.raises(InputError, match=r"holds config\.yaml but no record"):
-        claim(tmp_path / "b", overwrite=False)
+        lock_run_folder(tmp_path / "b", overwrite=False)
     assert (tmp_path / "b" / "config.yaml").read_text() == "of another program"
 
 
 def test_two_claims_of_one_folder(tmp_path):
-    claim(tmp_path, overwrite=False)
+    lock_run_folder(tmp_path, overwrite=False)
     with pytest.raises(InputError, match=f"{tmp_path}: another process is writing to this folder; .*run_dir="):
-        claim(tmp_path, overwrite=True)
+        lock_run_folder(tmp_path, overwrite=True)
     assert is_locked(tmp_path)
     release(tmp_path)
     release(tmp_path)
     assert not is_locked(tmp_path)
-    claim(tmp_path, overwrite=False)
+    lock_run_folder(tmp_path, overwrite=False)
     release(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def killed(folder):
     """Leave the lock of a process that was killed in a folder."""
-    code = "import os, sys; from blemish.run.record import claim; claim(sys.argv[1], False); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from blemish.run.record import lock_run_folder; lock_run_folder(sys.argv[1], False); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode
     assert (folder / ".lock").exists()
 
@@ -334,7 +334,7 @@ def test_the_lock_of_a_killed_process_is_none(tmp_path):
     assert not is_locked(tmp_path)
     assert not (tmp_path / ".lock").exists()
     killed(tmp_path)
-    claim(tmp_path, overwrite=False)
+    lock_run_folder(tmp_path, overwrite=False)
     assert is_locked(tmp_path)
     release(tmp_path)
     (tmp_path / ".lock").write_text("of whatever")
@@ -344,7 +344,7 @@ def test_the_lock_of_a_killed_process_is_none(tmp_path):
 def compete(folder, start, results):
     start.wait()
     try:
-        claim(folder, overwrite=False)
+        lock_run_folder(folder, overwrite=False)
         results.put(True)
     except InputError:
         results.put(False)

@@ -46,7 +46,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["autoencoder", "cflow", "ganomaly"])
 def test_a_killed_training_resumes_to_the_same_weights(method, device, tiny, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = tmp_path / "full_pass", tmp_path / "cut"
     train(composed(*overrides(tiny, whole, method, device)))
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *overrides(tiny, cut, method, device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are rounded alike then

@@ -18,7 +18,7 @@ from support import CONFIGS, tiny_overrides
 from blemish.edge.errors import InputError
 from blemish.files import is_locked, release
 from blemish.run.config import firsts
-from blemish.run.record import Record, claim, finish_for, read_record
+from blemish.run.record import Record, finish_for, lock_run_folder, read_record
 from blemish.run.sweep import apart, cell_name, launch, pinned, quoted
 
 TRAIN = CONFIGS.parent / "tools" / "train.py"
@@ -170,7 +170,7 @@ def test_a_run_that_could_not_write_its_end(tmp_path):
 
 @pytest.mark.slow
 def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
-    claim(tmp_path, overwrite=False)  # by this process, which lives
+    lock_run_folder(tmp_path, overwrite=False)  # by this process, which lives
     Record.start(tmp_path, {})
     before = (tmp_path / "record.json").read_bytes()
     apart(tmp_path, os._exit, (2,), None, None)

@@ -29,7 +29,7 @@ from blemish.edge.reading import read, size_of
 from blemish.run import config, test
 from blemish.run.checkpoint import load
 from blemish.run.predict import predict
-from blemish.run.results import View
+from blemish.run.results import Preprocessing
 from blemish.run.results import predict as apply
 from blemish.run.tiling import RowsOnDisk, Stitch, reconstruct_tiles, score_image, write_png
 from blemish.run.train import described, set_up, train
@@ -152,10 +152,12 @@ def test_stitched_maps_and_truth_keep_every_peak(width, height, side):
     truth = {name: (array > 150).astype(np.uint8) for name, array in images.items()}
     parents = {name: Sample(name, "test", label, "good") for label, name in enumerate("ab")}
     dataset = SimpleNamespace(sizes=dict.fromkeys("ab", (width, height)), parents=parents, truth=truth.get)
-    dataset.geometry, dataset.seen = Geometry(), lambda path: None
-    seen = []
-    inner = SimpleNamespace(on_test_batch_end=lambda trainer, module, prediction, batch, index, loader: seen.append((prediction, batch)))
-    stitch = Stitch(inner, 64, 16)
+    dataset.geometry, dataset.inside = Geometry(), lambda path: None
+    inside = []
+    resized = SimpleNamespace(
+        on_test_batch_end=lambda trainer, module, prediction, batch, index, loader: inside.append((prediction, batch))
+    )
+    stitch = Stitch(resized, 64, 16)
     trainer = SimpleNamespace(test_dataloaders=SimpleNamespace(dataset=SimpleNamespace(tiles=dataset)))
     for name, array in images.items():
         places = grid(width, height, 64, 16)
@@ -164,8 +166,8 @@ def test_stitched_maps_and_truth_keep_every_peak(width, height, side):
             outputs = Local()(torch.from_numpy(np.stack(tiles))[:, None].expand(-1, 3, -1, -1))
             keys = [f"{name}#{','.join(map(str, place))}" for place in some]
             stitch.on_test_batch_end(trainer, None, outputs, Batch(None, None, None, keys), 0)
-    assert [batch.path for _, batch in seen] == [["a"], ["b"]] and [int(batch.label) for _, batch in seen] == [0, 1]
-    for (prediction, batch), name in zip(seen, "ab", strict=True):
+    assert [batch.path for _, batch in inside] == [["a"], ["b"]] and [int(batch.label) for _, batch in inside] == [0, 1]
+    for (prediction, batch), name in zip(inside, "ab", strict=True):
         whole = np.abs(images[name] / np.float32(255) - np.float32(0.5))
         np.testing.assert_allclose(prediction.map[0], largest_blocks(whole, side), atol=1e-6)
         np.testing.assert_array_equal(batch.mask[0], largest_blocks(truth[name], side))
@@ -353,7 +355,7 @@ def test_calibration_is_by_image(run, large):
     folder, _ = run
     _, model = load(folder, "cpu")
     held = [line.split(",")[0] for line in (folder / "manifest.csv").read_text().splitlines() if ",calibrate," in line]
-    found = list(apply(model, [large / path for path in held], View(Geometry(48), {}, 96, 24), 5))
+    found = list(apply(model, [large / path for path in held], Preprocessing(Geometry(48), {}, 96, 24), 5))
     torch.testing.assert_close(model.calibration[:, 0], torch.tensor([one.score for one in found]), rtol=1e-5, atol=1e-6)
     peaks = torch.tensor([float(one.map[:].max()) for one in found])
     torch.testing.assert_close(model.calibration[:, 1], peaks, rtol=1e-4, atol=1e-5)
@@ -451,10 +453,10 @@ class Local(Detector):
     def forward(self, image):
         map = (image - 0.5).abs().mean(1)
         return Prediction(map.amax((1, 2)), map)
-from blemish.run.results import View, output_names, predict, thresholds, write
+from blemish.run.results import Preprocessing, output_names, predict, thresholds, write
 path, out = Path(sys.argv[1]), Path(sys.argv[2])
 def run(path):
-    found = predict(Local(), [path], View(Geometry(), {}, 512, 64), 4, out)
+    found = predict(Local(), [path], Preprocessing(Geometry(), {}, 512, 64), 4, out)
     calibration = torch.tensor([[0.1, 0.1]] * 20)
     write(found, output_names([path], path.parent), out, calibration, *thresholds(calibration, 0.05), None)
 run(path.with_name("small.png"))

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blemish.data.dataset import Recent, Tiles, threaded
-from blemish.data.images import hidden, prepare
+from blemish.data.images import ignore_mask, prepare
 from blemish.data.manifest import Sample
 from blemish.data.module import ImageData, plain_window
 from blemish.data.ranges import ValueCheck, fit_ranges
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import UINT16, Geometry
 from blemish.edge.ranges import Range
 from blemish.edge.reading import SMALLEST, read, size_of
-from blemish.types import NORMAL, OUTSIDE
+from blemish.types import IGNORED, NORMAL
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given
 ASSUMED = {"uint8": (0.0, 255.0), "uint16": UINT16, "float32": UNIT}
@@ -30,10 +30,10 @@ KINDS = (
 )
 
 
-class Given(ImageData):
+class ArrayData(ImageData):
     """Training images and, where there are any in `val`, those for the threshold; else a share `calibration` of the former is held out.
 
-    The other arguments are those of `ImageData`; `window` has (lo, hi) for "uint16" and "float32", `region` is a mask (H, W). InputError
+    The other arguments are those of `ImageData`; `window` has (lo, hi) for "uint16" and "float32", `roi` is a mask (H, W). InputError
     for a file that is in both.
     """
 
@@ -51,11 +51,9 @@ class Given(ImageData):
         calibration: float,
         window: Mapping[str, tuple[float, float]],
         resize: str = "stretch",
-        region: np.ndarray | None = None,
+        roi: np.ndarray | None = None,
     ):
-        super().__init__(
-            ".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, region
-        )
+        super().__init__(".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, roi)
         both = {one.resolve() for one in train if isinstance(one, Path)} & {one.resolve() for one in val if isinstance(one, Path)}
         if both:
             raise InputError(f"{min(both)}: to be trained on and in val; expected it in one of them")
@@ -68,13 +66,13 @@ class Given(ImageData):
         """Look at the values of the training images, or of those for the threshold where nothing is fitted."""
         if not self.ranges:
             split = "train" if self.count("train") else "calibrate"
-            load = self._looked_at if self.region else partial(array_of, window=self.window)
+            load = self._looked_at if self.roi else partial(array_of, window=self.window)
             self.ranges = fit_ranges([self.given[sample.path] for sample in self.samples if sample.split == split], load)
             self.values = check_of(self.ranges, self.window)
 
     def _looked_at(self, image: Image) -> np.ndarray:
         array = array_of(image, self.window)
-        return array[self.region.seen(None, *array.shape[:2])]
+        return array[self.roi.inside(None, *array.shape[:2])]
 
     def count(self, split: str) -> int:
         return sum(sample.split == split for sample in self.samples)
@@ -86,12 +84,12 @@ class Given(ImageData):
 
     def images(self, samples: list[Sample]) -> "Rows":
         rows = [(sample.key, self.given[sample.path]) for sample in samples]
-        return Rows(rows, self.window, self.geometry, self.region, self.values)
+        return Rows(rows, self.window, self.geometry, self.roi, self.values)
 
     def tiles(self, samples: list[Sample], fit: bool = False) -> Tiles:
         images = {sample.path: self.given[sample.path] for sample in samples}
         sizes = {key: size_of(one) if isinstance(one, Path) else one.shape[1::-1] for key, one in images.items()}
-        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
+        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.roi, fit)
         tiles.recent, tiles.values = RecentGiven(tiles.recent, images, self.window), self.values
         return tiles
 
@@ -115,9 +113,9 @@ class Rows(Dataset):
     """Rows as `module.Images` has them, of normal images without a mask."""
 
     def __init__(
-        self, images: list[tuple[str, Image]], window: dict, geometry: Geometry, region: Region | None, values: ValueCheck | None = None
+        self, images: list[tuple[str, Image]], window: dict, geometry: Geometry, roi: Roi | None, values: ValueCheck | None = None
     ):
-        self.images, self.window, self.geometry, self.region = images, window, geometry, region
+        self.images, self.window, self.geometry, self.roi = images, window, geometry, roi
         self.values = values or ValueCheck({}, {})
 
     def __len__(self) -> int:
@@ -126,11 +124,11 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         key, given = self.images[index]
         array = array_of(given, self.window)
-        seen = self.region and self.region.seen(None, *array.shape[:2])
-        self.values(given if isinstance(given, Path) else f"image {int(key)}", array, lambda: seen)
-        image, where = prepare(array, self.window, self.geometry, seen), hidden(*array.shape[:2], self.geometry, seen)
+        inside = self.roi and self.roi.inside(None, *array.shape[:2])
+        self.values(given if isinstance(given, Path) else f"image {int(key)}", array, lambda: inside)
+        image, where = prepare(array, self.window, self.geometry, inside), ignore_mask(*array.shape[:2], self.geometry, inside)
         mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
-        return image, NORMAL, mask if where is None else mask.masked_fill_(where, OUTSIDE), key
+        return image, NORMAL, mask if where is None else mask.masked_fill_(where, IGNORED), key
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
         return threaded(self.__getitem__, indices)
@@ -139,7 +137,7 @@ class Rows(Dataset):
 def window_of(value_range: object) -> dict[str, tuple[float, float]]:
     """(lo, hi) by dtype: the dtype's own, or what `value_range` says as [lo, hi] or {"uint16": [lo, hi]}; InputError for other things."""
     if value_range == "auto":
-        raise InputError('value_range="auto": a range is never taken from the values seen; expected (lo, hi) or {"uint16": (lo, hi)}')
+        raise InputError('value_range="auto": a range is never taken from the values inside; expected (lo, hi) or {"uint16": (lo, hi)}')
     try:
         given = plain_window("dtype" if value_range is None else value_range)
     except InputError as error:

@@ -172,13 +172,13 @@ def table(rows: Iterable[Row]) -> Table:
 def report(data: ImageData, output: str) -> int:
     """Show the table and every faulty or odd file, write the manifest to `output`.
 
-    1 if files cannot be read, masks are of a wrong size, or images have no region.
+    1 if files cannot be read, masks are of a wrong size, or images have no roi.
     """
     data.prepare_data()
     rows = check(data)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
     console.print(table(rows), soft_wrap=False)
-    regions, without = region_of(data)
+    regions, without = roi_of(data)
     empty = [f"{mask}: no anomalous pixel" for row in rows for mask in row.empty]
     faults = [line for row in rows for line in row.unreadable + row.wrong + row.odd] + empty
     for line in [*faults, *without, *regions]:
@@ -188,15 +188,15 @@ def report(data: ImageData, output: str) -> int:
     return int(any(row.faulty for row in rows) or bool(without))
 
 
-def region_of(data: ImageData) -> tuple[list[str], list[str]]:
-    """What the masks of data.region mark, in words, and why images have none."""
-    if data.region is None:
+def roi_of(data: ImageData) -> tuple[list[str], list[str]]:
+    """What the masks of data.roi mark, in words, and why images have none."""
+    if data.roi is None:
         return [], []
     masks: dict[Path, _Mask] = {}
     without = []
     for path in {sample.path: None for sample in data.samples}:
         try:
-            file = data.region.file(data.root / path)
+            file = data.roi.file(data.root / path)
             masks[file] = masks.get(file) or _measured(interpret(read(file, labels=True)))
         except InputError as error:
             without.append(str(error))
@@ -204,5 +204,5 @@ def region_of(data: ImageData) -> tuple[list[str], list[str]]:
     marked = [f"{file}: all pixels are looked at" for file, mask in masks.items() if mask.share == 1]
     if masks:
         shares, levels = _shares([mask.share for mask in masks.values()]), _levels(list(masks.values()))
-        marked.append(f"data.region={data.region.name}: {shares} of the pixels are looked at; levels {levels}")
+        marked.append(f"data.roi={data.roi.name}: {shares} of the pixels are looked at; levels {levels}")
     return marked, without

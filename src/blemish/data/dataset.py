@@ -15,16 +15,16 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from blemish.data.images import check_seen, compact, place_mask, prepare, restored
-from blemish.data.manifest import Sample, parse_boxes, parse_region
+from blemish.data.images import check_some_inside, compact, mask_to_network, prepare, restored
+from blemish.data.manifest import Sample, parse_boxes, parse_tile
 from blemish.data.masks import read_mask
 from blemish.data.ranges import ValueCheck
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.data.tiles import MIXED, bytes_of, mean_blocks, reduction, tiles_of
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry, mirrored
 from blemish.edge.reading import read
-from blemish.types import NO_TRUTH, NORMAL, OUTSIDE, Batch
+from blemish.types import IGNORED, NO_TRUTH, NORMAL, Batch
 
 RECENT = 2**28  # bytes of decoded images kept for the next tile
 
@@ -39,9 +39,9 @@ class Images(Dataset):
     cost more than a step on a GPU.
     """
 
-    def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, region: Region | None = None):
+    def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, roi: Roi | None = None):
         self.samples, self.root = samples, root
-        self.window, self.geometry, self.region = window, geometry, region
+        self.window, self.geometry, self.roi = window, geometry, roi
         self.digests = {root / sample.path: sample.digest for sample in samples}
         self.recent = Recent(RECENT, digests=self.digests)
         self.values = ValueCheck({}, {})
@@ -55,29 +55,29 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
         sample = self.samples[index]
-        again = bool(sample.region)  # other tiles want the same files
+        again = bool(sample.tile)  # other tiles want the same files
         path = self.root / sample.path
         whole = (self.recent.read if again else self.recent.load)(path)
         load = self.recent.mask if again else read_mask
-        self.values(path, whole, lambda: self.region and self.region.seen(path, *whole.shape[:2], load=load))
+        self.values(path, whole, lambda: self.roi and self.roi.inside(path, *whole.shape[:2], load=load))
         array = cut(self.root, sample, whole)
-        seen = seen_of(self.region, self.root, sample, whole.shape[:2], load) if self.region else None
+        inside = inside_of(self.roi, self.root, sample, whole.shape[:2], load) if self.roi else None
         mask = self.truth_of(sample, whole.shape[:2], load)
         if self.tile is not None:
             array, mask = mirrored(array, self.tile), mirrored(mask, self.tile)
-            seen = None if seen is None else mirrored(seen, self.tile)
+            inside = None if inside is None else mirrored(inside, self.tile)
         try:
-            image, mask = prepare(array, self.window, self.geometry, seen), place_mask(torch.from_numpy(mask), self.geometry)
+            image, mask = prepare(array, self.window, self.geometry, inside), mask_to_network(torch.from_numpy(mask), self.geometry)
             if self.tile is None:
-                check_seen(mask == OUTSIDE)
+                check_some_inside(mask == IGNORED)
         except InputError as error:
             raise InputError(f"{self.root / sample.path}: {error}") from None
         return image, sample.label, mask, sample.key
 
     def truth_of(self, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The mask (H, W) of a sample, see the function `truth`, with OUTSIDE where nothing is looked at."""
+        """The mask (H, W) of a sample, see the function `truth`, with IGNORED where nothing is looked at."""
         mask = truth(self.root, sample, whole, load)
-        return np.where(seen_of(self.region, self.root, sample, whole, load), mask, np.uint8(OUTSIDE)) if self.region else mask
+        return np.where(inside_of(self.roi, self.root, sample, whole, load), mask, np.uint8(IGNORED)) if self.roi else mask
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
         if get_worker_info() is not None:  # the processes are the threads
@@ -111,10 +111,10 @@ class Images(Dataset):
     def _stamp(self, index: int) -> tuple[int, int, int] | None:
         """What changes with a sample's file: one that does is read again, and refused."""
         try:
-            facts = (self.root / self.samples[index].path).stat()
+            metadata = (self.root / self.samples[index].path).stat()
         except OSError:
             return None
-        return facts.st_mtime_ns, facts.st_size, facts.st_ino
+        return metadata.st_mtime_ns, metadata.st_size, metadata.st_ino
 
 
 class Tiles(Images):
@@ -133,35 +133,35 @@ class Tiles(Images):
         root: Path,
         window: dict,
         size: int | None,
-        region: Region | None = None,
+        roi: Roi | None = None,
         fit: bool = False,
     ):
         cut_up = [tiles_of(sample, sizes[sample.path], tile, overlap) for sample in samples]
-        if region:
-            some = [self._with_something(region, root, tiles, sizes) for tiles in cut_up]
+        if roi:
+            some = [self._with_something(roi, root, tiles, sizes) for tiles in cut_up]
             cut_up = some if fit else cut_up
-        super().__init__([one for tiles in cut_up for one in tiles], root, window, Geometry(size), region)
+        super().__init__([one for tiles in cut_up for one in tiles], root, window, Geometry(size), roi)
         self.tile, self.overlap, self.sizes = tile, overlap, sizes
         self.parents = {sample.path: sample for sample in samples}
         self.extents = [(len(tiles), math.prod(sizes[s.path])) for tiles, s in zip(cut_up, samples, strict=True)]  # tiles and pixels
         # as many images as ShuffledTiles mixes, and at least one with its mask
         self.recent = Recent(4 * MIXED, 2, self.digests)
 
-    def _with_something(self, region: Region, root: Path, tiles: list[Sample], sizes: dict) -> list[Sample]:
-        seen = region.seen(root / tiles[0].path, *sizes[tiles[0].path][::-1])
+    def _with_something(self, roi: Roi, root: Path, tiles: list[Sample], sizes: dict) -> list[Sample]:
+        inside = roi.inside(root / tiles[0].path, *sizes[tiles[0].path][::-1])
         try:
-            check_seen(~seen)
+            check_some_inside(~inside)
         except InputError as error:
             raise InputError(f"{root / tiles[0].path}: {error}") from None
-        return [tile for tile in tiles for x, y, w, h in [parse_region(tile.region)] if seen[y : y + h, x : x + w].any()]
+        return [tile for tile in tiles for x, y, w, h in [parse_tile(tile.tile)] if inside[y : y + h, x : x + w].any()]
 
     def truth(self, path: str) -> np.ndarray:
         """The mask (H, W) of a whole image, see `truth_of`."""
         return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.mask)
 
-    def seen(self, path: str) -> np.ndarray | None:
+    def inside(self, path: str) -> np.ndarray | None:
         """What is looked at of a whole image, (H, W) bool; None for all."""
-        return None if self.region is None else self.region.seen(self.root / path, *self.sizes[path][::-1])
+        return None if self.roi is None else self.roi.inside(self.root / path, *self.sizes[path][::-1])
 
     def whole(self, path: str) -> Tensor:
         """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block, `reduction` a side."""
@@ -220,21 +220,21 @@ def collate(rows: list[tuple[Tensor, int, Tensor, str]]) -> Batch:
         raise InputError(f"image_size=null with images of several sizes in a batch ({found}); expected image_size=<pixels> or batch_size=1")
     # a copy is bound by memory: torch.stack shares it among threads that wait for each other, for long on a busy machine
     images, masks = (torch.from_numpy(np.stack([one.numpy() for one in many])) for many in (image, mask))
-    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path), hidden=hidden_in(masks))
+    return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path), ignore_mask=ignore_mask_of(masks))
 
 
-def hidden_in(mask: Tensor) -> Tensor | None:
-    """Where masks (B, H, W) are OUTSIDE, None for nowhere."""
-    hidden = mask == OUTSIDE
-    return hidden if hidden.any() else None
+def ignore_mask_of(mask: Tensor) -> Tensor | None:
+    """Where masks (B, H, W) are IGNORED, None for nowhere."""
+    ignore_mask = mask == IGNORED
+    return ignore_mask if ignore_mask.any() else None
 
 
 def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
-    """The sample's tile of its image (H, W, …), all of it without a region; InputError if the tile reaches beyond."""
+    """The sample's tile of its image (H, W, …), all of it without a roi; InputError if the tile reaches beyond."""
     height, width = array.shape[:2]
-    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
+    x, y, w, h = parse_tile(sample.tile) or (0, 0, width, height)
     if x + w > width or y + h > height:
-        raise InputError(f"{root / sample.path}: the tile {sample.region} (x,y,w,h) is not inside its {width}×{height} pixels")
+        raise InputError(f"{root / sample.path}: the tile {sample.tile} (x,y,w,h) is not inside its {width}×{height} pixels")
     return np.ascontiguousarray(array[y : y + h, x : x + w])
 
 
@@ -244,7 +244,7 @@ def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Pa
     `whole` is the (height, width) of the image, and `load` reads a mask; InputError if the mask file has another size.
     """
     height, width = whole
-    x, y, w, h = parse_region(sample.region) or (0, 0, width, height)
+    x, y, w, h = parse_tile(sample.tile) or (0, 0, width, height)
     if sample.mask:
         mask = load(root / sample.mask)
         if mask.shape != whole:
@@ -259,9 +259,9 @@ def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Pa
     return mask
 
 
-def seen_of(region: Region, root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
+def inside_of(roi: Roi, root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
     """What is looked at of a sample, (H, W) bool of its tile, in an image of the size `whole`."""
-    return region.seen(root / sample.path, *whole, parse_region(sample.region), load)
+    return roi.inside(root / sample.path, *whole, parse_tile(sample.tile), load)
 
 
 def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:

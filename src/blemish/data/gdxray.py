@@ -25,7 +25,7 @@ GROUPS = {"B": "Baggages", "C": "Castings", "N": "Nature", "S": "Settings", "W":
 MASKS = {"W0001": "W0002"}  # series whose masks are the images of another series, under the same numbers
 TRUTH = "ground_truth.txt"
 
-Region = tuple[int, int, int, int]  # x, y, w, h in pixels
+Tile = tuple[int, int, int, int]  # x, y, w, h in pixels
 
 
 class Row(NamedTuple):
@@ -116,14 +116,14 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
             raise self.missing(f"{self.root}: no such folder")
         choices = self.categories()
         if not self.series:
-            raise self.missing(f"data.category: none given. Found in {self.root}: {', '.join(choices) or 'no series'}")
+            raise self.missing(f"data.category: none given. ImageResult in {self.root}: {', '.join(choices) or 'no series'}")
         for series in self.series:
             if owner := next((owner for owner, masks in MASKS.items() if masks == series), None):
                 raise InputError(f"data.category={self.category}: {series} holds the masks of {owner}; expected data.category={owner}")
             if series not in choices:
                 nearest = difflib.get_close_matches(series, choices, 1)
                 guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise self.missing(f"{self.root}: no series {series!r}{guess} Found: {', '.join(choices) or 'none'}")
+                raise self.missing(f"{self.root}: no series {series!r}{guess} ImageResult: {', '.join(choices) or 'none'}")
         return self.root
 
     def scan(self) -> list[Sample]:
@@ -181,9 +181,9 @@ def samples(root: Path, series: str, rules: Rules, skip: bool = False) -> list[S
     masks = _masks(root, images, series)
     if rows is None and masks is None:
         return [
-            Sample(path.relative_to(root).as_posix(), "unlabelled", UNKNOWN, "unknown", region=_text(region))
+            Sample(path.relative_to(root).as_posix(), "unlabelled", UNKNOWN, "unknown", tile=_text(tile))
             for path in images.values()
-            for region in _regions(path, rules, skip)
+            for tile in _tiles(path, rules, skip)
         ]
     found, train = [], _train_frames(list(images), rules)
     for frame, path in images.items():
@@ -196,20 +196,20 @@ def samples(root: Path, series: str, rules: Rules, skip: bool = False) -> list[S
                 raise
             found.append(base._replace(mask=mask))  # whole and with its mask, so that the base class sets it aside
             continue
-        of_frame = [_judged(base, mask, defects, region, rules.min_cover) for region in _regions(path, rules, skip)]
+        of_frame = [_judged(base, mask, defects, tile, rules.min_cover) for tile in _tiles(path, rules, skip)]
         found += _split(list(filter(None, of_frame)), frame in train, rules.unit)
     return found if rules.unit == "tile" or rules.train_frames else _share_of_normals(found, rules)
 
 
-def _judged(base: Sample, mask: str, defects: list[Defect], region: Region | None, min_cover: float) -> Sample | None:
+def _judged(base: Sample, mask: str, defects: list[Defect], tile: Tile | None, min_cover: float) -> Sample | None:
     """The sample of one tile, or of the whole image; None for a tile that holds too little of a defect and too much to be normal."""
-    base = base._replace(region=_text(region))
-    shares = {i: share for i, defect in enumerate(defects) if (share := held_share(defect, region)) > 0}
+    base = base._replace(tile=_text(tile))
+    shares = {i: share for i, defect in enumerate(defects) if (share := held_share(defect, tile)) > 0}
     if not shares:
         return base
     if max(shares.values()) < min_cover:
         return None
-    boxes = ";".join(" ".join(map(str, _within(defects[i].box, region))) for i in shares)
+    boxes = ";".join(" ".join(map(str, _within(defects[i].box, tile))) for i in shares)
     return base._replace(label=ANOMALOUS, defect="defect", mask=mask, boxes="" if mask else boxes)
 
 
@@ -255,15 +255,15 @@ def corners(width: int, height: int, tile: int, stride: int) -> list[tuple[int, 
     return [(x, y) for y in starts(height, tile, stride) for x in starts(width, tile, stride)]
 
 
-def held_share(defect: Defect, region: Region | None) -> float:
+def held_share(defect: Defect, tile: Tile | None) -> float:
     """What a tile holds of a defect, as a share of the most that a tile of this size could hold of it; 1 for the whole image.
 
     That most is taken to be the defect's pixels times the share of its box that fits into a tile, so that the inside of a defect
     larger than the tile counts as well as the whole of a small one.
     """
-    if region is None:
+    if tile is None:
         return 1.0
-    x, y, w, h = region
+    x, y, w, h = tile
     x1, y1, x2, y2 = defect.box
     if x >= x2 or y >= y2 or x + w <= x1 or y + h <= y1:
         return 0.0
@@ -340,7 +340,7 @@ def _components(path: Path, image: Path) -> list[Defect]:
     return [Defect((part.bbox[1], part.bbox[0], part.bbox[3], part.bbox[2]), part.image) for part in parts]
 
 
-def _regions(path: Path, rules: Rules, skip: bool) -> list[Region | None]:
+def _tiles(path: Path, rules: Rules, skip: bool) -> list[Tile | None]:
     """The tiles of an image; None, the whole of it, for unit=image and for one to be skipped."""
     if rules.unit == "image":
         return [None]
@@ -367,13 +367,13 @@ def _share_of_normals(found: list[Sample], rules: Rules) -> list[Sample]:
     return [sample._replace(split="train") if sample.path in train else sample for sample in found]
 
 
-def _within(box: tuple[int, int, int, int], region: Region | None) -> tuple[int, int, int, int]:
+def _within(box: tuple[int, int, int, int], tile: Tile | None) -> tuple[int, int, int, int]:
     """A box cut at the border of a tile, still in pixels of the whole image."""
-    if region is None:
+    if tile is None:
         return box
-    x, y, w, h = region
+    x, y, w, h = tile
     return max(box[0], x), max(box[1], y), min(box[2], x + w), min(box[3], y + h)
 
 
-def _text(region: Region | None) -> str:
-    return ",".join(map(str, region)) if region else ""
+def _text(tile: Tile | None) -> str:
+    return ",".join(map(str, tile)) if tile else ""

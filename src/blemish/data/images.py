@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from blemish.edge import geometry as edge
 from blemish.edge.errors import InputError
-from blemish.edge.geometry import GREY, UINT16, Geometry, middle, painted, unseen
-from blemish.types import OUTSIDE
+from blemish.edge.geometry import GREY, UINT16, Geometry, fill_masked, ignore_mask_in_network, middle
+from blemish.types import IGNORED
 
 
 def to_unit(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> Tensor:
@@ -31,49 +31,49 @@ def to_unit(array: np.ndarray, window: Mapping[str, tuple[float, float]]) -> Ten
     return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(3, *image.shape)  # (3, H, W)
 
 
-def place(image: Tensor, geometry: Geometry) -> Tensor:
+def to_network(image: Tensor, geometry: Geometry) -> Tensor:
     """An image (3, H, W), float or uint8, as its geometry brings it to the network, by antialiased bilinear interpolation.
 
     InputError if the crop is larger than what it is cut from.
     """
-    inner, outer, crop = geometry.inner(*image.shape[-2:]), geometry.outer(*image.shape[-2:]), geometry.crop
-    if image.shape[-2:] != inner:
+    resized, padded, crop = geometry.resized(*image.shape[-2:]), geometry.padded(*image.shape[-2:]), geometry.crop
+    if image.shape[-2:] != resized:
         # torch 2.14 on a CPU takes wrong rows of floats where the width becomes 1: on its side an image is resized right;
         # bytes are right as they are, and rounded after one axis and then the other
-        turned = inner[1] == 1 and image.is_floating_point()
-        image, shape = (image.mT.contiguous(), inner[::-1]) if turned else (image, inner)
+        turned = resized[1] == 1 and image.is_floating_point()
+        image, shape = (image.mT.contiguous(), resized[::-1]) if turned else (image, resized)
         image = F.interpolate(image[None], shape, mode="bilinear", antialias=True, align_corners=False)[0]
         image = image.mT if turned else image
         image = image.clamp_(0, 1) if image.is_floating_point() else image
-    if inner != outer:
-        whole = image.new_full((*image.shape[:-2], *outer), GREY / 255 if image.is_floating_point() else GREY)
-        whole[..., *middle(outer, inner)] = image
+    if resized != padded:
+        whole = image.new_full((*image.shape[:-2], *padded), GREY / 255 if image.is_floating_point() else GREY)
+        whole[..., *middle(padded, resized)] = image
         image = whole
     if crop is None:
         return image
-    if crop > min(outer):
-        raise InputError(f"data.crop={crop} of an image of {outer[1]}×{outer[0]} pixels; expected at most {min(outer)}, or crop=null")
-    return image[..., *middle(outer, (crop, crop))]
+    if crop > min(padded):
+        raise InputError(f"data.crop={crop} of an image of {padded[1]}×{padded[0]} pixels; expected at most {min(padded)}, or crop=null")
+    return image[..., *middle(padded, (crop, crop))]
 
 
-def place_mask(mask: Tensor, geometry: Geometry) -> Tensor:
-    """A mask (H, W) uint8 to where `place` puts its image, by the nearest pixel so that no value is made up; OUTSIDE lies beside it."""
+def mask_to_network(mask: Tensor, geometry: Geometry) -> Tensor:
+    """Move a mask (H, W) uint8 to where `to_network` puts its image, by nearest neighbour; padding is IGNORED."""
     # numpy: interpolate's nearest-exact starts threads within threads
-    return torch.from_numpy(edge.place_mask(mask.numpy(), geometry, OUTSIDE))
+    return torch.from_numpy(edge.mask_to_network(mask.numpy(), geometry, IGNORED))
 
 
-def prepare(array: np.ndarray, window: Mapping[str, tuple[float, float]], geometry: Geometry, seen: np.ndarray | None = None) -> Tensor:
-    """`to_unit`, then `place`: (3, h, w) float32 in [0, 1]; bytes are resized as bytes, which is quicker and within one grey level.
+def prepare(array: np.ndarray, window: Mapping[str, tuple[float, float]], geometry: Geometry, inside: np.ndarray | None = None) -> Tensor:
+    """`to_unit`, then `to_network`: (3, h, w) float32 in [0, 1]; bytes are resized as bytes, which is quicker and within one grey level.
 
-    Where an image (H, W) is not `seen` it is painted before.
+    Where an image (H, W) is not `inside` it is painted before.
     """
-    array = array if seen is None else painted(array, seen, window)
+    array = array if inside is None else fill_masked(array, inside, window)
     if array.dtype == np.uint8:
         image = torch.from_numpy(array)
         image = image.permute(2, 0, 1) if image.ndim == 3 else image[None]  # (3, H, W) or (1, H, W)
-        image = torch.from_numpy(place(image, geometry).numpy() / np.float32(255))  # torch would start threads within threads
+        image = torch.from_numpy(to_network(image, geometry).numpy() / np.float32(255))  # torch would start threads within threads
     else:
-        image = place(to_unit(array, window)[: 1 if array.ndim == 2 else 3], geometry)
+        image = to_network(to_unit(array, window)[: 1 if array.ndim == 2 else 3], geometry)
     return image.expand(3, -1, -1)
 
 
@@ -90,43 +90,43 @@ def restored(stored: Tensor) -> Tensor:
     return image.expand(3, -1, -1)
 
 
-def hidden(height: int, width: int, geometry: Geometry, seen: np.ndarray | None) -> Tensor | None:
-    """Where in the network's input (h, w) of an image (height, width) nothing is looked at, see `edge.geometry.unseen`; None where all is.
+def ignore_mask(height: int, width: int, geometry: Geometry, inside: np.ndarray | None) -> Tensor | None:
+    """Ignored pixels of the network input (h, w) of an image (height, width), None if there are none, see `edge.geometry`.
 
     InputError if nothing is left.
     """
-    where = unseen(height, width, geometry, seen)
+    where = ignore_mask_in_network(height, width, geometry, inside)
     if where is None:
         return None
-    check_seen(where)
+    check_some_inside(where)
     return torch.from_numpy(where)
 
 
-def check_seen(hidden: np.ndarray | Tensor) -> None:
-    """InputError where all of an image is hidden."""
-    if hidden.all():
-        raise InputError("nothing of its region is in this image at its size in the network; expected a region with a pixel of it")
+def check_some_inside(ignore_mask: np.ndarray | Tensor) -> None:
+    """InputError if an image is ignored altogether."""
+    if ignore_mask.all():
+        raise InputError("no pixel of its ROI is left at the size of the network; expected a larger ROI")
 
 
-def unplace(map: Tensor, height: int, width: int, geometry: Geometry, seen: np.ndarray | None = None) -> Tensor:
+def to_image(map: Tensor, height: int, width: int, geometry: Geometry, inside: np.ndarray | None = None) -> Tensor:
     """A map (h, w) in the network's pixels back in the pixels of the input image, (height, width) float32, bilinearly.
 
-    What lay beside the image is gone. What lay outside the crop takes the map's minimum, and what is not `seen` (height, width) that of the
-    rest. InputError if the map is not of the size that `place` makes.
+    Padding is cut off. Pixels outside the crop take the minimum of the map, pixels outside the ROI that of the others.
+    InputError if the map is not of the size that `to_network` makes.
     """
-    inner, outer, crop = geometry.inner(height, width), geometry.outer(height, width), geometry.crop
-    expected = outer if crop is None else (crop, crop)
+    resized, padded, crop = geometry.resized(height, width), geometry.padded(height, width), geometry.crop
+    expected = padded if crop is None else (crop, crop)
     if tuple(map.shape) != expected:
         raise InputError(f"a map of {tuple(map.shape)}; expected {expected} with image_size={geometry.size} and crop={crop}")
     map = map.float()
     if crop is not None:
-        padded = map.new_full(outer, map.min())
-        padded[middle(outer, expected)] = map
+        padded = map.new_full(padded, map.min())
+        padded[middle(padded, expected)] = map
         map = padded  # (size, size)
-    map = map[middle(outer, inner)]
-    if inner != (height, width):
+    map = map[middle(padded, resized)]
+    if resized != (height, width):
         map = F.interpolate(map[None, None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0, 0]
-    if seen is None:
+    if inside is None:
         return map
-    seen = torch.from_numpy(seen)
-    return torch.where(seen, map, map[seen].min())
+    inside = torch.from_numpy(inside)
+    return torch.where(inside, map, map[inside].min())

@@ -25,13 +25,13 @@ class Sample(NamedTuple):
     defect: str  # defect type; "good" for normal images, "unknown" without a label
     mask: str = ""  # relative path of the mask file, of the size of the whole image; "" if there is none
     boxes: str = ""  # "x1 y1 x2 y2;…" in pixels of the whole image, half-open; rasterised when there is no mask file
-    region: str = ""  # "x,y,w,h" in pixels: the sample is this tile of the image; "" the whole image
+    tile: str = ""  # "x,y,w,h" in pixels: the sample is this tile of the image; "" the whole image
     digest: str = ""  # 16 hex digits of the blake2b of the image file's content
 
     @property
     def key(self) -> str:
         """What tells this sample from all others, and what Batch.path carries."""
-        return f"{self.path}#{self.region}" if self.region else self.path
+        return f"{self.path}#{self.tile}" if self.tile else self.path
 
 
 COLUMNS = ", ".join(Sample._fields)
@@ -51,16 +51,16 @@ def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     return boxes
 
 
-def parse_region(text: str) -> tuple[int, int, int, int] | None:
+def parse_tile(text: str) -> tuple[int, int, int, int] | None:
     """ "x,y,w,h" as four pixel counts, None for the whole image; InputError if malformed or empty."""
     if not text:
         return None
     try:
         x, y, w, h = (int(number) for number in text.split(","))
     except ValueError:
-        raise InputError(f"region {text!r}: expected whole numbers 'x,y,w,h'") from None
+        raise InputError(f"tile {text!r}: expected whole numbers 'x,y,w,h'") from None
     if min(x, y) < 0 or min(w, h) < 1:
-        raise InputError(f"region {text!r}: expected x, y ≥ 0 and w, h ≥ 1")
+        raise InputError(f"tile {text!r}: expected x, y ≥ 0 and w, h ≥ 1")
     return x, y, w, h
 
 
@@ -104,7 +104,7 @@ def _sample(row: dict) -> Sample:
         if relative.is_absolute() or ".." in relative.parts or (name == "path" and not fields["path"]):
             raise InputError(f"{name} {fields[name]!r}: expected a path relative to data.root and inside it")
     parse_boxes(fields.get("boxes", ""))
-    parse_region(fields.get("region", ""))
+    parse_tile(fields.get("tile", ""))
     return Sample(**{**fields, "label": int(fields["label"])})
 
 

@@ -131,13 +131,13 @@ def _counted(padded: np.ndarray, top: int) -> np.ndarray:
     """(top + 1, 5): of each level above 0 the pixels, those that are edges or alone, near a higher one, in an area, in an even one."""
     own = padded[REACH:-REACH, REACH:-REACH]
     low, high = _around(padded, np.minimum), _around(padded, np.maximum)
-    facts = (low < own) & (own < high) | _alone(padded), own < high, low == high, high - low <= EVEN * top
-    code = own.astype(np.uint32 if own.itemsize > 1 else np.uint16) << len(facts)
-    for i, fact in enumerate(facts):
+    metadata = (low < own) & (own < high) | _alone(padded), own < high, low == high, high - low <= EVEN * top
+    code = own.astype(np.uint32 if own.itemsize > 1 else np.uint16) << len(metadata)
+    for i, fact in enumerate(metadata):
         code |= fact.astype(np.uint8) << i
-    counts = np.bincount(code[own > 0], minlength=(top + 1) << len(facts)).reshape(top + 1, -1)
+    counts = np.bincount(code[own > 0], minlength=(top + 1) << len(metadata)).reshape(top + 1, -1)
     of = np.arange(counts.shape[1])
-    return counts @ np.stack([of >= 0] + [of >> i & 1 for i in range(len(facts))], 1)
+    return counts @ np.stack([of >= 0] + [of >> i & 1 for i in range(len(metadata))], 1)
 
 
 def _extent(some: np.ndarray) -> slice:

@@ -14,12 +14,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from blemish.data.dataset import RECENT, Batches, Images, Recent, Tiles, collate, cut, seen_of, threaded, truth
-from blemish.data.images import check_seen
+from blemish.data.dataset import RECENT, Batches, Images, Recent, Tiles, collate, cut, inside_of, threaded, truth
+from blemish.data.images import check_some_inside
 from blemish.data.manifest import Sample, manifest_digest, read_manifest
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
-from blemish.data.roi import Region
-from blemish.data.samplers import Dealt, Paced, Shuffled, ShuffledTiles, by_image, shuffled
+from blemish.data.roi import Roi
+from blemish.data.samplers import FixedLengthSampler, ShardedBatchSampler, Shuffled, ShuffledTiles, by_image, shuffled
 from blemish.data.tiles import check_tiling
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.edge.errors import InputError
@@ -45,7 +45,7 @@ class ImageData(LightningDataModule):
     protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: range of
     the values of 16-bit and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or
     {dtype: [lo, hi]}. on_error: "stop" at the first image that cannot be used, or "skip" all of them. manifest: CSV that
-    takes the place of the scan. region: mask of what is looked at, or folder of masks, see `Region`. InputError for a value that is none of
+    takes the place of the scan. roi: mask of what is looked at, or folder of masks, see `Roi`. InputError for a value that is none of
     these.
 
     After setup: samples, digest (of the manifest), ranges (the training images' values by dtype, unless they were set before), window
@@ -69,7 +69,7 @@ class ImageData(LightningDataModule):
     on_error: str
     manifest: str | Path | None = None
     resize: str = "stretch"
-    region: str | Path | np.ndarray | None = None
+    roi: str | Path | np.ndarray | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class ImageData(LightningDataModule):
         self.root = Path(self.root).expanduser()
         self.category = None if self.category is None else str(self.category)  # a folder named 0001 arrives as a number
         self.geometry = Geometry(self.image_size, self.crop, self.resize)
-        self.region = None if self.region is None else Region(self.region, self.root)
+        self.roi = None if self.roi is None else Roi(self.roi, self.root)
         self.manifest = None if self.manifest is None else Path(self.manifest).expanduser()
         self.window = plain_window(self.window)
         self.ranges: dict[str, Range] = {}
@@ -128,7 +128,7 @@ class ImageData(LightningDataModule):
             return self.root
         choices = self.categories()
         if self.category not in choices:
-            found = f"{nearest(self.category, choices)}Found: {', '.join(choices) or 'none'}"
+            found = f"{nearest(self.category, choices)}ImageResult: {', '.join(choices) or 'none'}"
             raise self.missing(f"{self.root}: no category {self.category!r}; {found}")
         return self.root / self.category
 
@@ -208,8 +208,8 @@ class ImageData(LightningDataModule):
             whole = recent.read(self.root / sample.path)
             cut(self.root, sample, whole)
             truth(self.root, sample, whole.shape[:2], recent.mask)
-            if self.region:
-                check_seen(~seen_of(self.region, self.root, sample, whole.shape[:2], recent.mask))
+            if self.roi:
+                check_some_inside(~inside_of(self.roi, self.root, sample, whole.shape[:2], recent.mask))
         except InputError as error:
             return str(error)
         return ""
@@ -226,7 +226,7 @@ class ImageData(LightningDataModule):
     def _fitted(self, samples: list[Sample]) -> dict[str, tuple[float, float]]:
         if not self.ranges:
             paths = [self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"})]
-            self.ranges = fit_ranges(paths, self._looked_at if self.region else read)
+            self.ranges = fit_ranges(paths, self._looked_at if self.roi else read)
         if self.window == "dtype":
             return DTYPE
         return window_in(self.ranges) if self.window == "auto" else self.window
@@ -234,7 +234,7 @@ class ImageData(LightningDataModule):
     def _looked_at(self, path: Path) -> np.ndarray:
         """The pixels of an image that are looked at, (n,) or (n, 3)."""
         array = read(path)
-        return array[self.region.seen(path, *array.shape[:2])]
+        return array[self.roi.inside(path, *array.shape[:2])]
 
     def sample(self, key: str) -> Sample:
         """The manifest row behind an entry of Batch.path; KeyError if there is none."""
@@ -265,13 +265,13 @@ class ImageData(LightningDataModule):
     def tiles(self, samples: list[Sample], fit: bool = False) -> "Tiles":
         """The tiles of the samples, decoded when asked for; `fit` as `Tiles` has it."""
         sizes = dict(zip((s.path for s in samples), threaded(lambda s: size_of(self.root / s.path), samples), strict=True))
-        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.region, fit)
+        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.roi, fit)
         tiles.values = self.values
         return tiles
 
     def images(self, samples: list[Sample]) -> "Images":
         """The samples, decoded when asked for."""
-        images = Images(samples, self.root, self.window, self.geometry, self.region)
+        images = Images(samples, self.root, self.window, self.geometry, self.roi)
         images.values = self.values
         return images
 
@@ -286,14 +286,14 @@ class ImageData(LightningDataModule):
         sampler: Sampler = self._pace(Shuffled(len(dataset), self.seed)) if shuffle else SequentialSampler(dataset)
         order = {"sampler": sampler, "batch_size": self.batch_size}
         if dealt and self.processes > 1 and shuffle:
-            order = {"batch_sampler": Dealt(sampler, self.batch_size, self.process, self.processes)}
+            order = {"batch_sampler": ShardedBatchSampler(sampler, self.batch_size, self.process, self.processes)}
         elif dealt and self.processes > 1:
             order["sampler"] = range(self.process, len(dataset), self.processes)
             order["batch_size"] = max(1, self.batch_size // self.processes)
         return self._loader(dataset, order, collate, workers)
 
     def _pace(self, sampler: "Shuffled | ShuffledTiles") -> Sampler:
-        return sampler if self.epoch_size is None else Paced(sampler, self.epoch_size)
+        return sampler if self.epoch_size is None else FixedLengthSampler(sampler, self.epoch_size)
 
     def _loader(self, dataset: Dataset, order: dict, collate: Callable[[list], Batch], workers: int) -> DataLoader:
         return DataLoader(

@@ -32,7 +32,7 @@ with <category> one of """ + ", ".join(CATEGORIES)
     def folder(self) -> Path:
         folder = super().folder()
         if self.category is None:
-            raise self.missing(f"data.category: none given. Found in {self.root}: {', '.join(self.categories()) or 'none'}")
+            raise self.missing(f"data.category: none given. ImageResult in {self.root}: {', '.join(self.categories()) or 'none'}")
         return folder
 
     def scan(self) -> list[Sample]:

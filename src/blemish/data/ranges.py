@@ -99,7 +99,7 @@ class ValueCheck:
         self.doubts: dict[str, str] = {}  # what is wrong, by image
 
     def __call__(self, image: object, array: np.ndarray, roi: Callable[[], np.ndarray | None] = lambda: None) -> None:
-        """Check an image, once for each path; `roi` gives the region of interest, (H, W) bool, None for all of it."""
+        """Check an image, once for each path; `roi` gives the roi of interest, (H, W) bool, None for all of it."""
         name, dtype = str(image), array.dtype.name
         expected = self.expected(dtype)
         if name in self.checked or (expected is None and not self.ranges):
@@ -138,7 +138,7 @@ class ValueCheck:
         return f"{found}, the window is {lo:g} to {hi:g}" if found else ""
 
     def loading(self, read: Callable, roi: Callable[..., np.ndarray | None] | None = None) -> Callable:
-        """`read` that checks what it returns; `roi(path, height, width)` is an image's region of interest."""
+        """`read` that checks what it returns; `roi(path, height, width)` is an image's roi of interest."""
 
         def load(image: Path | np.ndarray) -> np.ndarray:
             array, path = read(image), image if isinstance(image, Path) else None

@@ -15,7 +15,7 @@ from blemish.files import picture_info
 Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels
 
 
-class Region:
+class Roi:
     """What a mask marks, as `interpret` has it, is looked at, scaled to each image by the nearest pixel.
 
     source: a mask as a file or an array, or a folder of masks, each with its image's path relative to `root` or, lying in the folder
@@ -29,20 +29,20 @@ class Region:
             try:
                 self.mask = binary(source)
             except InputError as error:
-                raise InputError(f"data.region: {error}") from None
+                raise InputError(f"data.roi: {error}") from None
         else:
             self.name = path = Path(source).expanduser()
             self.folder = path if path.is_dir() else None
             if not path.exists():
-                raise InputError(f"data.region={source}: no such file or folder; expected a mask, or a folder with a mask for each image")
+                raise InputError(f"data.roi={source}: no such file or folder; expected a mask, or a folder with a mask for each image")
             self.mask = None if self.folder else read_mask(path)
         if self.mask is not None:
-            self.mask = white(self.mask, f"data.region: {self.name}")
+            self.mask = white(self.mask, f"data.roi: {self.name}")
         found = find_images(self.folder, results=True) if self.folder else []
         self.files = {path.relative_to(self.folder).with_suffix(""): path for path in reversed(found)}
         self.digests: dict[Path | None, str] = {}
 
-    def seen(
+    def inside(
         self, path: Path | None, height: int, width: int, part: Part | None = None, load: Callable[[Path], np.ndarray] = read_mask
     ) -> np.ndarray:
         """(H, W) bool of an image (height, width), or (h, w) of a part of it. InputError for an image that has no mask."""
@@ -54,12 +54,12 @@ class Region:
 
     def _own(self, path: Path | None, load: Callable[[Path], np.ndarray]) -> np.ndarray:
         if path is None:
-            raise InputError(f"data.region={self.folder}: a folder of masks, which an array has no path for; expected one mask for all")
+            raise InputError(f"data.roi={self.folder}: a folder of masks, which an array has no path for; expected one mask for all")
         file = self.file(path)
         try:
             return white(load(file), str(file))
         except InputError as error:
-            raise InputError(f"{path}: the mask of its region cannot be used; {error}") from None
+            raise InputError(f"{path}: the mask of its roi cannot be used; {error}") from None
 
     def file(self, path: Path) -> Path:
         """The mask file of an image."""
@@ -70,7 +70,7 @@ class Region:
         found = self.files.get(bare) or self.files.get(Path(bare.name))
         if found is None:
             raise InputError(
-                f"{path}: no mask of its region; expected {self.folder / bare}.png or {self.folder / bare.name}.png, or another data.region"
+                f"{path}: no mask of its roi; expected {self.folder / bare}.png or {self.folder / bare.name}.png, or another data.roi"
             )
         return found
 

@@ -81,11 +81,11 @@ def by_image(counts: Iterable[int], batch_size: int) -> list[list[int]]:
     return batches
 
 
-class Paced(Sampler):
+class FixedLengthSampler(Sampler):
     """`count` rows an epoch, of a sampler that draws an order of all rows for each epoch.
 
     Fewer than all are the first of that epoch's order. More are the next ones of all orders laid end to end, so that rows come equally
-    often, but for one time. A resumed training sees what it would have seen. Within `whole` an epoch is every row once.
+    often, but for one time. A resumed training sees what it would have seen. Inside `full_pass` an epoch is every row once.
     """
 
     def __init__(self, sampler: Shuffled | ShuffledTiles, count: int):
@@ -95,7 +95,7 @@ class Paced(Sampler):
         self.epoch = epoch
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def full_pass(self) -> Iterator[None]:
         self.all = True
         try:
             yield
@@ -121,13 +121,13 @@ class Paced(Sampler):
             order, seen, left = order + 1, 0, left - len(part)
 
 
-class Dealt(Sampler):
+class ShardedBatchSampler(Sampler):
     """One process's share of every batch, so that all processes together see the batches that one alone would see, each image once.
 
     A last batch of fewer images than processes joins the one before. InputError if there are fewer images than processes.
     """
 
-    def __init__(self, sampler: Shuffled | Paced, batch_size: int, process: int, processes: int):
+    def __init__(self, sampler: Shuffled | FixedLengthSampler, batch_size: int, process: int, processes: int):
         if len(sampler) < processes or batch_size < processes:
             found = f"{len(sampler)} images in batches of {batch_size} for {processes} processes"
             raise InputError(f"trainer.devices: {found}; expected an image of every batch for each")

@@ -22,23 +22,23 @@ SMALLEST = 24  # pixels of that square
 
 
 def blemish(
-    image: np.ndarray, others: Sequence[np.ndarray], rng: np.random.Generator, seen: np.ndarray | None = None
+    image: np.ndarray, others: Sequence[np.ndarray], rng: np.random.Generator, inside: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """A uint8 image (H, W) or (H, W, 3) with one defect, its bool mask (H, W), and the defect's type, one of DEFECTS.
 
     Type, strength, size and place are drawn; the place where there is something to see rather than on a plain background, and inside of
-    `seen` (H, W), at whose border the defect ends. `others` are images that a piece of foreign material may come from.
+    `inside` (H, W), at whose border the defect ends. `others` are images that a piece of foreign material may come from.
     """
     grey = image if image.ndim == 2 else image.mean(2)
     short = min(grey.shape)
     side = int(np.clip(rng.uniform(*SIDES) * short, min(SMALLEST, short), short))
-    y, x = np.clip(np.array(place(grey, rng, seen)) - side // 2, 0, np.array(grey.shape) - side)
+    y, x = np.clip(np.array(place(grey, rng, inside)) - side // 2, 0, np.array(grey.shape) - side)
     window = np.rint(grey[y : y + side, x : x + side]).astype(np.uint8)
     foreign = [piece(other, side) for other in others]
     kind = str(rng.choice([name for name in DEFECTS if name != "foreign" or foreign]))
     for _ in range(20):  # a stain on black, or foreign matter that looks the same, is no defect
         changed, local = blemished(window, DEFECTS[kind], rng.uniform(0.4, 1.0), foreign, rng)
-        local = local if seen is None else local & seen[y : y + side, x : x + side]
+        local = local if inside is None else local & inside[y : y + side, x : x + side]
         if 2 * (changed != window)[local].sum() > local.sum() > 0:
             break
     mask = np.zeros(grey.shape, bool)
@@ -49,11 +49,11 @@ def blemish(
     return np.clip(np.rint(shifted), 0, 255).astype(np.uint8), mask, kind
 
 
-def place(grey: np.ndarray, rng: np.random.Generator, seen: np.ndarray | None = None) -> tuple[int, int]:
-    """A pixel drawn with the square of its surroundings' contrast as probability, of those that are seen."""
+def place(grey: np.ndarray, rng: np.random.Generator, inside: np.ndarray | None = None) -> tuple[int, int]:
+    """A pixel drawn with the square of its surroundings' contrast as probability, of those that are inside."""
     size = max(1.0, 0.02 * min(grey.shape))
     weight = ndimage.gaussian_filter(ndimage.gaussian_gradient_magnitude(grey.astype(float), 1.0), size).ravel() + 1e-6
-    weight *= weight if seen is None else weight * seen.ravel()
+    weight *= weight if inside is None else weight * inside.ravel()
     return divmod(int(rng.choice(weight.size, p=weight / weight.sum())), grey.shape[1])
 
 
@@ -67,10 +67,10 @@ def write(data: ImageData, output: str | Path, share: float, seed: int) -> int:
     """Make the folder `output` of a data set's training images, for `data=folder`; returns the number of images drawn on.
 
     normal/ trains; normal_test/ is a seeded share of them, and defects/ has the same images with one defect each, masks/ its pixels.
-    No test image of the data set is read. InputError if the folder exists, images are not of 8 bits, or each has a region of its own.
+    No test image of the data set is read. InputError if the folder exists, images are not of 8 bits, or each has a roi of its own.
     """
-    if data.region and data.region.folder:
-        raise InputError(f"data.region={data.region.folder}: a mask for each image, which drawn ones have not; expected one mask for all")
+    if data.roi and data.roi.folder:
+        raise InputError(f"data.roi={data.roi.folder}: a mask for each image, which drawn ones have not; expected one mask for all")
     output = Path(output)
     if output.exists():
         raise InputError(f"output={output}: exists; expected a folder that does not")
@@ -89,7 +89,7 @@ def write(data: ImageData, output: str | Path, share: float, seed: int) -> int:
             name = f"{i:05}.png"
             Image.fromarray(image).save(aside / ("normal_test" if sample in held else "normal") / name, compress_level=1)
             if sample in held:
-                changed, mask, _ = blemish(image, others[-8:], rng, data.region and data.region.seen(None, *image.shape[:2]))
+                changed, mask, _ = blemish(image, others[-8:], rng, data.roi and data.roi.inside(None, *image.shape[:2]))
                 Image.fromarray(changed).save(aside / "defects" / name, compress_level=1)
                 Image.fromarray(mask).save(aside / "masks" / name)
             others = [*others[-7:], image]

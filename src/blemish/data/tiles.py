@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from blemish.data.images import to_unit
-from blemish.data.manifest import Sample, parse_region
+from blemish.data.manifest import Sample, parse_tile
 from blemish.edge.checks import check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import grid
@@ -23,15 +23,15 @@ def check_tiling(tile: int | None, overlap: int) -> None:
 
 def tiles_of(sample: Sample, size: tuple[int, int], tile: int, overlap: int) -> list[Sample]:
     """The tiles of an image of size (width, height), as samples; InputError if it is a tile already."""
-    if sample.region:
+    if sample.tile:
         raise InputError(f"tiling={tile}: {sample.key} is a tile already; expected whole images, or tiling=null")
-    return [sample._replace(region=",".join(map(str, place))) for place in grid(*size, tile, overlap)]
+    return [sample._replace(tile=",".join(map(str, place))) for place in grid(*size, tile, overlap)]
 
 
 def tile_at(key: str) -> tuple[str, tuple[int, int, int, int]]:
     """Path and (x, y, w, h) of a tile by its key."""
-    path, _, region = key.rpartition("#")
-    return path, parse_region(region)
+    path, _, text = key.rpartition("#")
+    return path, parse_tile(text)
 
 
 def bands(array: Sequence, multiple: int = 1) -> Iterator[np.ndarray]:

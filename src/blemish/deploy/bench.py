@@ -18,18 +18,18 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from blemish.data.images import prepare, unplace
-from blemish.deploy.export import Graph, chosen, example, geometry_facts, loaded, splits, to_onnx, traced
+from blemish.data.images import prepare, to_image
+from blemish.deploy.export import ExportModule, chosen, example, geometry_metadata, loaded, splits, to_onnx, traced
 from blemish.detector import Detector
+from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
-from blemish.edge.geometry import enlarged
 from blemish.edge.reading import read
 from blemish.files import Outputs, write_json
 from blemish.report.tables import between
 from blemish.run.record import environment, read_record
-from blemish.run.results import View, view_of
+from blemish.run.results import Preprocessing, preprocessing_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 class Backbone(nn.Module):
     """A graph's first part: images to the maps of its method's backbone."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: ExportModule):
         super().__init__()
         self.complete = graph  # torch.fx has a `graph` of its own
 
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
 class Score(nn.Module):
     """A graph's second part: those maps to (score, map) or (score,)."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: ExportModule):
         super().__init__()
         self.model, self.size, self.maps = graph.model, graph.size, graph.maps
 
@@ -111,27 +111,29 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     output, outputs = Path(cfg.output) if cfg.output else run / "bench.json", Outputs()
     outputs.check([output], "output=FILE")
     saved, model = load(run, cfg.device)
-    view = view_of(saved)
-    if view.tile:
+    preprocessing = preprocessing_of(saved)
+    if preprocessing.tile:
         raise InputError(
-            f"run={run}: it scores an image by its tiles (tiling={view.tile}), here are stages of whole ones; expected another"
+            f"run={run}: it scores an image by its tiles (tiling={preprocessing.tile}), here are stages of whole ones; expected another"
         )
     images = chosen(cfg.images, run, partial(build, saved.data), cfg.n)
     arrays = [loaded(*image) for image in images]
-    side = view.geometry.side
+    side = preprocessing.geometry.side
     size = (side, side) if side else tuple(cfg.size or arrays[0].shape[:2])
-    arrays = [array for array in arrays if view.geometry.size or array.shape[:2] == size]
+    arrays = [array for array in arrays if preprocessing.geometry.size or array.shape[:2] == size]
     plan, batches = Plan(cfg.warmup, cfg.repeats, cfg.seconds), sorted({1, cfg.batch})
     rows, versions = [], {"torch": torch.__version__}
     with limited(cfg.threads), tempfile.TemporaryDirectory() as folder:
         rows.append(row("any", 1, "decode", timed(read, [path for path, _ in images], plan)))
         for name in cfg.engines:
             if name == "torch":
-                engine = torch_engine(model, view)
+                engine = torch_engine(model, preprocessing)
             elif find_spec(name):
                 input = "uint8" if arrays[0].dtype == np.uint8 else "float"
                 try:
-                    engine = graph_engine(name, load(run, "cpu")[1], view, size, input, cfg.maps, cfg.threads, cfg.opset, Path(folder))
+                    engine = graph_engine(
+                        name, load(run, "cpu")[1], preprocessing, size, input, cfg.maps, cfg.threads, cfg.opset, Path(folder)
+                    )
                 except InputError as error:
                     log.warning("%s is left out: %s", name, error)
                     continue
@@ -142,7 +144,7 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
             for batch in batches:
                 if engine.batch in (None, batch):
                     rows += measured(name, engine, arrays, batch, cfg.maps, plan)
-    facts = {
+    metadata = {
         "run": str(run),
         "method": (read_record(run) or {}).get("method"),
         "backbone": saved.get("backbone"),
@@ -155,9 +157,9 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
         "versions": versions,
         "environment": environment(),
     }
-    write_json(output, {**facts, "milliseconds": [row._asdict() for row in rows]}, outputs)
+    write_json(output, {**metadata, "milliseconds": [row._asdict() for row in rows]}, outputs)
     if cfg.doc:
-        between(cfg.doc, "latency", page(rows, facts))
+        between(cfg.doc, "latency", page(rows, metadata))
     return rows
 
 
@@ -173,7 +175,7 @@ def limited(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def torch_engine(model: Detector, view: View) -> Engine:
+def torch_engine(model: Detector, preprocessing: Preprocessing) -> Engine:
     """The run as `predict` computes it: maps are made whether they are asked for or not."""
 
     def synchronised(work: Callable) -> Callable:
@@ -200,22 +202,30 @@ def torch_engine(model: Detector, view: View) -> Engine:
         return tuple(value for value in model.score(maps, size) if value is not None)
 
     return Engine(
-        resize=lambda array: prepare(array, view.window, view.geometry),
+        resize=lambda array: prepare(array, preprocessing.window, preprocessing.geometry),
         stack=torch.stack,
         backbone=synchronised(backbone) if splits(model) else None,
         score=synchronised(score) if splits(model) else None,
         whole=synchronised(whole),
-        enlarge=lambda map, height, width: unplace(map.cpu(), height, width, view.geometry),
+        enlarge=lambda map, height, width: to_image(map.cpu(), height, width, preprocessing.geometry),
         batch=None,
     )
 
 
 def graph_engine(
-    name: str, model: Detector, view: View, size: tuple[int, int], input: str, maps: bool, threads: int, opset: int, folder: Path
+    name: str,
+    model: Detector,
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    input: str,
+    maps: bool,
+    threads: int,
+    opset: int,
+    folder: Path,
 ) -> Engine:
     """The run's export, whole and in two parts, run as `blemish.edge.runtime` runs it."""
-    whole, images = Graph(model, size, input, None, view, maps).eval(), example(input, size)
-    parts: dict[str, tuple[nn.Module, Any]] = {"whole": (whole, images)}
+    whole, images = ExportModule(model, size, input, None, preprocessing, maps).eval(), example(input, size)
+    parts: dict[str, tuple[nn.Module, Any]] = {"full_pass": (whole, images)}
     if splits(model):
         with torch.no_grad():
             parts |= {"backbone": (Backbone(whole), images), "score": (Score(whole), Backbone(whole)(images))}
@@ -225,15 +235,15 @@ def graph_engine(
         to_onnx(program, folder / f"{part}.onnx", opset, names=None)
         _, calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(folder / f"{part}.onnx", threads)
         batches.append(batch)
-    window, apart = {dtype: list(ends) for dtype, ends in view.window.items()}, calls.get("score")
-    facts = {"input": input, "source": None, "size": list(size), "window": window, **geometry_facts(view.geometry)}
+    window, apart = {dtype: list(ends) for dtype, ends in preprocessing.window.items()}, calls.get("score")
+    metadata = {"input": input, "source": None, "size": list(size), "window": window, **geometry_metadata(preprocessing.geometry)}
     return Engine(
-        resize=lambda array: runtime.prepared(array, facts),
+        resize=lambda array: runtime.prepared(array, metadata),
         stack=np.stack,
         backbone=calls.get("backbone"),
         score=apart and (lambda maps: apart(*maps)),
-        whole=calls["whole"],
-        enlarge=partial(enlarged, geometry=view.geometry),
+        whole=calls["full_pass"],
+        enlarge=partial(edge.to_image, geometry=preprocessing.geometry),
         batch=1 if 1 in batches else None,
     )
 
@@ -294,12 +304,12 @@ def table(rows: Sequence[Row]) -> Table:
     return grid
 
 
-def page(rows: Sequence[Row], facts: dict) -> str:
+def page(rows: Sequence[Row], metadata: dict) -> str:
     """The table in Markdown, and below it what it was measured on."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
     lines += [f"| {r.engine} | {r.batch} | {r.stage} | {r.median:.2f} | {r.p95:.2f} | {r.p99:.2f} | {r.calls} |" for r in rows]
-    (height, width), (shape, count) = facts["size"], facts["images"]
-    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
-    seen = f"{facts['method']}, {facts['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
-    seen += f"maps={str(facts['maps']).lower()}; {facts['environment']['cpu']}, {facts['threads']} threads, {versions}"
-    return "\n".join([*lines, "", f"Milliseconds a call: {seen}; {facts['warmup']} calls before those that count."]) + "\n"
+    (height, width), (shape, count) = metadata["size"], metadata["images"]
+    versions = ", ".join(f"{name} {value}" for name, value in metadata["versions"].items())
+    seen = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
+    seen += f"maps={str(metadata['maps']).lower()}; {metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
+    return "\n".join([*lines, "", f"Milliseconds a call: {seen}; {metadata['warmup']} calls before those that count."]) + "\n"

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blemish.data.dataset import cut
-from blemish.data.images import hidden, prepare
+from blemish.data.images import ignore_mask, prepare
 from blemish.data.manifest import Sample, read_manifest
-from blemish.detector import Detector, within
+from blemish.detector import Detector, apply_ignore_mask
 from blemish.edge import runtime
 from blemish.edge.calibration import conformal_threshold
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
 from blemish.edge.reading import file_digest, read
-from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, facts_of, seal
+from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, metadata_of, seal
 from blemish.features.extractor import Features
 from blemish.files import no_room, remove_stale, replacing
 from blemish.run.record import check_archive, read_record
-from blemish.run.results import View, images_at, view_of
+from blemish.run.results import Preprocessing, images_at, preprocessing_of
 from blemish.run.tiling import TOGETHER, score_image
 from blemish.types import UNKNOWN, Prediction
 
@@ -73,25 +73,27 @@ class Parity(NamedTuple):
         return text + f"{self.flipped} decisions flipped"
 
 
-class Graph(nn.Module):
+class ExportModule(nn.Module):
     """Images as the artefact takes them to (score (B,), map (B, H, W)), or to (score,) alone.
 
     input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are placed
     in here, by the whole numbers that torch resizes bytes with.
     """
 
-    def __init__(self, model: Detector, size: tuple[int, int], input: str, source: Sequence[int] | None, view: View, maps: bool):
+    def __init__(
+        self, model: Detector, size: tuple[int, int], input: str, source: Sequence[int] | None, preprocessing: Preprocessing, maps: bool
+    ):
         super().__init__()
         check_exportable(model, maps)
-        self.model, self.size, self.bytes, self.maps, self.crop = model, size, input == "uint8", maps, view.geometry.crop
-        self.steps, self.beside = [], []
-        if source and view.geometry.size:
-            inner, outer = view.geometry.inner(*source), view.geometry.outer(*source)
-            for axis, length, pixels in ((3, source[1], inner[1]), (2, source[0], inner[0])):
+        self.model, self.size, self.bytes, self.maps, self.crop = model, size, input == "uint8", maps, preprocessing.geometry.crop
+        self.steps, self.padding = [], []
+        if source and preprocessing.geometry.size:
+            resized, padded = preprocessing.geometry.resized(*source), preprocessing.geometry.padded(*source)
+            for axis, length, pixels in ((3, source[1], resized[1]), (2, source[0], resized[0])):
                 if length != pixels:
                     self.steps.append((axis, *self.strips(axis, length, pixels)))
-            rows, columns = middle(outer, inner)
-            self.beside = [columns.start, outer[1] - columns.stop, rows.start, outer[0] - rows.stop]  # pixels of a letterbox
+            rows, columns = middle(padded, resized)
+            self.padding = [columns.start, padded[1] - columns.stop, rows.start, padded[0] - rows.stop]  # pixels of a letterbox
 
     def strips(self, axis: int, length: int, pixels: int) -> tuple[int, list[tuple[int, int, str]]]:
         bits, strips = exact_strips(length, pixels)
@@ -107,8 +109,8 @@ class Graph(nn.Module):
                 part, weights = x.narrow(axis, first, last - first), getattr(self, name)
                 parts.append(part @ weights if axis == 3 else weights @ part)
             x = ((torch.cat(parts, axis) + 2 ** (bits - 1)) * 2.0**-bits).floor().clamp(0, 255)
-        if any(self.beside):
-            x = F.pad(x, self.beside, value=float(GREY))
+        if any(self.padding):
+            x = F.pad(x, self.padding, value=float(GREY))
         if self.crop and tuple(x.shape[-2:]) != self.size:
             top, left = ((side - self.crop) // 2 for side in x.shape[-2:])
             x = x[..., top : top + self.crop, left : left + self.crop]
@@ -135,8 +137,8 @@ class Program(Model):
             raise InputError(
                 f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish"
             ) from error
-        self.facts = facts_of(extra[f"{KEY}.json"], path)
-        self.threshold, self.calibration = self.facts["threshold"], sorted(self.facts["calibration"])
+        self.metadata = metadata_of(extra[f"{KEY}.json"], path)
+        self.threshold, self.calibration = self.metadata["threshold"], sorted(self.metadata["calibration"])
         self.run = lambda batch: [value.numpy() for value in program(torch.from_numpy(batch))]
 
 
@@ -154,9 +156,9 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     check_number("", "[0, inf)", tolerance=cfg.tolerance, map_tolerance=cfg.map_tolerance)
     check_whole("", 0, flips=cfg.flips)
     saved, model = load(run, "cpu")
-    view = view_of(saved)
+    preprocessing = preprocessing_of(saved)
     record = read_record(run) or {}
-    facts = {
+    metadata = {
         "method": record.get("method") or type(model).__module__.rpartition(".")[2],
         "alpha": saved.alpha,
         "digests": {
@@ -170,18 +172,18 @@ def export_run(cfg: Any, load: Callable, build: Callable) -> tuple[Path, Parity]
     source, size = (list(pair) if pair else None for pair in (cfg.source, cfg.size))
     images = (both(*image) for image in chosen(cfg.images, run, partial(build, saved.data), cfg.n))
     with replacing(path, path.with_suffix(".bin") if cfg.format == "openvino" else None):
-        return export(model, view, facts, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
+        return export(model, preprocessing, metadata, images, path, cfg.format, cfg.input, source, size, cfg.maps, cfg.opset, limits)
 
 
-def geometry_facts(geometry: Geometry) -> dict:
+def geometry_metadata(geometry: Geometry) -> dict:
     """As `runtime.geometry_of` reads them."""
     return {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
 
 
 def export(
     model: Detector,
-    view: View,
-    facts: dict,
+    preprocessing: Preprocessing,
+    metadata: dict,
     images: Iterable[tuple[Path | np.ndarray, np.ndarray]],
     path: Path,
     format: str,
@@ -194,38 +196,45 @@ def export(
 ) -> tuple[Path, Parity]:
     """Write a fitted detector as an artefact to `path`, compare the two on images, see `both`, and keep it if they agree.
 
-    `facts` go into its metadata; see `Graph` for `input` and `source`, `Parity.holds` for what `limits` has. `size` (H, W) is that of the
-    images of a run that has no image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
+    `metadata` is stored in it; see `ExportModule` for `input` and `source`, `Parity.holds` for what `limits` has.
+    `size` (H, W) is that of the images of a run that has no
+    image_size. InputError where the method has no such export or the artefact differs; nothing is left then.
     """
-    side = view.geometry.side
-    if view.tile and (size or source):
-        raise InputError(f"size={size}, source={source}: this run scores an image by its tiles, of {view.tile} pixels; leave both out")
+    side = preprocessing.geometry.side
+    if preprocessing.tile and (size or source):
+        raise InputError(
+            f"size={size}, source={source}: this run scores an image by its tiles, of {preprocessing.tile} pixels; leave both out"
+        )
     if size and side:
-        raise InputError(f"size={size}: this run has image_size={view.geometry.size} and crop={view.geometry.crop}; leave size out")
-    if view.region and view.region.folder:
-        raise InputError(f"data.region={view.region.folder}: a mask for each image, which no export holds; use predict run=…")
-    check(format, input, source, view, path)
-    side = side or view.tile
+        raise InputError(
+            f"size={size}: this run has image_size={preprocessing.geometry.size} and crop={preprocessing.geometry.crop}; leave size out"
+        )
+    if preprocessing.roi and preprocessing.roi.folder:
+        raise InputError(f"data.roi={preprocessing.roi.folder}: a mask for each image, which no export holds; use predict run=…")
+    check(format, input, source, preprocessing, path)
+    side = side or preprocessing.tile
     size = [side, side] if side else size or source
     if not size:
         raise InputError("size: this run takes images of any size, an export of one alone; expected size=[height,width]")
-    program, batch = traced(Graph(model.cpu().eval(), tuple(size), input, source, view, maps), example(input, source or size))
+    program, batch = traced(
+        ExportModule(model.cpu().eval(), tuple(size), input, source, preprocessing, maps), example(input, source or size)
+    )
     calibration = model.calibration[:, 0].double()
-    threshold = conformal_threshold(calibration, facts["alpha"]).value
-    facts = {
+    threshold = conformal_threshold(calibration, metadata["alpha"]).value
+    metadata = {
         "format": FORMAT,
         "blemish": version("blemish"),
-        **facts,
+        **metadata,
         "threshold": threshold,
-        "map_threshold": map_threshold(model, facts["alpha"]) if maps else None,
+        "map_threshold": map_threshold(model, metadata["alpha"]) if maps else None,
         "calibration": sorted(calibration.tolist()),
         "input": input,
         "source": source,
         "size": size,
-        **geometry_facts(view.geometry),
-        "tiling": {"side": view.tile, "overlap": view.overlap} if view.tile else None,
-        "region": runtime.packed(view.region.mask) if view.region else None,
-        "window": {dtype: list(ends) for dtype, ends in view.window.items()},
+        **geometry_metadata(preprocessing.geometry),
+        "tiling": {"side": preprocessing.tile, "overlap": preprocessing.overlap} if preprocessing.tile else None,
+        "roi": runtime.packed(preprocessing.roi.mask) if preprocessing.roi else None,
+        "window": {dtype: list(ends) for dtype, ends in preprocessing.window.items()},
         "ranges": model.ranges,
         "maps": maps,
         "batch": batch,
@@ -235,23 +244,23 @@ def export(
     }
     with folder_aside(path) as (temporary, final):
         written = WRITERS[format](program, temporary / path.name, opset)
-        written(facts)
-        parity = compare(model, view, (Program if format == "torch_export" else Model)(temporary / path.name), images)
+        written(metadata)
+        parity = compare(model, preprocessing, (Program if format == "torch_export" else Model)(temporary / path.name), images)
         if not parity.holds(**limits):
             allowed = ", ".join(f"{name}={value}" for name, value in limits.items())
             raise InputError(f"{path}: not kept, as it differs from its run ({parity}); allowed are {allowed}, each a share of its spread")
-        written({**facts, "parity": {**parity._asdict(), **limits}})
+        written({**metadata, "parity": {**parity._asdict(), **limits}})
         final()
     return path, parity
 
 
 def example(input: str, size: Sequence[int]) -> Tensor:
-    """Two images as a `Graph` takes them."""
+    """Two images as a `ExportModule` takes them."""
     bytes = torch.randint(256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return bytes if input == "uint8" else bytes.permute(0, 3, 1, 2) / 255
 
 
-def check(format: str, input: str, source: list[int] | None, view: View, path: Path) -> None:
+def check(format: str, input: str, source: list[int] | None, preprocessing: Preprocessing, path: Path) -> None:
     """InputError for options that do not exist, do not fit each other, or need what is not installed."""
     if format not in ENDINGS:
         raise InputError(f"format={format}: expected {', '.join(ENDINGS)}")
@@ -259,8 +268,8 @@ def check(format: str, input: str, source: list[int] | None, view: View, path: P
         raise InputError(f"input={input}: expected uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1]")
     if source and (input != "uint8" or len(source) != 2 or min(source) < 8):
         raise InputError(f"source={source}: expected [height,width] of all images, of 8 pixels or more, together with input=uint8")
-    if source and view.geometry.crop and view.geometry.crop > (view.geometry.size or min(source)):
-        raise InputError(f"source={source}: smaller than the run's crop of {view.geometry.crop}")
+    if source and preprocessing.geometry.crop and preprocessing.geometry.crop > (preprocessing.geometry.size or min(source)):
+        raise InputError(f"source={source}: smaller than the run's crop of {preprocessing.geometry.crop}")
     if path.suffix != ENDINGS[format]:
         raise InputError(f"output={path}: expected a name that ends with {ENDINGS[format]}")
     if absent := [name for name in NEEDS[format] if not find_spec(name)]:
@@ -336,7 +345,7 @@ def check_exportable(model: Detector, maps: bool) -> None:
 def to_onnx(
     program: torch.export.ExportedProgram, path: Path, opset: int, names: tuple[list[str], list[str]] | None = NAMES
 ) -> Callable[[dict], None]:
-    """Write the program as ONNX with the names of its inputs and outputs; what is returned writes it anew with facts."""
+    """Write the program as ONNX with the names of its inputs and outputs; what is returned writes it anew with metadata."""
     import onnx
 
     values = [value for value in [*program.state_dict.values(), *program.constants.values()] if isinstance(value, Tensor)]
@@ -353,9 +362,9 @@ def to_onnx(
     ClearMetadataAndDocStringPass()(exported.model)  # every node's lines of source, with the paths of this machine
     exported.save(path, external_data=False)
 
-    def write(facts: dict) -> None:
+    def write(metadata: dict) -> None:
         proto = onnx.load(path)
-        onnx.helper.set_model_props(proto, {KEY: json.dumps(facts)})
+        onnx.helper.set_model_props(proto, {KEY: json.dumps(metadata)})
         onnx.save(proto, path)
         set_seal(path)
 
@@ -371,8 +380,8 @@ def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -
     converted = openvino.convert_model(between)
     between.unlink()
 
-    def write(facts: dict) -> None:
-        converted.set_rt_info(json.dumps(facts), [KEY, "facts"])
+    def write(metadata: dict) -> None:
+        converted.set_rt_info(json.dumps(metadata), [KEY, "metadata"])
         openvino.save_model(converted, path, compress_to_fp16=False)
         set_seal(path)
 
@@ -380,7 +389,7 @@ def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -
 
 
 def set_seal(path: Path) -> None:
-    """Put into the facts of a written file the digest of its other bytes."""
+    """Put into the metadata of a written file the digest of its other bytes."""
     place, _, digest = seal(path)
     with path.open("r+b") as file:
         file.seek(place)
@@ -388,14 +397,14 @@ def set_seal(path: Path) -> None:
 
 
 def to_torch(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
-    """Write the program as torch's own archive, with facts beside it in `blemish.json`."""
+    """Write the program as torch's own archive, with metadata beside it in `blemish.json`."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of source, with the paths of this machine
 
-    def write(facts: dict) -> None:
+    def write(metadata: dict) -> None:
         whole = io.BytesIO()  # on a full disk torch's own writer of files ends the process
         with expected_warnings():
-            torch.export.save(program, whole, extra_files={f"{KEY}.json": json.dumps(facts)})
+            torch.export.save(program, whole, extra_files={f"{KEY}.json": json.dumps(metadata)})
         path.write_bytes(whole.getbuffer())
 
     return write
@@ -405,11 +414,11 @@ WRITERS = {"onnx": to_onnx, "openvino": to_openvino, "torch_export": to_torch}
 
 
 @torch.inference_mode()
-def compare(model: Detector, view: View, other: Model, images: Iterable[tuple[Path | np.ndarray, np.ndarray]]) -> Parity:
+def compare(model: Detector, preprocessing: Preprocessing, other: Model, images: Iterable[tuple[Path | np.ndarray, np.ndarray]]) -> Parity:
     """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the artefact from its file."""
     scores, differences, map_differences, flipped, peaks = [], [], [], 0, []
     for image, array in images:
-        score, map = of_run(model, view, array, other.facts["maps"])
+        score, map = of_run(model, preprocessing, array, other.metadata["maps"])
         (found,) = other.predict([image], TOGETHER)
         scores.append(score)
         differences.append(abs(found.score - score))
@@ -424,24 +433,34 @@ def compare(model: Detector, view: View, other: Model, images: Iterable[tuple[Pa
     return Parity(len(scores), max(differences), spread(calibration[:, 0], scores), *maps, int(flipped))
 
 
-def of_run(model: Detector, view: View, array: np.ndarray, maps: bool) -> tuple[float, np.ndarray | None]:
+def of_run(model: Detector, preprocessing: Preprocessing, array: np.ndarray, maps: bool) -> tuple[float, np.ndarray | None]:
     """Score and map of an image as the run has them: (h, w) in the pixels of the network's input, or by tiles in the image's own.
 
     InputError where an artefact without `maps` could not have the score.
     """
     size = array.shape[:2]
     impossible = "maps=false: the score is the largest value of the map where images are looked at; expected maps=true"
-    seen = view.region and view.region.seen(None, *size)
-    if view.tile is not None:
-        score, map = score_image(model, array, view.window, view.geometry.side, view.tile, view.overlap, TOGETHER, None, seen)
-        if seen is not None and map is not None and not maps:
+    inside = preprocessing.roi and preprocessing.roi.inside(None, *size)
+    if preprocessing.tile is not None:
+        score, map = score_image(
+            model,
+            array,
+            preprocessing.window,
+            preprocessing.geometry.side,
+            preprocessing.tile,
+            preprocessing.overlap,
+            TOGETHER,
+            None,
+            inside,
+        )
+        if inside is not None and map is not None and not maps:
             raise InputError(impossible)
         return score, None if map is None else map[:]
-    score, map = model(prepare(array, view.window, view.geometry, seen)[None])
-    if (where := hidden(*size, view.geometry, seen)) is not None:
+    score, map = model(prepare(array, preprocessing.window, preprocessing.geometry, inside)[None])
+    if (where := ignore_mask(*size, preprocessing.geometry, inside)) is not None:
         if map is not None and not maps and float(score) == float(map.max()):
             raise InputError(impossible)
-        score, map = within(Prediction(score, map), where[None])
+        score, map = apply_ignore_mask(Prediction(score, map), where[None])
     return float(score), None if map is None else map[0].numpy()
 
 
@@ -483,7 +502,7 @@ def loaded(path: Path, sample: Sample) -> np.ndarray:
 def both(path: Path, sample: Sample) -> tuple[Path | np.ndarray, np.ndarray]:
     """An image for the artefact and for the run: its file, but the pixels of a sample that is a part of a file, and its pixels."""
     array = loaded(path, sample)
-    return (array if sample.region else path), array
+    return (array if sample.tile else path), array
 
 
 @contextlib.contextmanager

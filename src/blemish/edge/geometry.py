@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
         """Of the network's input; None for images of their own sizes."""
         return self.crop or self.size
 
-    def inner(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the image itself after resizing, to the nearest pixel."""
         if self.size is None:
             return height, width
@@ -40,12 +40,12 @@ class Geometry(NamedTuple):
         high, wide = (max(1, (2 * side * self.size + longest) // (2 * longest)) for side in (height, width))
         return high, wide
 
-    def outer(self, height: int, width: int) -> tuple[int, int]:
+    def padded(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of that with what lies beside it, before the crop."""
         return (height, width) if self.size is None else (self.size, self.size)
 
 
-def place(array: np.ndarray, window: dict, geometry: Geometry) -> np.ndarray:
+def to_network(array: np.ndarray, window: dict, geometry: Geometry) -> np.ndarray:
     """An image as its geometry brings it to the network: uint8 as uint8, deeper ones as float32 in [0, 1] by their window.
 
     uint8 is equal to what torch's antialiased bilinear resizing of bytes gives, and so to what the detector was fitted to.
@@ -56,31 +56,31 @@ def place(array: np.ndarray, window: dict, geometry: Geometry) -> np.ndarray:
             raise InputError(f"an image of {array.dtype}; this detector takes {', '.join(sorted({'uint8', *ranges}))}")
         lo, hi = ranges[array.dtype.name]
         array = ((array.astype(np.float32) - np.float32(lo)) / np.float32(hi - lo)).clip(0, 1)
-    inner, outer, crop = geometry.inner(*array.shape[:2]), geometry.outer(*array.shape[:2]), geometry.crop
-    if array.shape[:2] != inner:
+    resized, padded, crop = geometry.resized(*array.shape[:2]), geometry.padded(*array.shape[:2]), geometry.crop
+    if array.shape[:2] != resized:
         for axis in (1, 0):
-            array = resized(array, axis, inner[axis])
+            array = resized(array, axis, resized[axis])
         array = array.clip(0, 1) if array.dtype != np.uint8 else array
-    if inner != outer:
-        array = beside(array, outer, GREY if array.dtype == np.uint8 else GREY / 255)
+    if resized != padded:
+        array = beside(array, padded, GREY if array.dtype == np.uint8 else GREY / 255)
     if crop is not None:
-        height, width = outer
-        if crop > min(outer):
+        height, width = padded
+        if crop > min(padded):
             raise InputError(f"an image of {width}×{height} pixels; expected at least {crop}×{crop}, the crop of this detector")
-        array = array[middle(outer, (crop, crop))]
+        array = array[middle(padded, (crop, crop))]
     return array
 
 
-def middle(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
+def middle(padded: tuple[int, int], resized: tuple[int, int]) -> tuple[slice, slice]:
     """The rows and columns of the centre of an array."""
-    first = [(whole - part) // 2 for whole, part in zip(outer, inner, strict=True)]
-    return slice(first[0], first[0] + inner[0]), slice(first[1], first[1] + inner[1])
+    first = [(whole - part) // 2 for whole, part in zip(padded, resized, strict=True)]
+    return slice(first[0], first[0] + resized[0]), slice(first[1], first[1] + resized[1])
 
 
-def beside(array: np.ndarray, outer: tuple[int, int], value: float) -> np.ndarray:
+def beside(array: np.ndarray, padded: tuple[int, int], value: float) -> np.ndarray:
     """An array (h, w, …) in the middle of a larger one that is filled with a value."""
-    whole = np.full((*outer, *array.shape[2:]), value, array.dtype)
-    whole[middle(outer, array.shape[:2])] = array
+    whole = np.full((*padded, *array.shape[2:]), value, array.dtype)
+    whole[middle(padded, array.shape[:2])] = array
     return whole
 
 
@@ -89,52 +89,52 @@ def nearest(length: int, pixels: int) -> np.ndarray:
     return (2 * np.arange(pixels) + 1) * length // (2 * pixels)
 
 
-def place_mask(mask: np.ndarray, geometry: Geometry, fill: int | bool) -> np.ndarray:
-    """A mask (H, W) to where `place` puts its image, by the nearest pixel so that no value is made up; `fill` lies beside it."""
-    inner, outer = geometry.inner(*mask.shape), geometry.outer(*mask.shape)
-    if mask.shape != inner:
-        mask = mask[np.ix_(nearest(mask.shape[0], inner[0]), nearest(mask.shape[1], inner[1]))]
-    mask = mask if inner == outer else beside(mask, outer, fill)
-    return mask if geometry.crop is None else mask[middle(outer, (geometry.crop, geometry.crop))]
+def mask_to_network(mask: np.ndarray, geometry: Geometry, fill: int | bool) -> np.ndarray:
+    """A mask (H, W) to where `to_network` puts its image, by the nearest pixel so that no value is made up; `fill` lies beside it."""
+    resized, padded = geometry.resized(*mask.shape), geometry.padded(*mask.shape)
+    if mask.shape != resized:
+        mask = mask[np.ix_(nearest(mask.shape[0], resized[0]), nearest(mask.shape[1], resized[1]))]
+    mask = mask if resized == padded else beside(mask, padded, fill)
+    return mask if geometry.crop is None else mask[middle(padded, (geometry.crop, geometry.crop))]
 
 
-def painted(array: np.ndarray, seen: np.ndarray, window: Mapping) -> np.ndarray:
-    """An image (H, W) or (H, W, 3) with the same grey of its window wherever it is not seen, (H, W) bool."""
+def fill_masked(array: np.ndarray, inside: np.ndarray, window: Mapping) -> np.ndarray:
+    """An image (H, W) or (H, W, 3) with mid-grey of its window where it is not `inside`, (H, W) bool."""
     if array.dtype == np.uint8:
         grey = GREY
     else:
         lo, hi = {"uint16": UINT16, **window}.get(array.dtype.name, (0.0, 0.0))  # what has no range is refused later
         grey = lo + (hi - lo) * GREY / 255
     grey = array.dtype.type(round(grey) if array.dtype.kind == "u" else grey)
-    return np.where(seen if array.ndim == 2 else seen[..., None], array, grey)
+    return np.where(inside if array.ndim == 2 else inside[..., None], array, grey)
 
 
-def unseen(height: int, width: int, geometry: Geometry, seen: np.ndarray | None) -> np.ndarray | None:
-    """Where in the network's input (h, w) of an image (height, width) nothing is looked at: beside it, and where it is not `seen`.
+def ignore_mask_in_network(height: int, width: int, geometry: Geometry, inside: np.ndarray | None) -> np.ndarray | None:
+    """Where in the network's input (h, w) of an image (height, width) nothing is looked at: beside it, and where it is not `inside`.
 
     None where all is.
     """
-    if seen is None and geometry.inner(height, width) == geometry.outer(height, width):
+    if inside is None and geometry.resized(height, width) == geometry.padded(height, width):
         return None
-    return place_mask(np.zeros((height, width), bool) if seen is None else ~seen, geometry, True)
+    return mask_to_network(np.zeros((height, width), bool) if inside is None else ~inside, geometry, True)
 
 
-def within(score: float, map: np.ndarray | None, hidden: np.ndarray | None) -> tuple[float, np.ndarray | None]:
-    """Score and map (h, w) of what is not hidden, whose least value the rest takes; a score that is the map's largest value is theirs."""
-    if hidden is not None and hidden.all():  # as a tile may be
+def apply_ignore_mask(score: float, map: np.ndarray | None, ignore_mask: np.ndarray | None) -> tuple[float, np.ndarray | None]:
+    """Apply an ignore mask (h, w) to a score and its map: see `detector.apply_ignore_mask`."""
+    if ignore_mask is not None and ignore_mask.all():  # as a tile may be
         return -np.inf, map if map is None else np.full_like(map, map.max())
-    if map is None or hidden is None:
+    if map is None or ignore_mask is None:
         return score, map
-    shown = map[~hidden]
-    return float(shown.max()) if score == float(map.max()) else score, np.where(hidden, shown.min(), map)
+    shown = map[~ignore_mask]
+    return float(shown.max()) if score == float(map.max()) else score, np.where(ignore_mask, shown.min(), map)
 
 
-def enlarged(map: np.ndarray, height: int, width: int, geometry: Geometry) -> np.ndarray:
-    """A map of an image that `place` brought to the network, (height, width) float32: outside the crop it has its minimum."""
-    inner, outer = geometry.inner(height, width), geometry.outer(height, width)
+def to_image(map: np.ndarray, height: int, width: int, geometry: Geometry) -> np.ndarray:
+    """A map of an image that `to_network` brought to the network, (height, width) float32: outside the crop it has its minimum."""
+    resized, padded = geometry.resized(height, width), geometry.padded(height, width)
     if geometry.crop:
-        map = beside(np.asarray(map, np.float32), outer, map.min())
-    map = map if inner == outer else map[middle(outer, inner)]
+        map = beside(np.asarray(map, np.float32), padded, map.min())
+    map = map if resized == padded else map[middle(padded, resized)]
     return resized(resized(map, 1, width), 0, height)
 
 

@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blemish.data.dataset import Images, collate, hidden_in, threaded
-from blemish.data.images import compact, place_mask, restored
+from blemish.data.dataset import Images, collate, ignore_mask_of, threaded
+from blemish.data.images import compact, mask_to_network, restored
 from blemish.data.manifest import Sample
 from blemish.data.module import ImageData
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.edge.checks import check_choice, check_number
 from blemish.edge.reading import size_of
 from blemish.features.extractor import Features
@@ -75,9 +75,9 @@ def pack_image(image: Tensor, dtype: torch.dtype) -> Tensor:
     return (small if small.dtype == torch.uint8 else packed(small[None], dtype)[0]).contiguous()
 
 
-def name_of(sample: Sample, region: Region | None = None) -> str:
+def name_of(sample: Sample, roi: Roi | None = None) -> str:
     """What a sample's pixels are known by: the content of its file, its tile, and what is looked at of it; not its path."""
-    return f"{sample.digest}#{sample.region}" + (f"@{region.digest(region.root / sample.path)}" if region else "")
+    return f"{sample.digest}#{sample.tile}" + (f"@{roi.digest(roi.root / sample.path)}" if roi else "")
 
 
 def check_store(dtype: str, max_gb: float | None) -> None:
@@ -106,10 +106,10 @@ class Store:
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(OSError):  # another process was quicker
-                    facts = path.stat()
+                    metadata = path.stat()
                     if path.suffix == ENDING:
-                        found.append((facts.st_mtime, facts.st_size, path))
-                    elif name.startswith(PART) and time.time() - facts.st_mtime > STALE:
+                        found.append((metadata.st_mtime, metadata.st_size, path))
+                    elif name.startswith(PART) and time.time() - metadata.st_mtime > STALE:
                         path.unlink()
         return sorted(found)
 
@@ -139,11 +139,11 @@ class Store:
 
 
 class Shelf:
-    """The stored tensors of one kind, by name; `facts` are all that they depend on beside the image."""
+    """The stored tensors of one kind, by name; `metadata` are all that they depend on beside the image."""
 
-    def __init__(self, store: Store, title: str, facts: dict):
-        self.store, self.facts = store, json.dumps(facts, sort_keys=True)
-        digest = hashlib.blake2b(self.facts.encode(), digest_size=8).hexdigest()
+    def __init__(self, store: Store, title: str, metadata: dict):
+        self.store, self.metadata = store, json.dumps(metadata, sort_keys=True)
+        digest = hashlib.blake2b(self.metadata.encode(), digest_size=8).hexdigest()
         self.folder = store.root / (re.sub(r"[^\w.-]", "_", title) + f"-{digest}")
         self.names: dict[Path, set[str]] = {}  # what is in the shards seen so far
         self.found: dict[str, Tensor] = {}  # memory-mapped
@@ -164,7 +164,7 @@ class Shelf:
                 sums = json.loads(about["crc32"])
                 self.names[path] = set(sums)
                 chosen = {name: file.get_tensor(name) for name in sums.keys() & missing}
-            sound = about["facts"] == self.facts and all(crc32(tensor) == sums[name] for name, tensor in chosen.items())
+            sound = about["metadata"] == self.metadata and all(crc32(tensor) == sums[name] for name, tensor in chosen.items())
         except OSError:  # removed since it was listed, or another user's
             return
         except (SafetensorError, ValueError, KeyError, TypeError):
@@ -193,7 +193,7 @@ class Shelf:
         if not self.pending:
             return
         sums = {name: crc32(tensor) for name, tensor in self.pending.items()}
-        data = safetensors.torch.save(self.pending, {"facts": self.facts, "crc32": json.dumps(sums)})
+        data = safetensors.torch.save(self.pending, {"metadata": self.metadata, "crc32": json.dumps(sums)})
         self.store.make_room(len(data))
         self.folder.mkdir(parents=True, exist_ok=True)
         name = os.urandom(8).hex()
@@ -257,8 +257,8 @@ class StoredData(LightningDataModule):
             network = {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}
             network |= {"mean": features.mean.flatten().tolist(), "std": features.std.flatten().tolist()}
             for stage in features.stages:
-                facts = {**common, **network, "stage": stage, "weights": features.digest(stage)}
-                self.maps.append(Shelf(store, f"{features.backbone}-{stage}-{self.side}", facts))
+                metadata = {**common, **network, "stage": stage, "weights": features.digest(stage)}
+                self.maps.append(Shelf(store, f"{features.backbone}-{stage}-{self.side}", metadata))
         self.images = Shelf(store, f"image-{self.side}", {**common, "stage": "image"}) if images else None
 
     @property
@@ -271,7 +271,7 @@ class StoredData(LightningDataModule):
     def image(self, key: str) -> Tensor:
         return self.data.image(key)
 
-    def facts(self) -> dict:
+    def metadata(self) -> dict:
         """What a record says of the store: images whose maps were read and computed, and the bytes of the files in use."""
         return {"path": self.store.root, "read": self.read, "computed": self.computed, "bytes": sum(self.store.used.values())}
 
@@ -307,7 +307,7 @@ class StoredData(LightningDataModule):
     def fill(self, samples: list[Sample], maps: list[Shelf], images: Shelf | None) -> None:
         """Compute and write what is not there of `samples`; NoRoom or OSError if it cannot be written."""
         shelves = [*maps, images] if images else maps
-        by_name = {name_of(sample, self.data.region): sample for sample in samples}
+        by_name = {name_of(sample, self.data.roi): sample for sample in samples}
 
         def absent(names: Iterable[str]) -> list[str]:
             for shelf in shelves:
@@ -323,7 +323,7 @@ class StoredData(LightningDataModule):
         bar = track(batches, "storing maps", console=Console(stderr=True), disable=not self.progress or not todo)
         for count, batch in enumerate(self._timed(bar)):
             chosen = todo[count * self.data.batch_size :][: len(batch.image)]
-            called = [name_of(sample, self.data.region) for sample in chosen]
+            called = [name_of(sample, self.data.roi) for sample in chosen]
             names = absent(called)
             rows = [row for row, name in enumerate(called) if name in names]
             if rows:
@@ -377,7 +377,7 @@ class Stored(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         samples = [self.rows.samples[index] for index in indices]
-        names = [name_of(sample, self.rows.region) for sample in samples]
+        names = [name_of(sample, self.rows.roi) for sample in samples]
         maps = [unpack_maps([stage[name] for name in names]) for stage in self.maps] or None
         if self.bring_images and self.images is None:
             return collate(self.rows.__getitems__(indices))._replace(maps=maps)
@@ -386,16 +386,16 @@ class Stored(Dataset):
             image = torch.stack([restored(self.images[name]) for name in names])  # (B, 3, H, W)
         mask = torch.stack(threaded(self.mask, samples))  # (B, H, W)
         label, path = torch.tensor([sample.label for sample in samples]), [sample.key for sample in samples]
-        return Batch(image, label, mask, path, maps, hidden_in(mask))
+        return Batch(image, label, mask, path, maps, ignore_mask_of(mask))
 
     def mask(self, sample: Sample) -> Tensor:
         """The mask (H, W) uint8 of a sample without its image."""
         rows = self.rows
-        if not (sample.mask or sample.boxes or rows.region or rows.geometry.resize == "letterbox"):
+        if not (sample.mask or sample.boxes or rows.roi or rows.geometry.resize == "letterbox"):
             return torch.full((self.side, self.side), 0 if sample.label == NORMAL else NO_TRUTH, dtype=torch.uint8)
         load = rows.recent.mask
         whole = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
-        return place_mask(torch.from_numpy(rows.truth_of(sample, whole, load)), rows.geometry)
+        return mask_to_network(torch.from_numpy(rows.truth_of(sample, whole, load)), rows.geometry)
 
 
 def as_it_is(batch: Batch) -> Batch:

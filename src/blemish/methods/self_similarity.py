@@ -119,7 +119,7 @@ class SelfSimilarity(OnePassDetector):
         step, maps = 1, []
         for batch in batches:
             found = self.test_step(batch, 0).map
-            found = found if batch.hidden is None else found.masked_fill(batch.hidden, torch.nan)
+            found = found if batch.ignore_mask is None else found.masked_fill(batch.ignore_mask, torch.nan)
             maps += [map[::step, ::step].clone() for map in found]
             while sum(map.numel() for map in maps) > MOST:
                 step, maps = 2 * step, [map[::2, ::2].clone() for map in maps]

@@ -198,11 +198,11 @@ class Rows:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         own, before = self.mapped(), self.file
-        facts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(facts, (len(own), own.shape[1:], own.dtype))
-        shape, dtype = next((shape, dtype) for count, shape, dtype in facts if count)
+        metadata = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(metadata, (len(own), own.shape[1:], own.dtype))
+        shape, dtype = next((shape, dtype) for count, shape, dtype in metadata if count)
         self._begin()
-        for rank, (count, *_) in enumerate(facts):
+        for rank, (count, *_) in enumerate(metadata):
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
                 mine = rank == torch.distributed.get_rank()

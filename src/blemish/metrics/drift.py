@@ -110,7 +110,7 @@ class Summary:
         elif (place := int(np.random.default_rng([self.seed, self.count, 1]).integers(self.count))) < self.size:
             self.sample[place] = score
 
-    def facts(self) -> dict[str, float | int | dict[str, float]]:
+    def metadata(self) -> dict[str, float | int | dict[str, float]]:
         """What there is to tell, deviation with n − 1."""
         if not self.count:
             return {"count": 0, "not_finite": self.not_finite}

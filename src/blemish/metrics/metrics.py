@@ -14,7 +14,7 @@ from scipy import ndimage
 from blemish.edge.errors import InputError
 from blemish.metrics import ranking
 from blemish.metrics.ranking import NOTHING, Ranks, Steps, Tally, combine, count_sorted, ordered, sort_parts, unordered
-from blemish.types import ANOMALOUS, NO_TRUTH, NORMAL, OUTSIDE, UNKNOWN
+from blemish.types import ANOMALOUS, IGNORED, NO_TRUTH, NORMAL, UNKNOWN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ GOOD = "good"  # the group of normal images, part of every defect type's row
 POOLED = "pooled"
 BINS = 2**16  # of one histogram; 16 bits of a float32 never need more
 
-IMAGE_FIGURES = {"image_auroc": ranking.auroc, "image_ap": ranking.average_precision, "image_f1_max": ranking.f1_max}
-PIXEL_FIGURES = {
+IMAGE_METRICS = {"image_auroc": ranking.auroc, "image_ap": ranking.average_precision, "image_f1_max": ranking.f1_max}
+PIXEL_METRICS = {
     "pixel_auroc": ranking.auroc,
     "pixel_ap": ranking.average_precision,
     "aupro": ranking.aupro,
@@ -122,7 +122,7 @@ class ImageMetrics:
     def compute(self) -> dict[str, dict[str, float | None]]:
         """{"pooled" or defect type: {image_auroc, image_ap, image_f1_max, image_f1_max_threshold}}."""
         rows = {row: self._steps(names) for row, names in _members(self._score).items()}
-        return {row: _values(steps, IMAGE_FIGURES, "image_f1_max_threshold") for row, steps in rows.items()}
+        return {row: _values(steps, IMAGE_METRICS, "image_f1_max_threshold") for row, steps in rows.items()}
 
     def curves(self, points: int = 1000) -> dict[str, np.ndarray]:
         """Pooled {"roc": (K, 2) of FPR, TPR; "pr": (K, 2) of recall, precision}, K ≤ points, K = 0 where a class is absent."""
@@ -176,7 +176,7 @@ class PixelMetrics:
     def update(self, map: Tensor, mask: Tensor, group: list[str]) -> None:
         """map (B, H, W) taken as float32, mask (B, H, W) uint8, group: B defect types, "good" for normal images.
 
-        A mask is 0 or 1; NO_TRUTH and OUTSIDE are left out. Raises InputError for other shapes or mask values, and for NaN or infinite
+        A mask is 0 or 1; NO_TRUTH and IGNORED are left out. Raises InputError for other shapes or mask values, and for NaN or infinite
         scores where the mask is 0 or 1.
         """
         score, truth = map.detach().float().cpu().numpy(), mask.detach().cpu().numpy()
@@ -191,11 +191,11 @@ class PixelMetrics:
     def _add(self, name: str, score: np.ndarray, mask: np.ndarray) -> None:
         normal, defect = mask == NORMAL, mask == ANOMALOUS  # (H, W)
         counts = np.count_nonzero(normal), np.count_nonzero(defect)
-        out = (mask == NO_TRUTH) | (mask == OUTSIDE)
+        out = (mask == NO_TRUTH) | (mask == IGNORED)
         if sum(counts) + np.count_nonzero(out) != mask.size:
             raise InputError(
                 f"mask of an image in group {name!r}: found values {np.unique(mask)[:8].tolist()}, "
-                f"allowed are 0, 1, {OUTSIDE} and {NO_TRUTH}"
+                f"allowed are 0, 1, {IGNORED} and {NO_TRUTH}"
             )
         if not (np.isfinite(score) | out).all():
             raise InputError(f"map of an image in group {name!r}: NaN or infinite scores; finite expected")
@@ -271,7 +271,7 @@ class PixelMetrics:
         Each normal pixel of the row's images counts for the FPR, those beside a defect too. Regions are 8-connected, what is left out
         between two parts of one makes them two, and each weighs the same.
         """
-        return {row: _values(steps, PIXEL_FIGURES, "pixel_f1_max_threshold") for row, steps in self._rows().items()}
+        return {row: _values(steps, PIXEL_METRICS, "pixel_f1_max_threshold") for row, steps in self._rows().items()}
 
     def bounds(self) -> dict[str, dict[str, float | None]]:
         """How far each figure of `compute` can be from that of the scores themselves: 0 while they are kept, rigorous in histograms.
@@ -281,7 +281,7 @@ class PixelMetrics:
         """
         exact = not self._shift  # a histogram that has dropped no bit is exact too
         return {
-            row: {key: None if steps is None else 0.0 if exact else figure(steps)[1] for key, figure in PIXEL_FIGURES.items()}
+            row: {key: None if steps is None else 0.0 if exact else figure(steps)[1] for key, figure in PIXEL_METRICS.items()}
             for row, steps in self._rows().items()
         }
 

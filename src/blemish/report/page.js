@@ -62,7 +62,7 @@ function shown(setting, name) {
 const PARTS = [
   of => of.variant, of => of.epochs === null ? null : count(of.epochs, "epoch") + drawn(of), of => of.backbone, of => base(of.weights) || null,
   of => of.image_size === null ? null : `${of.image_size} px`, of => of.crop === null ? null : `crop ${of.crop}`,
-  of => of.tiling === null ? null : `tiles of ${of.tiling}`, of => of.resize, of => of.region === null ? null : "region",
+  of => of.tiling === null ? null : `tiles of ${of.tiling}`, of => of.resize, of => of.roi === null ? null : "roi",
 ];
 function names(settings) {
   const found = new Map();

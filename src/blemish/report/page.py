@@ -256,7 +256,7 @@ def means(settings: Sequence[dict]) -> tuple[list[dict], list[dict]]:
         whole = [list(of.values()) for of in methods.values() if len(of) == len(categories)]
         rows += [mean_of(parts) for parts in whole]
         of = dict(zip([name for name in GROUP if name != "category"], shared, strict=True))
-        notes.append({**of, "categories": len(categories), "whole": len(whole), "partial": len(methods) - len(whole)})
+        notes.append({**of, "categories": len(categories), "full_pass": len(whole), "partial": len(methods) - len(whole)})
     return rows, notes
 
 

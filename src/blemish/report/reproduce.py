@@ -28,9 +28,9 @@ from blemish.report.tables import Grid, config_of, machines, markdown, row_of, s
 
 log = logging.getLogger(__name__)
 
-FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
 # keys of a config that make another run, so that a finished one with other values is not taken for this one
-IDENTITY = ("model", "backbone", "weights", "image_size", "crop", "resize", "data.region", "protocol", "trainer.max_epochs", "epoch_size")
+IDENTITY = ("model", "backbone", "weights", "image_size", "crop", "resize", "data.roi", "protocol", "trainer.max_epochs", "epoch_size")
 OWN = ("paper", "categories", "seeds", "image_sizes", "tolerance", "published", "output")  # keys that tools/train.py does not have
 NOT_RUN, PARTLY = "not run", "needs all categories"
 
@@ -246,7 +246,7 @@ def compared(cells: Sequence[Cell], rows: Mapping, tables: Sequence[Mapping], to
     run = {"method": part_of(first["model"]), "dataset": part_of(first["data"])}
     every = all_categories(tables, run["dataset"], None)
     categories = list(dict.fromkeys(cell.category for cell in cells))
-    for metric in FIGURES:
+    for metric in METRICS:
         ours = {c: {s: row[metric] for (of, s), row in rows.items() if of == c and row[metric] is not None} for c in categories}
         figures = {c: published(tables, {**run, "category": c, "config": configs[c]}, metric) for c in categories}
         if None not in categories:

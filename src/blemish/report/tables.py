@@ -184,7 +184,7 @@ def label(group: Mapping) -> list[str]:
     method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
     size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
-    how = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "region" * bool(group["region"]))
+    how = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "roi" * bool(group["roi"]))
     return [method, backbone, ", ".join(filter(None, how)), str(group["protocol"])]
 
 

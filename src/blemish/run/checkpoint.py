@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.files import atomic_write, fsync
@@ -35,14 +35,14 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     try:
         saved = contents(checkpoint)
         state, made = saved["state_dict"], dict(saved.get("hyper_parameters", {}))
-        text, mask = saved["config"], saved["region"]
+        text, mask = saved["config"], saved["roi"]
     except Exception as error:
         raise InputError(f"{checkpoint}: not a whole checkpoint of {target} ({type(error).__name__}: {error})") from error
     if cfg is None:
         cfg = config_of(checkpoint, text)
         if mask is not None:
             cfg._set_flag("allow_objects", True)
-            cfg.data.region = mask.numpy()
+            cfg.data.roi = mask.numpy()
     said = OmegaConf.to_container(cfg.model, resolve=True)
     for key in sorted(made.keys() & said.keys() - {"weights"}):
         if made[key] != said[key]:
@@ -79,11 +79,11 @@ def device_of(name: str) -> torch.device:
         raise InputError(f"device={name}: not available here; choose auto, cpu, gpu or mps ({error})") from error
 
 
-def portable_config(cfg: DictConfig, region: Region | None, **more: Any) -> dict:
+def portable_config(cfg: DictConfig, roi: Roi | None, **more: Any) -> dict:
     """What a checkpoint holds beside Lightning's, to need no other file: its config with `more` keys, and the one mask of its images."""
-    mask = None if region is None or region.folder else torch.from_numpy(region.mask)
+    mask = None if roi is None or roi.folder else torch.from_numpy(roi.mask)
     values = OmegaConf.to_container(cfg, resolve=True) | more
-    return {"config": OmegaConf.to_yaml(OmegaConf.create(values)), "region": mask}
+    return {"config": OmegaConf.to_yaml(OmegaConf.create(values)), "roi": mask}
 
 
 class Streamed(TorchCheckpointIO):

@@ -21,7 +21,7 @@ from rich.console import Console
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole, nearest, shown
 from blemish.edge.errors import InputError
 from blemish.files import no_room
-from blemish.run.record import REGION, stopped
+from blemish.run.record import ROI, stopped
 
 # a run's config may come from a stranger: it chooses among what the files of these groups call, and calls nothing else
 ARGUMENTS = ("model", "data", "trainer", "logger")  # of what they call, which refuses those that it does not know
@@ -234,8 +234,8 @@ def check_config(cfg: DictConfig) -> None:
 def read_config(run: Path) -> DictConfig:
     """The config of a run folder; InputError if it is none, or calls what no config of blemish calls."""
     cfg = config_of(run / "config.yaml")
-    if OmegaConf.select(cfg, "data.region") and (run / REGION).is_file():
-        cfg.data.region = str(run / REGION)
+    if OmegaConf.select(cfg, "data.roi") and (run / ROI).is_file():
+        cfg.data.roi = str(run / ROI)
     return cfg
 
 

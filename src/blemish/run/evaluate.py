@@ -21,14 +21,14 @@ from blemish.draw import choose, file_names, simplified
 from blemish.edge.calibration import Threshold, conformal_threshold, p_values
 from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
-from blemish.metrics.metrics import IMAGE_FIGURES, PIXEL_FIGURES, POOLED, ImageMetrics, PixelMetrics
+from blemish.metrics.metrics import IMAGE_METRICS, PIXEL_METRICS, POOLED, ImageMetrics, PixelMetrics
 from blemish.run.timing import StageTimes
-from blemish.types import ANOMALOUS, NORMAL, OUTSIDE, UNKNOWN, Batch, Prediction
+from blemish.types import ANOMALOUS, IGNORED, NORMAL, UNKNOWN, Batch, Prediction
 
 log = logging.getLogger(__name__)
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
-FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES)
+METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
 CURVE_POINTS = 200  # of each curve in curves.json, at most
 ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds that the truth was looked at for
 
@@ -38,27 +38,27 @@ class Calibrate(Callback):
 
     def __init__(self) -> None:
         self.values = torch.empty(0, 2)  # (n, 2) float32; an image-level method's score stands in both columns
-        self.seen: dict[str, Tensor] = {}
+        self.tested: dict[str, Tensor] = {}
 
     def on_predict_start(self, trainer, module) -> None:
-        self.seen = {}
+        self.tested = {}
 
     def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         peak = outputs.score if outputs.map is None else outputs.map.amax((1, 2))  # (B,)
         pairs = torch.stack([outputs.score, peak], 1).detach().float().cpu()  # (B, 2)
-        self.seen.update(zip(batch.path, pairs, strict=True))
+        self.tested.update(zip(batch.path, pairs, strict=True))
 
     def on_predict_end(self, trainer, module) -> None:
-        parts = [self.seen]
+        parts = [self.tested]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
-            all_gather_object(parts, self.seen)
-        seen = {key: found for part in parts for key, found in part.items()}
-        self.values = torch.stack([seen[key] for key in sorted(seen)]) if seen else torch.empty(0, 2)
-        self.seen = {}
+            all_gather_object(parts, self.tested)
+        one = {key: found for part in parts for key, found in part.items()}
+        self.values = torch.stack([one[key] for key in sorted(one)]) if one else torch.empty(0, 2)
+        self.tested = {}
 
 
-class Seen(NamedTuple):
+class TestedImage(NamedTuple):
     """What is remembered of every tested image."""
 
     label: int
@@ -72,7 +72,7 @@ class Picture(NamedTuple):
 
     image: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) uint8
-    map: np.ndarray | None  # (H, W) float16 from 0 at Seen.low to 1 at Seen.high: raw values may leave the range of float16
+    map: np.ndarray | None  # (H, W) float16 from 0 at TestedImage.low to 1 at TestedImage.high: raw values may leave the range of float16
     reconstruction: np.ndarray | None  # (H, W, 3) uint8, of methods that make one
 
 
@@ -94,7 +94,7 @@ class Evaluate(Callback):
         self.wanted = choose(samples, self.pictures)
         self.claimed: set[str] = set()  # keys that some process has counted
         self.image, self.pixel = ImageMetrics(), PixelMetrics(self.limit)
-        self.seen: dict[str, Seen] = {}
+        self.tested: dict[str, TestedImage] = {}
         self.kept: dict[str, Picture] = {}
         self.calibration = torch.empty(0, 2)
         self.level: float | None = None  # a method's own threshold of its maps
@@ -139,7 +139,9 @@ class Evaluate(Callback):
             low, high = map.amin((1, 2)), map.amax((1, 2))  # (B,)
             known = (label != UNKNOWN).nonzero().flatten().tolist()
             self.pixel.update(map[known], mask[known], [group[i] for i in known])
-        self.seen |= {key: Seen(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)}
+        self.tested |= {
+            key: TestedImage(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)
+        }
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if key in self.wanted:
                 image = batch.image[row].detach() if batch.image.shape[1] else trainer.datamodule.image(key)  # stored maps bring no image
@@ -152,16 +154,16 @@ class Evaluate(Callback):
     def on_test_end(self, trainer, module) -> None:
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size if trainer.global_rank == 0 else None
-            gather_object((self.image, self.pixel, self.seen, self.kept, self.samples), parts, dst=0)
-            for image, pixel, seen, kept, samples in (parts or [])[1:]:
+            gather_object((self.image, self.pixel, self.tested, self.kept, self.samples), parts, dst=0)
+            for image, pixel, one, kept, samples in (parts or [])[1:]:
                 self.image.merge(image)
                 self.pixel.merge(pixel)
-                self.seen |= seen
+                self.tested |= one
                 self.kept |= kept
                 self.samples |= samples
             if trainer.global_rank != 0:
                 self._begin([])
-        self.seen = {key: self.seen[key] for key in self.samples if key in self.seen}  # in the manifest's order
+        self.tested = {key: self.tested[key] for key in self.samples if key in self.tested}  # in the manifest's order
 
     @property
     def threshold(self) -> Threshold:
@@ -182,22 +184,22 @@ class Evaluate(Callback):
     def scores(self) -> list[tuple]:
         """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
         value = self.threshold.value
-        score = torch.tensor([seen.score for seen in self.seen.values()], dtype=torch.float64)
+        score = torch.tensor([one.score for one in self.tested.values()], dtype=torch.float64)
         p = [None] * len(score) if value is None else p_values(score, self.calibration[:, 0]).tolist()
         return [
-            (key, seen.label, seen.score, value, None if value is None else int(seen.score > value), chance, self.samples[key].defect)
-            for (key, seen), chance in zip(self.seen.items(), p, strict=True)
+            (key, one.label, one.score, value, None if value is None else int(one.score > value), chance, self.samples[key].defect)
+            for (key, one), chance in zip(self.tested.items(), p, strict=True)
         ]
 
     def metrics(self, fit_seconds: float | None, test_seconds: float | None) -> dict:
         """The content of metrics.json: pooled figures at the top, a row per defect type under "defects"; None where there is no figure."""
         image, pixel, bounds = self._tables()
-        names = FIGURES + ORACLES
+        names = METRICS + ORACLES
         rows = {row: image.get(row, {}) | pixel.get(row, {}) for row in [POOLED, *sorted((image.keys() | pixel.keys()) - {POOLED})]}
-        labels = [seen.label for seen in self.seen.values()]
+        labels = [one.label for one in self.tested.values()]
         images = dict.fromkeys(rows, 0)
-        for key, seen in self.seen.items():
-            if seen.label != UNKNOWN:
+        for key, one in self.tested.items():
+            if one.label != UNKNOWN:
                 images[self.samples[key].defect] = images.get(self.samples[key].defect, 0) + 1
         return {
             **{name: rows[POOLED].get(name) for name in names},
@@ -214,15 +216,13 @@ class Evaluate(Callback):
                 if row != POOLED
             },
             # how far the pixel figures may be from exact: 0 unless there were more pixels than the limit
-            "pixel_bounds": {name: bounds[POOLED].get(name) for name in FIGURES if name in bounds[POOLED]},
+            "pixel_bounds": {name: bounds[POOLED].get(name) for name in METRICS if name in bounds[POOLED]},
         }
 
     def decisions(self) -> dict[str, float | None]:
         """F1, recall and false alarm rate of the decisions at the calibrated threshold, which no test image had a part in."""
         value = self.threshold.value
-        known = [
-            (seen.label == ANOMALOUS, seen.score > value) for seen in self.seen.values() if seen.label != UNKNOWN and value is not None
-        ]
+        known = [(one.label == ANOMALOUS, one.score > value) for one in self.tested.values() if one.label != UNKNOWN and value is not None]
         hits, misses, alarms, quiet = (known.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
         return {
             "image_f1": 2 * hits / (2 * hits + misses + alarms) if hits + misses else None,
@@ -242,7 +242,7 @@ class Evaluate(Callback):
             self.lines = {"image": self.image.curves(), "pixel": self.pixel.curves()}
         return self.lines
 
-    def calibration_facts(self) -> dict:
+    def calibration_metadata(self) -> dict:
         """What a record says of the threshold."""
         threshold = self.threshold
         return {
@@ -254,7 +254,7 @@ class Evaluate(Callback):
 
     @property
     def has_maps(self) -> bool:
-        return any(np.isfinite(seen.high) for seen in self.seen.values())
+        return any(np.isfinite(one.high) for one in self.tested.values())
 
     @property
     def scale(self) -> tuple[float, float] | None:
@@ -265,7 +265,7 @@ class Evaluate(Callback):
         """
         if not self.has_maps:
             return None
-        ends = np.array([(seen.low, seen.high) for seen in self.seen.values()], dtype=np.float64)
+        ends = np.array([(one.low, one.high) for one in self.tested.values()], dtype=np.float64)
         low, high = np.median(ends[:, 0]), np.quantile(ends[:, 1], 0.95, method="lower")
         marks = [low, high] if self.contour is None else [low, high, self.contour]
         return float(min(marks)), float(max(marks))
@@ -278,14 +278,14 @@ class Evaluate(Callback):
         scale, value = self.scale, self.threshold.value
         contour = self.contour if scale else None
         files = []
-        names = file_names({key: self.samples[key].defect for key in self.seen if key in self.kept})
+        names = file_names({key: self.samples[key].defect for key in self.tested if key in self.kept})
         screen = Console(stderr=True)
         for key, name in track(names.items(), "drawing", console=screen, transient=True, disable=not screen.is_terminal):
-            sample, seen, picture = self.samples[key], self.seen[key], self.kept[key]
-            map = None if picture.map is None else seen.low + picture.map.astype(np.float64) * (seen.high - seen.low)
-            map = None if map is None else np.where(picture.mask == OUTSIDE, -np.inf, map)  # no contour, no colour
-            mask = None if seen.label == UNKNOWN else picture.mask
-            title = draw.caption(key, sample.defect, seen.label, seen.score, value)
+            sample, one, picture = self.samples[key], self.tested[key], self.kept[key]
+            map = None if picture.map is None else one.low + picture.map.astype(np.float64) * (one.high - one.low)
+            map = None if map is None else np.where(picture.mask == IGNORED, -np.inf, map)  # no contour, no colour
+            mask = None if one.label == UNKNOWN else picture.mask
+            title = draw.caption(key, sample.defect, one.label, one.score, value)
             if (path := Path(folder) / name).exists() and not is_result(path):
                 log.warning("%s: not drawn, as blemish did not write the picture that is there", path)
                 continue
@@ -293,8 +293,8 @@ class Evaluate(Callback):
             strip = draw.strip(picture.image, mask, map, scale, contour, title, picture.reconstruction)
             with atomic_write(files[-1]) as temporary:
                 strip.save(temporary, compress_level=1, pnginfo=picture_info(strip.info["Panels"]))
-        if curves and self.seen:
-            score, label = (np.array(column) for column in zip(*((seen.score, seen.label) for seen in self.seen.values()), strict=True))
+        if curves and self.tested:
+            score, label = (np.array(column) for column in zip(*((one.score, one.label) for one in self.tested.values()), strict=True))
             lines = self.curves()
             figure = draw.curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, value)
             files.append(Path(curves))
@@ -313,7 +313,7 @@ def bytes_of(image: Tensor) -> np.ndarray:
 
 
 def looked_at(mask: Tensor) -> tuple[slice, slice]:
-    """The rows and columns of a mask (H, W) that are not OUTSIDE throughout, from the first to the last."""
-    seen = mask != OUTSIDE
-    spans = [seen.any(axis).nonzero().flatten().tolist() or [0, -1] for axis in (1, 0)]
+    """The rows and columns of a mask (H, W) that are not IGNORED throughout, from the first to the last."""
+    one = mask != IGNORED
+    spans = [one.any(axis).nonzero().flatten().tolist() or [0, -1] for axis in (1, 0)]
     return slice(spans[0][0], spans[0][-1] + 1), slice(spans[1][0], spans[1][-1] + 1)

@@ -100,8 +100,8 @@ class Monitor:
             "alarm": self.alarm,
             "bound": CLAIMED if self.alarm is None else NOT_CLAIMED,
         }
-        facts = {"format": FORMAT, "calibration": self.of, "summary": self.summary.facts(), "test": test, "state": state}
-        write_json(self.path, facts)
+        metadata = {"format": FORMAT, "calibration": self.of, "summary": self.summary.metadata(), "test": test, "state": state}
+        write_json(self.path, metadata)
 
     def explain(self) -> str:
         """What the test says so far, in one or two sentences."""

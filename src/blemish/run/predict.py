@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from blemish.data.module import DTYPE, plain_window
 from blemish.data.ranges import ValueCheck, fit_window
-from blemish.data.roi import Region
+from blemish.data.roi import Roi
 from blemish.edge.calibration import finite, rate
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from blemish.edge.errors import InputError
@@ -34,8 +34,8 @@ from blemish.run.results import (
     outcome,
     output_names,
     places,
+    preprocessing_of,
     thresholds,
-    view_of,
     write,
     write_tables,
 )
@@ -71,9 +71,9 @@ def predict(cfg: DictConfig) -> Predicted:
         return predict_untrained(cfg, paths, root, output)
     run = Path(cfg.run)
     saved, model = load(run, cfg.device)
-    view, named = view_of(saved, cfg.get("region"), root), named_window(cfg)
-    view = view._replace(window=view.window | named)
-    values = ValueCheck(model.ranges, view.window, "window", named=named)
+    preprocessing, named = preprocessing_of(saved, cfg.get("roi"), root), named_window(cfg)
+    preprocessing = preprocessing._replace(window=preprocessing.window | named)
+    values = ValueCheck(model.ranges, preprocessing.window, "window", named=named)
     if cfg.alpha is not None and not len(model.calibration):
         raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER instead")
     scale, hand = (read_record(run) or {}).get("scale"), saved.get("by_hand") or {}
@@ -82,7 +82,7 @@ def predict(cfg: DictConfig) -> Predicted:
     if cfg.map_threshold is None:
         cfg.map_threshold = hand.get("map_threshold")
     failed: list[Failure] = []
-    found = apply(model, paths, view, saved.batch_size, output, values.loading(read, view.seen), failed)
+    found = apply(model, paths, preprocessing, saved.batch_size, output, values.loading(read, preprocessing.inside), failed)
     found = followed(found, "predicting", len(paths), failed)
     alpha = saved.alpha if cfg.alpha is None else cfg.alpha
     threshold, level = thresholds(model.calibration, alpha, model.map_threshold, cfg.threshold, cfg.map_threshold)
@@ -144,13 +144,13 @@ def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Pa
     if not isinstance(model, NoiseResidual):
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
     model = model.eval().to(device_of(cfg.device))
-    region = Region(cfg.region, root) if cfg.region else None
+    roi = Roi(cfg.roi, root) if cfg.roi else None
     names, failed = output_names(paths, root), []
     window = fit_window(path for path in paths if is_sound(path)) | named_window(cfg)
     values = ValueCheck({}, window, "window")
     with locked(output, ELSEWHERE):
         monitor, outputs = monitor_of(cfg, output, [], cfg.seed), check_outputs(output, names, KINDS)
-        found = detect(model, paths, window, names, output, region, values.loading(read), failed, outputs)
+        found = detect(model, paths, window, names, output, roi, values.loading(read), failed, outputs)
 
         def finish(rows: list[tuple], whole: bool) -> None:
             write_tables(output, COLUMNS, rows, failed, outputs)

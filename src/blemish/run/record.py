@@ -26,12 +26,12 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 STATE = "last.ckpt"  # of a training that is not finished
-REGION = "region.png"  # white where the images of the run are looked at
+ROI = "roi.png"  # white where the images of the run are looked at
 FILES = (
     "config.yaml",
     "model.ckpt",
     STATE,
-    REGION,
+    ROI,
     "metrics.json",
     "scores.csv",
     "manifest.csv",
@@ -56,7 +56,7 @@ SETTING = (
     "crop",
     "tiling",  # side of the tiles that images were cut into, None for whole images
     "resize",  # letterbox, None where images are stretched
-    "region",  # digest of the mask, or masks, of what is looked at
+    "roi",  # digest of the mask, or masks, of what is looked at
     "protocol",
 )
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")  # in metrics.json, of tables and pages
@@ -213,7 +213,7 @@ def is_first_process() -> bool:
     return rank_zero_only.rank == 0
 
 
-def claim(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
+def lock_run_folder(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
     """Lock the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
 
     InputError if it cannot be written, another living process holds it, or, without `overwrite`, if it holds a finished run
@@ -280,29 +280,29 @@ class Record:
     The file is written whole at every step, by rank 0 alone. A killed run stays "running", with nobody alive behind its lock.
     """
 
-    def __init__(self, run_dir: str | Path, facts: Mapping):
+    def __init__(self, run_dir: str | Path, metadata: Mapping):
         self.path = Path(run_dir) / "record.json"
         self.clock = time.perf_counter()
         self.content = {"status": "running", "started": now(), "ended": None, "wall_seconds": None, "error": None, **dict.fromkeys(FIELDS)}
         self.content |= {"peak_memory_mb": None, "command": shlex.join(sys.argv), "environment": environment()}
-        self.note(facts)
+        self.note(metadata)
 
     @classmethod
-    def start(cls, run_dir: str | Path, facts: Mapping) -> "Record":
-        """Write the record of a run that begins; `facts` are those of FIELDS that are known already."""
-        return cls(run_dir, facts)
+    def start(cls, run_dir: str | Path, metadata: Mapping) -> "Record":
+        """Write the record of a run that begins; `metadata` are those of FIELDS that are known already."""
+        return cls(run_dir, metadata)
 
-    def note(self, facts: Mapping) -> None:
-        """Add facts, each one of FIELDS, and write the record."""
-        if unknown := [name for name in facts if name not in FIELDS]:
+    def note(self, metadata: Mapping) -> None:
+        """Add metadata, each one of FIELDS, and write the record."""
+        if unknown := [name for name in metadata if name not in FIELDS]:
             raise ValueError(f"a record has no {', '.join(unknown)}; it has {', '.join(FIELDS)}")
-        self.content |= plain(facts)
+        self.content |= plain(metadata)
         self._write()
 
-    def finish(self, facts: Mapping) -> None:
-        """The run came to its end: add the last facts."""
+    def finish(self, metadata: Mapping) -> None:
+        """The run came to its end: add the last metadata."""
         self._end(FINISHED, None)
-        self.note(facts)
+        self.note(metadata)
 
     def fail(self, error: BaseException) -> None:
         """The run ended with this error; an interruption in disguise is told as one."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish.data.images import hidden, prepare, unplace
-from blemish.data.roi import Region
+from blemish.data.images import ignore_mask, prepare, to_image
+from blemish.data.roi import Roi
 from blemish.data.tiles import bands, bytes_of, largest_blocks, mean_blocks, reduction
-from blemish.detector import Detector, within
+from blemish.detector import Detector, apply_ignore_mask
 from blemish.draw import overlay
 from blemish.edge.calibration import Threshold, by_hand, conformal_threshold, p_values
 from blemish.edge.errors import InputError, named
@@ -40,28 +40,28 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Found(NamedTuple):
+class ImageResult(NamedTuple):
     """The result of one image; the map is in the image's own pixels."""
 
     path: Path | None  # None of an array
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
     score: float
     map: Tensor | RowsOnDisk | None  # (H, W) float32
-    seen: np.ndarray | None = None  # (H, W) bool, where it is looked at; None for all of it
+    inside: np.ndarray | None = None  # (H, W) bool, where it is looked at; None for all of it
 
 
-class View(NamedTuple):
+class Preprocessing(NamedTuple):
     """How the run's data module brought an image to the network's input."""
 
     geometry: Geometry
     window: dict  # dtype name to (lo, hi)
     tile: int | None = None  # side of the tiles that an image is cut into, None for the image as a whole
     overlap: int = 0
-    region: Region | None = None
+    roi: Roi | None = None
 
-    def seen(self, path: Path | None, height: int, width: int) -> np.ndarray | None:
+    def inside(self, path: Path | None, height: int, width: int) -> np.ndarray | None:
         """What is looked at of an image, (H, W) bool; None for all."""
-        return self.region and self.region.seen(path, height, width)
+        return self.roi and self.roi.inside(path, height, width)
 
 
 def images_at(path: str | Path) -> list[Path]:
@@ -110,12 +110,12 @@ def _digested(name: Path, path: Path, root: Path) -> Path:
 def predict(
     model: Detector,
     images: Sequence[Path | np.ndarray],
-    view: View,
+    preprocessing: Preprocessing,
     batch_size: int,
     folder: Path | None = None,
     load: Callable[[Path | np.ndarray], np.ndarray] = read,
     failed: list[Failure] | None = None,
-) -> Iterator[Found]:
+) -> Iterator[ImageResult]:
     """Scores of images in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
 
     With `failed` such a file is added there in place of the error, and the others are scored. `load` gives the pixels of an image, here of
@@ -123,24 +123,24 @@ def predict(
     looked at has no part in a score, and takes the least value of the map.
     """
 
-    def scored(chosen: Sequence[Path | np.ndarray]) -> Iterator[Found]:
+    def scored(chosen: Sequence[Path | np.ndarray]) -> Iterator[ImageResult]:
         arrays = [load(image) for image in chosen]
-        seen = [view.seen(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
+        inside = [preprocessing.inside(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
         with named(chosen[0]) if len(chosen) == 1 else contextlib.nullcontext():
-            if view.tile:
-                side, tile, overlap = view.geometry.side, view.tile, view.overlap
-                score, map = score_image(model, arrays[0], view.window, side, tile, overlap, batch_size, folder, seen[0])
+            if preprocessing.tile:
+                side, tile, overlap = preprocessing.geometry.side, preprocessing.tile, preprocessing.overlap
+                score, map = score_image(model, arrays[0], preprocessing.window, side, tile, overlap, batch_size, folder, inside[0])
                 scores, maps = [score], [map]
             else:
-                scores, maps = within(*predicted(model, chosen, arrays, seen, view))
+                scores, maps = apply_ignore_mask(*predicted(model, chosen, arrays, inside, preprocessing))
         scores = [float(score) for score in scores]
         if failed is not None and not np.isfinite(scores).all():
             raise InputError("its score is not finite")
-        return results(chosen, arrays, seen, scores, maps, view)
+        return results(chosen, arrays, inside, scores, maps, preprocessing)
 
-    if view.tile and folder:
+    if preprocessing.tile and folder:
         folder.mkdir(parents=True, exist_ok=True)
-    size = batch_size if view.geometry.size and not view.tile else 1  # images of their own sizes do not stack
+    size = batch_size if preprocessing.geometry.size and not preprocessing.tile else 1  # images of their own sizes do not stack
     for begin in range(0, len(images), size):
         queue = [images[begin : begin + size]]
         while queue:
@@ -160,25 +160,34 @@ def predict(
 
 
 def results(
-    images: Sequence[Path | np.ndarray], arrays: list, seen: list, scores: list[float], maps: Sequence | None, view: View
-) -> Iterator[Found]:
+    images: Sequence[Path | np.ndarray],
+    arrays: list,
+    inside: list,
+    scores: list[float],
+    maps: Sequence | None,
+    preprocessing: Preprocessing,
+) -> Iterator[ImageResult]:
     """The result of each image of a batch; a map is brought to its image's own pixels when it is asked for."""
     for i, image in enumerate(images):
         array, own = arrays[i], None if maps is None else maps[i]
         if isinstance(own, Tensor):
-            own = unplace(own.cpu(), *array.shape[:2], view.geometry, seen[i])  # (H, W)
-        yield Found(path_of(image), bytes_of(array, view.window), scores[i], own, seen[i])
+            own = to_image(own.cpu(), *array.shape[:2], preprocessing.geometry, inside[i])  # (H, W)
+        yield ImageResult(path_of(image), bytes_of(array, preprocessing.window), scores[i], own, inside[i])
 
 
 def predicted(
-    model: Detector, images: Sequence[Path | np.ndarray], arrays: Sequence[np.ndarray], seen: Sequence[np.ndarray | None], view: View
+    model: Detector,
+    images: Sequence[Path | np.ndarray],
+    arrays: Sequence[np.ndarray],
+    inside: Sequence[np.ndarray | None],
+    preprocessing: Preprocessing,
 ) -> tuple[Prediction, Tensor | None]:
-    """The prediction of a batch of images, and where the network's input is hidden (B, h, w), None for nowhere."""
+    """The prediction of a batch of images, and the ignore mask of the network input (B, h, w) or None."""
     pictures, hides = [], []
-    for image, array, where in zip(images, arrays, seen, strict=True):
+    for image, array, where in zip(images, arrays, inside, strict=True):
         with named(image):
-            pictures.append(prepare(array, view.window, view.geometry, where))
-            hides.append(hidden(*array.shape[:2], view.geometry, where))
+            pictures.append(prepare(array, preprocessing.window, preprocessing.geometry, where))
+            hides.append(ignore_mask(*array.shape[:2], preprocessing.geometry, where))
     batch = torch.stack(pictures).to(model.device)  # (B, 3, h, w)
     if all(one is None for one in hides):
         return model(batch), None
@@ -201,7 +210,7 @@ def thresholds(
 
 
 def write(
-    found: Iterator[Found],
+    found: Iterator[ImageResult],
     names: Mapping[Path, Path],
     output: Path,
     calibration: Tensor,
@@ -223,10 +232,10 @@ def write(
     outputs = check_outputs(output, names, kinds)
     scores = calibration[:, 0].cpu()
 
-    def row(one: Found) -> tuple:
+    def row(one: ImageResult) -> tuple:
         decision = None if threshold.value is None else int(one.score > threshold.value)
         p = float(p_values(torch.tensor([one.score]), scores)) if len(scores) else None
-        ends = (None, None) if one.map is None else draw(one.image, one.map, one.seen, scale, level, output / names[one.path], outputs)
+        ends = (None, None) if one.map is None else draw(one.image, one.map, one.inside, scale, level, output / names[one.path], outputs)
         source = None if threshold.value is None else "by hand" if threshold.by_hand else "calibration"
         return str(one.path), one.score, threshold.value, decision, p, *ends, source
 
@@ -246,7 +255,7 @@ def write(
 def check_outputs(output: Path, names: Mapping[Path, Path], kinds: Sequence[str]) -> Outputs:
     """The outputs of a folder; InputError where one of these kinds would replace what blemish did not write."""
     outputs = Outputs()
-    outputs.check([output / name for name in TABLES] + [beside(output / name, kind) for name in names.values() for kind in kinds])
+    outputs.check([output / name for name in TABLES] + [output_path(output / name, kind) for name in names.values() for kind in kinds])
     remove_stale(output)
     return outputs
 
@@ -281,7 +290,7 @@ def write_tables(output: Path, header: Sequence[str], rows: Sequence[tuple], fai
 def draw(
     image: np.ndarray,
     map: Tensor | RowsOnDisk,
-    seen: np.ndarray | None,
+    inside: np.ndarray | None,
     scale: tuple[float, float] | None,
     level: float | None,
     stem: Path,
@@ -290,32 +299,32 @@ def draw(
     """The three pictures of an image (H, W, 3) uint8 and its map (H, W), beside `stem`; returns the map's ends.
 
     The overlay of an image with a side above LARGEST shows the means of its blocks, and the largest map values there. Nothing is above the
-    level where it is not `seen` (H, W).
+    level where it is not `inside` (H, W).
     """
     height, width = map.shape
     ends = [(float(band.min()), float(band.max())) for band in bands(map)]
     low, high = min(least for least, _ in ends), max(most for _, most in ends)
     deep = (((band - low) / np.float32(max(high - low, 1e-30)) * 65535).round().astype(np.uint16) for band in bands(map))
-    with atomic_write(beside(stem, "map.png"), outputs) as temporary:
+    with atomic_write(output_path(stem, "map.png"), outputs) as temporary:
         write_png(temporary, width, height, deep)
     if level is not None:
-        with atomic_write(beside(stem, "mask.png"), outputs) as temporary:
-            parts = ((band > level) & where for band, where in zip(bands(map), _bands_of(seen, map.shape), strict=True))
+        with atomic_write(output_path(stem, "mask.png"), outputs) as temporary:
+            parts = ((band > level) & where for band, where in zip(bands(map), _bands_of(inside, map.shape), strict=True))
             write_png(temporary, width, height, (part.astype(np.uint8) * 255 for part in parts))
     side = reduction((width, height), LARGEST)
     shown = largest_blocks(map, side)
-    if seen is not None:
-        shown = np.where(largest_blocks(seen, side), shown, -np.inf)
-    with atomic_write(beside(stem, "overlay.png"), outputs) as temporary:
+    if inside is not None:
+        shown = np.where(largest_blocks(inside, side), shown, -np.inf)
+    with atomic_write(output_path(stem, "overlay.png"), outputs) as temporary:
         overlay(mean_blocks(image, side), shown, scale or (low, high), level).save(temporary, pnginfo=picture_info())
     return low, high
 
 
-def _bands_of(seen: np.ndarray | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
-    return bands(np.broadcast_to(True, shape) if seen is None else seen)
+def _bands_of(inside: np.ndarray | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    return bands(np.broadcast_to(True, shape) if inside is None else inside)
 
 
-def beside(stem: Path, ending: str) -> Path:
+def output_path(stem: Path, ending: str) -> Path:
     """Where a result of an image is written."""
     return stem.with_name(f"{stem.name}_{ending}")
 
@@ -346,16 +355,16 @@ def outcome(rows: Sequence[tuple], threshold: Threshold, output: Path, names: Ma
 def places(rows: Sequence[tuple], output: Path, names: Mapping[Path, Path]) -> list[str]:
     """Lines that say where the overlay of the highest score and all scores are."""
     highest = max(rows, key=lambda row: row[1])
-    overlay = beside(output / names[Path(highest[0])], "overlay.png")
+    overlay = output_path(output / names[Path(highest[0])], "overlay.png")
     lines = [f"highest score: {overlay}"] if overlay.is_file() else []
     return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]
 
 
-def view_of(saved: Any, region: str | None = None, root: str | Path | None = None) -> View:
-    """How a run's images came to the network, from its config, with another region, or images below another root."""
+def preprocessing_of(saved: Any, roi: str | None = None, root: str | Path | None = None) -> Preprocessing:
+    """How a run's images came to the network, from its config, with another roi, or images below another root."""
     data = saved.data
     window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
     geometry = Geometry(data.image_size, data.crop, data.resize)
-    region = region or data.get("region")
-    region = None if region is None else Region(region, root or data.root)
-    return View(geometry, window, saved.tiling, saved.overlap, region)
+    roi = roi or data.get("roi")
+    roi = None if roi is None else Roi(roi, root or data.root)
+    return Preprocessing(geometry, window, saved.tiling, saved.overlap, roi)

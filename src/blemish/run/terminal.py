@@ -28,7 +28,7 @@ def summary(metrics: Mapping) -> Table:
 def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
     """Lines on the decisions of a test: defects found, false alarms beside their bound, and a warning where these are too many by chance.
 
-    calibration: of the run's record, see `Evaluate.calibration_facts`.
+    calibration: of the run's record, see `Evaluate.calibration_metadata`.
     """
     if calibration.get("value") is None:
         return ["no decisions: there is no threshold without held-out normal images; protocol=clean holds some out"]

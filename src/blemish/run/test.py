@@ -9,12 +9,12 @@ from blemish.features.cache import StoredData
 from blemish.run.checkpoint import device_of, load
 from blemish.run.config import ARGUMENTS, check_config, leaves, unknown
 from blemish.run.record import read_record
-from blemish.run.tiling import whole
+from blemish.run.tiling import stitch_callbacks
 from blemish.run.train import (
     build_callbacks,
     described,
-    facts,
     measured,
+    metadata,
     run_context,
     save_config,
     set_up,
@@ -50,15 +50,15 @@ def test(cfg: DictConfig) -> dict:
     with run_context(folder, saved, overwrite=read_record(folder) is not None) as record:  # what no test wrote is left
         times, _, evaluate = build_callbacks(saved)
         saved.logger = None
-        trainer = trainer_of(saved, [times, *whole(data, evaluate)])
+        trainer = trainer_of(saved, [times, *stitch_callbacks(data, evaluate)])
         set_up(saved, data, ranges=model.ranges)
         values = data.values
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_config(saved, folder)
-        record.note(facts(saved, data, model))
+        record.note(metadata(saved, data, model))
         data = stored(saved, data, model, trainer, times)
         metrics = measured(trainer, model, data, evaluate, times, None)
         values.report()
         write_results(folder, saved, evaluate, metrics, record, trainer)
-        record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
+        record.finish({"seconds": times.total(), "store": data.metadata() if isinstance(data, StoredData) else None})
     return metrics

@@ -13,47 +13,47 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from blemish.data.images import prepare, unplace
+from blemish.data.images import prepare, to_image
 from blemish.data.module import ImageData
 from blemish.data.tiles import largest_blocks, reduction, tile_at
-from blemish.detector import Detector, within
+from blemish.detector import Detector, apply_ignore_mask
 from blemish.edge.errors import InputError
-from blemish.edge.geometry import Blend, Geometry, grid, mirrored, place_mask
+from blemish.edge.geometry import Blend, Geometry, grid, mask_to_network, mirrored
 from blemish.edge.reading import RESULT
 from blemish.run.evaluate import bytes_of
-from blemish.types import OUTSIDE, Batch, Prediction
+from blemish.types import IGNORED, Batch, Prediction
 
 TOGETHER = 64  # tiles at a time where nobody says how many
 
 
 class Shown:
-    """Rows of a map from the first to the last: what is not `seen` (H, W) is marked by −∞, and in the end takes the least of the rest."""
+    """Rows of a map from the first to the last: what is not `inside` (H, W) is marked by −∞, and in the end takes the least of the rest."""
 
-    def __init__(self, seen: np.ndarray | None):
-        self.seen, self.row, self.least = seen, 0, np.float32(np.inf)
+    def __init__(self, inside: np.ndarray | None):
+        self.inside, self.row, self.least = inside, 0, np.float32(np.inf)
 
     def marked(self, rows: np.ndarray) -> np.ndarray:
         """The next rows (n, W) float32."""
-        if self.seen is None:
+        if self.inside is None:
             return rows
-        seen = self.seen[self.row : self.row + len(rows)]
+        inside = self.inside[self.row : self.row + len(rows)]
         self.row += len(rows)
-        self.least = min(self.least, rows.min(where=seen, initial=np.inf))
-        return np.where(seen, rows, np.float32(-np.inf))
+        self.least = min(self.least, rows.min(where=inside, initial=np.inf))
+        return np.where(inside, rows, np.float32(-np.inf))
 
     def filled(self, rows: np.ndarray) -> np.ndarray:
         """Rows that were marked, or the largest values of their blocks, when all rows have been."""
-        return rows if self.seen is None else np.where(np.isneginf(rows), self.least, rows)
+        return rows if self.inside is None else np.where(np.isneginf(rows), self.least, rows)
 
 
 class RowsOnDisk:
     """The rows of a map (H, W) float32 in a file without a name, written from the first to the last and then read by slices.
 
-    What is not `seen` (H, W) is read as the least value of the rest.
+    What is not `inside` (H, W) is read as the least value of the rest.
     """
 
-    def __init__(self, shape: tuple[int, int], folder: Path | None, seen: np.ndarray | None = None):
-        self.shape, self.shown = shape, Shown(seen)
+    def __init__(self, shape: tuple[int, int], folder: Path | None, inside: np.ndarray | None = None):
+        self.shape, self.shown = shape, Shown(inside)
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 it lives as long as the map
         weakref.finalize(self, self.file.close)
 
@@ -81,12 +81,12 @@ def score_tiles(
     tile: int,
     overlap: int,
     batch_size: int,
-    seen: np.ndarray | None = None,
+    inside: np.ndarray | None = None,
 ) -> Iterator[tuple[int, int, float, np.ndarray | None]]:
     """(x, y, score, map (tile, tile) float32 or None) of the tiles of an image (H, W) or (H, W, 3), `batch_size` at a time.
 
-    A tile is resized to `size`, None for not at all; a side of the image below `tile` is continued by its mirror image. Only what is `seen`
-    (H, W) counts: the score of a tile of which nothing is seen is −∞.
+    A tile is resized to `size`, None for not at all; a side of the image below `tile` is continued by its mirror image. Only pixels
+    `inside` the ROI (H, W) count: the score of a tile of which nothing is inside is −∞.
     """
     geometry = Geometry(size)
     places = list(grid(array.shape[1], array.shape[0], tile, overlap))
@@ -94,19 +94,19 @@ def score_tiles(
         some = places[begin : begin + batch_size]
         parts = [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in some]
         pixels = [mirrored(np.ascontiguousarray(array[part]), tile) for part in parts]
-        shown = [None if seen is None else mirrored(seen[part], tile) for part in parts]
+        shown = [None if inside is None else mirrored(inside[part], tile) for part in parts]
         tiles = [prepare(one, window, geometry, where) for one, where in zip(pixels, shown, strict=True)]
         score, map = model(torch.stack(tiles).to(model.device))
-        if seen is not None:
-            hidden = np.stack([place_mask(~where, geometry, True) for where in shown])
-            score, map = within(Prediction(score, map), torch.from_numpy(hidden).to(model.device))
+        if inside is not None:
+            ignore_mask = np.stack([mask_to_network(~where, geometry, True) for where in shown])
+            score, map = apply_ignore_mask(Prediction(score, map), torch.from_numpy(ignore_mask).to(model.device))
         for i, (x, y, _, _) in enumerate(some):
             yield x, y, float(score[i]), None if map is None else own_pixels(map[i], tile, size)
 
 
 def own_pixels(map: Tensor, tile: int, size: int | None) -> np.ndarray:
     """A tile's map (size, size) in the pixels (tile, tile) it was cut from."""
-    return unplace(map.detach().cpu(), tile, tile, Geometry(size)).numpy()
+    return to_image(map.detach().cpu(), tile, tile, Geometry(size)).numpy()
 
 
 def score_image(
@@ -118,19 +118,19 @@ def score_image(
     overlap: int,
     batch_size: int,
     folder: Path | None,
-    seen: np.ndarray | None = None,
+    inside: np.ndarray | None = None,
 ) -> tuple[float, RowsOnDisk | None]:
     """The largest score of an image's tiles, and its map in its own pixels, kept in a file in `folder`; see `score_tiles`."""
     best, map, blend = -np.inf, None, None
-    for x, y, score, part in score_tiles(model, array, window, size, tile, overlap, batch_size, seen):
+    for x, y, score, part in score_tiles(model, array, window, size, tile, overlap, batch_size, inside):
         best = max(best, score)
         if part is not None:
             if blend is None:
-                map = RowsOnDisk(array.shape[:2], folder, seen)
+                map = RowsOnDisk(array.shape[:2], folder, inside)
                 blend = Blend(*array.shape[:2], tile, overlap, map.add)
             blend.add(part, x, y)
-    if seen is not None and best == -np.inf:
-        raise InputError("nothing of its region is in this image's tiles at their size in the network; expected a larger region")
+    if inside is not None and best == -np.inf:
+        raise InputError("no pixel of its ROI is left in the tiles at the size of the network; expected a larger ROI")
     return best, map
 
 
@@ -158,8 +158,8 @@ class Stitch(Callback):
     `ImageData._tile_loader` makes them. The images themselves are left out, `datamodule.image(key)` has them.
     """
 
-    def __init__(self, inner: Callback, tile: int, overlap: int):
-        self.inner, self.tile, self.overlap = inner, tile, overlap
+    def __init__(self, callback: Callback, tile: int, overlap: int):
+        self.callback, self.tile, self.overlap = callback, tile, overlap
         self.path: str | None = None
 
     def _done(self, dataset, outputs: Prediction, batch: Batch, truth: bool) -> Iterator[tuple[Prediction, Batch]]:
@@ -171,7 +171,7 @@ class Stitch(Callback):
                 self.path, self.score, self.rows = path, -torch.inf, []
                 self.blend = Blend(height, width, self.tile, self.overlap, self._keep)
                 self.side, self.pending = reduction((width, height)), np.empty((0, width), np.float32)
-                self.shown = Shown(dataset.seen(path))
+                self.shown = Shown(dataset.inside(path))
             self.score = max(self.score, float(outputs.score[i]))
             if outputs.map is not None:
                 self.blend.add(own_pixels(outputs.map[i], self.tile, dataset.geometry.size), x, y)
@@ -191,9 +191,9 @@ class Stitch(Callback):
         if len(self.pending):
             self.rows.append(largest_blocks(self.pending, self.side))
         map = torch.from_numpy(self.shown.filled(np.concatenate(self.rows)))[None] if self.rows else None  # (1, h, w)
-        size, seen = [-(-length // self.side) for length in dataset.sizes[self.path][::-1]], self.shown.seen
-        if truth or seen is not None:
-            mask = dataset.truth(self.path) if truth else np.where(seen, np.uint8(0), np.uint8(OUTSIDE))
+        size, inside = [-(-length // self.side) for length in dataset.sizes[self.path][::-1]], self.shown.inside
+        if truth or inside is not None:
+            mask = dataset.truth(self.path) if truth else np.where(inside, np.uint8(0), np.uint8(IGNORED))
             mask = torch.from_numpy(self._truth(mask))
         else:
             mask = torch.zeros(size, dtype=torch.uint8)
@@ -201,28 +201,28 @@ class Stitch(Callback):
         return Prediction(torch.tensor([self.score]), map), Batch(torch.empty(1, 0, *size), label, mask[None], [self.path])
 
     def _truth(self, mask: np.ndarray) -> np.ndarray:
-        """The largest values of a mask's blocks: OUTSIDE where all of a block is."""
-        outside = mask == OUTSIDE
+        """The largest values of a mask's blocks: IGNORED where all of a block is."""
+        outside = mask == IGNORED
         blocks = largest_blocks(np.where(outside, np.uint8(0), mask), self.side)
-        return np.where(largest_blocks(~outside, self.side), blocks, np.uint8(OUTSIDE))
+        return np.where(largest_blocks(~outside, self.side), blocks, np.uint8(IGNORED))
 
     def on_predict_start(self, trainer, module) -> None:
-        self.inner.on_predict_start(trainer, module)
+        self.callback.on_predict_start(trainer, module)
 
     def on_predict_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         for prediction, image in self._done(trainer.predict_dataloaders.dataset.tiles, outputs, batch, truth=False):
-            self.inner.on_predict_batch_end(trainer, module, prediction, image, index, loader)
+            self.callback.on_predict_batch_end(trainer, module, prediction, image, index, loader)
 
     def on_predict_end(self, trainer, module) -> None:
-        self.inner.on_predict_end(trainer, module)
+        self.callback.on_predict_end(trainer, module)
 
     def on_test_start(self, trainer, module) -> None:
-        self.inner.on_test_start(trainer, module)
+        self.callback.on_test_start(trainer, module)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         dataset = trainer.test_dataloaders.dataset.tiles
         for prediction, image in self._done(dataset, outputs, batch, truth=True):
-            self.inner.on_test_batch_end(trainer, self._by_tiles(module, dataset), prediction, image, index, loader)
+            self.callback.on_test_batch_end(trainer, self._by_tiles(module, dataset), prediction, image, index, loader)
 
     def _by_tiles(self, module, dataset) -> SimpleNamespace | None:
         """What of a module a callback may ask of whole images: its reconstruction, None where there is none or the image is reduced."""
@@ -231,10 +231,10 @@ class Stitch(Callback):
         return SimpleNamespace(reconstruct=lambda image: reconstruct_tiles(module, image, dataset.geometry.size, self.tile, self.overlap))
 
     def on_test_end(self, trainer, module) -> None:
-        self.inner.on_test_end(trainer, module)
+        self.callback.on_test_end(trainer, module)
 
 
-def whole(data: ImageData, *callbacks: Callback) -> Sequence[Callback]:
+def stitch_callbacks(data: ImageData, *callbacks: Callback) -> Sequence[Callback]:
     """The callbacks, which are shown whole images where the data come as tiles."""
     return callbacks if data.tile is None else [Stitch(callback, data.tile, data.overlap) for callback in callbacks]
 

@@ -28,11 +28,11 @@ from blemish.run.checkpoint import Streamed, device_of, portable_config, save_ch
 from blemish.run.config import build, check_config, default_folder, module_of
 from blemish.run.evaluate import SCORES, Calibrate, Evaluate
 from blemish.run.progress import ProgressBar
-from blemish.run.record import REGION, STATE, Record, claim, truth_kind
+from blemish.run.record import ROI, STATE, Record, lock_run_folder, truth_kind
 from blemish.run.resume import resume_callbacks, resume_config, state_in
-from blemish.run.tiling import whole
+from blemish.run.tiling import stitch_callbacks
 from blemish.run.timing import StageTimes
-from blemish.run.update import calibration_of, load_for_update, unseen
+from blemish.run.update import calibration_of, load_for_update, mark_fitted
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +60,16 @@ def train(cfg: DictConfig) -> dict:
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
-    with run_context(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, REGION, "manifest.csv"] if resumed else []) as record:
+    with run_context(folder, cfg, overwrite=cfg.overwrite, keep=[STATE, ROI, "manifest.csv"] if resumed else []) as record:
         times, calibrate, evaluate = build_callbacks(cfg)
-        trainer = trainer_of(cfg, [times, *whole(data, calibrate, evaluate), *resume_callbacks(cfg, model, folder)])
+        trainer = trainer_of(cfg, [times, *stitch_callbacks(data, calibrate, evaluate), *resume_callbacks(cfg, model, folder)])
         if trainer.gradient_clip_val is not None and not model.automatic_optimization:
             raise InputError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: this method steps by itself; use {model.clipped_by}")
         set_up(cfg, data, past, model.ranges if past else {})
-        model.ranges, values, region = data.ranges, data.values, data.region
+        model.ranges, values, roi = data.ranges, data.values, data.roi
         data.process, data.processes = trainer.global_rank, trainer.world_size
         save_split(cfg, folder, data)
-        record.note(facts(cfg, data, model))
+        record.note(metadata(cfg, data, model))
         data = stored(cfg, data, model, trainer, times)
         model.expects_calibration = any(sample.split == "calibrate" for sample in data.samples)
         started = time.perf_counter()
@@ -83,14 +83,14 @@ def train(cfg: DictConfig) -> dict:
             loaders += calibration_of(past, data.samples)
         calibrated(trainer, model, calibrate, loaders)
         if cfg.save.checkpoint:
-            save_checkpoint(trainer, model, folder / "model.ckpt", portable_config(cfg, region))
+            save_checkpoint(trainer, model, folder / "model.ckpt", portable_config(cfg, roi))
         if trainer.is_global_zero:
             (folder / STATE).unlink(missing_ok=True)
         # of a training that was resumed only the last part was seen
         metrics = measured(trainer, model, data, evaluate, times, None if resumed else fitted - started)
         values.report()
         write_results(folder, cfg, evaluate, metrics, record, trainer)
-        record.finish({"seconds": times.total(), "store": data.facts() if isinstance(data, StoredData) else None})
+        record.finish({"seconds": times.total(), "store": data.metadata() if isinstance(data, StoredData) else None})
     return metrics
 
 
@@ -126,7 +126,7 @@ def set_up(cfg: DictConfig, data: ImageData, past: Path | None = None, ranges: M
         log.info("tiles of %d px are resized to %d for the network; image_size=%d crop=null keeps their pixels", data.tile, side, data.tile)
     data.ranges = dict(ranges or {})
     if past:
-        data.samples = unseen(data.listed(), past)
+        data.samples = mark_fitted(data.listed(), past)
     data.setup()
     if isinstance(data.window, dict) and data.window:
         cfg.data.window = {dtype: list(ends) for dtype, ends in data.window.items()}
@@ -207,7 +207,7 @@ def write_results(folder: Path, cfg: DictConfig, evaluate: Evaluate, metrics: di
     files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
     record.note(
         {
-            "calibration": evaluate.calibration_facts(),
+            "calibration": evaluate.calibration_metadata(),
             "scale": evaluate.scale,
             "pictures": [file.relative_to(folder).as_posix() for file in files if file.parent != folder],
         }
@@ -235,9 +235,9 @@ def log_results(trainer: Trainer, cfg: DictConfig, folder: Path, metrics: dict, 
 def save_split(cfg: DictConfig, folder: Path, data: ImageData) -> None:
     """The manifest, and the config once more, now that it holds what was fitted to the training images."""
     write_manifest(folder / "manifest.csv", data.samples)
-    if data.region and not data.region.folder:  # the run stays whole where the mask is gone
-        with atomic_write(folder / REGION) as temporary:
-            data.region.save(temporary)
+    if data.roi and not data.roi.folder:  # the run stays whole where the mask is gone
+        with atomic_write(folder / ROI) as temporary:
+            data.roi.save(temporary)
     save_config(cfg, folder)
 
 
@@ -246,7 +246,7 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
+def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
     """What a record says of a run before it begins."""
     features = next((part for part in model.modules() if isinstance(part, Features)), None)
     counts: dict[str, int] = {}
@@ -266,7 +266,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "crop": cfg.data.crop,
         "tiling": data.tile,
         "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,
-        "region": data.region.digest() if data.region else None,
+        "roi": data.roi.digest() if data.roi else None,
         "unit": cfg.data.get("unit", "image"),
         "backbone": cfg.get("backbone") if features else None,
         "weights": cfg.get("weights") if features else None,
@@ -280,7 +280,7 @@ def facts(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
 @contextlib.contextmanager
 def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = ()) -> Iterator[Record]:
     """A claimed run folder whose record tells how the block ended; files to `keep` are not cleared before."""
-    claim(folder, overwrite, keep)
+    lock_run_folder(folder, overwrite, keep)
     record = None
     try:
         record = Record.start(folder, {})

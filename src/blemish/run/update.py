@@ -27,7 +27,7 @@ def load_for_update(cfg: DictConfig, past: Path) -> Detector:
     kept = (*keys, "resize", "tiling", "overlap", "recipe")
     chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
     names = {text: text.lstrip("+~").partition("=")[0] for text in chosen}
-    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name in ("data.region", "data.window")]:
+    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name in ("data.roi", "data.window")]:
         raise InputError(
             f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
         )
@@ -43,19 +43,19 @@ def load_for_update(cfg: DictConfig, past: Path) -> Detector:
         data[key] = saved.data[key]
     for key in ("tiling", "overlap", "resize"):
         cfg[key] = saved[key]
-    data["resize"], data["region"] = saved.resize, saved.data.region
+    data["resize"], data["roi"] = saved.resize, saved.data.roi
     cfg.data, cfg.batch_size = data, data.batch_size
     return model
 
 
-def unseen(samples: list[Sample], past: Path) -> list[Sample]:
+def mark_fitted(samples: list[Sample], past: Path) -> list[Sample]:
     """The samples with those of a run's manifest in the part they had there: `fitted` where they were trained on, now or before.
 
     A file is known by its content, whatever its name and its folder. InputError if nothing is left to train on.
     """
-    known = {(sample.digest, sample.region): sample.split for sample in read_manifest(past / "manifest.csv")}
-    roles = [known.get((sample.digest, sample.region), sample.split) for sample in samples]
-    seen = [(sample.digest, sample.region) in known for sample in samples]
+    known = {(sample.digest, sample.tile): sample.split for sample in read_manifest(past / "manifest.csv")}
+    roles = [known.get((sample.digest, sample.tile), sample.split) for sample in samples]
+    seen = [(sample.digest, sample.tile) in known for sample in samples]
     if not any(role == "train" and not old for role, old in zip(roles, seen, strict=True)):
         raise InputError(f"update={past}: all {seen.count(True)} images here that could be trained on are known to it; expected new ones")
     return [
@@ -67,11 +67,11 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     """A loader of the calibration images of a run that are not among the samples; none, with a warning, where they are gone."""
     cfg = read_config(past)
     cfg.data.manifest = str(past / "manifest.csv")
-    known = {(sample.digest, sample.region) for sample in samples}
+    known = {(sample.digest, sample.tile) for sample in samples}
     data = build(cfg.data)
     data.tiled(cfg.tiling, cfg.overlap)
     try:
-        data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.region) not in known]
+        data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.tile) not in known]
     except InputError as error:
         log.warning("the calibration images of %s cannot be read, the threshold comes from the new ones alone: %s", past, error)
         return []

@@ -36,8 +36,8 @@ def save(path, array):
 
 
 @pytest.fixture(scope="module")
-def region(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("region") / "mask.png", SEEN.astype(np.uint8) * 255)
+def roi(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("roi") / "mask.png", SEEN.astype(np.uint8) * 255)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,14 @@ def scores(path, column="score"):
         return {row["path"].rpartition("/")[2]: row[column] for row in csv.DictReader(file)}
 
 
-def options(region, *more):
-    return ["model=padim", "crop=null", f"data.region='{region}'", *QUICK, *more]
+def options(roi, *more):
+    return ["model=padim", "crop=null", f"data.roi='{roi}'", *QUICK, *more]
 
 
 @pytest.fixture(scope="module")
-def run(tiny, region, tmp_path_factory):
+def run(tiny, roi, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "padim"
-    return folder, train(tiny_run(tiny, folder, *options(region)))
+    return folder, train(tiny_run(tiny, folder, *options(roi)))
 
 
 def predicted(run, source, output, *more):
@@ -83,10 +83,10 @@ def figures(metrics):
 @pytest.mark.parametrize(
     "more", [(), ("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm",)]
 )
-def test_pixels_outside_change_nothing(tiny, elsewhere, region, tmp_path, more):
+def test_pixels_outside_change_nothing(tiny, elsewhere, roi, tmp_path, more):
     rows = []
     for name, root in (("one", tiny), ("other", elsewhere)):
-        metrics = train(tiny_run(root, tmp_path / name, *options(region, *more)))
+        metrics = train(tiny_run(root, tmp_path / name, *options(roi, *more)))
         found = predicted(tmp_path / name, root / "square", tmp_path / f"{name}-out")
         across = predicted(tmp_path / name, tiny / "square", tmp_path / f"{name}-across")
         assert equal(found, across)
@@ -140,34 +140,34 @@ def test_figures_are_those_of_the_pixels_inside(run, tiny):
     assert label.count(ANOMALOUS) == 6  # also of images whose defects are all outside
 
 
-def test_the_region_belongs_to_the_run(run, tiny, region, tmp_path):
+def test_the_region_belongs_to_the_run(run, tiny, roi, tmp_path):
     folder, metrics = run
-    assert np.array_equal(read(folder / "region.png") > 0, SEEN) and read_record(folder)["region"]
+    assert np.array_equal(read(folder / "roi.png") > 0, SEEN) and read_record(folder)["roi"]
     alone = tmp_path / "moved"
     shutil.copytree(folder, alone)
     config = (alone / "config.yaml").read_text()
-    (alone / "config.yaml").write_text(config.replace(str(region), str(tmp_path / "gone.png")))
+    (alone / "config.yaml").write_text(config.replace(str(roi), str(tmp_path / "gone.png")))
     found = predicted(folder, tiny / "square", tmp_path / "here")
     assert equal(found, predicted(alone, tiny / "square", tmp_path / "there"))
     again = retest(composed(f"run='{alone}'", f"output='{tmp_path / 'again'}'", config="test"))
     assert figures(again) == figures(metrics)
     assert AnomalyDetector.load(alone, device="cpu").predict(tiny / "square" / "000.png").score == pytest.approx(float(found[0]["000.png"]))
     everything = save(tmp_path / "all.png", np.full((8, 8), 255, np.uint8))
-    other = predicted(folder, tiny / "square", tmp_path / "all", f"region='{everything}'")
+    other = predicted(folder, tiny / "square", tmp_path / "all", f"roi='{everything}'")
     assert other[0] != found[0] and any(map[~SEEN].any() for name, map in other[1].items() if name.endswith("_map.png"))
 
 
-def test_a_folder_of_masks(tiny, region, run, tmp_path):
+def test_a_folder_of_masks(tiny, roi, run, tmp_path):
     for folder in ("normal", "normal_test", "square"):
         for path in (tiny / folder).glob("*.png"):
             save(tmp_path / "regions" / folder / path.name, SEEN.astype(np.uint8) * 255)
     folder = tmp_path / "run"
     metrics = train(tiny_run(tiny, folder, *options(tmp_path / "regions")))
-    assert figures(metrics) == figures(run[1]) and not (folder / "region.png").exists()
+    assert figures(metrics) == figures(run[1]) and not (folder / "roi.png").exists()
     assert scores(folder / "scores.csv") == scores(run[0] / "scores.csv")
-    found = predicted(folder, tiny / "square", tmp_path / "out", f"region='{tmp_path / 'regions' / 'square'}'")
+    found = predicted(folder, tiny / "square", tmp_path / "out", f"roi='{tmp_path / 'regions' / 'square'}'")
     assert equal(found, predicted(run[0], tiny / "square", tmp_path / "one"))
-    with pytest.raises(InputError, match=r"000\.png: no mask of its region; expected .*regions.000\.png"):
+    with pytest.raises(InputError, match=r"000\.png: no mask of its roi; expected .*regions.000\.png"):
         predicted(folder, tiny / "square", tmp_path / "none")
     with pytest.raises(InputError, match="a mask for each image, which no export holds"):
         export_run(composed(f"run='{folder}'", f"output='{tmp_path / 'model.onnx'}'", config="export"), load, build)
@@ -175,10 +175,10 @@ def test_a_folder_of_masks(tiny, region, run, tmp_path):
         AnomalyDetector.load(folder, device="cpu")
 
 
-def test_a_region_from_python(tiny, region, tmp_path):
+def test_a_region_from_python(tiny, roi, tmp_path):
     found = []
-    for source in (region, SEEN, SEEN.astype(np.uint8)):
-        detector = AnomalyDetector("padim", recipe=False, region=source, **TINY).train(tiny / "normal")
+    for source in (roi, SEEN, SEEN.astype(np.uint8)):
+        detector = AnomalyDetector("padim", recipe=False, roi=source, **TINY).train(tiny / "normal")
         found.append(detector.predict(tiny / "square"))
     detector.save(tmp_path / "saved")
     found.append(AnomalyDetector.load(tmp_path / "saved", device="cpu").predict(tiny / "square"))
@@ -189,28 +189,28 @@ def test_a_region_from_python(tiny, region, tmp_path):
         assert (result.map[~SEEN] == result.map[SEEN].min()).all()
         assert all(x >= 4 and y >= 4 and x + w <= 40 and y + h <= 60 for x, y, w, h in result.boxes)
     with pytest.raises(InputError, match="without a white pixel"):
-        AnomalyDetector("padim", region=np.zeros((9, 9)))
+        AnomalyDetector("padim", roi=np.zeros((9, 9)))
 
 
-def test_an_update_keeps_region_and_shape(tiny, run, region, tmp_path):
+def test_an_update_keeps_region_and_shape(tiny, run, roi, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(tiny, more)
     for path in (more / "normal").glob("*.png"):
         save(path, read(path)[::-1].copy())
     boxed = tmp_path / "boxed"
-    train(tiny_run(tiny, boxed, *options(region, "resize=letterbox")))
+    train(tiny_run(tiny, boxed, *options(roi, "resize=letterbox")))
     train(tiny_run(more, tmp_path / "updated", "model=padim", "crop=null", f"update='{boxed}'", *QUICK))
     saved, model = load(tmp_path / "updated", "cpu")
     assert saved.resize == saved.data.resize == "letterbox"
-    assert np.array_equal(read(tmp_path / "updated" / "region.png") > 0, SEEN)
+    assert np.array_equal(read(tmp_path / "updated" / "roi.png") > 0, SEEN)
     assert model.fitted == 36
 
 
-def test_a_region_file_goes_with_its_run(tiny, region, tmp_path):
+def test_a_region_file_goes_with_its_run(tiny, roi, tmp_path):
     folder = tmp_path / "run"
-    train(tiny_run(tiny, folder, *options(region)))
+    train(tiny_run(tiny, folder, *options(roi)))
     train(tiny_run(tiny, folder, "model=padim", "crop=null", "overwrite=true", *QUICK))
-    assert not (folder / "region.png").exists() and read_record(folder)["region"] is None
+    assert not (folder / "roi.png").exists() and read_record(folder)["roi"] is None
 
 
 # ---- shapes ----
@@ -246,9 +246,9 @@ def test_a_letterboxed_run(boxed, shapes, tmp_path):
     values, truth = [], []
     with torch.inference_mode():
         for batch in set_up(saved, described(saved)).test_dataloader():
-            map, seen = model(batch.image).map, batch.mask < 2
-            values.append(map[seen])
-            truth.append(batch.mask[seen])
+            map, inside = model(batch.image).map, batch.mask < 2
+            values.append(map[inside])
+            truth.append(batch.mask[inside])
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(torch.cat(truth), torch.cat(values)))
     found, pictures = predicted(folder, shapes / "square", tmp_path / "out")
     assert len(found) == 10
@@ -262,12 +262,12 @@ def test_a_letterboxed_run(boxed, shapes, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def both(shapes, region, tmp_path_factory):
-    """A run with region and letterbox."""
+def both(shapes, roi, tmp_path_factory):
+    """A run with roi and letterbox."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"no {name} here: pip install blemish[export]")
     folder = tmp_path_factory.mktemp("both") / "run"
-    train(tiny_run(shapes, folder, *options(region, "resize=letterbox")))
+    train(tiny_run(shapes, folder, *options(roi, "resize=letterbox")))
     return folder
 
 
