@@ -96,7 +96,7 @@ const visible = setting => setting.parts ? !state.category && passes({ ...settin
 // groups of settings that may be ranked together: means over categories first, then each category
 const groups = [];
 for (const note of data.notes) {
-  if (!note.whole) continue;
+  if (!note.full_pass) continue;
   const settings = data.means.filter(of => of.dataset === note.dataset && of.unit === note.unit && of.protocol === note.protocol);
   groups.push({ ...note, key: `m${groups.length}`, mean: true, all: settings });
 }

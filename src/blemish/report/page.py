@@ -1,6 +1,6 @@
 """One HTML page of many runs that needs neither server nor network: what they reached, what it cost, and where they disagree.
 
-The page is report.html with report.css, report.js and the data in it. Nothing a run folder says is ever read as HTML or script.
+The page is page.html with page.css, page.js and the data in it. Nothing a run folder says is ever read as HTML or script.
 """
 
 import base64
@@ -487,7 +487,7 @@ def panel_boxes(strip: Image.Image) -> dict[str, tuple[int, int, int, int]] | No
 def page(data: Mapping) -> str:
     """The HTML page. The browser is told to run this very script and to load nothing."""
     here = Path(__file__).parent
-    markup, style, script = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    markup, style, script = ((here / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     # inside a script element only < could end it; in JSON it may be told as an escape
     text = json.dumps(plain(data), separators=(",", ":")).replace("<", "\\u003c")
     parts = {"STYLE": style, "SCRIPT": script, "STYLE_HASH": _hash(style), "SCRIPT_HASH": _hash(script), "DATA": text}
