@@ -16,7 +16,7 @@ from blemish.data.manifest import Sample
 from blemish.draw import choose, file_names, simplified
 from blemish.edge.errors import InputError
 from blemish.files import write_csv, write_json
-from blemish.run.evaluate import METRICS, SCORES, Calibrate, Evaluate, TestedImage, looked_at
+from blemish.run.evaluate import METRICS, SCORES, Calibrate, Evaluate, ScoredImage, looked_at
 from blemish.run.timing import StageTimes
 from blemish.types import IGNORED, NO_TRUTH, Batch, Prediction
 
@@ -448,7 +448,7 @@ def test_decisions_are_counted_at_the_calibrated_threshold():
     evaluate = Evaluate(0, 1000, 0.5, None)
     evaluate.calibration = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])  # alpha .5: the second of three
     scores = {"a": (1, 3.0), "b": (1, 0.5), "c": (0, 1.5), "d": (0, 0.2), "e": (0, 1.0), "f": (-1, 9.0)}
-    evaluate.tested = {key: TestedImage(label, score, 0.0, 0.0) for key, (label, score) in scores.items()}
+    evaluate.tested = {key: ScoredImage(label, score, 0.0, 0.0) for key, (label, score) in scores.items()}
     assert evaluate.threshold.value == 1.0
     assert evaluate.decisions() == {"image_f1": 2 / 4, "image_recall": 1 / 2, "image_false_alarm_rate": 1 / 3}
     evaluate.calibration = torch.empty(0, 2)

@@ -58,7 +58,7 @@ class Calibrate(Callback):
         self.tested = {}
 
 
-class TestedImage(NamedTuple):
+class ScoredImage(NamedTuple):
     """What is remembered of every tested image."""
 
     label: int
@@ -72,7 +72,7 @@ class Picture(NamedTuple):
 
     image: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) uint8
-    map: np.ndarray | None  # (H, W) float16 from 0 at TestedImage.low to 1 at TestedImage.high: raw values may leave the range of float16
+    map: np.ndarray | None  # (H, W) float16 from 0 at ScoredImage.low to 1 at ScoredImage.high: raw values may leave the range of float16
     reconstruction: np.ndarray | None  # (H, W, 3) uint8, of methods that make one
 
 
@@ -94,7 +94,7 @@ class Evaluate(Callback):
         self.wanted = choose(samples, self.pictures)
         self.claimed: set[str] = set()  # keys that some process has counted
         self.image, self.pixel = ImageMetrics(), PixelMetrics(self.limit)
-        self.tested: dict[str, TestedImage] = {}
+        self.tested: dict[str, ScoredImage] = {}
         self.kept: dict[str, Picture] = {}
         self.calibration = torch.empty(0, 2)
         self.level: float | None = None  # a method's own threshold of its maps
@@ -140,7 +140,7 @@ class Evaluate(Callback):
             known = (label != UNKNOWN).nonzero().flatten().tolist()
             self.pixel.update(map[known], mask[known], [group[i] for i in known])
         self.tested |= {
-            key: TestedImage(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)
+            key: ScoredImage(*of) for key, *of in zip(keys, label.tolist(), score.tolist(), low.tolist(), high.tolist(), strict=True)
         }
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if key in self.wanted:
