@@ -120,9 +120,9 @@ def to_image(map: Tensor, height: int, width: int, geometry: Geometry, inside: n
         raise InputError(f"a map of {tuple(map.shape)}; expected {expected} with image_size={geometry.size} and crop={crop}")
     map = map.float()
     if crop is not None:
-        padded = map.new_full(padded, map.min())
-        padded[middle(padded, expected)] = map
-        map = padded  # (size, size)
+        full = map.new_full(padded, map.min())  # (size, size)
+        full[middle(padded, expected)] = map
+        map = full
     map = map[middle(padded, resized)]
     if resized != (height, width):
         map = F.interpolate(map[None, None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0, 0]

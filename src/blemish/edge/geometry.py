@@ -59,7 +59,7 @@ def to_network(array: np.ndarray, window: dict, geometry: Geometry) -> np.ndarra
     resized, padded, crop = geometry.resized(*array.shape[:2]), geometry.padded(*array.shape[:2]), geometry.crop
     if array.shape[:2] != resized:
         for axis in (1, 0):
-            array = resized(array, axis, resized[axis])
+            array = resize_axis(array, axis, resized[axis])
         array = array.clip(0, 1) if array.dtype != np.uint8 else array
     if resized != padded:
         array = beside(array, padded, GREY if array.dtype == np.uint8 else GREY / 255)
@@ -135,7 +135,7 @@ def to_image(map: np.ndarray, height: int, width: int, geometry: Geometry) -> np
     if geometry.crop:
         map = beside(np.asarray(map, np.float32), padded, map.min())
     map = map if resized == padded else map[middle(padded, resized)]
-    return resized(resized(map, 1, width), 0, height)
+    return resize_axis(resize_axis(map, 1, width), 0, height)
 
 
 def starts(length: int, tile: int, stride: int) -> list[int]:
@@ -206,7 +206,7 @@ class Blend:
             self.top = y
 
 
-def resized(array: np.ndarray, axis: int, pixels: int) -> np.ndarray:
+def resize_axis(array: np.ndarray, axis: int, pixels: int) -> np.ndarray:
     """(H, W) or (H, W, 3), uint8 or float32, with one axis resized to so many pixels: bilinear, antialiased, half-pixel centres."""
     if array.shape[axis] == pixels:
         return array
