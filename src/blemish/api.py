@@ -17,8 +17,8 @@ from scipy import ndimage
 from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
 from blemish.data.roi import Roi
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
-from blemish.edge.calibration import Threshold, finite, p_values, rate
-from blemish.edge.checks import check_switch, check_whole, nearest
+from blemish.edge.calibration import Threshold, p_values
+from blemish.edge.checks import check_number, check_switch, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.features.weights import BUNDLED
@@ -110,12 +110,14 @@ class AnomalyDetector:
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.cfg.alpha = rate("alpha", vetted("alpha", value))
+        check_number("", "(0, 1)", alpha=value)
+        self.cfg.alpha = float(value)
         self._by_hand.pop("threshold", None)
 
     def _set_by_hand(self, name: str, value: float | None) -> None:
         self._check_ready(name)
-        self._by_hand[name] = None if value is None else finite(name, vetted(name, value))
+        check_number("", "(-inf, inf)", also=(None,), **{name: value})
+        self._by_hand[name] = None if value is None else float(value)
 
     def _thresholds(self) -> tuple[Threshold, float | None]:
         return thresholds(self.model.calibration, self.cfg.alpha, self.model.map_threshold, **self._by_hand)
@@ -235,7 +237,7 @@ class AnomalyDetector:
         threshold, level = self._thresholds()
         p = decision = None
         if threshold.n:
-            p = float(p_values(torch.tensor([found.score]), self.model.calibration[:, 0].cpu()))
+            p = float(p_values(found.score, self.model.calibration[:, 0].cpu()))
         if threshold.value is not None:
             decision = found.score > threshold.value
         elif self.model.decides_by_map:

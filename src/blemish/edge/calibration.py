@@ -1,26 +1,23 @@
-"""Decisions from normal images held out of the training: a threshold with a bound on false alarms (split conformal prediction).
+"""Decisions from the scores of held-out normal images: a threshold with a bound on false alarms (split conformal prediction).
 
 Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; as anomaly detection: Laxhammar and Falkman, 2010.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from .checks import check_number
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RARE = 0.01  # probability below which a number of false alarms is worth a warning
 
 
 class Threshold(NamedTuple):
-    """Anomalous is a score > value; at most alpha of the normal images are, on average over the draw of the calibration images."""
+    """An image is anomalous if its score is above `value`; on average over calibration sets, at most alpha of the normal images are."""
 
     value: float | None  # None: no calibration image, no decision
     alpha: float | None  # the bound that holds: as requested, or the smallest that n images reach, 1 / (n + 1); None: set by hand
@@ -52,37 +49,38 @@ class Threshold(NamedTuple):
 
 
 def exact(alpha: float) -> Fraction:
-    """The rational number meant by a float in (0, 1): 0.05 is 1/20, which its binary digits are not; InputError outside."""
+    """The rational number that a float in (0, 1) stands for: 0.05 is 1/20, which its binary digits are not."""
     check_number("", "(0, 1)", alpha=alpha)
-    binary = Fraction(float(alpha))
-    simple = binary.limit_denominator(10**6)
-    return simple if float(simple) == float(binary) else binary
+    simple = Fraction(float(alpha)).limit_denominator(10**6)
+    return simple if float(simple) == float(alpha) else Fraction(float(alpha))
 
 
-def conformal_threshold(scores: Tensor, alpha: float) -> Threshold:
-    """The k-th smallest of the scores (n,) of normal images, k = ceil((n + 1)(1 − alpha)).
+def rank(n: int, alpha: float) -> int:
+    """The rank k = ceil((n + 1)(1 − alpha)) of the threshold among n scores; above n where they cannot promise alpha."""
+    return math.ceil((n + 1) * (1 - exact(alpha)))
 
-    If those and a new normal image are exchangeable, the new one scores above it with probability ≤ alpha, ties included. With
+
+def conformal_threshold(scores: ArrayLike, alpha: float) -> Threshold:
+    """The k-th smallest of the scores (n,) of normal images, k as `rank`.
+
+    If they and a new normal image are exchangeable, the new one scores above it with probability ≤ alpha, ties included. With
     n < ceil(1 / alpha) − 1 no threshold has that bound: the largest score is returned, with its bound 1 / (n + 1).
     Raises InputError for NaN or infinite scores and for alpha outside (0, 1).
     """
     scores = _finite(scores)
-    n, rate = len(scores), exact(alpha)
-    if n == 0:
-        return Threshold(None, 1.0, float(alpha), 0)
-    k = math.ceil((n + 1) * (1 - rate))
+    n, k = len(scores), rank(len(scores), alpha)
     bound = float(alpha) if k <= n else 1 / (n + 1)
-    return Threshold(scores.sort().values[min(k, n) - 1].item(), bound, float(alpha), n)
+    return Threshold(float(np.sort(scores)[min(k, n) - 1]) if n else None, bound, float(alpha), n)
 
 
 def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
     """Probability of at least so many false alarms among `normal` images like the n that a threshold was calibrated with at `alpha`.
 
-    The threshold is the k-th smallest of n exchangeable scores, k = ceil((n + 1)(1 − alpha)): the share above it is Beta(n + 1 − k, k),
-    and the alarms among m new images are beta-binomial (Vovk 2012, Conditional validity of inductive conformal predictors).
+    The share of normal images above the k-th of n exchangeable scores is Beta(n + 1 − k, k), so that the alarms among m new images are
+    beta-binomial (Vovk 2012, Conditional validity of inductive conformal predictors).
     """
-    k = min(math.ceil((n + 1) * (1 - exact(alpha))), n)
-    a, b = n + 1 - k, k
+    b = min(rank(n, alpha), n)
+    a = n + 1 - b
 
     def log_beta(x: float, y: float) -> float:
         return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
@@ -91,44 +89,28 @@ def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
     return min(1.0, sum(math.exp(term) for term in terms) / (normal + 1))  # the last quotient makes the third term a binomial coefficient
 
 
-def by_hand(value: float, scores: Tensor) -> Threshold:
-    """A threshold that a person chose, with the scores (n,) of normal images to tell what it means."""
+def by_hand(value: float, scores: ArrayLike) -> Threshold:
+    """A threshold set by hand, with how many of the scores (n,) of normal images are above it."""
     scores = _finite(scores)
     return Threshold(float(value), None, None, len(scores), int((scores > value).sum()))
 
 
-def finite(name: str, value: Any) -> float:
-    """A finite number, as a float; InputError with the name of what was given for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InputError(f"{name}={value}: expected a finite number")
-    return float(value)
-
-
-def rate(name: str, value: Any) -> float:
-    """A number between 0 and 1, both excluded, as a float; InputError with the name of what was given for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
-        raise InputError(f"{name}={value}: expected a number between 0 and 1, both excluded")
-    return float(value)
-
-
-def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
-    """(1 + #{calibration ≥ score}) / (n + 1) for scores (B,) against calibration (n,) → (B,) float64, on the scores' device.
+def p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:
+    """(1 + #{calibration ≥ score}) / (n + 1) of scores of any shape against calibration (n,), as float64 of their shape.
 
     p ≤ alpha says the same as score > conformal_threshold(calibration, alpha).value. Raises InputError for NaN scores.
     """
-    import torch
-
-    if scores.isnan().any():
-        raise InputError("scores: found NaN, numbers expected")
-    ranked = _finite(calibration).to(scores.device).sort().values  # (n,)
-    below = torch.searchsorted(ranked, scores.detach().double().contiguous())  # (B,) how many are < score
-    return (1 + len(ranked) - below).double() / (len(ranked) + 1)
+    scores, calibration = np.asarray(scores, np.float64), np.sort(_finite(calibration))
+    if np.isnan(scores).any():
+        raise InputError("scores: NaN found; expected numbers")
+    below = np.searchsorted(calibration, scores)  # how many calibration scores are < score
+    return (1 + len(calibration) - below) / (len(calibration) + 1)
 
 
-def _finite(scores: Tensor) -> Tensor:
-    scores = scores.detach().double()
+def _finite(scores: ArrayLike) -> np.ndarray:
+    scores = np.asarray(scores, np.float64)
     if scores.ndim != 1:
-        raise InputError(f"calibration scores: shape {tuple(scores.shape)} found, (n,) expected")
-    if not scores.isfinite().all():
-        raise InputError(f"calibration scores: {int((~scores.isfinite()).sum())} of {len(scores)} are NaN or infinite; finite expected")
+        raise InputError(f"calibration scores: shape {scores.shape} found, (n,) expected")
+    if not np.isfinite(scores).all():
+        raise InputError(f"calibration scores: {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} are NaN or infinite")
     return scores

@@ -7,12 +7,12 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: the message names the path or key and what would do."""
+    """An input that cannot be used; the message names the path or key and what is expected."""
 
 
 @contextlib.contextmanager
 def named(image: Any) -> Iterator[None]:
-    """Name the image, a file or an array, in an InputError about it."""
+    """Put the name of the image, a file or an array, before the message of an InputError."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Which values the images of the training had, and whether those of another image are like them."""
+"""The values that the training images had, and whether those of another image are like them."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ import numpy as np
 class Range(NamedTuple):
     """The values of the training images of a dtype."""
 
-    lo: float  # 0.05 % of all are lower
-    hi: float  # 0.05 % of all are higher
+    lo: float  # 0.05 % of all values are lower
+    hi: float  # 0.05 % of all values are higher
     least: float  # `largest` of the darkest image
 
 
 def sampled(array: np.ndarray, most: int = 2**16) -> np.ndarray:
-    """So many values of an image, drawn at random, or all where they are not more."""
+    """At most so many values of an image, drawn at random."""
     values = array.ravel()
     return values if values.size <= most else values[np.random.default_rng(0).integers(values.size, size=most)]
 
@@ -25,14 +25,14 @@ def largest(array: np.ndarray) -> float:
 
 
 def range_of(lo: float, hi: float) -> Range:
-    """What is expected of images where nothing is known but what is black and white in them."""
+    """The range to expect where only black and white are known."""
     return Range(lo, hi, lo + 0.3 * (hi - lo))
 
 
 def doubt(array: np.ndarray, expected: Range) -> str:
-    """How the values of an image are not those expected, "" if they are.
+    """How the values of an image differ from those expected, "" if they do not.
 
-    More than half of them lie outside, or all but a thousandth are below a third of what the darkest training image had.
+    They do if more than half of them lie outside, or all but a thousandth are below a third of those of the darkest training image.
     """
     values, (lo, hi, least) = sampled(array), expected
     above, below = (float((values > hi).mean()), float((values < lo).mean())) if values.size else (0.0, 0.0)

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from blemish.data.module import DTYPE, plain_window
 from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.roi import Roi
-from blemish.edge.calibration import finite, rate
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
@@ -107,7 +106,7 @@ def check_thresholds(cfg: DictConfig) -> None:
     """InputError for thresholds set by hand that are none, or do not go together."""
     given = [key for key in ("threshold", "alpha", "map_threshold") if cfg[key] is not None]
     for key in given:
-        (rate if key == "alpha" else finite)(key, cfg[key])
+        check_number("", "(0, 1)" if key == "alpha" else "(-inf, inf)", **{key: cfg[key]})
     if {"threshold", "alpha"} <= set(given):
         raise InputError(
             f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, as alpha is what the threshold comes from"

@@ -234,7 +234,7 @@ def write(
 
     def row(one: ImageResult) -> tuple:
         decision = None if threshold.value is None else int(one.score > threshold.value)
-        p = float(p_values(torch.tensor([one.score]), scores)) if len(scores) else None
+        p = float(p_values(one.score, scores)) if len(scores) else None
         ends = (None, None) if one.map is None else draw(one.image, one.map, one.inside, scale, level, output / names[one.path], outputs)
         source = None if threshold.value is None else "by hand" if threshold.by_hand else "calibration"
         return str(one.path), one.score, threshold.value, decision, p, *ends, source
