@@ -1,8 +1,9 @@
-"""The contract: three base classes of methods, and two accumulators for the training state of one-pass methods."""
+"""The contract of a method: three base classes, and two accumulators for the training state of one-pass methods."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from blemish.edge.checks import check_choice, check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.extractor import Features
@@ -19,35 +21,49 @@ from blemish.ops.gaussian import merge_moments
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
 
-Maps = Sequence[Tensor]
+Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
+Stages = Sequence[int | str]  # numbers or names, as `Features` has them
+COUNT = partial(check_whole, "model", 1)
+POSITIVE, NOT_NEGATIVE = (partial(check_number, "model", interval) for interval in ("(0, inf)", "[0, inf)"))
 DTYPES = ("uint8", "uint16", "float32")
-NOTHING = Range(math.inf, -math.inf, math.inf)  # of a dtype that training did not have
+NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
 
 
 class Detector(pl.LightningModule):
-    """A method that needs no training gives `forward(image (B, 3, H, W) in [0, 1]) -> Prediction`; everything else is written here once.
+    """A method that needs no training implements `forward(image (B, 3, H, W) in [0, 1]) -> Prediction`.
 
-    A method with a `backbone` gives `score(maps, size) -> Prediction` instead, so that maps computed earlier can be scored, and
-    `features(image) -> maps` if its maps are not simply the backbone's. `calibration` (n, 2) holds score and largest map value of
-    held-out normal images, empty until they were scored. `ranges` are the values that the training images had, by dtype, empty before.
+    A method with a `backbone` implements `score(maps, size) -> Prediction` instead, so that cached maps can be scored, and
+    `features(image) -> maps` if its maps are not simply the backbone's. `calibration` (n, 2) holds score and largest map value of each
+    calibration image, and `ranges` the values of the training images by dtype; both are empty until then.
     """
 
     calibration: Tensor
     training_values: Tensor
-    needs_images = False  # whether training wants images beside the maps of `features`
-    min_images = 1  # training images that a fit takes at least
-    expects_calibration = False  # set before a fit: held-out normal images will come to `calibrate` after it
-    map_threshold: float | None = None  # map values above it are anomalous, where the method has a threshold of its own
-    map_floor: float | None = None  # map value at which the colours of pictures begin, where the method has one of its own
-    decides_by_map = False  # without calibration images an image is anomalous if its score is above `map_threshold`
-    not_exportable: str | None = None  # why there is no export, and what to use instead
-    map_not_exportable: str | None = None  # likewise, where the score alone can be exported
-    quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests: what makes it learn 24 small images in seconds
+    needs_images = False  # training needs the images beside the maps of `features`
+    min_images = 1  # smallest number of training images
+    expects_calibration = False  # set before a fit that `calibrate` will follow
+    map_threshold: float | None = None  # the method's own threshold for maps
+    map_floor: float | None = None  # map value where the colour scale of pictures begins, where the method fixes one
+    decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous
+    not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
+    map_not_exportable: str | None = None  # likewise, where only the score can be exported
+    quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))
-        self.register_buffer("training_values", torch.tensor([NOTHING] * len(DTYPES)))  # rows of DTYPES, columns of Range
+        self.register_buffer("training_values", torch.tensor([NO_RANGE] * len(DTYPES)))  # rows of DTYPES, columns of Range
+
+    def check_arguments(self, **rules: tuple | Callable[..., None]) -> None:
+        """Check saved hyperparameters by name; a rule is a tuple of choices or a check of `edge.checks`."""
+        for name, rule in rules.items():
+            check = partial(check_choice, "model", rule) if isinstance(rule, tuple) else rule
+            check(**{name: self.hparams[name]})
+
+    def add_buffers(self, *names: str) -> None:
+        """Register buffers that stay empty until the fit."""
+        for name in names:
+            self.register_buffer(name, torch.empty(0))
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -56,14 +72,14 @@ class Detector(pl.LightningModule):
 
     @ranges.setter
     def ranges(self, ranges: Mapping[str, Range]) -> None:
-        self.training_values.copy_(torch.tensor([ranges.get(dtype, NOTHING) for dtype in DTYPES]))
+        self.training_values.copy_(torch.tensor([ranges.get(dtype, NO_RANGE) for dtype in DTYPES]))
 
     def features(self, image: Tensor) -> Maps:
-        """Feature maps of images (B, 3, H, W), the costly and frozen part of `forward`; with this default they may come from the store."""
+        """Feature maps of images (B, 3, H, W), the costly frozen part of `forward`; unless overridden they may come from the cache."""
         return self.backbone(image)
 
     def maps(self, batch: Batch) -> Maps:
-        """The maps of a batch: those it brings, else those of its images."""
+        """The maps that a batch brings, or else those of its images."""
         return self.features(batch.image) if batch.maps is None else batch.maps
 
     def inputs_for(self, split: str) -> tuple[bool, bool]:
@@ -82,16 +98,16 @@ class Detector(pl.LightningModule):
         return self.score(self.features(image), tuple(image.shape[-2:]))
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Set what depends on held-out normal images, of which each process has its share, after the fit and before they are scored."""
+        """Set what depends on held-out normal images, of which each process gets its share; called between fit and their scoring."""
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
-        found = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
-        return apply_ignore_mask(found, batch.ignore_mask)
+        prediction = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
+        return apply_ignore_mask(prediction, batch.ignore_mask)
 
     predict_step = test_step
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # a fitted buffer's size is known only after fit: an empty one becomes what was saved, and stays mapped from disk if that is
+        # the size of a fitted buffer is not known before: replace an empty one by the saved tensor, which may be mapped from disk
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if saved is not None and buffer is not None and buffer.numel() == 0:
@@ -102,8 +118,8 @@ class Detector(pl.LightningModule):
 def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None) -> Prediction:
     """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
 
-    Ignored pixels of a map take the least value of the others. A score that equals the largest value of its map becomes the largest of the
-    others; the score of an image, or a tile, that is ignored altogether is −∞.
+    Ignored pixels take the least map value of the others. A score that equals the largest value of its map becomes the largest of the
+    other pixels; the score of an image, or a tile, that is ignored completely is −∞.
     """
     score, map = prediction
     if ignore_mask is None:
@@ -123,12 +139,12 @@ class OnePassDetector(Detector):
         super().__init__()
         # automatic optimisation of one idle scalar: DDP wants a parameter, and global_step must move for a checkpoint to be written
         self.idle = nn.Parameter(torch.zeros(()))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.long))  # training images so far
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.long))  # number of training images
         self.updating = False
 
     def new_state(self, images: int) -> "RowBuffer | RunningCovariance":
         """An empty accumulator for what `collect` returns of `images` training images."""
-        raise NotImplementedError
+        return RowBuffer(images)
 
     def collect(self, maps: Maps) -> Tensor:
         """The part of a batch's maps that the fit needs."""
@@ -143,10 +159,10 @@ class OnePassDetector(Detector):
         raise InputError(f"update: {type(self).__name__} cannot be updated with more images; fit it again on all of them")
 
     def update(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
-        """Add the training images of `data` to a fitted method in one pass of `trainer`; those it was fitted to are not needed.
+        """Add the training images of `data` to a fitted method in one pass of `trainer`, without those it was fitted to.
 
-        The result is a fit to all images, but for PatchCore, whose bank keeps what it has and grows by a coreset of the new patches.
-        InputError if the method cannot. Calibration scores are dropped, as they belong to the detector before the update.
+        The result is a fit to all images, except for PatchCore, whose bank is extended by a coreset of the new patches. Calibration
+        scores are dropped, as they belong to the detector before the update. InputError if the method cannot be updated.
         """
         self.updating = True
         try:
@@ -186,28 +202,31 @@ class OnePassDetector(Detector):
 
 
 class TrainedDetector(Detector):
-    """A method fitted by gradient descent: `loss`, and `configure_optimizers` as its paper has them.
+    """A method fitted by gradient descent: `loss`, and `configure_optimizers` as in its paper; one constructor argument is `seed`.
 
-    A loss takes the maps of a frozen teacher from `maps(batch)`; one that needs nothing else sets `needs_images = False`.
-    `before_training` and `after_training` see all training images before the first step and after the last. `seed` is a constructor
-    argument.
+    A loss gets the maps of a frozen teacher from `maps(batch)`; if it needs nothing else, the method sets `needs_images = False`.
+    `before_training` and `after_training` see all training images, in every process, before the first step and after the last.
     """
 
     needs_images = True
     clipped_by = "trainer.gradient_clip_val"  # the config key that bounds its gradients
 
     def before_training(self, batches: Iterable[Batch]) -> None:
-        """Statistics of the training images that are needed before the optimiser is made; computed anew when a training is resumed."""
+        """Compute statistics needed before the optimiser is made; called again when a training is resumed."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The paper's training loss, a scalar."""
         raise NotImplementedError
 
     def after_training(self, batches: Iterable[Batch]) -> None:
-        """Statistics of the training images under the trained network, which is in eval mode."""
+        """Compute statistics under the trained network, which is in eval mode."""
+
+    @property
+    def processes(self) -> int:
+        return self.trainer.world_size if self._trainer else 1
 
     def generator(self) -> torch.Generator:
-        """The randomness of one step on this device, of seed, step and process alone, so that a resumed training draws the same."""
+        """Random numbers of one step, from seed, step and process alone, so that a resumed training draws the same."""
         step = self.trainer.fit_loop.total_batch_idx if self._trainer else 0
         return stream(self.hparams.seed, step, self.global_rank, device=self.device)
 
@@ -221,7 +240,7 @@ class TrainedDetector(Detector):
     @torch.no_grad()
     def on_train_end(self) -> None:
         self.eval()
-        if self.trainer.world_size > 1:
+        if self.processes > 1:
             for buffer in self.buffers():  # the last batch has moved each process's BatchNorm its own way
                 first = buffer.contiguous()
                 torch.distributed.broadcast(first, 0)
@@ -230,8 +249,7 @@ class TrainedDetector(Detector):
 
     def _batches(self) -> Iterator[Batch]:
         # every process iterates over all images, so that all get the same result
-        shared = self.trainer.world_size > 1
-        loader = self.trainer.datamodule.loader("train", dealt=False) if shared else self.trainer.train_dataloader
+        loader = self.trainer.datamodule.loader("train", dealt=False) if self.processes > 1 else self.trainer.train_dataloader
         with getattr(order_of(loader), "full_pass", nullcontext)():  # every image once, whatever an epoch is
             for batch in loader:
                 yield self.trainer.strategy.batch_to_device(batch)
@@ -241,36 +259,6 @@ class TrainedDetector(Detector):
         self.watch(loss, batch)
         return loss * self.share(batch)
 
-    def share(self, batch: Batch) -> float:
-        """What a process's loss counts in the mean over all processes, so that this is the mean over all images of the batch."""
-        if not self._trainer or self.trainer.world_size == 1:
-            return 1.0
-        return len(batch.image) * self.trainer.world_size / self.summed(len(batch.image))
-
-    def summed(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        if not self._trainer or self.trainer.world_size == 1:
-            return value
-        return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
-
-    def apart(self) -> AbstractContextManager:
-        """A block of forward and backward passes that DDP has no part in; `average` follows.
-
-        For steps that DDP does not know: several backward passes over one forward pass, or over a part of the parameters.
-        """
-        return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
-
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give those of the parameters that have a gradient, the same in every process, the mean of it over the processes."""
-        if self.trainer.world_size == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        mean = torch.cat([gradient.flatten() for gradient in gradients])  # one message for all
-        torch.distributed.all_reduce(mean)
-        parts = (mean / self.trainer.world_size).split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view(gradient.shape))
-
     def watch(self, loss: Tensor, batch: Batch) -> None:
         """Log a step's loss; InputError unless it is finite."""
         if not torch.isfinite(loss):
@@ -278,22 +266,49 @@ class TrainedDetector(Detector):
                 f"the loss is {float(loss.detach())} in epoch {self.current_epoch}, step {self.trainer.fit_loop.total_batch_idx}; choose a "
                 f"smaller model.learning_rate, {self.clipped_by}=1, or trainer.precision=32-true if it is another"
             )
-        shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("loss", loss.detach(), batch_size=len(batch.image), **shown)
+        self.log("loss", loss.detach(), prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch.image))
+
+    def summed(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.processes == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
+
+    def share(self, batch: Batch) -> float:
+        """The weight of this process's loss whose mean over the processes is the mean over all images of the batch."""
+        return len(batch.image) * self.processes / self.summed(len(batch.image))
+
+    def apart(self) -> AbstractContextManager:
+        """A block of passes that DDP takes no part in, as several backward passes a step or parts of the parameters; `average` follows."""
+        return self.trainer.strategy.block_backward_sync() if self.processes > 1 else nullcontext()
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients of the parameters, the same ones in every process, by their mean over the processes."""
+        if self.processes == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        mean = self.trainer.strategy.reduce(torch.cat([gradient.flatten() for gradient in gradients]))  # one message for all
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))
 
 
 def order_of(loader: DataLoader) -> Sampler | None:
-    """What draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `full_pass`."""
+    """The sampler that draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `full_pass`."""
     return getattr(loader.batch_sampler, "sampler", None)
 
 
+def distributed() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class RowBuffer(Metric):
-    """Rows of every batch one behind the other, (count, …), in one allocation of `capacity` rows that is never copied to grow."""
+    """Rows (count, …) of all batches, in one allocation of `capacity` rows that is never copied to grow."""
 
     full_state_update = False
 
     def __init__(self, capacity: int):
-        super().__init__(sync_on_compute=False, compute_with_cache=False)  # gather is asked for, once
+        super().__init__(sync_on_compute=False, compute_with_cache=False)  # `gather` is called once
         self.capacity = capacity
         self.add_state("rows", torch.empty(0), dist_reduce_fx="cat")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -306,18 +321,17 @@ class RowBuffer(Metric):
         self.count += len(rows)
 
     def gather(self) -> None:
-        """Let every process hold the rows of all."""
-        self.rows = self.rows[: int(self.count)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rows = torch.cat(gather_all_tensors(self.rows))
-            self.count = torch.as_tensor(len(self.rows), device=self.rows.device)
+        """Give every process the rows of all."""
+        if distributed():
+            self.rows = torch.cat(gather_all_tensors(self.compute()))
+            self.count = torch.full_like(self.count, len(self.rows))
 
     def compute(self) -> Tensor:
         return self.rows[: int(self.count)]
 
 
 class RunningCovariance(Metric):
-    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of every batch."""
+    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of all batches."""
 
     full_state_update = False
 
@@ -334,20 +348,19 @@ class RunningCovariance(Metric):
         self.count += merge_moments(int(self.count), self.mean, self.scatter, samples.transpose(0, 1)) - self.count
 
     def restore(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Take over moments that were computed earlier."""
+        """Start from moments that were computed earlier."""
         self.count, self.mean, self.scatter = torch.full_like(self.count, count), mean.clone(), scatter
 
     def gather(self) -> None:
-        """Let every process hold the moments of all (Chan's formula for two sets)."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        counts, means = gather_all_tensors(self.count), gather_all_tensors(self.mean)
-        total = sum(counts)
-        mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
-        delta = self.mean - mean
-        self.scatter += self.count * delta[:, :, None] * delta[:, None, :]
-        torch.distributed.all_reduce(self.scatter)
-        self.mean, self.count = mean, total
+        """Give every process the moments of all (Chan's formula for two sets)."""
+        if distributed():
+            counts, means = gather_all_tensors(self.count), gather_all_tensors(self.mean)
+            total = sum(counts)
+            mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
+            delta = self.mean - mean
+            self.scatter += self.count * delta[:, :, None] * delta[:, None, :]
+            torch.distributed.all_reduce(self.scatter)
+            self.mean, self.count = mean, total
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.count, self.mean, self.scatter

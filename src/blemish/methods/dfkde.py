@@ -1,73 +1,87 @@
 """DFKDE: a Gaussian kernel density of the image's deep feature, reduced by PCA."""
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
+from blemish.edge.checks import check_number
 from blemish.features.extractor import Features
 from blemish.ops import kde, pca
 from blemish.types import Prediction
 
-RESOLUTION = 1e-6  # of a feature's norm: what float32 networks leave undecided from batch to batch
+RESOLUTION = 1e-6  # of a feature's norm: float32 networks differ by so much from batch to batch
+BANDWIDTH = partial(check_number, "model", "(0, inf)", also=("scott", "silverman"))
 
 
-class DFKDE(OnePassDetector):
-    """Anomaly = −log density of the feature: global average pool, `components` principal components, unit largest norm, Gaussian KDE.
+class VectorDensity:
+    """The part of a Detector that scores vectors by −log density on at most `components` principal components, in float64.
 
-    The density's kernel has the shape of the covariance, by the rule `bandwidth` (scott, silverman or a factor). Where the training
-    images span fewer directions than `components`, there are as many components as directions.
+    `density` kde is a Gaussian kernel density whose kernel has the shape of the covariance, by the rule `bandwidth` (scott, silverman or a
+    factor); gaussian is the multivariate Gaussian of mean and covariance, which is diagonal on the principal components.
     """
 
-    min_images = 2
-
-    def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, components: int, bandwidth: str | float, seed: int):
-        super().__init__()
-        self.save_hyperparameters()
-        check_whole("model", 1, components=components)
-        check_number("model", "(0, inf)", also=("scott", "silverman"), bandwidth=bandwidth)
-        self.backbone = Features(backbone, stages, weights, seed)
-        self.components, self.bandwidth = components, bandwidth
-        for name in ("mean", "axes", "variance", "length"):  # (D,), (k, D), (k,), (): float64, as all that follows
-            self.register_buffer(name, torch.empty(0))
-        for name in ("points", "factor", "centre", "rows"):  # (N, k), (k, k), (k,), and the features (N, D) for an update
-            self.register_buffer(name, torch.empty(0))
+    def add_density(self, components: int, density: str, bandwidth: str | float) -> None:
+        self.check_arguments(components=COUNT, bandwidth=BANDWIDTH)
+        self.components, self.density, self.bandwidth = components, density, bandwidth
+        self.add_buffers("mean", "axes", "variance")  # (D,), (k, D), (k,)
+        self.add_buffers("length", "points", "factor", "centre")  # (), (N, k), (k, k), (k,): empty for a Gaussian
 
     @property
     def space(self) -> pca.PCA:
         return pca.PCA(self.mean, self.axes, self.variance)
 
-    def embed(self, maps: Maps) -> Tensor:
+    def fit_density(self, rows: Tensor, scaled: bool = False) -> None:
+        """Fit to vectors (N, D); `scaled` divides their coordinates by the largest norm among them before the kernel density."""
+        self.mean, self.axes, self.variance = principal(rows, self.components)
+        if self.density == "kde":
+            coordinates = pca.transform(self.space, rows)  # (N, k)
+            self.length = coordinates.norm(dim=1).amax() if scaled else coordinates.new_ones(())
+            self.points, self.factor, self.centre = kde.fit(coordinates / self.length, self.bandwidth)
+
+    def negative_log_density(self, rows: Tensor) -> Tensor:
+        """−log density (B,) of vectors (B, D), float32."""
+        if self.density == "gaussian":
+            return pca.negative_log_likelihood(self.space, rows).float()
+        coordinates = pca.transform(self.space, rows) / self.length  # (B, k)
+        return -kde.log_density(kde.KDE(self.points, self.factor, self.centre), coordinates).float()
+
+
+class DFKDE(VectorDensity, OnePassDetector):
+    """Anomaly = −log density of the feature: global average pool, `components` principal components, unit largest norm, Gaussian KDE.
+
+    Where the training images span fewer directions than `components`, there are as many components as directions.
+    """
+
+    min_images = 2
+
+    def __init__(self, backbone: str, stages: Stages, weights: str, components: int, bandwidth: str | float, seed: int):
+        super().__init__()
+        self.save_hyperparameters()
+        self.add_density(components, "kde", bandwidth)
+        self.add_buffers("rows")  # (N, D) the features, for an update
+        self.backbone = Features(backbone, stages, weights, seed)
+
+    def collect(self, maps: Maps) -> Tensor:
         """The global average pool of all stages, (B, D)."""
         return torch.cat([stage.mean((2, 3)) for stage in maps], 1)
 
-    def new_state(self, images: int) -> RowBuffer:
-        return RowBuffer(images)
-
-    def collect(self, maps: Maps) -> Tensor:
-        return self.embed(maps)
-
     def fit(self, state: RowBuffer) -> None:
-        rows = self.rows = state.compute()  # (N, D)
-        self.mean, self.axes, self.variance = principal(rows, self.components)
-        coordinates = pca.transform(self.space, rows)  # (N, k)
-        self.length = coordinates.norm(dim=1).amax()
-        self.points, self.factor, self.centre = kde.fit(coordinates / self.length, self.bandwidth)
+        self.rows = state.compute()
+        self.fit_density(self.rows, scaled=True)
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        coordinates = pca.transform(self.space, self.embed(maps)) / self.length  # (B, k)
-        return Prediction(-kde.log_density(kde.KDE(self.points, self.factor, self.centre), coordinates).float())
+        return Prediction(self.negative_log_density(self.collect(maps)))
 
 
 def principal(rows: Tensor, components: int) -> pca.PCA:
-    """PCA in float64 of features (N, D) with at most `components` directions: those in which they vary by more than float32 noise.
+    """PCA in float64 of vectors (N, D) with at most `components` directions: those in which they vary by more than float32 noise.
 
-    Copies of one image, in batches of different size, would otherwise span directions of rounding only, and any new image be far off.
+    Otherwise copies of one image, in batches of different size, would span directions of rounding only, and any new image be far off.
     """
     rows = rows.double()
     mean, axes, variance = pca.fit(rows, components)

@@ -1,50 +1,43 @@
 """DFM: deep features that the principal components of normal ones do not explain (Ahuja et al. 2019, arXiv 1909.11786)."""
 
-from collections.abc import Sequence
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer
-from blemish.edge.checks import check_choice, check_share_or_count, check_whole
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
+from blemish.edge.checks import check_share_or_count
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import pca
 from blemish.ops.maps import align, smooth_upsample
 from blemish.types import Prediction
 
-FEWEST = 4  # cells a side that pooling leaves where the stage has them: coarser ones would locate nothing
+FEWEST = 4  # cells a side that pooling leaves where the stage has them: a coarser map would locate nothing
 
 
 class DFM(OnePassDetector):
     """PCA of the pooled and flattened feature map, `keep` of its variance; the normal images are the only class.
 
-    score=fre: the norm of what the components do not reconstruct, and as map its norm over the channels of each cell.
+    score=fre: the norm of the residual that the components do not reconstruct, and as map its norm over the channels of each cell.
     score=nll: −log likelihood of the Gaussian in the components' space, no map. `pool` cells a side are averaged into one.
     """
 
     min_images = 2
 
-    def __init__(self, backbone: str, stages: Sequence[int | str], weights: str, pool: int, keep: float, score: str, seed: int):
+    def __init__(self, backbone: str, stages: Stages, weights: str, pool: int, keep: float, score: str, seed: int):
         super().__init__()
-        check_choice("model", ("fre", "nll"), score=score)
-        check_whole("model", 1, pool=pool)
-        check_share_or_count("model", keep=keep)
         self.save_hyperparameters()
+        self.check_arguments(score=("fre", "nll"), pool=COUNT, keep=partial(check_share_or_count, "model"))
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.rule = pool, keep, score
-        for name in ("mean", "axes", "variance", "rows"):  # (D,), (k, D), (k,), (N, D) for an update; D = C·h·w of the pooled map
-            self.register_buffer(name, torch.empty(0))
+        self.add_buffers("mean", "axes", "variance", "rows")  # (D,), (k, D), (k,), (N, D) for an update; D = C·h·w of the pooled map
 
     def embed(self, maps: Maps) -> Tensor:
         """All stages on the first one's grid, averaged over squares of `pool` cells: (B, C, h, w)."""
         joined = align(maps)
         # equal to average pooling where `pool` divides the grid; elsewhere no border is lost and the map stays in place
         return F.adaptive_avg_pool2d(joined, [max(round(side / self.pool), min(side, FEWEST)) for side in joined.shape[2:]])
-
-    def new_state(self, images: int) -> RowBuffer:
-        return RowBuffer(images)
 
     def collect(self, maps: Maps) -> Tensor:
         return self.embed(maps).flatten(1)  # (B, D)
@@ -60,9 +53,8 @@ class DFM(OnePassDetector):
         x = self.embed(maps)  # (B, C, h, w)
         space, rows = pca.PCA(self.mean, self.axes, self.variance), x.flatten(1)  # (B, D)
         if rows.shape[1] != len(self.mean):
-            raise InputError(f"image_size: DFM was fitted on {len(self.mean)} values an image and now sees {rows.shape[1]}; keep the size")
+            raise InputError(f"image_size: DFM was fitted to {len(self.mean)} values an image and now gets {rows.shape[1]}; keep the size")
         if self.rule == "nll":
             return Prediction(pca.negative_log_likelihood(space, rows))
         residual = (rows - pca.inverse(space, pca.transform(space, rows))).view_as(x)  # (B, C, h, w)
-        map = smooth_upsample(residual.norm(dim=1), size, sigma=0.0)  # (B, H, W)
-        return Prediction(residual.flatten(1).norm(dim=1), map)
+        return Prediction(residual.flatten(1).norm(dim=1), smooth_upsample(residual.norm(dim=1), size, sigma=0.0))

@@ -1,15 +1,15 @@
 """DFR: regional features that an autoencoder cannot reconstruct are anomalous (Shi, Yang, Qi 2020, arXiv 2012.07122)."""
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import Maps, RunningCovariance, TrainedDetector
-from blemish.edge.checks import check_number, check_share_or_count, check_switch, check_whole
+from blemish.detector import COUNT, POSITIVE, Maps, RunningCovariance, Stages, TrainedDetector
+from blemish.edge.checks import check_share_or_count
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
@@ -21,10 +21,10 @@ CODE = 2  # the linear layer that makes the code
 
 
 class DFR(TrainedDetector):
-    """Anomaly = L2 distance of a position's regional feature from what a narrow autoencoder of single positions makes of it.
+    """Anomaly = L2 distance of a position's regional feature from its reconstruction by a narrow autoencoder of single positions.
 
     A regional feature is all stages' mean over a square of `region` pixels. `latent` is the width of the autoencoder's code, or the share
-    of the training features' variance whose principal components are counted for it. The score is the map's maximum, as in the official
+    of the training features' variance whose number of principal components it becomes. The score is the map's maximum, as in the official
     code; the paper itself is about segmentation.
     """
 
@@ -34,7 +34,7 @@ class DFR(TrainedDetector):
     def __init__(
         self,
         backbone: str,
-        stages: Sequence[int | str],
+        stages: Stages,
         weights: str,
         region: int,
         latent: int | float,
@@ -44,41 +44,40 @@ class DFR(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_whole("model", 1, region=region)
-        check_share_or_count("model", latent=latent)
-        check_switch("model", batch_norm=batch_norm)
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        self.check_arguments(region=COUNT, latent=partial(check_share_or_count, "model"), batch_norm=(True, False), learning_rate=POSITIVE)
         self.backbone = Features(backbone, stages, weights, seed)
-        self.region, self.latent, self.batch_norm, self.learning_rate, self.seed = region, latent, batch_norm, learning_rate, seed
+        self.region, self.latent = region, latent
         self.autoencoder = nn.Sequential()  # filled by `before_training`
 
     def embed(self, maps: Maps, size: tuple[int, int]) -> Tensor:
         """Regional features of images of `size` (H, W): (B, P, ΣC), P the regions line by line."""
         return torch.cat([regional(map.float(), size, self.region) for map in maps], -1).flatten(1, 2)
 
+    def embed_batch(self, batch: Batch) -> Tensor:
+        return self.embed(self.maps(batch), tuple(batch.image.shape[-2:])).flatten(0, 1)  # (B·P, ΣC)
+
     def before_training(self, batches: Iterable[Batch]) -> None:
         self.build(self.count_components(batches) if isinstance(self.latent, float) else self.latent)
 
     def count_components(self, batches: Iterable[Batch]) -> int:
-        """The number of principal components that hold `latent` of the variance; the official code looks at ten images for it."""
+        """The number of principal components that hold `latent` of the variance; the official code counts them on ten images."""
         moments = RunningCovariance().to(self.device)
         for batch in batches:
-            moments.update(self.embed(self.maps(batch), tuple(batch.image.shape[-2:])).flatten(0, 1)[:, None])  # (n, 1, D)
-        moments.gather()
+            moments.update(self.embed_batch(batch)[:, None])  # (n, 1, D)
         count, mean, scatter = moments.compute()
         return len(from_moments(mean[0].double(), scatter[0].double() / (count - 1), self.latent).variance)
 
     def build(self, latent: int) -> None:
-        """Make the autoencoder with a code of so many numbers."""
-        with seeded(self.seed):
-            self.autoencoder = autoencoder(sum(self.backbone.channels), latent, self.batch_norm).to(self.device)
+        """Make the autoencoder with a code of `latent` numbers."""
+        with seeded(self.hparams.seed):
+            self.autoencoder = autoencoder(sum(self.backbone.channels), latent, self.hparams.batch_norm).to(self.device)
 
     def loss(self, batch: Batch) -> Tensor:
-        x = self.embed(self.maps(batch), tuple(batch.image.shape[-2:])).flatten(0, 1)  # (B·P, D)
+        x = self.embed_batch(batch)
         return F.mse_loss(self.autoencoder(x), x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.autoencoder.parameters(), self.learning_rate)
+        return torch.optim.Adam(self.autoencoder.parameters(), self.hparams.learning_rate)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         if not len(self.autoencoder):
@@ -86,8 +85,7 @@ class DFR(TrainedDetector):
         x = self.embed(maps, size)  # (B, P, D)
         # the official code has the mean of the squares, which is in the same order at the regions' centres
         error = (self.autoencoder(x.flatten(0, 1)).view_as(x) - x).norm(dim=-1).float()  # (B, P)
-        grid = [cells(pixels, self.region) for pixels in size]
-        map = smooth_upsample(error.unflatten(1, grid), size, 0.0)  # (B, H, W)
+        map = smooth_upsample(error.unflatten(1, [cells(pixels, self.region) for pixels in size]), size, 0.0)  # (B, H, W)
         return Prediction(map.amax((1, 2)), map)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -100,7 +98,7 @@ class DFR(TrainedDetector):
 def autoencoder(channels: int, latent: int, batch_norm: bool) -> nn.Sequential:
     """D → (D + 2k)/2 → 2k → k and back, of rows (N, D): 1×1 convolutions are linear layers of single positions."""
     widths = [channels, (channels + 2 * latent) // 2, 2 * latent, latent]
-    widths = widths + widths[-2::-1]  # (D, …, k, …, D)
+    widths += widths[-2::-1]  # (D, …, k, …, D)
     layers = nn.Sequential()
     for i, (before, after) in enumerate(pairwise(widths)):
         layers.add_module(f"linear{i}", nn.Linear(before, after))
@@ -129,7 +127,7 @@ def regional_matrix(length: int, pixels: int, region: int) -> Tensor:
     """The (cells(pixels, region), length) matrix of resizing to `pixels`, then the mean of each region, in float64."""
     with torch.inference_mode(False):
         up = upsample_blur_matrix(length, pixels, 0.0)  # (pixels, length)
-        # as many regions as reach over all pixels, of nearly equal size where `region` does not divide them
+        # as many regions as cover all pixels, of nearly equal size where `region` does not divide them
         return F.adaptive_avg_pool1d(up.T[None], cells(pixels, region))[0].T.contiguous()
 
 

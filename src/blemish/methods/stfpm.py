@@ -1,13 +1,13 @@
 """STFPM: student-teacher feature pyramid matching (Wang, Han, Ding, Huang 2021, arXiv 2103.04257)."""
 
-from collections.abc import Sequence
+from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import Maps, TrainedDetector
+from blemish.detector import NOT_NEGATIVE, POSITIVE, Maps, Stages, TrainedDetector
 from blemish.edge.checks import check_number
 from blemish.features.extractor import Features, create
 from blemish.ops.maps import smooth_upsample
@@ -23,21 +23,10 @@ class STFPM(TrainedDetector):
 
     quick = ("trainer.max_epochs=8",)
 
-    def __init__(
-        self,
-        backbone: str,
-        stages: Sequence[int],
-        weights: str,
-        learning_rate: float,
-        momentum: float,
-        weight_decay: float,
-        seed: int,
-    ):
+    def __init__(self, backbone: str, stages: Stages, weights: str, learning_rate: float, momentum: float, weight_decay: float, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
-        check_number("model", "[0, 1)", momentum=momentum)
-        check_number("model", "[0, inf)", weight_decay=weight_decay)
+        self.check_arguments(learning_rate=POSITIVE, momentum=partial(check_number, "model", "[0, 1)"), weight_decay=NOT_NEGATIVE)
         self.backbone = Features(backbone, stages, weights, seed)
         # a seed of its own: with weights=random the student would start as its teacher and have nothing to learn
         student = create(backbone, list(stages), "random", seed + 1, named=False).requires_grad_(True).train()
@@ -61,7 +50,7 @@ class STFPM(TrainedDetector):
         return Prediction(map.amax((1, 2)), map)  # the maximum, in paper and code
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # the official code keeps the epoch that does best on 20 % of the normal images; here all teach, and the last epoch counts
+        # the official code keeps the epoch that is best on 20 % of the normal images; here all of them train, and the last epoch counts
         rate, momentum, decay = (self.hparams[name] for name in ("learning_rate", "momentum", "weight_decay"))
         return torch.optim.SGD(self.student.parameters(), rate, momentum, weight_decay=decay)
 
