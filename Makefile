@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-gpu lint format clean
+.PHONY: help install demo test test-full test-gpu lint format docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 # a worker for each core, of one thread each; a test that a worker is done with is nobody else's
@@ -39,6 +39,13 @@ lint: .venv/installed-dev ## style only
 format: .venv/installed-dev ## mend the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed-docs ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
