@@ -19,7 +19,7 @@ from blemish import draw
 from blemish.draw import choose, file_names
 from blemish.edge.errors import InputError
 from blemish.files import picture_info, write_csv, write_json
-from blemish.report.page import _Tested, panel_boxes, places, scan, strips_of, write
+from blemish.report.page import ScoredImage, panel_boxes, places, scan, strips_of, write
 from blemish.run.evaluate import SCORES
 from blemish.run.record import environment
 from blemish.run.train import train
@@ -52,7 +52,7 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
     difficulty = np.random.default_rng(list(str(category).encode())).normal(size=n)
     score = 5 + skill * label + 0.6 * difficulty + 0.6 * random.normal(size=n)
     keys = [f"test/{'hole' if kind else 'good'}/{index:03}.png" for index, kind in enumerate(label)]
-    tested = [_Tested(key, "hole" if kind else "good") for key, kind in zip(keys, label, strict=True)]
+    tested = [ScoredImage(key, "hole" if kind else "good") for key, kind in zip(keys, label, strict=True)]
     kept = choose(tested, pictures)
     names = file_names({key: defect for key, defect in tested if key in kept})
     scale = (0.0, 3.0)
@@ -228,8 +228,8 @@ def test_the_gallery_ranks_by_place_over_the_settings(runs, page):
         for method in ("padim", "patchcore", "reverse_distillation")
     ]
     drawn = list(strips_of(found[0]))
-    mean = dict(zip(found[0].scores.key, np.mean(by_method, axis=0), strict=True))
-    spread = dict(zip(found[0].scores.key, np.std(by_method, axis=0), strict=True))
+    mean = dict(zip([image.key for image in found[0].scores.images], np.mean(by_method, axis=0), strict=True))
+    spread = dict(zip([image.key for image in found[0].scores.images], np.std(by_method, axis=0), strict=True))
     keys = {name: [gallery["images"][index]["key"] for index in of] for name, of in gallery["lists"].items()}
     assert gallery["drawn"] == 4
     assert gallery["tested"] == 24
@@ -272,29 +272,30 @@ def test_the_page_keeps_to_its_size_and_says_what_is_left_out(runs, page, tmp_pa
     assert all(len(gallery["images"]) > 0 for gallery in data["galleries"])
 
 
-def test_damaged_folders_are_told_and_pictures_stay_inside_their_run(tmp_path):
+def test_damaged_folders_are_listed_and_pictures_stay_inside_their_run(tmp_path):
     Image.new("RGB", (1140, 347), "red").save(tmp_path / "secret.png")
     folder = run_folder(tmp_path / "runs" / "a")
     record = json.loads((folder / "record.json").read_text())
     names = record["pictures"]
     (folder / names[0]).write_bytes(b"no png")
     outside = ["../../secret.png", str(tmp_path / "secret.png"), 7, None]
-    write_json(
-        folder / "record.json",
-        {**record, "pictures": names + outside, "crop": [1, 2], "environment": 3, "peak_memory_mb": "much", "calibration": 1},
-    )
+    write_json(folder / "record.json", {**record, "pictures": names + outside, "calibration": 1})
     (folder / "curves.json").write_text('{"image": {"roc": [[0, "x"]], "pr": [1, 2]}, "pixel": 5}')
-    other = run_folder(tmp_path / "runs" / "b", "dfm")
-    (other / "metrics.json").unlink()
-    third = run_folder(tmp_path / "runs" / "c", "spade")
-    (third / "scores.csv").write_text("path,label\n1,2\n")
-    (third / "metrics.json").write_text('{"image_auroc": "high", "defects": 3}')
-    assert write(tmp_path / "runs", tmp_path / "report.html", **BUDGET) == 3
+    (run_folder(tmp_path / "runs" / "b", "dfm") / "metrics.json").unlink()
+    (run_folder(tmp_path / "runs" / "c", "spade") / "scores.csv").write_text("path,label\n1,2\n")
+    (run_folder(tmp_path / "runs" / "d") / "metrics.json").write_text('{"image_auroc": "high", "defects": 3}')
+    for name, wrong in {"e": {"crop": [1, 2]}, "f": {"environment": 3}, "g": {"peak_memory_mb": "much"}}.items():
+        run_folder(tmp_path / "runs" / name, **wrong)
+    assert write(tmp_path / "runs", tmp_path / "report.html", **BUDGET) == 7
     data = inside(tmp_path / "report.html")
     assert data["left_out"]["unread"] == 1
-    assert [run["record"]["status"] for run in data["runs"]] == ["unreadable", "finished", "finished"]
-    assert data["runs"][1]["record"]["pictures"] == len(names)
-    assert data["runs"][1]["curves"] == {}
+    assert {run["name"]: run["record"]["status"] for run in data["runs"]} == {
+        **dict.fromkeys("ac", "finished"),
+        **dict.fromkeys("bdefg", "unreadable"),
+    }
+    (run,) = (run for run in data["runs"] if run["name"] == "a")
+    assert run["record"]["pictures"] == len(names)
+    assert run["curves"] == {}
 
 
 def test_nothing_to_tell_is_an_error(tmp_path):

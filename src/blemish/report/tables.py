@@ -24,7 +24,7 @@ from blemish.run.record import FINISHED, METRICS, PLACE, SETTING, read_record
 log = logging.getLogger(__name__)
 
 COSTS = {"fit_seconds": "fit s", "test_seconds": "test s", "peak_memory_mb": "MB"}
-IDENTITY = (*SETTING, "seed", "manifest_digest", "started")  # columns that tell two runs apart
+IDENTITY = (*SETTING, "seed", "started", "manifest_digest")  # columns that tell two runs apart
 RUN = (*SETTING, "seed", *METRICS, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
 NUMBERS = ("epochs", "epoch_size", "image_size", "crop", "tiling", "seed", "cores", *METRICS, *COSTS)  # the other columns are text
