@@ -29,7 +29,7 @@ from blemish.edge import runtime
 from blemish.edge.calibration import conformal_threshold
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
-from blemish.edge.geometry import GREY, Geometry, exact_strips, middle
+from blemish.edge.geometry import GREY, Geometry, middle, strips_of
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, metadata_of, seal
 from blemish.features.extractor import Features
@@ -96,10 +96,10 @@ class ExportModule(nn.Module):
             self.padding = [columns.start, padded[1] - columns.stop, rows.start, padded[0] - rows.stop]  # pixels of a letterbox
 
     def strips(self, axis: int, length: int, pixels: int) -> tuple[int, list[tuple[int, int, str]]]:
-        bits, strips = exact_strips(length, pixels)
-        for i, (_, _, _, weights) in enumerate(strips):
+        bits, strips = strips_of(length, pixels, exact=True)
+        for i, (_, _, weights) in enumerate(strips):
             self.register_buffer(f"weights{axis}_{i}", torch.from_numpy(weights.T.copy() if axis == 3 else weights))
-        return bits, [(first, first + weights.shape[1], f"weights{axis}_{i}") for i, (_, _, first, weights) in enumerate(strips)]
+        return bits, [(of.start, of.stop, f"weights{axis}_{i}") for i, (_, of, _) in enumerate(strips)]
 
     def placed(self, x: Tensor) -> Tensor:
         x = x.double() if self.steps else x  # the whole numbers do not fit a float32
