@@ -1,6 +1,5 @@
-"""Maps of a frozen backbone, and resized images, computed once per image and kept on disk."""
+"""The store: maps of a frozen backbone, and resized images, computed once per image and kept on disk."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -10,6 +9,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,172 +28,146 @@ from blemish.data.images import compact, mask_to_network, restored
 from blemish.data.manifest import Sample
 from blemish.data.module import ImageData
 from blemish.data.roi import Roi
-from blemish.edge.checks import check_choice, check_number
 from blemish.edge.reading import size_of
 from blemish.features.extractor import Features
+from blemish.files import fsync
 from blemish.types import NO_TRUTH, NORMAL, Batch
 
-FORMAT = 1  # one more whenever what is stored changes its meaning
-ENDING, PART = ".safetensors", ".part-"
-SHARD_IMAGES, SHARD_BYTES = 32, 2**26  # a shard is written when it has this many images or bytes
-STALE = 3600  # seconds after which a file that was never finished is removed
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FORMAT = 1  # to be raised whenever stored tensors change their meaning
+SUFFIX, PART = ".safetensors", ".part-"
+STALE = 3600  # seconds after which an unfinished file is removed
 
 log = logging.getLogger(__name__)
 
 
-class NoRoom(Exception):
-    """The store cannot take what it should: the run computes instead."""
+class NoRoom(OSError):
+    """The store is full; the run then computes maps without storing them."""
 
 
 def packed(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The rows of `x` (B, …) as `dtype`, or as float32 where that would change a value by more than 2⁻¹¹ of the row's largest.
-
-    float16 does so above 65504 and where a row is tiny throughout.
-    """
+    """The rows of x (B, …) as `dtype`, or as float32 where `dtype` would change a value by more than 2⁻¹¹ of the row's largest."""
     small = x.to(dtype)
     fits = (small.float() - x).abs().flatten(1).amax(1) <= 2**-11 * x.abs().flatten(1).amax(1)  # (B,)
     return [low if fit else high for low, high, fit in zip(small.cpu(), x.cpu(), fits.tolist(), strict=True)]
 
 
 def pack_maps(maps: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Maps (B, C, h, w) as they are stored, each (h, w, C): in the order in which the network made them."""
+    """Maps (B, C, h, w) as they are stored, each (h, w, C): in the memory order in which the network made them."""
     return packed(maps.float().movedim(1, -1).contiguous(), dtype)
 
 
 def unpack_maps(stored: list[Tensor]) -> Tensor:
-    """What `pack_maps` was given, (B, C, h, w) float32 with the channels last in memory."""
+    """The maps (B, C, h, w) float32, channels last in memory, that `pack_maps` was given."""
     out = np.empty((len(stored), *stored[0].shape), dtype=np.float32)  # (B, h, w, C)
     for i, map in enumerate(stored):
-        out[i] = map.numpy()  # torch would share every row among threads that wait for each other
+        out[i] = map.numpy()  # torch would share each copy among threads that wait for each other
     return torch.from_numpy(out).movedim(-1, 1)
 
 
 def pack_image(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """An image (3, H, W) in [0, 1] as `compact` has it, and what is not bytes as `packed`; `restored` gives it back."""
+    """An image (3, H, W) in [0, 1] as its bytes where it has been made of bytes, else `packed`; `restored` is the inverse."""
     small = compact(image)
     return (small if small.dtype == torch.uint8 else packed(small[None], dtype)[0]).contiguous()
 
 
-def name_of(sample: Sample, roi: Roi | None = None) -> str:
-    """What a sample's pixels are known by: the content of its file, its tile, and what is looked at of it; not its path."""
+def content_key(sample: Sample, roi: Roi | None = None) -> str:
+    """Identifies a sample's pixels by the content of its file, its tile, and its ROI; not by its path."""
     return f"{sample.digest}#{sample.tile}" + (f"@{roi.digest(roi.root / sample.path)}" if roi else "")
 
 
-def check_store(dtype: str, max_gb: float | None) -> None:
-    """Raise InputError for an invalid store setting, before anything is read."""
-    check_choice("store", DTYPES, dtype=dtype)
-    check_number("store", "(0, inf)", also=(None,), max_gb=max_gb)
-
-
 class Store:
-    """A folder of at most `max_gb`·10⁹ bytes (None: no bound) in `dtype`, "float16" or "float32"; InputError for other values.
+    """A folder of at most `max_gb`·10⁹ bytes (None: no bound) that several processes may use at once.
 
-    Every file is whole: written aside, then renamed. Several processes may use the folder at once; what one of them removes stays
-    readable for those that have it open (Windows refuses to remove such a file, which is then left).
+    Its files are complete or absent and never altered. What one process removes stays readable for those that have it open (Windows
+    refuses to remove it).
     """
 
     def __init__(self, root: str | Path, dtype: str, max_gb: float | None):
-        check_store(dtype, max_gb)
-        self.root, self.dtype = Path(root).expanduser(), DTYPES[dtype]
-        self.most = float("inf") if max_gb is None else max_gb * 1e9
-        self.used: dict[Path, int] = {}  # shards this process has open, with their bytes
+        self.root, self.dtype, self.max_gb = Path(root).expanduser(), getattr(torch, dtype), float("inf") if max_gb is None else max_gb
+        self.used: dict[Path, int] = {}  # shards that this process has open, and their bytes
 
     def shards(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of every shard; leftovers of killed writers are removed on the way."""
+        """(time of last use, bytes, path) of every shard, oldest first; removes what killed writers have left."""
         found = []
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = Path(folder, name)
-                with contextlib.suppress(OSError):  # another process was quicker
-                    metadata = path.stat()
-                    if path.suffix == ENDING:
-                        found.append((metadata.st_mtime, metadata.st_size, path))
-                    elif name.startswith(PART) and time.time() - metadata.st_mtime > STALE:
-                        path.unlink()
+        for path in self.root.rglob("*"):
+            with suppress(OSError):  # another process was quicker
+                status = path.stat()
+                if path.name.startswith(PART) and time.time() - status.st_mtime > STALE:
+                    path.unlink()
+                elif path.suffix == SUFFIX:
+                    found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
     def make_room(self, more: int) -> None:
-        """Remove the shards used longest ago until `more` bytes fit; NoRoom if only this process's own are left."""
+        """Remove the least recently used shards until `more` bytes fit; NoRoom if only those of this process are left."""
         shards = self.shards()
-        total = more + sum(size for _, size, _ in shards)
+        excess = more + sum(size for _, size, _ in shards) - 1e9 * self.max_gb
         for _, size, path in shards:
-            if total <= self.most:
-                return
-            if path not in self.used:
-                with contextlib.suppress(OSError):
+            if excess > 0 and path not in self.used:
+                with suppress(OSError):
                     path.unlink()
-                    total -= size
-        if total > self.most:
-            raise NoRoom(f"store.max_gb={self.most / 1e9:g} is too little for this data set")
+                    excess -= size
+        if excess > 0:
+            raise NoRoom(f"store.max_gb={self.max_gb:g} is too small for this data set")
 
     def check(self, more: int) -> None:
-        """NoRoom if `more` bytes beside what this process has open are beyond the bound or the disk."""
-        needed = more + sum(self.used.values())
-        if needed > self.most:
-            raise NoRoom(f"store.max_gb={self.most / 1e9:g} is too little for this data set, which needs about {needed / 1e9:.3g} GB")
+        """NoRoom if `more` bytes, besides what this process has open, exceed the bound or the disk."""
+        needed = (more + sum(self.used.values())) / 1e9
+        if needed > self.max_gb:
+            raise NoRoom(f"store.max_gb={self.max_gb:g} is too small for this data set, which needs about {needed:.3g} GB")
         self.root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free
-        if more > free:
-            raise NoRoom(f"{free / 1e9:.3g} GB are free there and about {more / 1e9:.3g} needed")
+        if more > (free := shutil.disk_usage(self.root).free):
+            raise NoRoom(f"{free / 1e9:.3g} GB are free there, about {more / 1e9:.3g} GB are needed")
 
 
-class Shelf:
-    """The stored tensors of one kind, by name; `metadata` are all that they depend on beside the image."""
+class Shards:
+    """The stored tensors of one kind by key, in a folder of safetensors files; `origin` is all they depend on besides the image."""
 
-    def __init__(self, store: Store, title: str, metadata: dict):
-        self.store, self.metadata = store, json.dumps(metadata, sort_keys=True)
-        digest = hashlib.blake2b(self.metadata.encode(), digest_size=8).hexdigest()
+    def __init__(self, store: Store, title: str, origin: dict):
+        self.store, self.origin = store, json.dumps(origin, sort_keys=True)
+        digest = hashlib.blake2b(self.origin.encode(), digest_size=8).hexdigest()
         self.folder = store.root / (re.sub(r"[^\w.-]", "_", title) + f"-{digest}")
-        self.names: dict[Path, set[str]] = {}  # what is in the shards seen so far
+        self.keys: dict[Path, set[str]] = {}  # of the shards looked into so far
         self.found: dict[str, Tensor] = {}  # memory-mapped
-        self.pending: dict[str, Tensor] = {}
 
-    def find(self, wanted: Iterable[str]) -> None:
-        """Open what the folder holds of the wanted names."""
-        missing = set(wanted) - self.found.keys()
-        for path in sorted(self.folder.glob(f"*{ENDING}")) if missing else ():
-            if path not in self.names or self.names[path] & missing:
-                self._open(path, missing)
-                missing -= self.found.keys()
+    def absent(self, keys: Iterable[str]) -> set[str]:
+        """The keys that are not stored; opens the shards that hold the others."""
+        absent = set(keys) - self.found.keys()
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")) if absent else ():
+            if path not in self.keys or self.keys[path] & absent:
+                self._open(path, absent)
+                absent -= self.found.keys()
+        return absent
 
-    def _open(self, path: Path, missing: set[str]) -> None:
+    def _open(self, path: Path, wanted: set[str]) -> None:
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata()
-                sums = json.loads(about["crc32"])
-                self.names[path] = set(sums)
-                chosen = {name: file.get_tensor(name) for name in sums.keys() & missing}
-            sound = about["metadata"] == self.metadata and all(crc32(tensor) == sums[name] for name, tensor in chosen.items())
+                metadata = file.metadata()
+                sums = json.loads(metadata["crc32"])
+                tensors = {key: file.get_tensor(key) for key in sums.keys() & wanted}
+            if metadata["metadata"] != self.origin or any(zlib.crc32(tensor.numpy()) != sums[key] for key, tensor in tensors.items()):
+                raise ValueError
         except OSError:  # removed since it was listed, or another user's
             return
         except (SafetensorError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            log.warning("%s is damaged; removed, its maps are computed again", path)
-            self.names[path] = set()
-            with contextlib.suppress(OSError):
+            log.warning("%s is damaged; removed, its content is computed again", path)
+            sums, tensors = {}, {}
+            with suppress(OSError):
                 path.unlink()
-        elif chosen:
-            self.found |= chosen
-            with contextlib.suppress(OSError):  # another process removed it, or may write here and we may not
+        self.keys[path] = set(sums)
+        self.found |= tensors
+        if tensors:
+            with suppress(OSError):  # removed by another process, or not ours to touch
                 self.store.used[path] = path.stat().st_size
                 os.utime(path)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Remember a contiguous tensor for `write`."""
-        self.pending[name] = tensor
-
-    @property
-    def pending_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.pending.values())
-
-    def write(self) -> None:
-        """Make one shard of what was added, and open it; OSError or NoRoom if it cannot be written."""
-        if not self.pending:
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Write those contiguous tensors that are not stored as one shard and open it; OSError if that fails."""
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in self.found}
+        if not tensors:
             return
-        sums = {name: crc32(tensor) for name, tensor in self.pending.items()}
-        data = safetensors.torch.save(self.pending, {"metadata": self.metadata, "crc32": json.dumps(sums)})
+        sums = {key: zlib.crc32(tensor.numpy()) for key, tensor in tensors.items()}
+        data = safetensors.torch.save(tensors, {"metadata": self.origin, "crc32": json.dumps(sums)})
         self.store.make_room(len(data))
         self.folder.mkdir(parents=True, exist_ok=True)
         name = os.urandom(8).hex()
@@ -201,26 +175,25 @@ class Shelf:
         try:
             with part.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # a name must not survive a power cut that its content does not
-            path = part.replace(self.folder / f"{name}{ENDING}")
+                fsync(file)
+            path = part.replace(self.folder / f"{name}{SUFFIX}")
         finally:
             part.unlink(missing_ok=True)
-        self._open(path, set(self.pending))
-        self.found = self.pending | self.found  # another process may have removed the file already
-        self.pending = {}
+        self.found |= tensors  # another process may remove the file before it is opened
+        self._open(path, set(tensors))
 
 
-def crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data)
+def absent(kinds: list[Shards], keys: Iterable[str]) -> set[str]:
+    """The keys that some kind of tensor lacks."""
+    return {key for kind in kinds for key in kind.absent(keys)}
 
 
 class StoredData(LightningDataModule):
-    """A data module whose batches bring stored maps, so that neither images are decoded nor the network is run; stored images likewise.
+    """A data module whose batches bring stored maps and images: with maps alone, no image is decoded and no network is run.
 
-    `inputs_for(split)` says whether batches of a split are to bring maps and whether images; the maps are those of `features`. What is
-    missing is computed on `device` when a loader is asked for; where it cannot be stored the data module's own loader takes over, with
-    one warning. `charge(name)` charges the time of a block to decode or features.
+    `inputs_for(split)` tells whether batches of a split need maps, those of `features`, and images. Missing ones are computed on `device`
+    when a loader is asked for; where they cannot be stored, a warning is logged and the loaders are those of `data`. `charge(name)`
+    is a context that counts its time as "decode" or "features".
     """
 
     def __init__(
@@ -231,48 +204,33 @@ class StoredData(LightningDataModule):
         inputs_for: Callable[[str], tuple[bool, bool]],
         images: bool,
         device: torch.device,
-        charge: Callable[[str], contextlib.AbstractContextManager],
+        charge: Callable[[str], AbstractContextManager],
         progress: bool,
     ):
         super().__init__()
         self.store, self.data, self.features, self.inputs_for = store, data, features, inputs_for
         self.device, self.charge, self.progress = device, charge, progress
+        self.samples, self.sample, self.image = data.samples, data.sample, data.image
         self.read = self.computed = 0  # images
-        self.side = data.geometry.side
-        self.useful = self.side is not None
-        if not self.useful:
+        self.maps: list[Shards] = []  # one for each stage
+        self.images: list[Shards] = []  # one, or none
+        side = data.geometry.side
+        if side is None:
             log.warning("store: images of their own sizes are not stored; expected image_size=<pixels>")
-        window = data.window if isinstance(data.window, dict) else {}
-        common = {
-            "format": FORMAT,
-            "size": data.geometry.size,
-            "crop": data.geometry.crop,
-            "window": window,
-            "dtype": str(store.dtype),
-            "resize": data.geometry.resize,
-            "torch": torch.__version__,
-        }
-        self.maps = []
+            return
+        origin = {"format": FORMAT, "torch": torch.__version__, "dtype": str(store.dtype), "window": data.window}
+        origin |= {"size": data.geometry.size, "crop": data.geometry.crop, "resize": data.geometry.resize}
+        if images:
+            self.images = [Shards(store, f"image-{side}", origin | {"stage": "image"})]
         if features is not None and any(inputs_for(split)[0] for split in ("train", "test")):
-            network = {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}
-            network |= {"mean": features.mean.flatten().tolist(), "std": features.std.flatten().tolist()}
+            origin |= {"backbone": features.backbone, "timm": timm.__version__, "device": device.type}
+            origin |= {"mean": features.mean.flatten().tolist(), "std": features.std.flatten().tolist()}
             for stage in features.stages:
-                metadata = {**common, **network, "stage": stage, "weights": features.digest(stage)}
-                self.maps.append(Shelf(store, f"{features.backbone}-{stage}-{self.side}", metadata))
-        self.images = Shelf(store, f"image-{self.side}", {**common, "stage": "image"}) if images else None
-
-    @property
-    def samples(self) -> list[Sample]:
-        return self.data.samples
-
-    def sample(self, key: str) -> Sample:
-        return self.data.sample(key)
-
-    def image(self, key: str) -> Tensor:
-        return self.data.image(key)
+                own = {"stage": stage, "weights": features.digest(stage)}
+                self.maps.append(Shards(store, f"{features.backbone}-{stage}-{side}", origin | own))
 
     def metadata(self) -> dict:
-        """What a record says of the store: images whose maps were read and computed, and the bytes of the files in use."""
+        """The store's entry of a run record: images read and computed, and the bytes of the files in use."""
         return {"path": self.store.root, "read": self.read, "computed": self.computed, "bytes": sum(self.store.used.values())}
 
     def train_dataloader(self) -> DataLoader:
@@ -285,118 +243,86 @@ class StoredData(LightningDataModule):
         return self.loader("test")
 
     def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
-        """As the data module's, with stored maps, stored images or both in its batches."""
-        samples = [sample for sample in self.samples if sample.split == split]
-        bring_maps, bring_images = self.inputs_for(split)
-        maps = self.maps if bring_maps else []
-        images = self.images if bring_images else None
-        if not (maps or images) or not self.useful:
+        """The loader of a split, see `ImageData.loader`, with stored maps, stored images or both in its batches."""
+        with_maps, with_images = self.inputs_for(split)
+        maps, images = self.maps if with_maps else [], self.images if with_images else []
+        if not (maps or images):
             return self.data.loader(split, shuffle, dealt)
+        samples = [sample for sample in self.data.samples if sample.split == split]
         try:
             self.fill(samples, maps, images)
-        except (NoRoom, OSError) as error:
+        except OSError as error:
             log.warning("store.root=%s: %s; maps are computed and not stored", self.store.root, error)
-            self.useful = False
-            for shelf in (*maps, images) if images else maps:
-                shelf.pending.clear()
+            self.maps, self.images = [], []
             return self.data.loader(split, shuffle, dealt)
-        rows = self.data.images(samples)
-        stored = Stored(rows, [shelf.found for shelf in maps], images and images.found, bring_images, self.side)
-        return self.data.batches(stored, shuffle, as_it_is, 0, dealt)  # reading pages takes no processes
+        stored = Stored(self.data.images(samples), [kind.found for kind in maps], [kind.found for kind in images], with_images)
+        return self.data.batches(stored, shuffle, lambda batch: batch, 0, dealt)  # reading pages needs no worker processes
 
-    def fill(self, samples: list[Sample], maps: list[Shelf], images: Shelf | None) -> None:
-        """Compute and write what is not there of `samples`; NoRoom or OSError if it cannot be written."""
-        shelves = [*maps, images] if images else maps
-        by_name = {name_of(sample, self.data.roi): sample for sample in samples}
-
-        def absent(names: Iterable[str]) -> list[str]:
-            for shelf in shelves:
-                shelf.find(names)
-            return [name for name in names if any(name not in shelf.found and name not in shelf.pending for shelf in shelves)]
-
-        missing = absent(by_name)
-        self.read += len(by_name) - len(missing)
-        # processes that fill the same store go through it in different orders and leave out what another has done
+    def fill(self, samples: list[Sample], maps: list[Shards], images: list[Shards]) -> None:
+        """Compute and write what is missing of `samples`; OSError if it cannot be written."""
+        by_key = {content_key(sample, self.data.roi): sample for sample in samples}
+        missing = sorted(absent(maps + images, by_key))
+        self.read += len(by_key) - len(missing)
+        if not missing:
+            return
+        # processes that fill the same store go through it in different orders and skip what another has finished
         order = torch.randperm(len(missing), generator=torch.Generator().manual_seed(os.getpid()))
-        todo = [by_name[missing[i]] for i in order]
-        batches = self.data.batches(self.data.images(todo), False, collate, self.data.workers if todo else 0, dealt=False)
-        bar = track(batches, "storing maps", console=Console(stderr=True), disable=not self.progress or not todo)
-        for count, batch in enumerate(self._timed(bar)):
-            chosen = todo[count * self.data.batch_size :][: len(batch.image)]
-            called = [name_of(sample, self.data.roi) for sample in chosen]
-            names = absent(called)
-            rows = [row for row, name in enumerate(called) if name in names]
-            if rows:
-                self._compute(batch.image[rows], names, maps, images)
-            if count == 0:
-                each = sum(shelf.pending_bytes for shelf in shelves) / max(len(rows), 1)
-                self.store.check(int(each * len(todo)))
-            for shelf in shelves:
-                if len(shelf.pending) >= SHARD_IMAGES or shelf.pending_bytes >= SHARD_BYTES:
-                    shelf.write()
-        for shelf in shelves:
-            shelf.write()
-
-    def _timed(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        rest = iter(batches)
-        while True:
+        missing, size = [missing[i] for i in order], self.data.batch_size
+        rows = self.data.images([by_key[key] for key in missing])
+        batches = iter(self.data.batches(rows, False, collate, self.data.workers, dealt=False))
+        steps = range(0, len(missing), size)
+        for start in track(steps, "storing maps", console=Console(stderr=True), disable=not self.progress):
             with self.charge("decode"):
-                batch = next(rest, None)
-            if batch is None:
-                return
-            yield batch
+                image = next(batches).image
+            made = self._compute(image, missing[start : start + size], maps, images)
+            if start == 0:
+                self.store.check(sum(x.nbytes for kind in made for x in made[kind].values()) * len(missing) // len(image))
+            for kind, tensors in made.items():
+                kind.write(tensors)
 
-    def _compute(self, image: Tensor, names: list[str], maps: list[Shelf], images: Shelf | None) -> None:
-        self.computed += len(names)
-        if maps and any(name not in shelf.found for shelf in maps for name in names):
+    def _compute(self, image: Tensor, keys: list[str], maps: list[Shards], images: list[Shards]) -> dict[Shards, dict[str, Tensor]]:
+        wanted = absent(maps + images, keys)
+        rows = [row for row, key in enumerate(keys) if key in wanted]
+        image, keys, made = image[rows], [keys[row] for row in rows], {}
+        self.computed += len(keys)
+        if absent(maps, keys):
             with self.charge("features"):
-                made = self.features.to(self.device)(image.to(self.device))
-                for shelf, stage in zip(maps, made, strict=True):
-                    for name, map in zip(names, pack_maps(stage, self.store.dtype), strict=True):
-                        if name not in shelf.found:
-                            shelf.add(name, map)
-        for name, one in zip(names, image, strict=True) if images else ():
-            if name not in images.found:
-                images.add(name, pack_image(one, self.store.dtype))
+                stages = self.features.to(self.device)(image.to(self.device))
+                made = {kind: pack_maps(stage, self.store.dtype) for kind, stage in zip(maps, stages, strict=True)}
+        made |= {kind: [pack_image(one, self.store.dtype) for one in image] for kind in images}
+        return {kind: dict(zip(keys, tensors, strict=True)) for kind, tensors in made.items()}
 
 
 class Stored(Dataset):
-    """Batches of samples from the store: `maps` by name per stage, and images by name from `images`, decoded if that is None.
+    """Batches of `rows` from the store: `maps` by key for each stage, and `images` by key, or decoded where there are none.
 
-    A batch that is to bring no images has none: its image is (B, 0, H, W), so that whoever looks at pixels all the same will fail.
+    Without images, a batch has an image of (B, 0, H, W), so that code that looks at pixels fails.
     """
 
-    def __init__(self, rows: Images, maps: list[dict[str, Tensor]], images: dict[str, Tensor] | None, bring_images: bool, side: int):
-        self.rows, self.maps, self.images, self.bring_images, self.side = rows, maps, images, bring_images, side
+    def __init__(self, rows: Images, maps: list[dict[str, Tensor]], images: list[dict[str, Tensor]], with_images: bool):
+        self.rows, self.maps, self.images, self.with_images, self.side = rows, maps, images, with_images, rows.geometry.side
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
     def __getitems__(self, indices: list[int]) -> Batch:
         samples = [self.rows.samples[index] for index in indices]
-        names = [name_of(sample, self.rows.roi) for sample in samples]
-        maps = [unpack_maps([stage[name] for name in names]) for stage in self.maps] or None
-        if self.bring_images and self.images is None:
+        keys = [content_key(sample, self.rows.roi) for sample in samples]
+        maps = [unpack_maps([stage[key] for key in keys]) for stage in self.maps] or None
+        if self.with_images and not self.images:
             return collate(self.rows.__getitems__(indices))._replace(maps=maps)
-        image = torch.empty(len(names), 0, self.side, self.side)
-        if self.images is not None:
-            image = torch.stack([restored(self.images[name]) for name in names])  # (B, 3, H, W)
+        image = torch.empty(len(keys), 0, self.side, self.side)
+        for stored in self.images:
+            image = torch.stack([restored(stored[key]) for key in keys])  # (B, 3, H, W)
         mask = torch.stack(threaded(self.mask, samples))  # (B, H, W)
         label, path = torch.tensor([sample.label for sample in samples]), [sample.key for sample in samples]
         return Batch(image, label, mask, path, maps, ignore_mask_of(mask))
 
     def mask(self, sample: Sample) -> Tensor:
-        """The mask (H, W) uint8 of a sample without its image."""
+        """The mask (H, W) uint8 of a sample, whose image is not decoded."""
         rows = self.rows
         if not (sample.mask or sample.boxes or rows.roi or rows.geometry.resize == "letterbox"):
             return torch.full((self.side, self.side), 0 if sample.label == NORMAL else NO_TRUTH, dtype=torch.uint8)
         load = rows.recent.mask
-        whole = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
-        return mask_to_network(torch.from_numpy(rows.truth_of(sample, whole, load)), rows.geometry)
-
-
-def as_it_is(batch: Batch) -> Batch:
-    return batch
+        size = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
+        return mask_to_network(torch.from_numpy(rows.truth_of(sample, size, load)), rows.geometry)

@@ -1,4 +1,4 @@
-"""A frozen timm backbone that turns images into feature maps, the one feature extractor of every method."""
+"""The frozen timm backbone of every method: images to feature maps."""
 
 import copy
 import hashlib
@@ -18,11 +18,11 @@ from blemish.features.weights import OFFLINE_WAYS, bundled_state, file_state, lo
 
 
 class Features(nn.Module):
-    """The chosen stages of a frozen timm network, with the network's own input normalisation inside.
+    """Stages of a frozen timm network, with the network's own input normalisation.
 
-    `stages` are numbers (stage s has stride 2^(s+1): 1 = 4, 2 = 8, 3 = 16, 4 = 32; timm's own index for networks of one stride) or
-    names of layers as torchvision's feature extraction gives them. `weights` is `pretrained`, `bundled`, `random` (drawn from
-    `seed`), a file, or `checkpoint` when a state dict is loaded afterwards. InputError for an unknown backbone, stage or weights.
+    `stages` are numbers (stage s has stride 2^(s+1); timm's own index for networks of one stride) or names of layers, see torchvision's
+    feature extraction. `weights` is `pretrained`, `bundled`, `random` (drawn from `seed`), a file, or `checkpoint` when a state dict is
+    loaded afterwards. InputError for an unknown backbone, stage or weights.
     """
 
     def __init__(self, backbone: str, stages: Iterable[int | str], weights: str, seed: int):
@@ -45,26 +45,22 @@ class Features(nn.Module):
         self.backbone, self.stages, self.named = backbone, stages, named
         self.net = fold_batchnorm(net, probe).to(memory_format=torch.channels_last)
         with torch.no_grad():
-            maps = self._maps(self.net(probe))
+            maps = as_list(self.net(probe))
         self.channels = [m.shape[1] for m in maps] if named else net.feature_info.channels()
-        # some transformers hand out (B, h, w, C)
+        # some transformers return (B, h, w, C)
         self.channels_at_end = [m.shape[1] != c for m, c in zip(maps, self.channels, strict=True)]
 
-    def _maps(self, out: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
-        return list(out.values()) if self.named else list(out)
-
     def train(self, mode: bool = True) -> "Features":
-        return super().train(False)  # a frozen network: BatchNorm must not drift during fit
+        return super().train(False)  # or BatchNorm would drift during a fit
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
         """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage."""
         x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        maps = self._maps(self.net(x))
-        return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(maps, self.channels_at_end, strict=True)]
+        return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(as_list(self.net(x)), self.channels_at_end, strict=True)]
 
     def digest(self, stage: int | str | None = None) -> str:
-        """16 hex digits that name these weights, or those that a stage depends on: the same whichever other stages there are."""
+        """16 hex digits that identify the weights, or those that one stage depends on, whatever the other stages."""
         state = self.net.state_dict()
         if stage is not None and not self.named:
             with torch.device("meta"):
@@ -78,10 +74,10 @@ class Features(nn.Module):
 
 
 def create(backbone: str, stages: list[int | str], weights: str, seed: int, named: bool) -> nn.Module:
-    """A timm network in eval mode, frozen, cut behind its last wanted stage unless stages are named, and filled with `weights`."""
+    """A frozen timm network in eval mode with its `weights`, cut behind the last stage unless stages are named."""
     if not timm.is_model(backbone):
-        near = ", ".join(timm.list_models(f"*{backbone.split('_')[0]}*")[:8]) or "timm.list_models() shows all"
-        raise InputError(f"backbone={backbone!r} is not a timm model; near by name: {near}")
+        near = ", ".join(timm.list_models(f"*{backbone.split('_')[0]}*")[:8]) or "none, see timm.list_models()"
+        raise InputError(f"backbone={backbone!r} is not a timm model; similar names: {near}")
     options = {} if named else {"features_only": True, "out_indices": stage_indices(backbone, stages)}
     if weights == "pretrained":
         try:
@@ -118,11 +114,11 @@ def stage_indices(backbone: str, stages: list[int]) -> list[int]:
 
 @torch.no_grad()
 def fold_batchnorm(net: nn.Module, probe: Tensor) -> nn.Module:
-    """The network with every BatchNorm that directly follows a convolution folded into it; unchanged where that would alter its output."""
-    folded, made, pairs = copy.deepcopy(net).eval(), {}, []  # copying a traced graph forgets the mode
+    """The network with each BatchNorm folded into the convolution it follows; unchanged where that would alter the output."""
+    folded, made, pairs = copy.deepcopy(net).eval(), {}, []  # a copied graph forgets its mode
 
     def convolved(module, _, output):
-        made[id(output)] = (module, output)  # the tensor is kept so that its id stays its own
+        made[id(output)] = (module, output)  # with the tensor, or its id could be used again
 
     def normalised(module, inputs):
         if id(inputs[0]) in made:
@@ -138,7 +134,9 @@ def fold_batchnorm(net: nn.Module, probe: Tensor) -> nn.Module:
     for conv, norm in pairs:
         folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
         folded.set_submodule(names[norm], nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity())
-    as_list = (lambda out: list(out.values())) if isinstance(expected, dict) else list
-    got = as_list(folded(probe))
-    same = all((a - b).norm() <= 1e-4 * a.norm() for a, b in zip(as_list(expected), got, strict=True))
-    return folded if same else net
+    pairs = zip(as_list(expected), as_list(folded(probe)), strict=True)
+    return folded if all((a - b).norm() <= 1e-4 * a.norm() for a, b in pairs) else net
+
+
+def as_list(out: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
+    return list(out.values() if isinstance(out, dict) else out)
