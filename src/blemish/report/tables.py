@@ -62,7 +62,7 @@ def run_key(row: Mapping) -> tuple[str, ...]:
 def row_of(folder: Path) -> dict | None:
     """The run in a folder as a row; None if it is not finished, or with a warning if its files are damaged."""
     record = read_record(folder)
-    if record and record["status"] != FINISHED:
+    if not (folder / "record.json").exists() or (record and record["status"] != FINISHED):
         return None
     try:
         return row_from(record, json.loads((folder / "metrics.json").read_text(encoding="utf-8")), folder)
