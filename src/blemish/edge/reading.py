@@ -1,4 +1,4 @@
-"""Image files as arrays with all their bits: the one way from a file to pixels, in training as on a device."""
+"""Image files as arrays with all their bits: the only reader, in training as on a device."""
 
 import errno
 import hashlib
@@ -18,58 +18,52 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import InputError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # told by content, whatever the ending
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content, whatever the ending
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SMALLEST = 8  # pixels; no backbone makes a map of less
 LARGEST = 2**30  # pixels; a radiograph of 20,000 × 12,000 has a quarter of it
 FREE, DENSEST = 2**24, 2**14  # pixels that any file may have, and those for each of its bytes: deflate packs 8256 of one bit
 PHOTOMETRIC = (0, 1, 2)  # of deep TIFFs: grey from white to black, grey from black to white, RGB
 SIGNED = (np.int16, np.int32, np.float32)
 PAGES = 100  # of a TIFF that are looked at: in a damaged one they may follow one another in a circle
-NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 SOFTWARE = "blemish"  # of the PNG's tEXt entry `Software`: the picture is a result, not a photograph
 RESULT = b"tEXtSoftware\0" + SOFTWARE.encode()
 
 log = logging.getLogger(__name__)
 
 Image.init()  # all its formats are known before the first file, which threads may open together
-# Pillow's own limit, 179 million pixels, would refuse large radiographs
-Image.MAX_IMAGE_PIXELS = LARGEST
-# damaged metadata (EXIF, TIFF tags) of a sound image is no news to the user
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by `_open`
-for decoder in ("tifffile", "PIL.TiffImagePlugin"):  # what they say of a damaged file, `read` says with the path
+Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow refuses twice as many; its own limit refuses large radiographs
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of more than half
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF or tags of a sound image
+for decoder in ("tifffile", "PIL.TiffImagePlugin"):  # what they log of a damaged file, `read` raises with the path
     logging.getLogger(decoder).setLevel(logging.CRITICAL)
 
 
 def is_result(path: Path) -> bool:
     """Whether a file is a PNG that blemish wrote as a result, wherever it was moved to; its first bytes tell."""
-    with suppress(OSError), open(path, "rb", opener=opened) as file:
+    with suppress(OSError), open(path, "rb", opener=_open_now) as file:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and RESULT in file.read(128)
     return False
 
 
-def opened(name: str, flags: int) -> int:
+def _open_now(name: str, flags: int) -> int:
     """Open a file without waiting for a pipe."""
-    return os.open(name, flags | NO_WAITING)
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def find_images(folder: Path, results: bool = False) -> list[Path]:
     """Every image file under a folder at any depth, sorted; hidden files and folders are left out, links followed once.
 
-    Pictures that blemish wrote as results are left out with a warning, but for `results`, where masks are looked for.
+    Pictures that blemish wrote as results are left out with a warning, unless `results` are wanted, as where masks are looked for.
     """
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link back to a folder already walked
-            folders.clear()
-            continue
+        # a link back to a folder already walked ends there
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and name[0] != "." and real not in seen]
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-    if results:
-        return sorted(found)
-    images = sorted(path for path in found if not is_result(path))
+    images = sorted(found if results else (path for path in found if not is_result(path)))
     if len(images) < len(found):
         log.warning("%s: %d pictures there were written by blemish, and are left out", folder, len(found) - len(images))
     return images
@@ -80,33 +74,22 @@ def read(path: str | Path, digest: str = "", labels: bool = False) -> np.ndarray
 
     Alpha is dropped, palettes are expanded, EXIF orientation is applied, one bit becomes 0 and 255, 32-bit integers become
     float32. InputError names the path of a file that is missing, empty, damaged, cut short, of several pages, not finite, or
-    has a side below 8 pixels, or whose content is no longer what `file_digest` once gave.
-    `labels`: alpha stays, as the last of two or four channels, and a palette's colours become numbers of classes, int32, see `_numbers`.
+    has a side below 8 pixels, or whose content no longer has the `digest` that `file_digest` once gave.
+    `labels`: alpha stays, as the last of two or four channels, and a palette's colours become class numbers, int32, see `_classes`.
     """
     path = Path(path)
     try:
         data = content(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected an image file") from error
-    if not data:
-        raise InputError(f"{path}: the file is empty; expected an image")
-    if digest and (found := digest_of(data)) != digest:
-        raise InputError(f"{path}: changed while it was in use (digest {found}, before {digest}); run again")
     try:
-        array = _decode(data, labels)
+        return _array_of(data, digest, labels)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image of a known kind; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise whatever they like on a damaged file
-        raise InputError(f"{path}: damaged or cut short ({error}); expected a whole image") from error
-    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), *[(2,), (4,)] * labels):
-        raise InputError(f"{path}: an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
-    if min(array.shape[:2]) < SMALLEST:
-        raise InputError(f"{path}: {array.shape[1]}×{array.shape[0]} pixels; expected at least {SMALLEST}×{SMALLEST}")
-    if array.dtype == np.float32 and not np.isfinite(array).all():
-        raise InputError(f"{path}: {np.count_nonzero(~np.isfinite(array))} values are NaN or infinite; expected finite values")
-    return array
+        raise InputError(f"{path}: damaged or cut short ({error}); expected a complete image") from error
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
@@ -114,20 +97,22 @@ def size_of(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(4)
-        if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            is_tiff = file.read(4) in TIFF_HEADS
+        if is_tiff:
             import tifffile
 
             with tifffile.TiffFile(path) as tiff:
                 page = next(page for page in islice(tiff.pages, PAGES) if not page.is_reduced)
-                width, height, turned = page.imagewidth, page.imagelength, page.tags.valueof(274, 1)
+                size, orientation = (page.imagewidth, page.imagelength), page.tags.valueof(274, 1)
         else:
             with Image.open(path, formats=FORMATS) as image:
-                (width, height), turned = image.size, _orientation(image, path)
-    except Exception:  # the reader reports what is wrong with a file
-        height, width = read(path).shape[:2]
-        return width, height
-    return (height, width) if turned in (5, 6, 7, 8) else (width, height)
+                size, orientation = image.size, 1
+                # of a PNG, Pillow would decode all pixels to look for EXIF behind them
+                if image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys() or b"eXIf" in path.read_bytes():
+                    orientation = image.getexif().get(274, 1)
+    except Exception:  # `read` raises what is wrong with a file
+        size, orientation = read(path).shape[1::-1], 1
+    return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
 def dtype_of(path: str | Path) -> str:
@@ -142,7 +127,7 @@ def dtype_of(path: str | Path) -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """16 hex digits that a file is known by."""
+    """16 hex digits that stand for a file's content."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -153,48 +138,59 @@ def file_digest(path: Path) -> str:
 
 def content(path: Path) -> bytes:
     """The bytes of a file; OSError also for a pipe or a device, which `open` would wait for."""
-    with open(path, "rb", buffering=0, opener=opened) as file:
+    with open(path, "rb", buffering=0, opener=_open_now) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
         return file.readall()
 
 
-def _decode(data: bytes, labels: bool = False) -> np.ndarray:
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _decode_tiff(data, labels)
+def _array_of(data: bytes, digest: str, labels: bool) -> np.ndarray:
+    if not data:
+        raise InputError("the file is empty; expected an image")
+    if digest and (found := digest_of(data)) != digest:
+        raise InputError(f"changed while it was in use (digest {found}, before {digest}); run again")
+    array = _decode_tiff(data, labels) if data[:4] in TIFF_HEADS else _decode(data, labels)
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), *[(2,), (4,)] * labels):
+        raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+    if min(array.shape[:2]) < SMALLEST:
+        raise InputError(f"{array.shape[1]}×{array.shape[0]} pixels; expected at least {SMALLEST}×{SMALLEST}")
+    if array.dtype == np.float32 and not np.isfinite(array).all():
+        raise InputError(f"{np.count_nonzero(~np.isfinite(array))} values are NaN or infinite; expected finite values")
+    return array
+
+
+def _decode(data: bytes, labels: bool) -> np.ndarray:
     with _open(data) as image:
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photograph and its previews
-            raise InputError(f"holds {image.n_frames} frames; expected one image a file")
+            raise InputError(f"{image.n_frames} frames; expected one image a file")
         if image.format == "PNG" and data[24] == 16 and image.mode != "I;16":
             return _colour_png16(data, labels)
-        if image.format == "PPM" and image.mode == "RGB" and _ppm_maximum(data) > 255:
-            raise InputError("a colour PPM of 16 bits would lose half of them; expected PNG or TIFF")
-        sixteen = image.format == "PPM" and image.mode == "I"  # Pillow holds values stretched to 0..65535 in 32 bits
+        if image.format == "PPM" and image.mode == "RGB":
+            header = b" ".join(line.split(b"#")[0] for line in data[:4096].split(b"\n"))
+            if int(header.split()[3]) > 255:
+                raise InputError("a colour PPM of 16 bits would lose half of them; expected PNG or TIFF")
+        is_deep = image.format == "PPM" and image.mode == "I"  # Pillow holds values stretched to 0..65535 in 32 bits
         array = _pillow(image, labels)
-        return array.astype(np.uint16) if sixteen else array
+        return array.astype(np.uint16) if is_deep else array
 
 
 def _open(data: bytes) -> Image.Image:
-    too_many = InputError(f"more than {LARGEST} pixels; expected at most that, cut it into tiles")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise too_many from None
-    if image.width * image.height > LARGEST:  # up to twice as many Pillow merely warns
-        image.close()
-        raise too_many
+    except Image.DecompressionBombError:
+        raise InputError(f"more than {LARGEST} pixels; expected at most that, cut it into tiles") from None
     if image.format != "WEBP" and not (image.format == "TIFF" and image.mode == "1"):  # a blank one of these takes next to nothing
-        _possible(image.width, image.height, data)
+        _check_possible(image.width, image.height, data)
     return image
 
 
-def _possible(width: int, height: int, data: bytes) -> None:
+def _check_possible(width: int, height: int, data: bytes) -> None:
     """InputError for a size that so few bytes cannot hold: a decoder would first take the memory and then see the end of the file."""
     if width * height > FREE + DENSEST * len(data):
-        raise InputError(f"{width}×{height} pixels in {len(data)} bytes, which cannot hold them; expected a whole image")
+        raise InputError(f"{width}×{height} pixels in {len(data)} bytes, which cannot hold them; expected a complete image")
 
 
-def _pillow(image: Image.Image, labels: bool = False) -> np.ndarray:
+def _pillow(image: Image.Image, labels: bool) -> np.ndarray:
     _load_upright(image)
     mode = image.mode
     if mode.startswith("I;16"):
@@ -204,7 +200,7 @@ def _pillow(image: Image.Image, labels: bool = False) -> np.ndarray:
     if labels and image.has_transparency_data:
         return np.array((image.convert("LA") if mode == "La" else image).convert("RGBA"))
     if labels and mode == "P":
-        return _numbers(image)
+        return _classes(image)
     if mode in ("1", "LA", "La"):
         return np.array(image.convert("L"))
     if mode in ("P", "PA"):
@@ -212,8 +208,14 @@ def _pillow(image: Image.Image, labels: bool = False) -> np.ndarray:
     return _copied(image if mode in ("L", "RGB") else image.convert("RGB"))
 
 
-def _numbers(image: Image.Image) -> np.ndarray:
-    """The numbers (H, W) int32 of an image with a palette, 0 being the background.
+def _load_upright(image: Image.Image) -> None:
+    image.load()  # first, as a PNG may hold EXIF behind its pixels
+    with suppress(SyntaxError):  # invalid EXIF in a valid image
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _classes(image: Image.Image) -> np.ndarray:
+    """The class numbers (H, W) int32 of an image with a palette, 0 being the background.
 
     Its levels, uint8, where the palette merely encodes an image on black: grey ones, or black not the first of its colours.
     """
@@ -229,7 +231,7 @@ def _numbers(image: Image.Image) -> np.ndarray:
 
 
 def _copied(image: Image.Image) -> np.ndarray:
-    """np.array(image) of an L or RGB image, by bands of rows: Pillow's own way makes a third copy of all pixels in between."""
+    """np.array(image) of an L or RGB image, by bands of rows: in one piece it takes a third copy of all pixels in between."""
     width, height = image.size
     array, step = np.empty((height, width, 3) if image.mode == "RGB" else (height, width), np.uint8), max(1, 2**24 // width)
     for row in range(0, height, step):
@@ -237,8 +239,8 @@ def _copied(image: Image.Image) -> np.ndarray:
     return array
 
 
-def _colour_png16(data: bytes, labels: bool = False) -> np.ndarray:
-    """PNG of 16 bits with colour or alpha, of which Pillow keeps one byte a value: read the high bytes, then the low ones.
+def _colour_png16(data: bytes, labels: bool) -> np.ndarray:
+    """A 16-bit PNG with colour or alpha, of which Pillow keeps one byte a value: read the high bytes, then the low ones.
 
     (torchvision reads all 16 bits but has ended the whole process on a damaged file.)
     """
@@ -257,18 +259,7 @@ def _colour_png16(data: bytes, labels: bool = False) -> np.ndarray:
         return high << 8 | _pillow(image, labels)
 
 
-def _load_upright(image: Image.Image) -> None:
-    image.load()  # before the question for EXIF, which a PNG may hold behind its pixels
-    with suppress(SyntaxError):  # invalid EXIF in a valid image
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _ppm_maximum(data: bytes) -> int:
-    header = b" ".join(line.split(b"#")[0] for line in data[:4096].split(b"\n"))
-    return int(header.split()[3])
-
-
-def _decode_tiff(data: bytes, labels: bool = False) -> np.ndarray:
+def _decode_tiff(data: bytes, labels: bool) -> np.ndarray:
     """Eight bits by Pillow, which knows all colour spaces and compressions; more bits by tifffile, which keeps them."""
     try:
         import tifffile
@@ -276,26 +267,27 @@ def _decode_tiff(data: bytes, labels: bool = False) -> np.ndarray:
         raise InputError("a TIFF is read with tifffile, which is not here (pip install tifffile); or hand over an array") from None
     with tifffile.TiffFile(BytesIO(data)) as tiff:
         pages = [page for page in islice(tiff.pages, PAGES) if not page.is_reduced]  # thumbnails are not pages
-        if len(pages) != 1:
-            raise InputError(f"a TIFF of {len(pages)} pages{' or more' * (len(pages) == PAGES)}; expected one image a file")
+        if len(pages) != 1 or pages[0].imagedepth != 1:
+            layers = pages[0].imagedepth if len(pages) == 1 else len(pages)
+            raise InputError(f"a TIFF of {layers} pages; expected one image a file")
         page = pages[0]
         if page.imagewidth * page.imagelength > LARGEST:
             raise InputError(f"{page.imagewidth}×{page.imagelength} pixels; expected at most {LARGEST}, cut it into tiles")
-        if page.imagedepth != 1:
-            raise InputError(f"a TIFF of {page.imagedepth} layers; expected one image a file")
         if page.dtype in (np.uint8, bool):
             with _open(data) as image:
                 return _pillow(image, labels)
-        _possible(page.imagewidth, page.imagelength, data)
+        _check_possible(page.imagewidth, page.imagelength, data)
         return _deep_tiff(page, data, labels)
 
 
-def _deep_tiff(page: Any, data: bytes, labels: bool = False) -> np.ndarray:
+def _deep_tiff(page: Any, data: bytes, labels: bool) -> np.ndarray:
     if 0 in page.databytecounts:
-        raise InputError("parts without content; expected a whole image")  # they would come out black
-    if page.photometric not in PHOTOMETRIC or page.samplesperpixel > 4:
+        raise InputError("parts without content; expected a complete image")  # they would come out black
+    if page.photometric not in PHOTOMETRIC or page.samplesperpixel > 4 or page.dtype.kind == "c":
         kind = getattr(page.photometric, "name", page.photometric)
-        raise InputError(f"a TIFF of {page.samplesperpixel} {page.dtype} values a pixel that mean {kind}; expected grey or RGB")
+        raise InputError(
+            f"a TIFF of {page.samplesperpixel} {page.dtype} values a pixel that mean {kind}; expected real values, grey or RGB"
+        )
     orientation = page.tags.valueof(274, 1)
     try:
         array = page.asarray()
@@ -308,46 +300,20 @@ def _deep_tiff(page: Any, data: bytes, labels: bool = False) -> np.ndarray:
             raise InputError(f"a TIFF of {kind}, needs imagecodecs (pip install imagecodecs); or save it by deflate") from None
         with _open(data) as image:
             array, orientation = np.array(image), 1  # turned upright by Pillow
-    if array.dtype.kind == "c":
-        raise InputError("complex values; expected real ones")
     if array.ndim == 3 and page.planarconfig == 2:
         array = np.moveaxis(array, 0, -1)
     alpha = labels and array.ndim == 3 and array.shape[2] in (2, 4) and any(kind in (1, 2) for kind in page.extrasamples)
     if array.ndim == 3 and not alpha:
-        array = array[..., :3] if array.shape[2] >= 3 else array[..., 0]  # without alpha
+        array = array[..., :3] if array.shape[2] >= 3 else array[..., 0]
     if array.dtype.kind == "u" and page.photometric == 0:
         array = np.asarray(2**page.bitspersample - 1, array.dtype) - array
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, which `read` refuses
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, which is refused later
         array = array.astype(np.uint16 if array.dtype == np.uint16 else np.float32)
     return np.ascontiguousarray(_upright(array, orientation))
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo the eight orientations of the TIFF tag 274: the names are of the image's first row and first column."""
-    turned = {
-        2: lambda a: a[:, ::-1],
-        3: lambda a: a[::-1, ::-1],
-        4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-        8: lambda a: np.rot90(a),
-    }
-    return turned.get(orientation, lambda a: a)(array)
-
-
-def _orientation(image: Image.Image, path: Path) -> int:
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels
-    if image.format == "PNG" and not (_has_chunk(path, b"eXIf") or "exif" in image.info or "Raw profile type exif" in image.info):
-        return 1
-    return image.getexif().get(274, 1)
-
-
-def _has_chunk(path: Path, name: bytes) -> bool:
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            if head[4:] == name:
-                return True
-            file.seek(int.from_bytes(head[:4]) + 4, 1)
-    return False
+    """Undo one of the eight orientations of the TIFF tag 274."""
+    array = array.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else array
+    rows, columns = -1 if orientation in (3, 4, 7, 8) else 1, -1 if orientation in (2, 3, 6, 7) else 1
+    return array[::rows, ::columns]
