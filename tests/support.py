@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from blemish.detector import OnePassDetector, TrainedDetector
 from blemish.run.config import composed
+from blemish.run.train import expected_warnings
 from blemish.types import NORMAL, Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -112,7 +113,8 @@ def trained_by_lightning(
     """The method in eval mode after a training on batches of `size`, and its trainer."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, log_every_n_steps=1, **quiet, **options)
-    trainer.fit(model, DataLoader(list(pictures), batch_size=size, collate_fn=lambda rows: batch(torch.stack(rows))))
+    with expected_warnings():
+        trainer.fit(model, DataLoader(list(pictures), batch_size=size, collate_fn=lambda rows: batch(torch.stack(rows))))
     return model.eval(), trainer
 
 

@@ -77,8 +77,8 @@ def test_correspondences_are_the_distances_of_the_concatenation(grids, tile, mon
 def test_levels_hold_every_cell(grids):
     finest, middle, coarsest = levels(grids)
     assert finest.at.tolist() == list(range(grids[0][0] * grids[0][1]))
-    assert set(finest.children.flatten().tolist()) == set(range(len(finest.at)))
-    assert set(middle.children.flatten().tolist()) == set(range(len(middle.at)))
+    assert set(middle.children.flatten().tolist()) == set(range(len(finest.at)))
+    assert set(coarsest.children.flatten().tolist()) == set(range(len(middle.at)))
     assert coarsest.at.tolist() == list(range(6 if len(coarsest.at) == 6 else 4))
 
 

@@ -1,15 +1,16 @@
 """CFlow: the likelihood of every feature vector given its place, by normalising flows (Gudovskiy et al. 2021, arXiv 2107.12571)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import Maps, TrainedDetector
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, POSITIVE, Maps, Stages, TrainedDetector
+from blemish.edge.checks import check_whole
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
@@ -34,8 +35,8 @@ class CFlow(TrainedDetector):
     """Anomaly = −log of the likelihoods of a position's feature vectors, summed over the stages.
 
     Each stage has a flow of `blocks` couplings, clamped at `clamp`, whose condition is a sinusoidal encoding of the position in `condition`
-    numbers. A step of the optimiser takes `fibres` vectors of one stage, of all positions and images of a batch in random order, and a
-    batch takes as many steps as that needs. The score is the map's maximum.
+    numbers. The vectors of a stage, from all positions and images of a batch in random order, are split into groups of `fibres`, and each
+    group is one step of the optimiser. The score is the map's maximum.
     """
 
     quick = ("trainer.max_epochs=4", "model.learning_rate=0.002", "model.blocks=4")
@@ -44,7 +45,7 @@ class CFlow(TrainedDetector):
     def __init__(
         self,
         backbone: str,
-        stages: Sequence[int | str],
+        stages: Stages,
         weights: str,
         blocks: int,
         condition: int,
@@ -55,11 +56,9 @@ class CFlow(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_whole("model", 1, blocks=blocks, fibres=fibres)
-        check_whole("model", 4, condition=condition)
+        self.check_arguments(blocks=COUNT, fibres=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=partial(check_whole, "model", 4))
         if condition % 4:
             raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
-        check_number("model", "(0, inf)", clamp=clamp, learning_rate=learning_rate)
         self.backbone = Features(backbone, stages, weights, seed)
         with seeded(seed):
             self.flows = nn.ModuleList(ConditionalFlow(channels, condition, blocks, clamp) for channels in self.backbone.channels)
@@ -68,7 +67,7 @@ class CFlow(TrainedDetector):
         self.queue: list[FibreBatch] = []  # of the current batch, last first
 
     def loss(self, batch: Batch) -> Tensor:
-        """That of the fibre batch whose turn it is; when none is left, the batch's maps make new ones."""
+        """The loss of the next fibre batch; when none is left, new ones are made from the batch's maps."""
         if not self.queue:
             self.queue = list(self.fibre_batches(self.maps(batch)))[::-1]
         stage, x, places, grid = self.queue.pop()
@@ -77,12 +76,12 @@ class CFlow(TrainedDetector):
         return -F.logsigmoid(likelihood / x.shape[-1]).mean()
 
     def fibre_batches(self, maps: Maps) -> Iterator[FibreBatch]:
-        """Of `fibres` vectors or more where there are as many; every position of every image once."""
+        """Batches of at least `fibres` vectors, where there are so many, with every position of every image once."""
         generator = self.generator()
         for stage, map in enumerate(maps):
             rows, grid = self.rows(map).flatten(0, 1), self.encodings(map)  # (B·P, C)
             order = torch.randperm(len(rows), generator=generator, device=rows.device)
-            # the official code leaves out what does not fill a batch; here it is spread over the others
+            # the official code drops an incomplete last batch; here its vectors are spread over the others
             for drawn in order.tensor_split(max(1, int(self.summed(len(rows))) // self.fibres)):
                 yield FibreBatch(stage, rows[drawn], drawn % map[0, 0].numel(), grid)
 
@@ -94,7 +93,7 @@ class CFlow(TrainedDetector):
         return columns, rows
 
     def condition_at(self, stage: int, places: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
-        """What a stage's flow takes of places (n,), see `FibreBatch`."""
+        """The projected condition of a stage's flow at places (n,), see `FibreBatch`."""
         width = len(grid[0])
         return self.flows[stage].project(*grid, places % width, places // width)
 
@@ -102,17 +101,13 @@ class CFlow(TrainedDetector):
         if self.trainer.accumulate_grad_batches != 1:
             raise InputError(f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: CFlow steps within a batch; use 1")
         optimizer = torch.optim.Adam(self.flows.parameters(), self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule(self.trainer.estimated_stepping_batches))
+        batches = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: learning_rate_factor(batch / batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    @staticmethod
-    def schedule(batches: float) -> Callable[[int], float]:
-        """The factor of the learning rate at a batch, of so many in the whole training."""
-        return lambda batch: learning_rate_factor(batch / batches)
-
     def optimizer_step(self, epoch: int, index: int, optimizer: torch.optim.Optimizer, closure: Callable) -> None:
-        with self.apart():  # a step is of one stage's flow
-            optimizer.step(closure)  # its closure takes the loss, and with it the first fibre batch
+        with self.apart():  # each step changes one stage's flow
+            optimizer.step(closure)  # the closure computes the loss, which makes the fibre batches
             while self.queue:
                 optimizer.step(closure)
 
@@ -121,39 +116,36 @@ class CFlow(TrainedDetector):
 
     def likelihood(self, maps: Maps) -> list[Tensor]:
         """Log-likelihood of every position divided by the number of dimensions, (B, h, w) per stage."""
-        found = []
+        likelihoods = []
         for stage, map in enumerate(maps):
             rows, grid = self.rows(map), self.encodings(map)  # (B, P, C)
-            # a graph takes all rows at once, as its batch size is free
+            # an exported graph takes all rows at once, as its batch size is free
             step = rows.shape[1] if torch.compiler.is_exporting() else max(1, ROWS // len(map))
             places = torch.arange(rows.shape[1], device=map.device).split(step)
             parts = zip(rows.split(step, dim=1), places, strict=True)
             logs = [log_likelihood(*self.flows[stage](x, self.condition_at(stage, at, grid))) for x, at in parts]  # (B, p) each
-            found.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
-        return found
+            likelihoods.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
+        return likelihoods
 
     def after_training(self, batches: Iterable[Batch]) -> None:
         peaks = [torch.stack([logs.amax() for logs in self.likelihood(self.maps(batch))]) for batch in batches]  # (S,) each
         # the official code subtracts the test images' maximum, which no image may depend on here
         self.highest = torch.stack(peaks).amax(0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.highest, torch.distributed.ReduceOp.MAX)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        relative = [
-            (logs - top).exp() for logs, top in zip(self.likelihood(maps), self.highest, strict=True)
-        ]  # 1: the likeliest in training
+        # 1: the likeliest in training
+        relative = [(logs - top).exp() for logs, top in zip(self.likelihood(maps), self.highest, strict=True)]
         # with half-pixel centres, where the official code aligns corners
         normal = sum(smooth_upsample(stage, size, 0.0) for stage in relative)  # (B, H, W)
-        # the official map is the maximum of all sums less the sum: the same order, but float32 would not tell small sums apart
+        # the official map is the maximum of all sums minus the sum: the same order, but float32 could not distinguish small sums
         map = -normal.clamp_min(torch.finfo(torch.float32).tiny).log()  # (B, H, W)
         return Prediction(map.amax((1, 2)), map)
 
 
 def learning_rate_factor(progress: float) -> float:
-    """The factor of the learning rate at a share of the training in [0, 1], as the official code has it.
+    """The factor of the learning rate at a share of the training in [0, 1], as in the official code.
 
-    A cosine from 1 to 10⁻³ in META_EPOCHS steps; in the first WARM_UP of them a straight line from 1/10 to where the cosine then is.
+    A cosine from 1 to 10⁻³ in META_EPOCHS steps; in the first WARM_UP of them a straight line from 1/10 to the cosine's value there.
     """
 
     def cosine(epoch: float) -> float:

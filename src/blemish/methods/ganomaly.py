@@ -1,13 +1,14 @@
 """GANomaly: an encoder-decoder-encoder trained against a discriminator (Akcay, Atapour-Abarghouei, Breckon 2018, arXiv 1805.06725)."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import TrainedDetector
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector
+from blemish.edge.checks import check_number
 from blemish.ops.conv import check_side, input_side
 from blemish.ops.rng import seeded, stream
 from blemish.types import Batch, Prediction
@@ -19,8 +20,8 @@ class GANomaly(TrainedDetector):
     """Anomaly = mean squared difference of an image's code z and the code ẑ of its reconstruction x̂.
 
     Generator: `w_adv`·‖f(x) − f(x̂)‖² + `w_con`·|x − x̂| + `w_enc`·‖z − ẑ‖² (paper, eq. 1 to 4, each a mean over all values), f the last
-    features of the discriminator, which learns by cross-entropy. The networks are DCGAN's: `channels` after the first halving, twice as
-    many after every other up to `max_channels`. `clip` bounds the norm of each network's gradient.
+    features of the discriminator, which is trained by cross-entropy. The networks are DCGAN's: `channels` after the first halving, twice as
+    many after each further one up to `max_channels`. `clip` bounds the norm of each network's gradient.
     """
 
     quick = ("trainer.max_epochs=30", "model.channels=8")
@@ -44,11 +45,9 @@ class GANomaly(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        check_whole("model", 1, latent=latent, channels=channels, max_channels=max_channels)
-        check_number("model", "[0, inf)", w_adv=w_adv, w_con=w_con, w_enc=w_enc)
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
-        check_number("model", "[0, 1)", beta1=beta1)
-        check_number("model", "(0, inf)", also=(None,), clip=clip)
+        self.check_arguments(latent=COUNT, channels=COUNT, max_channels=COUNT, w_adv=NOT_NEGATIVE, w_con=NOT_NEGATIVE, w_enc=NOT_NEGATIVE)
+        clips = partial(check_number, "model", "(0, inf)", also=(None,))
+        self.check_arguments(learning_rate=POSITIVE, beta1=partial(check_number, "model", "[0, 1)"), clip=clips)
         self.w_adv, self.w_con, self.w_enc, self.clip = w_adv, w_con, w_enc, clip
         self.side = input_side(image_size, crop)
         widths, grid = pyramid(self.side, channels, max_channels)
@@ -60,7 +59,8 @@ class GANomaly(TrainedDetector):
     def generate(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Image and reconstruction (B, 3, H, W) in [−1, 1], their codes (B, d)."""
         x = self.scaled(image)
-        return x, *self.networks["generator"](x)
+        code, fake = self.networks["generator"](x)
+        return x, fake, code.flatten(1), self.networks["generator"].again(fake).flatten(1)
 
     def scaled(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [−1, 1]."""
@@ -68,7 +68,7 @@ class GANomaly(TrainedDetector):
         return (2 * image - 1).contiguous(memory_format=torch.channels_last)
 
     def reconstruct(self, image: Tensor) -> Tensor:
-        """What the generator makes of images (B, 3, H, W), in [0, 1]."""
+        """The generator's reconstruction of images (B, 3, H, W), in [0, 1]."""
         return (self.generate(image)[1] + 1) / 2
 
     def forward(self, image: Tensor) -> Prediction:
@@ -81,12 +81,12 @@ class GANomaly(TrainedDetector):
         """The generator's loss, with the discriminator's weights as they are."""
         x, fake, code, again = self.generate(batch.image)
         discriminator = self.networks["discriminator"]
-        return self.adversarial_loss(discriminator(x)[1].detach(), discriminator(fake)[1]) + self.drawing_loss(x, fake, code, again)
+        return self.adversarial_loss(discriminator(x)[1].detach(), discriminator(fake)[1]) + self.content_loss(x, fake, code, again)
 
     def adversarial_loss(self, real_features: Tensor, fake_features: Tensor) -> Tensor:
         return self.w_adv * F.mse_loss(fake_features.float(), real_features.float())
 
-    def drawing_loss(self, x: Tensor, fake: Tensor, code: Tensor, again: Tensor) -> Tensor:
+    def content_loss(self, x: Tensor, fake: Tensor, code: Tensor, again: Tensor) -> Tensor:
         return self.w_con * F.l1_loss(fake.float(), x) + self.w_enc * F.mse_loss(again.float(), code.float())
 
     def training_step(self, batch: Batch, index: int) -> None:
@@ -103,24 +103,24 @@ class GANomaly(TrainedDetector):
             logits, real_features = discriminator(x)
             real_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
             self.manual_backward(real_loss)
-            code, fake = generator.draw(x)
-            its_code, its_fake = (drawn.detach().requires_grad_() for drawn in (code, fake))
-            logits, fake_features = discriminator(its_fake)
+            code, fake = generator(x)
+            leaf_code, leaf_fake = (output.detach().requires_grad_() for output in (code, fake))
+            logits, fake_features = discriminator(leaf_fake)
             fake_loss = 0.5 * share * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
             self.manual_backward(fake_loss, inputs=list(discriminator.parameters()), retain_graph=True)
             adversarial = self.adversarial_loss(real_features.detach(), fake_features)
-            self.manual_backward(share * adversarial, inputs=[its_fake])
-            drawing = self.drawing_loss(x, its_fake, its_code, generator.again(its_fake))
-            self.manual_backward(share * drawing)
-            self.watch((adversarial + drawing).detach(), batch)
-            torch.autograd.backward([code, fake], [its_code.grad, its_fake.grad])
+            self.manual_backward(share * adversarial, inputs=[leaf_fake])
+            content = self.content_loss(x, leaf_fake, leaf_code, generator.again(leaf_fake))
+            self.manual_backward(share * content)
+            self.watch((adversarial + content).detach(), batch)
+            torch.autograd.backward([code, fake], [leaf_code.grad, leaf_fake.grad])
         self.average(self.networks.parameters())
         for optimizer in optimizers:
             if self.clip is not None:
                 self.clip_gradients(optimizer, self.clip, "norm")
             optimizer.step()
-        if self.summed(float((real_loss + fake_loss).detach())) < COLLAPSED * self.trainer.world_size:
-            # alike in every process
+        if self.summed(float((real_loss + fake_loss).detach())) < COLLAPSED * self.processes:
+            # the same in every process
             draw_weights(discriminator, stream(self.hparams.seed, self.trainer.fit_loop.total_batch_idx, 0, device=self.device))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -129,33 +129,25 @@ class GANomaly(TrainedDetector):
 
 
 class Generator(nn.Module):
-    """x (B, 3, H, W) → reconstruction x̂ in [−1, 1], code z of x and code ẑ of x̂, (B, d) each."""
+    """x (B, 3, H, W) → code z (B, d, 1, 1) and reconstruction x̂ in [−1, 1]; `again` encodes x̂."""
 
     def __init__(self, widths: list[int], grid: int, latent: int):
         super().__init__()
         self.encoder = nn.Sequential(*halvings(widths), nn.Conv2d(widths[-1], latent, grid, bias=False))
-        self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(latent, widths[-1], grid, bias=False),
-            nn.BatchNorm2d(widths[-1]),
-            nn.ReLU(inplace=True),
-            *doublings(widths[::-1]),
-            nn.ConvTranspose2d(widths[0], 3, 4, 2, 1, bias=False),
-            nn.Tanh(),
-        )
+        opening = nn.ConvTranspose2d(latent, widths[-1], grid, bias=False), nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)
+        doublings = []
+        for before, after in pairwise(widths[::-1]):
+            doublings += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        self.decoder = nn.Sequential(*opening, *doublings, nn.ConvTranspose2d(widths[0], 3, 4, 2, 1, bias=False), nn.Tanh())
         self.again = nn.Sequential(*halvings(widths), nn.Conv2d(widths[-1], latent, grid, bias=False))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        code, fake = self.draw(x)
-        return fake, code.flatten(1), self.again(fake).flatten(1)
-
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Code (B, d, 1, 1) and reconstruction."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         code = self.encoder(x)
         return code, self.decoder(code)
 
 
 class Discriminator(nn.Module):
-    """x (B, 3, H, W) → logit (B,) of being an image, and the features (B, C, h, w) it is told by."""
+    """x (B, 3, H, W) → logit (B,) of being an image, and the features (B, C, h, w) it is computed from."""
 
     def __init__(self, widths: list[int], grid: int):
         super().__init__()
@@ -169,8 +161,7 @@ class Discriminator(nn.Module):
 
 def pyramid(side: int, channels: int, most: int) -> tuple[list[int], int]:
     """Channels after every halving, and the side of the last grid: 4, or the odd number that a side of 48, 80, … px ends with."""
-    widths = [channels]
-    grid = side // 2
+    widths, grid = [channels], side // 2
     while grid > 4 and grid % 2 == 0:
         # the authors, at 32 px, end with 4·channels; doubling on would end with 2048 at 256 px: 180 million weights
         widths.append(min(2 * widths[-1], most))
@@ -183,14 +174,6 @@ def halvings(widths: list[int]) -> list[nn.Module]:
     parts = [nn.Conv2d(3, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
     for before, after in pairwise(widths):
         parts += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
-    return parts
-
-
-def doublings(widths: list[int]) -> list[nn.Module]:
-    """DCGAN's decoder from the first grid up to half the image's side."""
-    parts = []
-    for before, after in pairwise(widths):
-        parts += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
     return parts
 
 

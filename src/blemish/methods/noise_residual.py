@@ -3,14 +3,15 @@
 import importlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from blemish.detector import Detector
-from blemish.edge.checks import check_choice, check_number, check_stages, check_whole
+from blemish.detector import COUNT, POSITIVE, Detector
+from blemish.edge.checks import check_stages, check_whole
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.noise import background, patches
@@ -21,12 +22,12 @@ from blemish.types import Prediction
 
 
 class NoiseResidual(Detector):
-    """Remove from an image what its own patches explain, and test what is left against Gaussian noise at every pixel and scale.
+    """Subtract from an image what its own patches explain, and test the residual against Gaussian noise at every pixel and scale.
 
     The score is −min log10 NFA and the map −log10 NFA; `detect` gives the components of NFA ≤ `epsilon`, of which noise alone has no more
-    than `epsilon` on average, with nothing to train. `residual_of` is the folder of a trained reconstruction method's run: image minus
-    reconstruction then takes the place of the patch model. `mode: measured` measures the tails of the discs' means too, which keeps the
-    bound on textures and costs strength; `mode: reference` repeats the authors' program, its known slips included.
+    than `epsilon` on average, without any training. `residual_of` is the run folder of a trained reconstruction method: image minus
+    reconstruction then replaces the patch model's residual. `mode: measured` measures the tails of the discs' means too, which keeps the
+    bound on textures at the cost of power; `mode: reference` repeats the authors' program, including its known mistakes.
     """
 
     decides_by_map = True
@@ -60,17 +61,12 @@ class NoiseResidual(Detector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_choice("model", ("pixels", "features"), source=source)
-        check_choice("model", ("trees", "exact"), search=search)
-        check_choice("model", ("tests", "map"), bound=bound)
-        check_choice("model", ("calibrated", "measured", "reference"), mode=mode)
-        check_choice("model", (1, 3), channels=channels)
+        self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"))
+        self.check_arguments(mode=("calibrated", "measured", "reference"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
+        self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=partial(COUNT, each=True), epsilon=POSITIVE)
+        self.check_arguments(patch=partial(check_whole, "model", 2))
+        self.check_arguments(tile=partial(check_whole, "model", 2 * patch + 1, 16383))
         check_stages(stage=[stage])
-        check_whole("model", 1, components=components, scales=scales, neighbors=neighbors)
-        check_whole("model", 1, each=True, radii=radii)
-        check_whole("model", 2, patch=patch)
-        check_whole("model", 2 * patch + 1, 16383, tile=tile)
-        check_number("model", "(0, inf)", h=h, h_relative=h_relative, epsilon=epsilon)
         self.backbone = Features(backbone, [stage], weights, seed) if source == "features" and residual_of is None else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
@@ -102,7 +98,7 @@ class NoiseResidual(Detector):
 
     @torch.no_grad()
     def alarms(self, image: Tensor) -> Alarms:
-        """The least number of false alarms over channels, discs and scales at every pixel."""
+        """The smallest number of false alarms over channels, discs and scales at every pixel."""
         height, width = image.shape[2:]
         noise = [gaussianise(r) for r in self.residuals(image)]  # S × (B, C, h, w)
         channels, cells = noise[0].shape[1], noise[0].shape[2:]
@@ -118,27 +114,27 @@ class NoiseResidual(Detector):
         return least(found)
 
     def margin(self, level: int) -> int:
-        """A reconstruction's residual is halved itself, and the mirrored border would turn its fine grain into coarse noise there."""
+        """Pixels at the border left out: a reconstruction's residual is halved itself, and mirroring turns fine grain into coarse noise."""
         return 0 if self.reconstruction is None else mirrored(level)
 
     def residuals(self, image: Tensor) -> list[Tensor]:
-        """What the model leaves unexplained at every scale (B, C, h, w), finest first, as far as the scales have room for patches."""
+        """The residual (B, C, h, w) of every scale that has room for patches, finest first."""
         if self.reconstruction is not None:
-            rest = self.in_channels(255 * (image - self.reconstruction.reconstruct(image)))
+            residual = self.in_channels(255 * (image - self.reconstruction.reconstruct(image)))
             room = 4 * max(self.radii)
-            return [r for s, r in enumerate(pyramid(rest, self.scales)) if s == 0 or min(r.shape[2:]) - 2 * mirrored(s) > room]
-        left = []
+            return [r for s, r in enumerate(pyramid(residual, self.scales)) if s == 0 or min(r.shape[2:]) - 2 * mirrored(s) > room]
+        residuals = []
         for u in pyramid(image, self.scales):
             x = self.in_channels(255 * u) if self.backbone is None else self.components_of(u)
             if not patches.enough(*x.shape[2:], self.patch, self.neighbors, self.patch):
                 break
-            left.append(background.residual(x, **self.similarity))
-        if not left:
+            residuals.append(background.residual(x, **self.similarity))
+        if not residuals:
             raise InputError(
-                f"an image of {image.shape[2]}×{image.shape[3]} px is modelled on {x.shape[2]}×{x.shape[3]} positions, which leaves a "
-                f"patch of side {self.patch} fewer than neighbors={self.neighbors} others outside its exclusion box; expected 32 a side"
+                f"an image of {image.shape[2]}×{image.shape[3]} px has {x.shape[2]}×{x.shape[3]} positions, where a patch of side "
+                f"{self.patch} has fewer than neighbors={self.neighbors} others outside its exclusion box; expected 32 a side"
             )
-        return left
+        return residuals
 
     def in_channels(self, image: Tensor) -> Tensor:
         return image.mean(1, keepdim=True) if self.grey else image
@@ -149,14 +145,14 @@ class NoiseResidual(Detector):
 
 
 def reconstruction(run: Path) -> Detector:
-    """The fitted method of a run folder, frozen; InputError if the folder holds none that has `reconstruct(image) -> image`."""
+    """The fitted method of a run folder, frozen; InputError unless it has `reconstruct(image) -> image`."""
     config, checkpoint = run / "config.yaml", run / "model.ckpt"
     for path in (config, checkpoint):
         if not path.is_file():
-            raise InputError(f"residual_of={run}: no {path.name} there; expected the folder of a finished run")
+            raise InputError(f"residual_of={run}: no {path.name}; expected the folder of a finished run")
     arguments = dict(yaml.safe_load(config.read_text(encoding="utf-8"))["model"])
     module, _, name = arguments.pop("_target_").rpartition(".")
-    # a config may come from a stranger: it chooses among our methods and calls nothing else
+    # a config may come from a stranger: it may name one of our methods and nothing else
     method = getattr(importlib.import_module(module), name) if module.startswith("blemish.methods.") else None
     if not hasattr(method, "reconstruct"):
         raise InputError(f"residual_of={run}: {module}.{name} does not reconstruct images; expected the run of a method that does")

@@ -1,24 +1,12 @@
 """PaDiM: a Gaussian at every position of the feature grid (Defard, Setkov, Loesch, Audigier 2020, arXiv 2011.08785)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer, RunningCovariance
-from blemish.edge.checks import check_choice, check_number, check_whole
+from blemish.detector import COUNT, POSITIVE, Maps, OnePassDetector, RowBuffer, RunningCovariance, Stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
-from blemish.ops.gaussian import (
-    cholesky_factor,
-    mahalanobis_cholesky,
-    mahalanobis_woodbury,
-    pack_triangle,
-    samples_of,
-    scatter_of,
-    unpack_triangle,
-    woodbury_factor,
-)
+from blemish.ops import gaussian
 from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.types import Prediction
 
@@ -31,15 +19,10 @@ class PaDiM(OnePassDetector):
     the image's score is its maximum.
     """
 
-    def __init__(
-        self, backbone: str, stages: Sequence[int | str], weights: str, n_features: int, epsilon: float, sigma: float, align: str, seed: int
-    ):
+    def __init__(self, backbone: str, stages: Stages, weights: str, n_features: int, epsilon: float, sigma: float, align: str, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        check_whole("model", 1, n_features=n_features)
-        check_number("model", "(0, inf)", epsilon=epsilon)
-        check_blur(sigma)
-        check_choice("model", ("bilinear", "nearest"), align=align)
+        self.check_arguments(n_features=COUNT, epsilon=POSITIVE, sigma=check_blur, align=("bilinear", "nearest"))
         self.backbone = Features(backbone, stages, weights, seed)
         channels = self.backbone.channels
         order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
@@ -47,23 +30,21 @@ class PaDiM(OnePassDetector):
         self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
         stage_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))[self.drawn]
         self.counts = stage_of.bincount(minlength=len(channels)).tolist()  # drawn channels of each stage
-        # (P, d), then either (P, d, d) or (N, P, d) and (P, N, N): the others stay empty
-        for name in ("mean", "cholesky", "woodbury", "lower"):
-            self.register_buffer(name, torch.empty(0))
+        self.add_buffers("mean", "cholesky", "woodbury", "lower")  # (P, d), then either (P, d, d), or (N, P, d) and (P, N, N)
         self.epsilon, self.sigma, self.align = epsilon, sigma, align
 
     def embed(self, maps: Maps) -> Tensor:
         """The drawn channels of all stages at every position of the finest grid, (B, P, d)."""
         parts = []
         for stage, first, drawn in zip(maps, self.first, self.drawn.split(self.counts), strict=True):
-            # drawing first and resizing then costs less than the other way round
-            if len(drawn) or not parts:  # the first stage sets the grid even if nothing of it was drawn
+            # it costs less to draw before resizing
+            if len(drawn) or not parts:  # the first stage sets the grid even if no channel of it was drawn
                 parts.append(stage.index_select(1, drawn - first).float())
-        # the channels of a position side by side: batched products would copy position by position otherwise
+        # the channels of a position contiguous: batched products would copy position by position otherwise
         return align(parts, self.align).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
 
     def new_state(self, images: int) -> RowBuffer | RunningCovariance:
-        # both forms are exact: keep the smaller of N·P·d samples and P·d·d second moments
+        # both forms are exact: use the smaller of N·P·d samples and P·d·d second moments
         return RowBuffer(images) if images <= len(self.drawn) else RunningCovariance()
 
     def collect(self, maps: Maps) -> Tensor:
@@ -71,39 +52,39 @@ class PaDiM(OnePassDetector):
 
     def fit(self, state: RowBuffer | RunningCovariance) -> None:
         if isinstance(state, RowBuffer):
-            self.mean, self.woodbury, self.lower = woodbury_factor(state.compute(), self.epsilon)
+            self.mean, self.woodbury, self.lower = gaussian.woodbury_factor(state.compute(), self.epsilon)
         else:
             count, self.mean, scatter = state.compute()
-            self.cholesky = cholesky_factor(scatter, int(count), self.epsilon)
+            self.cholesky = gaussian.cholesky_factor(scatter, int(count), self.epsilon)
             self.woodbury, self.lower = self.mean[:0], self.mean[:0]
 
     def restore(self, state: RowBuffer | RunningCovariance) -> None:
         if len(self.cholesky):
-            state.restore(int(self.fitted), self.mean, scatter_of(self.cholesky, int(self.fitted), self.epsilon))
+            state.restore(int(self.fitted), self.mean, gaussian.scatter_of(self.cholesky, int(self.fitted), self.epsilon))
         else:
-            state.update(samples_of(self.mean, self.woodbury, self.lower))
+            state.update(gaussian.samples_of(self.mean, self.woodbury, self.lower))
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         grid = maps[0].shape[-2:]
         if len(self.mean) != grid.numel():
-            raise InputError(f"image_size: PaDiM was fitted on {len(self.mean)} positions and now sees {grid.numel()}; keep the image size")
+            raise InputError(f"image_size: PaDiM was fitted to {len(self.mean)} positions and now gets {grid.numel()}; keep the image size")
         x = self.embed(maps).transpose(0, 1)  # (P, B, d)
         if len(self.cholesky):
-            distance = mahalanobis_cholesky(x, self.mean, self.cholesky)
+            distance = gaussian.mahalanobis_cholesky(x, self.mean, self.cholesky)
         else:
-            distance = mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
+            distance = gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
         map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
         return Prediction(map.amax((1, 2)), map)
 
-    # a checkpoint holds the lower triangles alone: the rest of the factors is zero
+    # a checkpoint holds only the lower triangles: the factors are zero above
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("cholesky", "lower"):
             if len(factor := getattr(self, name)):
-                destination[prefix + name] = pack_triangle(factor)
+                destination[prefix + name] = gaussian.pack_triangle(factor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in ("cholesky", "lower"):
             if (packed := state_dict.get(prefix + name)) is not None and len(packed):
-                state_dict[prefix + name] = unpack_triangle(packed)
+                state_dict[prefix + name] = gaussian.unpack_triangle(packed)
         super()._load_from_state_dict(state_dict, prefix, *args)

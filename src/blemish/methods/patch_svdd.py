@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import TrainedDetector
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.ops.maps import paint, starts
 from blemish.ops.neighbours import nearest
@@ -18,8 +17,8 @@ from blemish.types import Batch, Prediction
 SIZES = (64, 32)  # sides of the patches, pixels
 STEP = 4  # stride of the small encoder, pixels
 SLOPE = 0.1  # of the leaky rectifiers
-SHAKE = 0.02  # deviation of the noise and of the shift of each colour channel, against guessing a place from colours
-COLLAPSED = 1e-4  # deviation of all codes, of values in [−1, 1]; an untrained network's have ten times as much
+JITTER = 0.02  # deviation of the noise and of the shift of each colour channel, so that colours do not give a place away
+COLLAPSED = 1e-4  # deviation of all codes, of values in [−1, 1]; those of an untrained network have ten times as much
 OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
 log = logging.getLogger(__name__)
@@ -28,9 +27,9 @@ log = logging.getLogger(__name__)
 class PatchSVDD(TrainedDetector):
     """Anomaly = distance of a patch to the nearest normal patch; a pixel's is the product of the means over its patches of two sizes.
 
-    Encoders for patches of 64 and 32 px, the large built on the small, are trained by `weight` × the distance of patches
-    that nearly coincide + cross-entropy of telling in which of 8 directions a second patch lies; `pairs` of each are
-    drawn from every image a step. `strides` {64: s, 32: s} are those of inference, multiples of 4.
+    Encoders for patches of 64 and 32 px, the large one built on the small one, are trained by `weight` × the distance of patches that
+    nearly coincide + cross-entropy of the direction, one of 8, in which a second patch lies; `pairs` of each are drawn from every image
+    a step. `strides` {64: s, 32: s} are those of inference, multiples of 4.
     """
 
     quick = ("trainer.max_epochs=10", "model.learning_rate=0.002", "model.dim=16", "image_size=128")
@@ -40,12 +39,10 @@ class PatchSVDD(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_whole("model", 1, dim=dim, pairs=pairs)
-        check_number("model", "[0, inf)", weight=weight, weight_decay=weight_decay)
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
+        self.check_arguments(dim=COUNT, pairs=COUNT, weight=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, learning_rate=POSITIVE)
         strides = {int(size): stride for size, stride in strides.items()} if isinstance(strides, Mapping) else strides
-        fits = isinstance(strides, dict) and set(strides) == set(SIZES)
-        if not fits or any(stride not in range(STEP, size + 1, STEP) for size, stride in strides.items()):
+        complete = isinstance(strides, dict) and set(strides) == set(SIZES)
+        if not complete or any(stride not in range(STEP, size + 1, STEP) for size, stride in strides.items()):
             raise InputError(f"model.strides={strides}: expected {{64: s, 32: s}} with multiples of {STEP} up to the patch's side")
         self.weight, self.pairs, self.strides = weight, pairs, strides
         with seeded(seed):
@@ -54,19 +51,17 @@ class PatchSVDD(TrainedDetector):
             self.large = nn.Sequential(
                 nn.Conv2d(dim, 2 * dim, 2, dilation=32 // STEP), nn.LeakyReLU(SLOPE), nn.Conv2d(2 * dim, dim, 1), nn.Tanh()
             )
-            self.compass = nn.ModuleDict({str(size): compass(dim) for size in SIZES})
-        for size in SIZES:
-            self.register_buffer(f"bank{size}", torch.empty(0))  # (M, D) patches of all training images
+            self.compass = nn.ModuleDict({str(size): direction_classifier(dim) for size in SIZES})
+        self.add_buffers(*(f"bank{size}" for size in SIZES))  # (M, D) patches of all training images
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
 
-    @torch.no_grad()
     def before_training(self, batches: Iterable[Batch]) -> None:
         count = total = 0
         for batch in batches:
             total = total + batch.image.double().sum((0, 2, 3))
             count += batch.image[:, 0].numel()
-        # The official code takes off a mean for every pixel. Neither divides by the deviation, which would let slow changes of the light,
-        # by which the classifier tells directions as well, fill the range of tanh and leave nothing to what is much darker.
+        # The official code subtracts a mean for every pixel. Neither divides by the deviation: slow changes of the light, which also tell
+        # directions, would fill the range of tanh and leave no room for anything much darker.
         self.mean.copy_((total / count).view(1, 3, 1, 1))
 
     def embed(self, x: Tensor, size: int) -> Tensor:
@@ -81,7 +76,7 @@ class PatchSVDD(TrainedDetector):
             raise InputError(f"image_size: {tuple(x.shape[-2:])}; Patch SVDD compares patches that lie 64 px apart: expected 128 or more")
         total = 0
         for size in SIZES:
-            first, near, far, direction = draw(x.shape[-2:], size, len(x) * self.pairs, generator)
+            first, near, far, direction = draw_corners(x.shape[-2:], size, len(x) * self.pairs, generator)
             owner = torch.arange(len(x), device=x.device).repeat(self.pairs)
             patches = torch.cat([cut(x, owner, corner, size) for corner in (first, near)])
             codes = self.embed(patches, size).flatten(1)  # (2n, D)
@@ -89,13 +84,13 @@ class PatchSVDD(TrainedDetector):
             pairs = torch.cat([cut(x, owner, corner, size) for corner in (first, far)])
             shift = torch.randn(len(pairs), 3, 1, 1, generator=generator, device=x.device)
             noise = torch.randn(pairs.shape, generator=generator, device=x.device)
-            codes = self.embed(pairs + SHAKE * (shift + noise), size).flatten(1)
+            codes = self.embed(pairs + JITTER * (shift + noise), size).flatten(1)
             guess = self.compass[str(size)](codes[len(owner) :] - codes[: len(owner)])  # (n, 8)
             total = total + self.weight * close + F.cross_entropy(guess, direction)
         return total
 
     def patches(self, image: Tensor, size: int) -> Tensor:
-        """Embeddings (B, h, w, D) of the patches that cover images (B, 3, H, W), at the stride of inference."""
+        """Embeddings (B, h, w, D) of patches that cover images (B, 3, H, W), at the stride of inference."""
         if min(image.shape[-2:]) < SIZES[0]:
             raise InputError(f"image_size: {tuple(image.shape[-2:])}; Patch SVDD needs 64 px or more")
         dense = self.embed(image - self.mean, size)
@@ -105,16 +100,13 @@ class PatchSVDD(TrainedDetector):
         return dense[:, :, rows[:, None], columns].movedim(1, -1)
 
     def after_training(self, batches: Iterable[Batch]) -> None:
-        found = {size: [] for size in SIZES}
-        for batch in batches:
-            for size in SIZES:
-                found[size].append(self.patches(batch.image, size).flatten(0, 2))
-        for size in SIZES:
-            codes = torch.cat(found[size])  # (M, D)
-            setattr(self, f"bank{size}", codes)
-            if len(codes) > 1 and (deviation := float(codes.std(0).norm())) < COLLAPSED:
-                told = f"all patches of {size} px have nearly one code (deviation {deviation:.1e}), which tells nothing of them"
-                log.warning("model.weight=%g: %s; a smaller weight keeps them apart", self.weight, told)
+        codes = [[self.patches(batch.image, size).flatten(0, 2) for size in SIZES] for batch in batches]
+        for size, parts in zip(SIZES, zip(*codes, strict=True), strict=True):
+            bank = torch.cat(parts)  # (M, D)
+            setattr(self, f"bank{size}", bank)
+            if len(bank) > 1 and (deviation := float(bank.std(0).norm())) < COLLAPSED:
+                message = "model.weight=%g: all patches of %d px have nearly one code (deviation %.1e); choose a smaller weight"
+                log.warning(message, self.weight, size, deviation)
 
     def forward(self, image: Tensor) -> Prediction:
         map = 1
@@ -129,8 +121,10 @@ class PatchSVDD(TrainedDetector):
 
 
 def small_encoder(dim: int) -> nn.Sequential:
-    """Sees 32 px at a stride of 4 without padding: on a whole image it gives what it gives of each patch. Deviates from the official
-    encoder, of the same number of layers, whose strides do not line up from patch to patch."""
+    """Convolutions over 32 px at a stride of 4 without padding, whose output on a full image equals that on each patch.
+
+    Deviates from the official encoder, of the same number of layers, whose strides do not line up from patch to patch.
+    """
     widths = [(3, dim // 2, 4, 2), (dim // 2, dim, 3, 2), (dim, 2 * dim, 3, 1), (2 * dim, 2 * dim, 3, 1), (2 * dim, dim, 3, 1)]
     parts = []
     for inputs, outputs, kernel, stride in widths:
@@ -138,15 +132,15 @@ def small_encoder(dim: int) -> nn.Sequential:
     return nn.Sequential(*parts[:-1], nn.Tanh())
 
 
-def compass(dim: int) -> nn.Sequential:
+def direction_classifier(dim: int) -> nn.Sequential:
     """Logits (n, 8) of the direction from the difference (n, D) of two patches."""
     return nn.Sequential(nn.Linear(dim, 128), nn.LeakyReLU(SLOPE), nn.Linear(128, 128), nn.LeakyReLU(SLOPE), nn.Linear(128, len(OFFSETS)))
 
 
-def draw(image: tuple[int, int], size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Corners (n, 2) of a patch, of one that nearly coincides and of one beside it, and the latter's direction (n,), all within the image.
+def draw_corners(image: tuple[int, int], size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Corners (n, 2) of a patch, of a near one and of a far one, all within the image, and the direction (n,) of the far one.
 
-    The near one is shifted by up to size/32 px, not by 0; the far one by 3/4 of the size and up to 1/4 more, in its direction.
+    The near patch is shifted by up to size/32 px, not by 0; the far one by 3/4 of the size and up to 1/4 more, in its direction.
     """
     device, span = generator.device, torch.tensor([side - size for side in image], device=generator.device)
 
@@ -155,7 +149,7 @@ def draw(image: tuple[int, int], size: int, count: int, generator: torch.Generat
 
     direction = torch.randint(len(OFFSETS), (count,), generator=generator, device=device)
     way = torch.tensor(OFFSETS, device=device)[direction] * (3 * size // 4 + integers(0, size // 4 + 1))  # (n, 2)
-    # the first patch anywhere, as far as the second stays inside
+    # the first patch anywhere, provided that the far one stays inside
     low, high = (-way).clamp_min(0), torch.minimum(span, span - way)
     first = low + (torch.rand(count, 2, generator=generator, device=device) * (high - low + 1)).long()
     most = size // 32
@@ -167,7 +161,7 @@ def draw(image: tuple[int, int], size: int, count: int, generator: torch.Generat
 
 
 def cut(x: Tensor, owner: Tensor, corner: Tensor, size: int) -> Tensor:
-    """Patches (n, 3, size, size) at `corner` (n, 2) of images x (B, 3, H, W) number `owner` (n,)."""
+    """Patches (n, 3, size, size) at `corner` (n, 2) of the images x[owner], of x (B, 3, H, W) and `owner` (n,)."""
     reach = torch.arange(size, device=x.device)
     rows, columns = corner[:, 0, None] + reach, corner[:, 1, None] + reach  # (n, size)
     return x[owner[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

@@ -1,14 +1,13 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
@@ -26,10 +25,10 @@ NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
 class PatchCore(OnePassDetector):
     """Anomaly = distance of a patch to the nearest of the memory bank (paper, eq. 6), a coreset of all normal patches (eq. 5, algorithm 1).
 
-    A patch is the 3×3 means of the stages (section 3.1), pooled to `embed_dim` channels. The coreset is
-    `coreset_ratio` of all patches, chosen farthest first after a sparse random projection to `projection` dimensions drawn from `seed`;
-    `bank` keeps the order of choice, and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows
-    (after an update, which adds `coreset_ratio` of the new patches, a bound on it).
+    A patch is the 3×3 means of the stages (section 3.1), pooled to `embed_dim` channels. The coreset is `coreset_ratio` of all patches,
+    chosen farthest first after a sparse random projection to `projection` dimensions drawn from `seed`. `bank` is in the order of choice,
+    and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows (after an update, which adds
+    `coreset_ratio` of the new patches, an upper bound of it).
     The image's score is its largest distance, re-weighted by eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all);
     the map is upsampled and blurred by `sigma` pixels.
     """
@@ -37,7 +36,7 @@ class PatchCore(OnePassDetector):
     def __init__(
         self,
         backbone: str,
-        stages: Sequence[int | str],
+        stages: Stages,
         weights: str,
         embed_dim: int | None,
         coreset_ratio: float,
@@ -48,21 +47,18 @@ class PatchCore(OnePassDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_number("model", "(0, 1]", coreset_ratio=coreset_ratio)
-        check_whole("model", 1, also=(None,), embed_dim=embed_dim)
-        check_whole("model", 1, projection=projection)
-        check_whole("model", 2, also=(True, False), reweight=reweight)  # with b = 1 eq. 7 multiplies by 1 - 1
-        check_blur(sigma)
+        share, dimensions = partial(check_number, "model", "(0, 1]"), partial(COUNT, also=(None,))
+        self.check_arguments(coreset_ratio=share, embed_dim=dimensions, projection=COUNT, sigma=check_blur)
+        self.check_arguments(reweight=partial(check_whole, "model", 2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
         self.backbone = Features(backbone, stages, weights, seed)
         self.embed_dim, self.coreset_ratio, self.projection, self.sigma, self.seed = embed_dim, coreset_ratio, projection, sigma, seed
-        self.register_buffer("bank", torch.empty(0))  # (M, D)
-        self.register_buffer("radius", torch.empty(0))  # (M,)
-        self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # of all training images
-        self.register_buffer("nested", torch.tensor(True))  # the bank is in one order of choice
+        self.add_buffers("bank", "radius")  # (M, D), (M,)
+        self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # number of patches of all training images
+        self.register_buffer("nested", torch.tensor(True))  # no update: the first rows are a coreset of all patches themselves
 
     def new_state(self, images: int) -> RowBuffer:
-        # of images fitted before there is nothing to keep but the bank
+        # of images fitted before, only the bank is left
         return PatchBuffer(images - int(self.fitted) if self.updating else images, self.projection)
 
     def collect(self, maps: Maps) -> Tensor:
@@ -73,10 +69,10 @@ class PatchCore(OnePassDetector):
         generator = torch.Generator().manual_seed(self.seed)
         count = coreset_size(len(patches), self.coreset_ratio)
         projected = project(patches, self.projection, generator)
-        if self.updating:  # farthest first goes on among the new patches, from the centres there are
+        if self.updating:  # farthest first continues among the new patches, from the present bank
             start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed))
             indices, radius = farthest_first(projected, count, start)
-            # what the first patches keep, though new centres may have come nearer to them
+            # the old patches keep their radius, though new rows may be nearer to them
             self.radius = torch.cat([self.radius, radius.clamp_min(self.radius[-1])])
             self.bank, self.nested = torch.cat([self.bank, patches[indices]]), torch.full_like(self.nested, False)
         else:
@@ -87,13 +83,13 @@ class PatchCore(OnePassDetector):
         log.info("coreset: %d of %d patches, covering radius %.4g", len(self.bank), self.patches, self.radius[-1])
 
     def restore(self, state: RowBuffer) -> None:
-        """Nothing: `fit` has the bank, and the patches it was chosen from are gone."""
+        """Do nothing: `fit` uses the bank, and the patches it was chosen from are gone."""
 
     def cut(self, ratio: float) -> None:
-        """Keep the coreset of a smaller `coreset_ratio`: what a fit with it would have given, as greedy choices are nested.
+        """Reduce the bank to the coreset of a smaller `coreset_ratio`, as a fit with it would have given: greedy choices are nested.
 
         Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one], or if
-        the bank was updated: its second part was chosen knowing the first.
+        the bank was updated: its second part depends on the first.
         """
         if not self.nested:
             raise InputError(f"ratio={ratio}: an updated bank cannot be cut; cut the run before its update")
@@ -124,27 +120,20 @@ def embed(maps: Maps, embed_dim: int | None) -> Tensor:
     """
     channels = tuple(stage.shape[1] for stage in maps)
     pooled = embed_dim is not None and embed_dim < sum(channels)
-    # pooling channels and resizing are both linear: on the stage's own grid pooling costs less
     smooth = [F.avg_pool2d(stage.float(), 3, stride=1, padding=1) for stage in maps]
-    parts = [pool_map(part, embed_dim) if pooled else part for part in smooth]
-    x = align(parts, mode="bilinear").flatten(2).transpose(1, 2)  # (B, P, ΣC)
+    if pooled:  # pooling channels and resizing are both linear: on the stage's own grid pooling costs less
+        smooth = [pool(part.flatten(2).mT, embed_dim).mT.unflatten(2, part.shape[-2:]) for part in smooth]
+    x = align(smooth, mode="bilinear").flatten(2).transpose(1, 2)  # (B, P, ΣC)
     if embed_dim is None:
         return x.contiguous()
     return pool(x, embed_dim) if pooled else x @ pooling_root(channels, embed_dim).to(x)
 
 
 def pool(x: Tensor, count: int) -> Tensor:
-    """Adaptive average pooling of the channels of (…, C) to `count`."""
+    """Adaptive average pooling of the channels of (B, P, C) to `count`."""
     if torch.compiler.is_exporting():  # as a product with a constant
         return x @ F.adaptive_avg_pool1d(torch.eye(x.shape[-1])[None], count)[0]
     return F.adaptive_avg_pool1d(x, count)
-
-
-def pool_map(map: Tensor, count: int) -> Tensor:
-    """Adaptive average pooling of the channels of (B, C, h, w) to `count`."""
-    if torch.compiler.is_exporting():
-        return pool(map.movedim(1, -1), count).movedim(-1, 1)
-    return F.adaptive_avg_pool1d(map.flatten(2).transpose(1, 2), count).transpose(1, 2).unflatten(2, map.shape[-2:])
 
 
 @lru_cache(maxsize=8)
@@ -162,8 +151,8 @@ def pooling_root(channels: tuple[int, ...], embed_dim: int) -> Tensor:
 def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int) -> Tensor:
     """The factor (B,) of eq. 7 for patches x (B, D) at `distance` (B,) from their nearest bank rows `index` (B,).
 
-    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, itself among them: smallest
-    where the bank is dense, near 1 where it is sparse.
+    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, including itself: smallest where the bank is
+    dense, near 1 where it is sparse.
     """
     _, around = nearest(bank[index], bank, min(count, len(bank)))  # (B, b)
     return 1 - torch.exp(distance - distances(x, bank[around]).logsumexp(1))
@@ -174,7 +163,7 @@ def coreset_size(patches: int, ratio: float) -> int:
 
 
 class PatchBuffer(RowBuffer):
-    """A bank of images (count, P, D) that refuses, at the first of them, to grow beyond the machine's memory."""
+    """Patches (count, P, D) of images; InputError at the first batch if all of them will not fit into the device's memory."""
 
     def __init__(self, capacity: int, projection: int):
         super().__init__(capacity)
@@ -182,20 +171,20 @@ class PatchBuffer(RowBuffer):
 
     def update(self, rows: Tensor) -> None:
         if self.count == 0:
-            needed, free = forecast(self.capacity, *rows.shape[1:], self.projection), available_memory(rows.device)
+            positions, dim = rows.shape[1:]
+            needed, free = forecast(self.capacity, positions, dim, self.projection), available_memory(rows.device)
             if needed > free:
-                positions, dim = rows.shape[1:]
                 raise InputError(
                     f"PatchCore needs {needed / 2**30:.3g} GiB of memory for {self.capacity} images × {positions} patches × {dim} channels "
-                    f"and {free / 2**30:.3g} GiB are available; choose a smaller image_size, a smaller model.embed_dim, fewer or coarser "
-                    "model.stages, or a part of the images (one category at a time)"
+                    f"and {free / 2**30:.3g} GiB are available; choose a smaller image_size or model.embed_dim, fewer or coarser "
+                    "model.stages, or one category at a time"
                 )
         super().update(rows)
 
 
 def forecast(images: int, positions: int, dim: int, projection: int) -> int:
-    """Bytes that the patches of all training images and the search for their coreset take at most."""
+    """Upper bound on the bytes of the patches of all training images and of the search for their coreset."""
     projected = min(dim, projection)
-    # the float32 patches, their projection (if it is one) and its centred copy, and the search's 8-byte columns
+    # the float32 patches, their projection (if there is one) and its centred copy, and the search's 8-byte columns
     floats = dim + (projected if projected < dim else 0) + projected
     return images * positions * (4 * floats + 64)

@@ -1,6 +1,8 @@
-"""Reverse distillation: a decoder taught to give back a teacher's features from one embedding (Deng and Li 2022, arXiv 2201.10703)."""
+"""Reverse distillation: a decoder trained to restore a teacher's features from one embedding (Deng and Li 2022, arXiv 2201.10703)."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import timm
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from blemish.detector import Maps, TrainedDetector
-from blemish.edge.checks import check_choice, check_number, check_stages, check_text
+from blemish.detector import POSITIVE, Maps, TrainedDetector
+from blemish.edge.checks import check_number, check_stages, check_text
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features, stage_indices
 from blemish.ops.maps import check_blur, smooth_upsample
@@ -41,12 +43,8 @@ class ReverseDistillation(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_choice("model", ("flattened", "position"), loss=loss)
-        check_text("", backbone=backbone)
-        check_stages(stages=stages)
-        check_blur(sigma)
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
-        check_number("model", "[0, 1)", each=True, betas=betas)
+        self.check_arguments(loss=("flattened", "position"), stages=check_stages, sigma=check_blur, learning_rate=POSITIVE)
+        self.check_arguments(betas=partial(check_number, "model", "[0, 1)", each=True), backbone=partial(check_text, ""))
         self.flattened, self.sigma = loss == "flattened", sigma
         shapes, beyond = shapes_of(backbone, stages)
         self.backbone = Features(backbone, stages, weights, seed)
@@ -57,7 +55,7 @@ class ReverseDistillation(TrainedDetector):
             self.decoder = Decoder(shapes, beyond, signed).to(memory_format=torch.channels_last)
 
     def restored(self, maps: Maps) -> list[Tensor]:
-        """What the decoder makes of the teacher's maps, stage by stage of the same shapes, in float32."""
+        """The decoder's restoration of the teacher's maps, of the same shapes, in float32."""
         return [m.float() for m in self.decoder(self.embedding(maps), [m.shape[-2:] for m in maps])]
 
     def loss(self, batch: Batch) -> Tensor:
@@ -76,8 +74,8 @@ class ReverseDistillation(TrainedDetector):
         return Prediction(map.amax((1, 2)), map)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        learning = [*self.embedding.parameters(), *self.decoder.parameters()]
-        return torch.optim.Adam(learning, self.hparams.learning_rate, tuple(self.hparams.betas))
+        parameters = [*self.embedding.parameters(), *self.decoder.parameters()]
+        return torch.optim.Adam(parameters, self.hparams.learning_rate, tuple(self.hparams.betas))
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Shape(NamedTuple):
-    """How a stage is built: channels, number of residual blocks, channels inside a bottleneck block or None for blocks without one."""
+    """The structure of a stage: channels, number of residual blocks, channels inside a bottleneck block or None for plain blocks."""
 
     width: int
     blocks: int
@@ -94,9 +92,9 @@ class Shape(NamedTuple):
 
 
 def shapes_of(backbone: str, stages: Sequence[int]) -> tuple[list[Shape], Shape]:
-    """The shapes of a backbone's stages, and that of the next one, which is twice as wide as the last where the network ends there.
+    """The shapes of a backbone's stages, and that of the next one, which is twice as wide as the last if the network ends there.
 
-    A network that is no ResNet gets two plain residual blocks a stage. InputError unless each stage halves the grid of the one before.
+    A network other than a ResNet gets two plain residual blocks a stage. InputError unless each stage halves the grid of the one before.
     """
     chosen = stage_indices(backbone, list(stages))
     with torch.device("meta"):
@@ -111,9 +109,7 @@ def shapes_of(backbone: str, stages: Sequence[int]) -> tuple[list[Shape], Shape]
 
     strides = [info[i]["reduction"] for i in chosen]
     if strides != [strides[0] << i for i in range(len(strides))]:
-        raise InputError(
-            f"model.stages={list(stages)}: the grids of {backbone} have strides {strides} there; expected each twice the one before"
-        )
+        raise InputError(f"model.stages={list(stages)}: {backbone} has strides {strides} there; expected each twice the one before")
     shapes = [shape(info[i]) for i in chosen]
     after = [shape(stage) for stage in info if stage["reduction"] == 2 * strides[-1]]
     beyond = after[-1] if after else shapes[-1]._replace(width=2 * shapes[-1].width)
@@ -122,15 +118,15 @@ def shapes_of(backbone: str, stages: Sequence[int]) -> tuple[list[Shape], Shape]
 
 
 class Embedding(nn.Module):
-    """Multi-scale fusion and one-class bottleneck embedding (paper, section 3.3): all stages on the last grid, then one stage more."""
+    """Multi-scale fusion and one-class bottleneck embedding (paper, section 3.3): all stages on the last grid, then one more stage."""
 
     def __init__(self, shapes: list[Shape], beyond: Shape):
         super().__init__()
         widths = [shape.width for shape in shapes]
         self.descents = nn.ModuleList()  # of every stage but the last, a strided convolution for each stage below
         for s in range(len(widths) - 1):
-            steps = zip(widths[s:], widths[s + 1 :], strict=False)
-            self.descents.append(nn.Sequential(*(nn.Sequential(*normed(conv(a, b, 3, "down")), nn.ReLU(inplace=True)) for a, b in steps)))
+            steps = (nn.Sequential(*normed(conv(a, b, 3, "down")), nn.ReLU(inplace=True)) for a, b in pairwise(widths[s:]))
+            self.descents.append(nn.Sequential(*steps))
         self.bottleneck = residual_stage(widths[-1] * len(widths), beyond, "down", activated=True)
         self.apply(start)
 
@@ -151,7 +147,7 @@ class Decoder(nn.Module):
         # the official code gives its deepest stage as many blocks as the backbone's first has, and so on; a mirror would turn that round
         counts = [shape.blocks for shape in shapes]
         for shape, blocks, negative in zip(reversed(shapes), counts, reversed(signed), strict=True):
-            # behind a ReLU no negative feature could be restored, and those of a ResNet have none
+            # a ReLU at the end cannot restore negative features; those of a ResNet have none
             self.ascents.append(residual_stage(into, shape._replace(blocks=blocks), "up", activated=not negative))
             into = shape.width
         self.apply(start)
@@ -166,17 +162,16 @@ class Decoder(nn.Module):
 
 
 class Residual(nn.Module):
-    """A ResNet's block that keeps, halves (`down`) or doubles (`up`) the grid; `hidden` makes it a bottleneck block of so many channels."""
+    """A ResNet's block that keeps, halves (`down`) or doubles (`up`) the grid; with `hidden` channels it is a bottleneck block."""
 
     def __init__(self, into: int, width: int, hidden: int | None, resize: str, activated: bool):
         super().__init__()
         relu = nn.ReLU(inplace=True)
         if hidden is None:
-            layers = [*normed(conv(into, width, 3, resize)), relu, *normed(conv(width, width, 3))]
+            layers = [conv(into, width, 3, resize), conv(width, width, 3)]
         else:
-            outer, inner = normed(conv(into, hidden, 1)), normed(conv(hidden, hidden, 3, resize))
-            layers = [*outer, relu, *inner, relu, *normed(conv(hidden, width, 1))]
-        self.path = nn.Sequential(*layers)
+            layers = [conv(into, hidden, 1), conv(hidden, hidden, 3, resize), conv(hidden, width, 1)]
+        self.path = nn.Sequential(*[part for layer in layers for part in (*normed(layer), relu)][:-1])
         same = resize == "keep" and into == width
         self.shortcut = nn.Identity() if same else nn.Sequential(*normed(conv(into, width, 1, resize)))
         self.activation = relu if activated else nn.Identity()
@@ -186,10 +181,13 @@ class Residual(nn.Module):
 
 
 def residual_stage(into: int, shape: Shape, resize: str, activated: bool) -> nn.Sequential:
-    """A stage whose first block resizes; `activated` says whether a ReLU ends it."""
+    """A stage whose first block resizes; `activated`: a ReLU ends it."""
     last = shape.blocks - 1
-    inputs, resizes = [into] + [shape.width] * last, [resize] + ["keep"] * last
-    return nn.Sequential(*(Residual(inputs[i], shape.width, shape.hidden, resizes[i], activated or i < last) for i in range(last + 1)))
+    blocks = [
+        Residual(into if i == 0 else shape.width, shape.width, shape.hidden, resize if i == 0 else "keep", activated or i < last)
+        for i in range(shape.blocks)
+    ]
+    return nn.Sequential(*blocks)
 
 
 def conv(into: int, out: int, kernel: int, resize: str = "keep") -> nn.Module:
@@ -210,6 +208,6 @@ def start(layer: nn.Module) -> None:
 
 
 def fit(map: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map cut, or filled with zeros, at its right and lower ends: odd grids do not halve and double to themselves."""
+    """A map cropped, or padded with zeros, at its right and lower ends: odd grids do not return to their size."""
     h, w = size
     return map if map.shape[-2:] == size else F.pad(map, (0, w - map.shape[-1], 0, h - map.shape[-2]))

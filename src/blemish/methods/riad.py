@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import TrainedDetector
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, POSITIVE, TrainedDetector
+from blemish.edge.checks import check_whole
 from blemish.edge.errors import InputError
 from blemish.ops.losses import dissimilarity
 from blemish.ops.rng import seeded, stream
@@ -22,9 +22,9 @@ HALVINGS = 4  # of the U-Net
 class RIAD(TrainedDetector):
     """Anomaly = gradient dissimilarity of an image and its inpainting, averaged over the sides of the masked cells.
 
-    The image's cells of k×k pixels are dealt at random to `sets` disjoint masks; a U-Net fills in each set from the others, and what it
-    filled in is put together. `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM, with MSGMS the
-    similarity on `scales` scales. The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, and the image's score its maximum.
+    The image's cells of k×k pixels are assigned at random to `sets` disjoint masks; a U-Net fills in each set from the others, and the
+    inpainted cells are put together. `cells` are the k; training draws one a step. Loss: squared error + 1 − MSGMS + 1 − SSIM, with MSGMS
+    the similarity on `scales` scales. The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, the score its maximum.
     """
 
     quick = ("trainer.max_epochs=15", "model.learning_rate=0.003", "model.channels=8", "model.smooth=5")
@@ -42,19 +42,18 @@ class RIAD(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        check_whole("model", 1, channels=channels, smooth=smooth, scales=scales)
-        check_whole("model", 2, sets=sets)  # an image masked as a whole shows nothing
+        counts = partial(COUNT, each=True)
+        self.check_arguments(channels=COUNT, smooth=COUNT, scales=COUNT, cells=counts, learning_rate=POSITIVE)
+        self.check_arguments(sets=partial(check_whole, "model", 2))  # with one set the image would be masked completely
+        counts(milestones=milestones or [1])
         if smooth % 2 == 0:
             raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
-        check_whole("model", 1, each=True, cells=cells)
-        check_whole("model", 1, each=True, milestones=milestones or [1])
-        check_number("model", "(0, inf)", learning_rate=learning_rate)
         self.cells, self.sets, self.scales, self.smooth = list(cells), sets, scales, smooth
         with seeded(seed):
             self.net = UNet(channels).to(memory_format=torch.channels_last)
 
     def inpaint(self, image: Tensor, cell: int, masks: Callable[..., Tensor]) -> Tensor:
-        """Images (B, 3, H, W) of which every pixel is filled in from others; `masks` takes size, cell and sets, see `deal`."""
+        """Images (B, 3, H, W) with every pixel filled in from others; `masks(size, cell, sets)` as `draw_masks`."""
         multiple = max(2**HALVINGS, cell)
         if any(side % multiple for side in image.shape[-2:]):
             raise InputError(f"image_size: sides {tuple(image.shape[-2:])}; RIAD with cells of {cell} px needs multiples of {multiple}")
@@ -65,23 +64,22 @@ class RIAD(TrainedDetector):
     def loss(self, batch: Batch) -> Tensor:
         generator = self.generator()
         pick = int(torch.randint(len(self.cells), (1,), generator=generator, device=generator.device))
-        again = self.inpaint(batch.image, self.cells[pick], partial(deal, generator=generator))
+        again = self.inpaint(batch.image, self.cells[pick], partial(draw_masks, generator=generator))
         gradient = sum(1 - level.mean() for level in similarities(batch.image, again, self.scales)) / self.scales
         return F.mse_loss(again, batch.image) + gradient + dissimilarity(batch.image, again, WINDOW).mean()
 
     def inpaintings(self, image: Tensor) -> list[Tensor]:
-        """One for each k, with masks that are the same for every image and on every device."""
-        return [self.inpaint(image, cell, partial(fixed, seed=self.hparams.seed)) for cell in self.cells]
+        """One inpainting for each k, with masks that are the same for every image and on every device."""
+        return [self.inpaint(image, cell, partial(fixed_masks, seed=self.hparams.seed)) for cell in self.cells]
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The mean of the inpaintings (B, 3, H, W), in [0, 1]."""
         return torch.stack(self.inpaintings(image)).mean(0)
 
     def forward(self, image: Tensor) -> Prediction:
-        return self.judged(image, self.inpaintings(image))
+        return self.compare(image, self.inpaintings(image))
 
-    def judged(self, image: Tensor, inpaintings: Sequence[Tensor]) -> Prediction:
-        """What images (B, 3, H, W) have that their inpaintings have not."""
+    def compare(self, image: Tensor, inpaintings: Sequence[Tensor]) -> Prediction:
         map = torch.stack([1 - similarity(image, again, self.scales) for again in inpaintings]).mean(0)  # (B, H, W)
         # zeros beside the image, as at its border the errors of normal images are largest
         map = F.avg_pool2d(map[:, None], self.smooth, stride=1, padding=self.smooth // 2)[:, 0]
@@ -92,8 +90,8 @@ class RIAD(TrainedDetector):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.hparams.milestones), 0.1)}
 
 
-def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) -> Tensor:
-    """Masks (sets, H, W) of zeros and ones: every cell of `cell`×`cell` pixels is in exactly one, drawn at random."""
+def draw_masks(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) -> Tensor:
+    """Random masks (sets, H, W) of zeros and ones: every cell of `cell`×`cell` pixels is in exactly one."""
     grid = [side // cell for side in size]
     order = torch.randperm(grid[0] * grid[1], generator=generator, device=generator.device)
     owner = (order % sets).view(grid).repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (H, W)
@@ -101,10 +99,10 @@ def deal(size: Sequence[int], cell: int, sets: int, generator: torch.Generator) 
 
 
 @lru_cache(maxsize=8)
-def fixed(size: tuple[int, int], cell: int, sets: int, seed: int) -> Tensor:
+def fixed_masks(size: tuple[int, int], cell: int, sets: int, seed: int) -> Tensor:
     """The masks of every test image."""
     with torch.inference_mode(False):
-        return deal(size, cell, sets, stream(seed, cell))
+        return draw_masks(size, cell, sets, stream(seed, cell))
 
 
 def similarity(image: Tensor, other: Tensor, scales: int) -> Tensor:
@@ -114,15 +112,15 @@ def similarity(image: Tensor, other: Tensor, scales: int) -> Tensor:
 
 
 def similarities(image: Tensor, other: Tensor, scales: int) -> list[Tensor]:
-    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on so many scales, each half the one before."""
+    """Gradient magnitude similarity (B, h, w) of images (B, C, H, W) on each scale, half as large as the one before."""
     grey = torch.stack([image.mean(1), other.mean(1)])  # (2, B, H, W): of the channels' mean, which the paper leaves open
-    found = []
+    levels = []
     for level in range(scales):
         if level:
             grey = F.avg_pool2d(grey, 2)
         first, second = gradient_magnitude(grey)
-        found.append((2 * first * second + FLAT) / (first.square() + second.square() + FLAT))
-    return found
+        levels.append((2 * first * second + FLAT) / (first.square() + second.square() + FLAT))
+    return levels
 
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
@@ -138,26 +136,25 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
 class UNet(nn.Module):
     """Images (B, 3, H, W) to images in [0, 1], with a skip at each of HALVINGS scales; `channels` on the finest, at most 8 times as many.
 
-    The paper gives the sigmoid no mention; it keeps what is filled in among the values of images.
+    The paper does not mention the sigmoid, which keeps inpainted pixels within the values of images.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         widths = [channels * min(2**level, 8) for level in range(HALVINGS + 1)]
-        self.down = nn.ModuleList(
-            pair(3 if level == 0 else widths[level - 1], width, 1 + (level > 0)) for level, width in enumerate(widths)
-        )
+        inputs, strides = [3, *widths], [1] + [2] * HALVINGS
+        self.down = nn.ModuleList(pair(inputs[level], widths[level], strides[level]) for level in range(HALVINGS + 1))
         self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i + 1], widths[i], 2, stride=2) for i in range(HALVINGS))
         self.join = nn.ModuleList(pair(2 * widths[i], widths[i], 1) for i in range(HALVINGS))
         self.last = nn.Conv2d(channels, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = []
+        skips = []
         for block in self.down:
             x = block(x)
-            seen.append(x)
+            skips.append(x)
         for level in reversed(range(HALVINGS)):
-            x = self.join[level](torch.cat([seen[level], self.up[level](x)], 1))
+            x = self.join[level](torch.cat([skips[level], self.up[level](x)], 1))
         return self.last(x).float().sigmoid()
 
 

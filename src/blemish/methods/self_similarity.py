@@ -1,12 +1,14 @@
 """Self-similarity: tiles unlike every word of a dictionary of normal tiles (Napoletano, Piccoli, Schettini, Sensors 2018, 18(1):209)."""
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.features.tiles import TileFeatures
@@ -16,22 +18,22 @@ from blemish.ops.neighbours import pairwise
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
 
-MOST = 2**24  # pixels of held-out images that the threshold is taken from
+MOST = 2**24  # pixels of held-out images used for the threshold
 
 
 class SelfSimilarity(OnePassDetector):
     """Anomaly = mean distance of a tile to its `neighbors` nearest words; a pixel's is the mean of its tiles', an image's the largest.
 
     Tiles of `tile` pixels at `stride` are resized to `tile_input`; their pooled features, on the principal components that hold `variance`
-    and standardised, are gathered by k-means into `words`. The buffer `threshold` is for maps, from the pixels of validation images by
-    threshold = {mode: cdf | zscore | fixed, value}: the share `validation` of the training images is kept from the dictionary for it.
-    `most_tiles` bounds what is remembered of the training images for either. Any image size will do.
+    and standardised, are clustered by k-means into `words`. The buffer `threshold` is for maps, from the pixels of validation images by
+    threshold = {mode: cdf | zscore | fixed, value}: for it the share `validation` of the training images is left out of the dictionary.
+    `most_tiles` bounds the tiles kept of the training images for either purpose. Images may have any size.
     """
 
     def __init__(
         self,
         backbone: str,
-        stages: Sequence[int | str],
+        stages: Stages,
         weights: str,
         tile: int,
         stride: int,
@@ -46,19 +48,16 @@ class SelfSimilarity(OnePassDetector):
         seed: int,
     ):
         super().__init__()
-        check_whole("model", 1, tile=tile, tile_input=tile_input, words=words, restarts=restarts, most_tiles=most_tiles)
-        check_whole("model", 1, tile, stride=stride)  # tiles must cover every pixel
-        check_whole("model", 1, words, neighbors=neighbors)
-        check_number("model", "(0, 1]", variance=variance)
-        check_number("model", "[0, 1)", validation=validation)
-        check_rule(threshold)
         self.save_hyperparameters()
+        self.check_arguments(tile=COUNT, tile_input=COUNT, words=COUNT, restarts=COUNT, most_tiles=COUNT)
+        self.check_arguments(stride=partial(check_whole, "model", 1, tile), neighbors=partial(check_whole, "model", 1, words))
+        self.check_arguments(variance=partial(check_number, "model", "(0, 1]"), validation=partial(check_number, "model", "[0, 1)"))
+        check_rule(threshold)
         self.backbone = TileFeatures(backbone, stages, weights, seed, tile, stride, tile_input)
         self.tile, self.stride = tile, stride
         self.share, self.count, self.restarts, self.neighbors = float(variance), words, restarts, neighbors
         self.rule, self.validation, self.most_tiles, self.seed = dict(threshold), validation, most_tiles, seed
-        for name in ("mean", "axes", "variance", "words", "threshold"):  # (D,), (k, D), (k,), (words, k), ()
-            self.register_buffer(name, torch.empty(0))
+        self.add_buffers("mean", "axes", "variance", "words", "threshold")  # (D,), (k, D), (k,), (words, k), ()
 
     @property
     def map_threshold(self) -> float | None:
@@ -66,33 +65,28 @@ class SelfSimilarity(OnePassDetector):
         return float(self.threshold) if self.threshold.numel() else None
 
     def new_state(self, images: int) -> RowBuffer:
-        # validation images are the first that come, in the order the loader draws; a single image serves for both
+        # validation images are the first that the loader draws; a single image serves both purposes
         validation = 0.0 if self.expects_calibration else self.validation
         self.images = images
         self.validating = 0 if self.rule["mode"] == "fixed" else max(1, round(validation * images))
-        self.held = 0 if validation == 0 else min(self.validating, images - 1)
-        self.each = max(1, self.most_tiles // (images - self.held))  # tiles of an image for the dictionary
+        self.held_out = 0 if validation == 0 else min(self.validating, images - 1)
+        self.each = max(1, self.most_tiles // (images - self.held_out))  # tiles of an image for the dictionary
         self.room = max(1, self.most_tiles // max(1, self.validating))  # and for the threshold
-        self.seen = 0
+        rank, step = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
+        self.numbers = itertools.count(rank, step)  # of this process's images in the order that is shared out to all
         return RowBuffer(self.each * images + self.room * self.validating)
 
     def collect(self, maps: Maps) -> Tensor:
         """Tiles of each image, (n, 2 + D): the image's number, its grid's width for validation or 0 for the dictionary, the feature."""
-        return torch.cat([self.collect_image(grid, self.number()) for grid in maps[0]])
-
-    def number(self) -> int:
-        """Where the next image stands in the order that is dealt out to all processes."""
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.seen += 1
-        return (self.seen - 1) * torch.distributed.get_world_size() + torch.distributed.get_rank() if several else self.seen - 1
+        return torch.cat([self.collect_image(grid, next(self.numbers)) for grid in maps[0]])
 
     def collect_image(self, grid: Tensor, number: int) -> Tensor:
-        """`collect` for one image (D, h, w); the draw depends on its number alone, whichever process has it."""
+        """`collect` for one image (D, h, w), whose draw depends on its number alone, whichever process has it."""
         parts = [grid.new_empty(0, 2 + len(grid))]
         if number < self.validating:
             width = min(grid.shape[2], self.room)
             parts.append(labelled(grid[:, : self.room // width, :width], number, width))  # all of it, or what there is room for
-        if self.held <= number < self.images:  # further ones are repeats, for every process to have as many
+        if self.held_out <= number < self.images:  # further ones are repeats that give every process as many
             drawn = torch.randperm(grid[0].numel(), generator=stream(self.seed, number))[: self.each].to(grid.device)
             parts.append(labelled(grid.flatten(1)[:, drawn], number, 0))
         return torch.cat(parts)
@@ -109,7 +103,7 @@ class SelfSimilarity(OnePassDetector):
         for image in number[width > 0].unique():
             which = (number == image) & (width > 0)
             grid = tiles[which].T.unflatten(1, (-1, int(width[which][0])))  # (D, h, w)
-            # as if no tile had been moved to be flush with the border: the image's own size is not known
+            # the image's own size is not known: assume that no tile was moved to be flush with the border
             size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
             maps.append(self.score([grid[None]], size).map[0])
         self.threshold = self.mean.new_tensor(threshold_of(torch.cat([self.mean[:0], *(map.flatten() for map in maps)]), **self.rule))
@@ -118,9 +112,9 @@ class SelfSimilarity(OnePassDetector):
         """Set the threshold from the pixels of images that are not in the dictionary, thinned to at most MOST on a process."""
         step, maps = 1, []
         for batch in batches:
-            found = self.test_step(batch, 0).map
-            found = found if batch.ignore_mask is None else found.masked_fill(batch.ignore_mask, torch.nan)
-            maps += [map[::step, ::step].clone() for map in found]
+            map = self.test_step(batch, 0).map
+            map = map if batch.ignore_mask is None else map.masked_fill(batch.ignore_mask, torch.nan)
+            maps += [one[::step, ::step].clone() for one in map]
             while sum(map.numel() for map in maps) > MOST:
                 step, maps = 2 * step, [map[::2, ::2].clone() for map in maps]
         pixels = torch.cat([self.mean[:0], *(map[~map.isnan()] for map in maps)])
@@ -155,7 +149,7 @@ def threshold_of(values: Tensor, mode: str, value: float) -> float:
 
 
 def check_rule(threshold: Mapping[str, str | float]) -> None:
-    """InputError unless threshold is {mode, value} with a mode there is and a value it can use."""
+    """InputError unless threshold is {mode, value} with a known mode and a value in its range."""
     if not isinstance(threshold, Mapping) or set(threshold) != {"mode", "value"} or threshold["mode"] not in ("cdf", "zscore", "fixed"):
         raise InputError(f"model.threshold={threshold}: expected mode (cdf, zscore or fixed) and value")
     check_number("model.threshold", "(0, 1]" if threshold["mode"] == "cdf" else "(-inf, inf)", value=threshold["value"])

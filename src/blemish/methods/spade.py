@@ -1,27 +1,24 @@
 """SPADE: correspondences with the nearest normal images (Cohen, Hoshen 2020, arXiv 2005.02357)."""
 
-import math
 import tempfile
-import weakref
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer
-from blemish.edge.checks import check_choice, check_number, check_stages, check_whole
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed
+from blemish.edge.checks import check_number, check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import Prediction
 
-NUMBERED = Path("/proc/self/fd")  # where Linux shows open files, also those without a name
 TILE = 2**22  # squared distances, or feature values, held at a time
 BLOCK = 32  # images of the gallery moved at a time
 BEAM = 16  # pairs of cells followed down to guess a distance
@@ -33,7 +30,7 @@ class SPADE(OnePassDetector):
     Anomaly of a position = distance to the nearest among all positions of those images (section 3.3, κ = 1) in the concatenated `stages`,
     resized to the finest; the map is upsampled and blurred by `sigma` pixels. `outlier_filter="ocsvm"` leaves out training images that a
     one-class SVM with an RBF kernel calls outliers, at most a share `nu` of them. The gallery of stages is mapped from a temporary
-    file after the fit and from the checkpoint later, so that only the images looked at need be in memory.
+    file after the fit and from the checkpoint later, so that only the nearest images need be in memory.
     """
 
     map_not_exportable = (
@@ -44,7 +41,7 @@ class SPADE(OnePassDetector):
     def __init__(
         self,
         backbone: str,
-        stages: Sequence[int | str],
+        stages: Stages,
         global_stage: int | str,
         weights: str,
         neighbors: int,
@@ -56,29 +53,24 @@ class SPADE(OnePassDetector):
         super().__init__()
         self.save_hyperparameters()
         check_stages(stages=stages, global_stage=[global_stage])
-        check_whole("model", 1, neighbors=neighbors)
-        check_choice("model", ("none", "ocsvm", None), outlier_filter=outlier_filter)
-        check_number("model", "(0, 1)", nu=nu)
-        check_blur(sigma)
+        self.check_arguments(neighbors=COUNT, outlier_filter=("none", "ocsvm", None), sigma=check_blur)
+        self.check_arguments(nu=partial(check_number, "model", "(0, 1)"))
         stages = list(stages)
         self.backbone = Features(backbone, stages if global_stage in stages else [*stages, global_stage], weights, seed)
         self.local = len(stages)
         self.deep = stages.index(global_stage) if global_stage in stages else len(stages)
         self.neighbors, self.outlier_filter, self.nu, self.sigma = neighbors, outlier_filter, nu, sigma
-        self.register_buffer("images", torch.empty(0))  # (N, C) float32 means of the global stage
+        self.names = [f"stage{s}" for s in range(self.local)]
+        self.add_buffers("images")  # (N, C) float32 means of the global stage
         for name in self.names:  # (N, P_s, C_s) float16, on the stage's own grid, mapped from disk
             self.register_buffer(name, torch.empty(0, dtype=torch.float16))
-
-    @property
-    def names(self) -> list[str]:
-        return [f"stage{s}" for s in range(self.local)]
 
     def new_state(self, images: int) -> "Gallery":
         return Gallery(images, self.local)
 
     def restore(self, state: "Gallery") -> None:
         if self.outlier_filter == "ocsvm":
-            raise InputError("update: model.outlier_filter=ocsvm has to see all images at once; fit them together, or use none")
+            raise InputError("update: model.outlier_filter=ocsvm needs all images at once; fit them together, or use none")
         for start in range(0, len(self.images), BLOCK):
             state.update([getattr(self, name)[start : start + BLOCK] for name in ("images", *self.names)])
 
@@ -92,7 +84,7 @@ class SPADE(OnePassDetector):
                 raise InputError(f"{name}: features beyond ±65504, the largest number of the gallery's float16; choose other stages")
         if self.outlier_filter == "ocsvm":
             normal = inliers(images, self.nu)
-            images, stages = images[normal], [chosen(stage, normal) for stage in stages]
+            images, stages = images[normal], [select(stage, normal) for stage in stages]
         for name, value in zip(["images", *self.names], [images, *stages], strict=True):
             setattr(self, name, value)
 
@@ -100,14 +92,13 @@ class SPADE(OnePassDetector):
         grids = tuple(tuple(stage.shape[-2:]) for stage in maps[: self.local])
         gallery = [getattr(self, name) for name in self.names]
         if any(h * w != stage.shape[1] for (h, w), stage in zip(grids, gallery, strict=True)):
-            raise InputError(
-                f"image_size: SPADE's gallery has {gallery[0].shape[1]} positions and now sees {grids[0]}; keep the image size"
-            )
+            raise InputError(f"image_size: SPADE's gallery has {gallery[0].shape[1]} positions and now gets {grids[0]}; keep the size")
         distance, index = nearest(describe(maps[self.deep]), self.images, min(self.neighbors, len(self.images)))  # (B, K)
         if torch.compiler.is_exporting():
             return Prediction(distance.mean(1))
-        parts = [rows(stage) for stage in maps[: self.local]]
-        found = [correspondences([part[i] for part in parts], [stage[near] for stage in gallery], grids) for i, near in enumerate(index)]
+        stages = [rows(stage) for stage in maps[: self.local]]
+        images = zip(*stages, strict=True)
+        found = [correspondences(image, [stage[near] for stage in gallery], grids) for image, near in zip(images, index, strict=True)]
         return Prediction(distance.mean(1), smooth_upsample(torch.stack(found).unflatten(1, grids[0]), size, self.sigma))
 
 
@@ -123,15 +114,15 @@ def rows(map: Tensor) -> Tensor:
 def inliers(features: Tensor, nu: float) -> Tensor:
     """Which of features (N, C) a one-class SVM with an RBF kernel exp(-‖x - y‖² / (C · variance)) does not call outliers, (N,) bool.
 
-    Outliers are at most a share `nu`. Those on the boundary, whose decision value is 0 but for what the solver leaves open, are none.
+    Outliers are at most a share `nu`. Those on the boundary, whose decision value is 0 within the solver's tolerance, are inliers.
     """
     x = features.double().cpu().numpy()
     svm = OneClassSVM(kernel="rbf", gamma="scale", nu=nu, tol=1e-6).fit(x)
     return torch.from_numpy(svm.decision_function(x) > -1e-5).to(features.device)
 
 
-def chosen(rows: Tensor, which: Tensor) -> Tensor:
-    """The rows where `which` (N,) is True, on disk as the others."""
+def select(rows: Tensor, which: Tensor) -> Tensor:
+    """The rows where `which` (N,) is True, on disk like all of them."""
     file = Rows()
     for i in which.nonzero()[:, 0].tolist():
         file.append(rows[i : i + 1])
@@ -139,7 +130,7 @@ def chosen(rows: Tensor, which: Tensor) -> Tensor:
 
 
 class Gallery(nn.Module):
-    """The images' descriptions in memory, and the rows of their stages on disk: only what a batch brings is ever in memory."""
+    """The state of a fit: the images' descriptions in memory, and the rows of their stages on disk."""
 
     def __init__(self, images: int, stages: int):
         super().__init__()
@@ -153,63 +144,51 @@ class Gallery(nn.Module):
 
     def gather(self) -> None:
         self.images.gather()
-        for file in self.files:
-            file.gather(self.images.device)
+        if distributed():
+            self.files = [file.gathered(self.images.device) for file in self.files]
 
     def compute(self) -> list[Tensor]:
         return [self.images.compute(), *(file.mapped() for file in self.files)]
 
 
 class Rows:
-    """Tensors of one shape (…) and type one behind the other in a temporary file, which goes when nothing maps it any more."""
+    """Tensors of one shape (…) and dtype, one after the other in a temporary file without a name, which a killed process cannot leave."""
 
     def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        # without a name, so that nothing is left by a process that is killed
-        make = tempfile.TemporaryFile if NUMBERED.is_dir() else tempfile.NamedTemporaryFile
-        self.file = make(prefix="blemish-")  # it outlives every block
-        weakref.finalize(self, self.file.close)
-        self.count, self.like = 0, torch.empty(0, 0)  # rows, and none of them
+        self.file = tempfile.TemporaryFile(prefix="blemish-")  # noqa: SIM115 `mapped` closes it
+        self.count, self.like = 0, torch.empty(0, 0)  # number of rows, and an empty tensor of them
 
     def append(self, rows: Tensor) -> None:
         """Write rows (n, …)."""
         try:
             rows.cpu().contiguous().numpy().tofile(self.file)
         except OSError as error:
-            raise InputError(
-                f"{tempfile.gettempdir()}: the gallery cannot be written there ({error}); make room, or set TMPDIR=PATH"
-            ) from error
+            folder = tempfile.gettempdir()
+            raise InputError(f"{folder}: the gallery cannot be written there ({error}); make room, or set TMPDIR=PATH") from error
         self.count, self.like = self.count + len(rows), rows[:0].cpu()
 
     def mapped(self) -> Tensor:
-        """All rows (count, …), read from the file where they are touched."""
-        self.file.flush()
-        if not self.count:
-            return self.like
-        shape = (self.count, *self.like.shape[1:])
-        # private: whoever writes to the tensor gets pages of his own
-        name = str(NUMBERED / str(self.file.fileno())) if NUMBERED.is_dir() else self.file.name
-        return torch.from_file(name, shared=False, size=math.prod(shape), dtype=self.like.dtype).view(shape)
+        """All rows (count, …), read from disk on access; the last call."""
+        with self.file:
+            if not self.count:
+                return self.like
+            self.file.flush()
+            shape = (self.count, *self.like.shape[1:])
+            return torch.from_numpy(np.memmap(self.file, self.like.numpy().dtype, mode="c", shape=shape))  # copy on write
 
-    def gather(self, device: torch.device) -> None:
-        """Let every process hold the rows of all, a block at a time."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        own, before = self.mapped(), self.file
+    def gathered(self, device: torch.device) -> "Rows":
+        """The rows of all processes, exchanged in blocks; the last call."""
+        own, rank, result = self.mapped(), torch.distributed.get_rank(), Rows()
         metadata = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(metadata, (len(own), own.shape[1:], own.dtype))
         shape, dtype = next((shape, dtype) for count, shape, dtype in metadata if count)
-        self._begin()
-        for rank, (count, *_) in enumerate(metadata):
+        for sender, (count, *_) in enumerate(metadata):
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
-                mine = rank == torch.distributed.get_rank()
-                block = own[start:stop].to(device) if mine else torch.empty(stop - start, *shape, dtype=dtype, device=device)
-                torch.distributed.broadcast(block, rank)
-                self.append(block)
-        before.close()
+                block = own[start:stop].to(device) if sender == rank else torch.empty(stop - start, *shape, dtype=dtype, device=device)
+                torch.distributed.broadcast(block, sender)
+                result.append(block)
+        return result
 
 
 @torch.no_grad()
@@ -218,10 +197,10 @@ def correspondences(query: Sequence[Tensor], gallery: Sequence[Tensor], grids: t
 
     query[s] is (P_s, C_s) and gallery[s] (K, P_s, C_s) on grids[s], the first of which is the finest. Coarse stages are resized by
     `nearest` (the official code: bilinearly): squared distances then add up over the stages, those of a coarse stage are shared by all
-    positions it covers, and what is too far there need not be looked at any finer. The result is exact but for rounding.
+    positions it covers, and a pair that is too far apart there needs no finer look. The result is exact except for rounding.
     """
     with torch.autocast(query[0].device.type, enabled=False):
-        centres = [stage.float().mean((0, 1)) for stage in gallery]  # centred, less is lost to cancellation
+        centres = [stage.float().mean((0, 1)) for stage in gallery]  # centring reduces cancellation
         query = [left(stage.float() - centre) for stage, centre in zip(query, centres, strict=True)]
         gallery = [right(stage.float() - centre) for stage, centre in zip(gallery, centres, strict=True)]
         return _Descent(query, gallery, levels(grids)).run().clamp_(min=0).sqrt_()
@@ -238,10 +217,10 @@ class _Descent:
         self.cells = [Level(*(part.to(query[0].device) for part in level)) for level in cells]
         self.query = [stage[level.at] for stage, level in zip(query, self.cells, strict=True)]  # (G, C+2) each
         self.gallery = [stage[:, level.at] for stage, level in zip(gallery, self.cells, strict=True)]  # (K, G, C+2) each
-        self.best = [stage.new_full((len(stage),), torch.inf) for stage in self.query]  # (G,) a cell's is its positions' largest
-        for level, finer in enumerate(self.cells[:-1]):  # side by side what is fetched together: (G above, m, C+2), (K·G above, m, C+2)
-            self.query[level] = self.query[level][finer.children]
-            self.gallery[level] = self.gallery[level][:, finer.children].flatten(0, 1)
+        self.best = [stage.new_full((len(stage),), torch.inf) for stage in self.query]  # (G,), of a cell the largest of its positions
+        for level, coarser in enumerate(self.cells[1:]):  # contiguous what is read together: (G above, m, C+2), (K·G above, m, C+2)
+            self.query[level] = self.query[level][coarser.children]
+            self.gallery[level] = self.gallery[level][:, coarser.children].flatten(0, 1)
 
     def run(self) -> Tensor:
         top = len(self.cells) - 1
@@ -258,13 +237,12 @@ class _Descent:
 
     def _children(self, level: int, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cells (n, m) of `level` below own (n,), and (n, w·m) below other (n, w), and their squared distances (n, m, w·m)."""
-        table, count = self.cells[level].children, len(self.best[level])
-        below = table[own]
+        table, count = self.cells[level + 1].children, len(self.best[level])
         image, cell = other // len(table), other % len(table)
         under = (image[..., None] * count + table[cell]).flatten(1)
-        gallery = self.gallery[level]  # n may be 0, where the first guess was the nearest: its shape has to be said
+        gallery = self.gallery[level]  # n may be 0, so that the shape has to be given
         rows = gallery.index_select(0, other.flatten()).view(*under.shape, gallery.shape[-1])  # (n, w·m, C+2)
-        return below, under, self.query[level].index_select(0, own) @ rows.mT
+        return table[own], under, self.query[level].index_select(0, own) @ rows.mT
 
     def _guess(self, cells: Tensor, square: Tensor) -> None:
         top, own = len(self.cells) - 1, cells
@@ -276,10 +254,7 @@ class _Descent:
             own, other = below.flatten(), under.repeat_interleave(below.shape[1], 0).gather(1, order)
         self.best[0][own] = value[:, 0]
         for level in range(top):
-            rows = cells
-            for finer in range(top - 1, level, -1):
-                rows = self.cells[finer].children[rows].flatten()
-            self.best[level + 1][rows] = self.best[level][self.cells[level].children[rows]].amax(1)
+            self.best[level + 1] = self.best[level][self.cells[level + 1].children].amax(1)
 
     def _refine(self, level: int, own: Tensor, other: Tensor, value: Tensor) -> None:
         step = max(1, TILE // self.query[level][0].numel())
@@ -297,7 +272,7 @@ class Level(NamedTuple):
     """Cells that share their position in a stage and in every coarser one."""
 
     at: Tensor  # (G,) that position in the stage
-    children: Tensor  # (G of the next coarser level, m) the cells in each of its cells, the first repeated where there are fewer than m
+    children: Tensor  # (G, m) the cells of the next finer level in each, the first repeated where there are fewer than m
 
 
 @lru_cache(maxsize=8)
@@ -305,18 +280,15 @@ def levels(grids: tuple[tuple[int, int], ...]) -> list[Level]:
     """The cells of every stage's level for `nearest` resizing to the first grid; the cells of the first level are its positions."""
     index = [torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w) for h, w in grids]
     places = torch.stack([F.interpolate(i, grids[0], mode="nearest").flatten().long() for i in index], 1)  # (P, S)
-    found = [places[:, s:].unique(dim=0, return_inverse=True) for s in range(len(grids))]  # cells (G, S-s), cell of a position (P,)
-    out = []
-    for s, (cells, cell) in enumerate(found):
-        if s + 1 == len(found):
-            out.append(Level(cells[:, 0], torch.empty(0, 0, dtype=torch.long)))
-            continue
-        parent = torch.empty(len(cells), dtype=torch.long).scatter_(0, cell, found[s + 1][1])
+    result, finer = [], torch.arange(len(places))  # the finer cell of a position (P,)
+    for s in range(len(grids)):
+        cells, cell = places[:, s:].unique(dim=0, return_inverse=True)  # (G, S-s), the cell of a position (P,)
+        parent = torch.empty(int(finer.max()) + 1, dtype=torch.long).scatter_(0, finer, cell)
         order, size = parent.argsort(stable=True), parent.bincount()
-        first = size.cumsum(0) - size
-        place = torch.arange(int(size.max())).expand(len(size), -1)
-        out.append(Level(cells[:, 0], order[first[:, None] + place.where(place < size[:, None], 0)]))
-    return out
+        first, place = size.cumsum(0) - size, torch.arange(int(size.max())).expand(len(size), -1)
+        result.append(Level(cells[:, 0], order[first[:, None] + place.where(place < size[:, None], 0)]))
+        finer = cell
+    return result
 
 
 def left(x: Tensor) -> Tensor:
