@@ -241,6 +241,7 @@ def test_a_path_below_our_modules_may_lead_out_of_them_again(finished, tmp_path)
 def test_multirun_makes_a_run_per_seed(tiny, tmp_path):
     done = tool("train", "-m", "model=padim", "seed=0,1", f"run_dir={tmp_path}/${{seed}}", *tiny_overrides(tiny))
     assert done.returncode == 0, done.stderr
+    assert "GPU available" not in done.stdout + done.stderr  # lightning's notes are not repeated
     for seed in ("0", "1"):
         assert json.loads((tmp_path / seed / "record.json").read_text())["seed"] == int(seed)
 

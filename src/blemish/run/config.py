@@ -1,6 +1,5 @@
 """Compose a config from Python as the command line does, and report overrides that do not fit."""
 
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +183,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def run_cli(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """Do the work of a tool: bad input ends it with one clear message and status 2, Ctrl-C with status 130."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # notes on devices and advertisements are not ours to repeat
     try:
         return work(cfg)
     except (InputError, OmegaConfBaseException, OSError) as error:  # the second for a value that a config lacks

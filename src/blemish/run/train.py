@@ -141,6 +141,7 @@ def build_callbacks(cfg: DictConfig) -> tuple[StageTimes, Calibrate, Evaluate]:
 
 def trainer_of(cfg: DictConfig, callbacks: list) -> Trainer:
     """Lightning's trainer without validation and sanity checks; the fitted model is saved once, by `save_checkpoint`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # notes on devices, advertisements; importing lightning sets INFO
     seed_everything(cfg.seed, workers=True, verbose=False)
     keep_pages()
     logger = build(cfg.logger) if cfg.get("logger") and cfg.logger.get("_target_") else False
