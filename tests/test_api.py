@@ -462,7 +462,7 @@ def test_files_that_are_not_whole(saved, tmp_path):
         with pytest.raises(InputError, match="cut: "):
             AnomalyDetector.load(tmp_path / "cut")
     torch.save({"a": torch.zeros(2)}, tmp_path / "foreign.ckpt")
-    with pytest.raises(InputError, match=r"foreign\.ckpt: not a whole checkpoint"):
+    with pytest.raises(InputError, match=r"foreign\.ckpt: not a complete checkpoint"):
         AnomalyDetector.load(tmp_path / "foreign.ckpt")
     for changes in (
         {"options": {"_target_": "blemish.methods.stfpm.STFPM"}},

@@ -1,24 +1,16 @@
 """The command `blemish`: every tool under one name, from any folder, with the configs of the installed package."""
 
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-# a tool imports what it needs when it is called: help and errors of the command need no torch
-
-
-class Command(NamedTuple):
-    """What a name of the command line stands for."""
-
-    line: str  # of help
-    config: str  # the yaml in configs/ that its overrides are of
-    work: Callable[[Any], Any]  # what is done with the composed config
-    actions: tuple[str, ...] = ()  # what its first word may be, which is then action=<word>
+# Each function below is a command: its name is that of its tool and its yaml, its docstring is its line of help.
+# It imports what it needs when it is called: help and errors need no torch.
 
 
 def train(cfg: Any) -> Any:
+    """fit, test and record one detector, with -m several: blemish train model=padim data=mvtec"""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -32,6 +24,7 @@ def train(cfg: Any) -> Any:
 
 
 def test(cfg: Any) -> None:
+    """load a run and test it again: blemish test run=results/runs/…"""
     from blemish.run.terminal import report
     from blemish.run.test import test
 
@@ -39,6 +32,7 @@ def test(cfg: Any) -> None:
 
 
 def predict(cfg: Any) -> None:
+    """score images with a run: blemish predict run=results/runs/… input=FILE|FOLDER output=FOLDER"""
     from blemish.run.predict import predict
 
     done = predict(cfg)
@@ -52,31 +46,52 @@ def predict(cfg: Any) -> None:
 
 
 def data(cfg: Any) -> None:
+    """check a data set, or draw defects on one: blemish data check|synthesize data=mvtec data.root=FOLDER"""
     from blemish.data import check, synthetic
     from blemish.edge.checks import check_choice, check_number
     from blemish.files import replacing
-    from blemish.run import config
+    from blemish.run.config import build
 
     check_number("", "(0, 1]", share=cfg.share)
-    check_choice("", COMMANDS["data"].actions, action=cfg.action)
-    images = config.build(cfg.data)
+    check_choice("", ACTIONS, action=cfg.action)
+    images = build(cfg.data)
     if cfg.action == "check":
         with replacing(output := cfg.output or "manifest.csv"):
-            found = check.report(images, output)
-        sys.exit(found)
+            status = check.report(images, output)
+        sys.exit(status)
     images.setup()
-    say(f"{synthetic.write(images, cfg.output or 'synthetic', cfg.share, cfg.seed)} images drawn on: {cfg.output or 'synthetic'}")
+    output = cfg.output or "synthetic"
+    say(f"{synthetic.write(images, output, cfg.share, cfg.seed)} images drawn on: {output}")
+
+
+def export(cfg: Any) -> None:
+    """write a run as one file without blemish: blemish export run=results/runs/… format=onnx|torch_export|openvino"""
+    from blemish.deploy.export import export_run
+    from blemish.run import checkpoint, config
+
+    path, parity = export_run(cfg, checkpoint.load, config.build)
+    say(f"{path}: {parity}")
+
+
+def bench(cfg: Any) -> None:
+    """time a run by stage and engine: blemish bench run=results/runs/…"""
+    from rich.console import Console
+
+    from blemish.deploy import bench
+    from blemish.run import checkpoint, config
+
+    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, checkpoint.load, config.build)))
 
 
 def table(cfg: Any) -> None:
+    """collect finished runs into a table: blemish table runs=results/runs"""
     from rich.console import Console
 
     from blemish.files import replacing
     from blemish.report.tables import RUN, show, write
 
     with replacing(cfg.output, cfg.markdown, cfg.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
-        written = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)
-    runs, grids = written
+        runs, grids = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for grid in grids:
         show(console, grid, bold=cfg.by == "category")
@@ -85,6 +100,7 @@ def table(cfg: Any) -> None:
 
 
 def report(cfg: Any) -> None:
+    """show runs on one page: blemish report runs=results/runs"""
     from blemish.files import replacing
     from blemish.report.page import write
 
@@ -94,71 +110,30 @@ def report(cfg: Any) -> None:
 
 
 def reproduce(cfg: Any) -> None:
+    """run a paper's own protocol and compare with its tables: blemish reproduce paper=padim categories=[screw]"""
     from hydra.core.hydra_config import HydraConfig
 
     from blemish.report import reproduce
     from blemish.run import config, sweep
-    from blemish.run import config as compose
 
     name, typed = HydraConfig.get().runtime.choices.get("paper"), HydraConfig.get().overrides.task
     if not name:
-        refuse(f"paper: none given; choose {', '.join(compose.names('paper'))}")
+        refuse(f"paper: none given; choose {', '.join(config.names('paper'))}")
     config.check_config(cfg)
-    sys.exit(reproduce.reproduce(cfg, name, typed, compose.plain, scan=lambda c: config.build(c.data).scan(), train=sweep.train_apart))
+    sys.exit(reproduce.reproduce(cfg, name, typed, config.plain, lambda cell: config.build(cell.data).scan(), sweep.train_apart))
 
 
-def export(cfg: Any) -> None:
-    from blemish.deploy.export import export_run
-    from blemish.run import checkpoint, config
-
-    path, parity = export_run(cfg, checkpoint.load, config.build)
-    say(f"{path}: {parity}")
-
-
-def bench(cfg: Any) -> None:
-    from rich.console import Console
-
-    from blemish.deploy import bench
-    from blemish.run import checkpoint, config
-
-    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, checkpoint.load, config.build)))
-
-
-COMMANDS = {
-    "train": Command("fit, test and record one detector, with -m several: blemish train model=padim data=mvtec", "train", train),
-    "test": Command("load a run and test it again: blemish test run=results/runs/…", "test", test),
-    "predict": Command("score images with a run: blemish predict run=results/runs/… input=FILE|FOLDER output=FOLDER", "predict", predict),
-    "data": Command(
-        "look at a data set, or draw defects on one: blemish data check|synthesize data=mvtec data.root=FOLDER",
-        "data",
-        data,
-        ("check", "synthesize"),
-    ),
-    "export": Command(
-        "write a run as one file without blemish: blemish export run=results/runs/… format=onnx|torch_export|openvino",
-        "export",
-        export,
-    ),
-    "bench": Command("time a run by stage and engine: blemish bench run=results/runs/…", "bench", bench),
-    "table": Command("collect finished runs into a table: blemish table runs=results/runs", "table", table),
-    "report": Command("show runs on one page: blemish report runs=results/runs", "report", report),
-    "reproduce": Command(
-        "run a paper's own protocol and compare with its tables: blemish reproduce paper=padim categories=[screw]",
-        "reproduce",
-        reproduce,
-    ),
-}
-
-
+COMMANDS = {work.__name__: work for work in (train, test, predict, data, export, bench, table, report, reproduce)}
+ACTIONS = ("check", "synthesize")  # the first word of `data`, which stands for action=WORD
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
 PATHS += ("change.data.root", "data.roi", "change.data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex")
 
 
 def path_as_typed(override: str, several: bool) -> str:
-    """The override with its value in quotes where it is a path that Hydra would take for something else, or for nothing at all.
+    """Return the override of a path in quotes where Hydra would read something else, or nothing at all.
 
-    A folder named 2024 is no number, and brackets, commas and quotes in a name are no lists. With `several`, values of a sweep are left.
+    A folder named 2024 is no number, and brackets, commas and quotes in a name are no list. With `several`, a sweep over paths is kept.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -170,22 +145,17 @@ def path_as_typed(override: str, several: bool) -> str:
     try:
         parsed = OverridesParser.create().parse_override(override)
         found = parsed.value()
-        kept = several if parsed.is_sweep_override() else found is None or isinstance(found, str | QuotedString)
-        kept = kept or (key == "resume" and isinstance(found, bool))
+        keep = several if parsed.is_sweep_override() else found is None or isinstance(found, str | QuotedString)
+        keep = keep or (key == "resume" and isinstance(found, bool))
     except HydraException:
-        kept = False
-    return override if kept else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        keep = False
+    return override if keep else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def say(text: str, stream: Any = None) -> None:
     stream = stream or sys.stdout
     code = stream.encoding or "utf-8"
     stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")  # a file's name may be no text
-
-
-def usage() -> str:
-    lines = [f"  {name:10}{command.line}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: blemish COMMAND [KEY=VALUE …]", "", *lines, "", "blemish COMMAND --help lists the keys of a command."])
 
 
 def refuse(problem: str) -> None:
@@ -197,7 +167,8 @@ def main() -> None:
     """The command `blemish`: `sys.argv` is the command, a tool's name and Hydra's overrides."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        return say(usage())
+        lines = [f"  {name:10}{work.__doc__}" for name, work in COMMANDS.items()]
+        return say("\n".join(["usage: blemish COMMAND [KEY=VALUE …]", "", *lines, "", "blemish COMMAND --help lists a command's keys."]))
     if name == "--version":
         return say(f"blemish {version('blemish')}")
     if name not in COMMANDS:
@@ -210,44 +181,32 @@ def tool(name: str) -> None:
     call(name, sys.argv[:1], sys.argv[1:])
 
 
-def vetted(overrides: list[str], config: str, several: bool) -> list[str]:
-    """The overrides as Hydra may have them; InputError where a group or a key is misspelt, which Hydra would tell at length."""
-    from blemish.run.config import composed, firsts, settled
-
-    flags = [text for text in overrides if text.startswith("-")]
-    overrides = settled([text for text in overrides if not text.startswith("-")], config)
-    composed(*(firsts(overrides) if several else overrides), config=config)
-    return [*flags, *overrides]
-
-
 def call(name: str, words: list[str], overrides: list[str]) -> None:
-    """Let Hydra read the overrides and do the tool's work with the config that it composes, once for each job of a sweep.
-
-    words: what stands before the overrides on the command line.
-    """
+    """Compose the config from the overrides and do the work of a command, once for each job of a sweep; `words` precede the overrides."""
     import hydra
 
-    from blemish.run.config import configs, run_cli
+    from blemish.run.config import check_overrides, configs, run_cli
 
-    command, whole = COMMANDS[name], list(sys.argv)
-    if command.actions and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
-        if not overrides or overrides[0] not in command.actions:
-            found = overrides[0] if overrides else "nothing"
-            refuse(f"{name}: found {found}; choose {' or '.join(command.actions)}, before all KEY=VALUE")
+    typed = list(sys.argv)
+    if name == "data" and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
+        if not overrides or overrides[0] not in ACTIONS:
+            refuse(f"{name}: found {overrides[0] if overrides else 'nothing'}; choose {' or '.join(ACTIONS)}, before all KEY=VALUE")
         overrides = [f"action={overrides[0]}", *overrides[1:]]
 
     def task(cfg: Any) -> Any:
-        sys.argv = whole  # a record tells how it was called, and further processes of a training are called so too
-        return run_cli(command.work, cfg)
+        sys.argv = typed  # for the record, and for further processes of a training
+        return run_cli(COMMANDS[name], cfg)
 
-    task.__module__ = f"blemish {name}"  # where Hydra looks for the name of the job, which its help shows
-    main = hydra.main(str(configs()), command.config, version_base="1.3")(task)
-    several = bool({"-m", "--multirun"} & set(overrides))
+    task.__module__ = f"blemish {name}"  # shown by Hydra's help
+    main = hydra.main(str(configs()), name, version_base="1.3")(task)
+    flags = [text for text in overrides if text.startswith("-")]
+    several, of_hydra = bool({"-m", "--multirun"} & set(flags)), set(flags) - {"-m", "--multirun"}
     overrides = [path_as_typed(text, several) for text in overrides]
-    if all(text in ("-m", "--multirun") for text in overrides if text.startswith("-")):  # the other flags are Hydra's alone
-        overrides = run_cli(lambda _: vetted(overrides, command.config, several), None)
+    if not of_hydra:  # else Hydra does something of its own
+        keys = [text for text in overrides if text not in flags]
+        overrides = [*flags, *run_cli(lambda _: check_overrides(keys, name, several), None)]
     sys.argv = [words[0], *overrides]
-    if name == "train" and several:
+    if name == "train" and several and not of_hydra:
         from blemish.run.sweep import launch
 
         launch(main, words)

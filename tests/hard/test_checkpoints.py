@@ -75,7 +75,7 @@ def test_a_checkpoint_of_a_run(run):
     whole = path.read_bytes()
     for place in cuts(whole, 40):
         path.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"run/model\.ckpt: not a whole checkpoint"):
+        with pytest.raises(InputError, match=r"run/model\.ckpt: not a complete checkpoint"):
             load(run, "cpu")
     refused = 0
     for damaged in flips(whole, 150):
@@ -111,7 +111,7 @@ def test_a_checkpoint_runs_no_code(kind, run, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in parts.items():
                 archive.writestr(name, content)
-    with pytest.raises(InputError, match=r"run/model\.ckpt: not a whole checkpoint"):
+    with pytest.raises(InputError, match=r"run/model\.ckpt: not a complete checkpoint"):
         load(run, "cpu")
     assert not trap.exists()
 
@@ -132,7 +132,7 @@ def test_the_state_of_a_training(tiny, tmp_path):
     whole = state.read_bytes()
     for place in cuts(whole, 6):
         state.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"run/last\.ckpt: not the whole state of a training .* remove it"):
+        with pytest.raises(InputError, match=r"run/last\.ckpt: not the complete state of a training .* remove it"):
             train(composed(f"resume='{run}'"))
     state.unlink()
     found = train(composed(f"resume='{run}'"))

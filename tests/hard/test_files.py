@@ -353,8 +353,8 @@ from blemish.files import release
 from blemish.run.record import Record, lock_run_folder
 from blemish.run.train import save_config
 lock_run_folder(sys.argv[1], overwrite=False)
-Record.start(sys.argv[1], {})
-save_config(composed("model=vae"), Path(sys.argv[1]))
+Record(sys.argv[1], {})
+save_config(composed("model=vae", f"run_dir='{sys.argv[1]}'"))
 print("claimed", flush=True)
 sys.stdin.readline()
 release(sys.argv[1])

@@ -180,7 +180,7 @@ def test_truth_kind():
 
 
 def test_the_life_of_a_run(tmp_path):
-    run = Record.start(tmp_path, {"method": "padim", "seed": 0, "category": None})
+    run = Record(tmp_path, {"method": "padim", "seed": 0, "category": None})
     first = content(tmp_path)
     assert first["status"] == "running"
     assert first["method"] == "padim"
@@ -204,11 +204,11 @@ def test_the_life_of_a_run(tmp_path):
 
 def test_a_fact_that_no_record_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no metod"):
-        Record.start(tmp_path, {"metod": "padim"})
+        Record(tmp_path, {"metod": "padim"})
 
 
 def test_a_failed_run_says_so(tmp_path):
-    run = Record.start(tmp_path, {})
+    run = Record(tmp_path, {})
     run.fail(InputError("data.root=x: no such folder"))
     told = content(tmp_path)
     assert told["status"] == "failed"
@@ -220,17 +220,15 @@ def test_a_failed_run_says_so(tmp_path):
 def test_errors_that_go_round_in_a_circle_come_to_an_end():
     first, second = ValueError("a"), ValueError("b")
     first.__context__, second.__cause__ = second, first
-    assert not record.stopped(first)
+    assert not record.is_interruption(first)
     second.__cause__ = KeyboardInterrupt()
-    assert record.stopped(first)
+    assert record.is_interruption(first)
 
 
-@pytest.mark.parametrize("how", ["directly", "told to fail", "as Lightning hands it on"])
+@pytest.mark.parametrize("how", ["directly", "as Lightning raises it"])
 def test_an_interrupted_run_says_so(tmp_path, how):
-    run = Record.start(tmp_path, {})
+    run = Record(tmp_path, {})
     if how == "directly":
-        run.interrupt()
-    elif how == "told to fail":
         run.fail(KeyboardInterrupt())
     else:
         try:
@@ -244,7 +242,7 @@ def test_an_interrupted_run_says_so(tmp_path, how):
 
 
 def test_a_record_that_cannot_be_written_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch, caplog):
-    run = Record.start(tmp_path, {})
+    run = Record(tmp_path, {})
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -257,14 +255,14 @@ def test_a_record_that_cannot_be_written_does_not_hide_the_error_of_the_run(tmp_
 def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     lock_run_folder(tmp_path / "run", overwrite=False)
-    Record.start(tmp_path / "run", {}).finish({})
+    Record(tmp_path / "run", {}).finish({})
     release(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def finished(folder, metadata):
     lock_run_folder(folder, overwrite=False)
-    Record.start(folder, {}).finish(metadata)
+    Record(folder, {}).finish(metadata)
     release(folder)
 
 
@@ -296,7 +294,7 @@ def test_a_checkpoint_that_is_still_needed_is_kept(tmp_path):
 
 def test_a_failed_run_gives_way_and_foreign_files_do_not(tmp_path):
     lock_run_folder(tmp_path / "a", overwrite=False)
-    Record.start(tmp_path / "a", {}).fail(RuntimeError("x"))
+    Record(tmp_path / "a", {}).fail(RuntimeError("x"))
     release(tmp_path / "a")
     lock_run_folder(tmp_path / "a", overwrite=False)
     release(tmp_path / "a")

@@ -17,9 +17,9 @@ from support import CONFIGS, tiny_overrides
 
 from blemish.edge.errors import InputError
 from blemish.files import is_locked, release
-from blemish.run.config import firsts
+from blemish.run.config import first_values
 from blemish.run.record import Record, finish_for, lock_run_folder, read_record
-from blemish.run.sweep import apart, cell_name, launch, pinned, quoted
+from blemish.run.sweep import apart, cell_name, pinned, quoted
 
 TRAIN = CONFIGS.parent / "tools" / "train.py"
 
@@ -128,7 +128,7 @@ def test_globs_name_the_categories_that_are_there(tmp_path):
     for name in ("screw", "a b", "bolt's"):
         (tmp_path / name / "train").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
-    more, folder = pinned(["-m", "model=padim,dfm", "data=mvtec", f"data.root='{tmp_path}'", "data.category=glob(*)", "sweep.name=n"])
+    more, folder = pinned(["model=padim,dfm", "data=mvtec", f"data.root='{tmp_path}'", "data.category=glob(*)", "sweep.name=n"])
     assert more == ["sweep.name=n", r"data.category='a b','bolt\'s','screw'"]
     assert folder == Path("results/runs/sweeps/n")
     more, _ = pinned(["data=mvtec", f"data.root='{tmp_path}'", "data.category=glob([s*,b*],exclude=*w)", "sweep.name=n"])
@@ -158,8 +158,7 @@ def test_quoting_survives_hydra():
 
     for text in ("plain", "a b", "it's", "back\\slash", "comma,", "${x}", "tail\\"):
         assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
-    (only,) = firsts(["x=1,2", "x=3,4"])
-    assert only == "x=3"
+    assert first_values(["x=3,4", "y=glob(*)", "z=interval(1,2)"]) == ["x=3", "z=1.0"]
 
 
 def test_a_run_that_could_not_write_its_end(tmp_path):
@@ -171,7 +170,7 @@ def test_a_run_that_could_not_write_its_end(tmp_path):
 @pytest.mark.slow
 def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
     lock_run_folder(tmp_path, overwrite=False)  # by this process, which lives
-    Record.start(tmp_path, {})
+    Record(tmp_path, {})
     before = (tmp_path / "record.json").read_bytes()
     apart(tmp_path, os._exit, (2,), None, None)
     assert (tmp_path / "record.json").read_bytes() == before
@@ -180,10 +179,3 @@ def test_a_cell_that_another_sweep_is_at_is_left_to_it(tmp_path):
     apart(tmp_path, os._exit, (2,), None, None)
     record = read_record(tmp_path)
     assert (record["status"], record["error"]["message"][:11]) == ("failed", "exit code 2")
-
-
-def test_without_multirun_a_tool_does_its_own(monkeypatch):
-    done = []
-    monkeypatch.setattr(sys, "argv", ["tools/train.py", "model=padim"])
-    launch(lambda: done.append(1), ["tools/train.py"])
-    assert done == [1]

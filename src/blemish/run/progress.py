@@ -1,4 +1,4 @@
-"""Lightning's progress bar on stderr, without epochs where there is one only, and without the logger's version number."""
+"""Lightning's progress bar on stderr, without the number of a single epoch and the version of the logger."""
 
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
@@ -9,22 +9,17 @@ from rich.text import Text
 class ProgressBar(RichProgressBar):
     """A bar for each stage of a run."""
 
+    predict_description = "calibrating"
+    test_description = "testing"
+
     def __init__(self) -> None:
         super().__init__(console_kwargs={"stderr": True})
 
     @staticmethod
     def is_visible() -> bool:
-        """Whether stderr can show a bar: a terminal or a notebook, not a file."""
+        """Return whether stderr is a terminal or a notebook, which can show a bar."""
         console = Console(stderr=True)
         return console.is_terminal or console.is_jupyter
-
-    @property
-    def predict_description(self) -> str:
-        return "calibrating"
-
-    @property
-    def test_description(self) -> str:
-        return "testing"
 
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs
@@ -34,7 +29,7 @@ class ProgressBar(RichProgressBar):
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
     def configure_columns(self, trainer) -> list:
-        return [*super().configure_columns(trainer)[:-1], Speed()]  # its last shows 0.00 before it knows
+        return [*super().configure_columns(trainer)[:-1], Speed()]  # the last one there shows 0.00 before it knows
 
 
 class Speed(ProgressColumn):

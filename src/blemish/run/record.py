@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from blemish.edge.errors import InputError
 from blemish.files import CHOOSE, lock, plain, read_json, release, remove_stale, write_json
 
@@ -25,28 +27,19 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-STATE = "last.ckpt"  # of a training that is not finished
-ROI = "roi.png"  # white where the images of the run are looked at
-FILES = (
-    "config.yaml",
-    "model.ckpt",
-    STATE,
-    ROI,
-    "metrics.json",
-    "scores.csv",
-    "manifest.csv",
-    "curves.png",
-    "curves.json",
-    "record.json",
-)
 RECORD = "record.json"
+STATE = "last.ckpt"  # state of an unfinished training
+ROI = "roi.png"  # the one mask of all images
+FILES = ("config.yaml", "model.ckpt", STATE, ROI, "metrics.json", "scores.csv", "manifest.csv", "curves.png", "curves.json", RECORD)
 FINISHED = "finished"
-# what tells two rows of a table apart; runs that differ in the seed alone share a row
+METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")  # of metrics.json, shown by tables and pages
+PLACE = ("dataset", "category", "unit")  # the fields of SETTING that name the data
+# the identity of a run: what tells two rows of a table apart; runs that differ in the seed alone share a row
 SETTING = (
     "method",
     "variant",  # a name for settings that are not the method's own, as a recipe gives it
-    "epochs",  # of a method that trains
-    "epoch_size",  # images, or tiles, of an epoch; None for every one once
+    "epochs",  # None for a method that does not train
+    "epoch_size",  # images or tiles per epoch; None for each once
     "dataset",
     "category",
     "unit",  # image, or tile where large images were cut
@@ -54,57 +47,38 @@ SETTING = (
     "weights",
     "image_size",
     "crop",
-    "tiling",  # side of the tiles that images were cut into, None for whole images
+    "tiling",  # side of the tiles that images are cut into, None for full images
     "resize",  # letterbox, None where images are stretched
-    "roi",  # digest of the mask, or masks, of what is looked at
+    "roi",  # digest of the mask or masks
     "protocol",
 )
-METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")  # in metrics.json, of tables and pages
-PLACE = ("dataset", "category", "unit")  # the part of it that says where, and not how
 # what a record holds beside its status, times, error, command and environment; None until noted
 FIELDS = (
     *SETTING,
     "seed",
     "weights_digest",
     "manifest_digest",
-    "truth",  # what the pixel metrics were measured against, as truth_kind says
+    "truth",  # what the pixel metrics are measured against, see `truth_kind`
     "counts",  # images by split and label
-    "calibration",  # where the threshold comes from: alpha, images, value, and an explanation in words
-    "store",  # where maps were kept, images whose maps were read and computed, bytes of the files in use
-    "seconds",  # wall seconds by stage, as StageTimes.total() gives them
-    "scale",  # map values at the two ends of the colours of the pictures
-    "pictures",  # the pictures that were drawn, relative to the run folder
+    "calibration",  # the threshold: alpha, number of images, value, explanation
+    "store",  # the feature cache: its folder, images read and computed, bytes
+    "seconds",  # wall time by stage, see `StageTimes.total`
+    "scale",  # map values at the two ends of the pictures' colours
+    "pictures",  # relative to the run folder
 )
-PACKAGES = (
-    "blemish",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "timm",
-    "kornia",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "scikit-image",
-    "pillow",
-    "hydra-core",
-    "omegaconf",
-    "faiss-cpu",
-    "faiss-gpu-cu12",
-    "safetensors",
-)
+PACKAGES = ("blemish", "torch", "torchvision", "lightning", "torchmetrics", "timm", "kornia", "numpy", "scipy", "scikit-learn")
+PACKAGES += ("scikit-image", "pillow", "hydra-core", "omegaconf", "faiss-cpu", "faiss-gpu-cu12", "safetensors")
 
 
 def check_archive(path: Path) -> None:
-    """ValueError, or zipfile's error, for a file of torch's of which a part is not what was written: torch compares no checksums."""
+    """Raise ValueError, or zipfile's error, for a damaged file of torch's: torch itself compares no checksums."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} inside is damaged")
 
 
 def environment() -> dict:
-    """The software and hardware this process runs on; None where the system does not tell."""
+    """Return the software and hardware this process runs on; None for what the system does not tell."""
     import torch
 
     return {
@@ -115,7 +89,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "ram_mb": _ram_mb(),
+        "ram_mb": psutil.virtual_memory().total >> 20,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "git": git_state(Path(__file__).parent) or _installed_commit(),
@@ -124,15 +98,14 @@ def environment() -> dict:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu() -> str | None:
@@ -143,17 +116,10 @@ def _cpu() -> str | None:
     return platform.processor() or platform.machine() or None
 
 
-def _ram_mb() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def git_state(folder: Path) -> dict | None:
-    """{"commit", "dirty"} of the checkout that tracks the Python files of `folder`; None without git or if none does.
+    """Return {"commit", "dirty"} of the checkout that tracks the Python files of `folder`, None without git or such a checkout.
 
-    dirty: sources or configs differ from the commit, or there are some it does not have.
+    dirty: sources, configs or tools differ from the commit.
     """
     # a wheel installed inside somebody's checkout is not part of it: its files must be tracked
     if _git(folder, "ls-files", "--error-unmatch", "*.py") is None:
@@ -167,15 +133,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
     # inside a git hook these variables point at another repository
     variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "-C", str(folder), *arguments]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, env=variables, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return None
 
 
 def _installed_commit() -> dict | None:
-    """The commit that pip noted for a package installed from a repository's address."""
+    """Return the commit that pip noted for a package installed from a repository's address."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
         noted = json.loads(importlib.metadata.distribution("blemish").read_text("direct_url.json") or "{}")
         if commit := noted.get("vcs_info", {}).get("commit_id"):
@@ -184,11 +149,11 @@ def _installed_commit() -> dict | None:
 
 
 def peak_memory_mb() -> dict:
-    """The largest memory this process has held, MB: "host" (resident) and "gpu" (allocated by torch, the fullest device)."""
+    """Return the largest memory of this process so far, MB: "host" (resident) and "gpu" (allocated by torch on the fullest device)."""
     import torch
 
     host = gpu = None
-    if resource is not None:
+    if resource:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
         host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -197,14 +162,11 @@ def peak_memory_mb() -> dict:
 
 
 def truth_kind(samples: Iterable) -> str:
-    """What says which pixels are anomalous in the test images: "pixel masks", "boxes rasterised to masks", both or "none"."""
+    """Return what marks the anomalous pixels of the test images: "pixel masks", "boxes rasterised to masks", both or "none"."""
     tested = [sample for sample in samples if sample.split == "test"]
-    kinds = []
-    if any(sample.mask for sample in tested):
-        kinds.append("pixel masks")
-    if any(sample.boxes and not sample.mask for sample in tested):
-        kinds.append("boxes rasterised to masks")
-    return " and ".join(kinds) or "none"
+    masks = any(sample.mask for sample in tested)
+    boxes = any(sample.boxes and not sample.mask for sample in tested)
+    return " and ".join(["pixel masks"] * masks + ["boxes rasterised to masks"] * boxes) or "none"
 
 
 def is_first_process() -> bool:
@@ -214,10 +176,10 @@ def is_first_process() -> bool:
 
 
 def lock_run_folder(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
-    """Lock the folder for this process until `release`: make it, lock it, and clear what an earlier run left, but the FILES in `keep`.
+    """Make and lock the folder of a run until `release`, and remove what an earlier run left there, except the files to `keep`.
 
-    InputError if it cannot be written, another living process holds it, or, without `overwrite`, if it holds a finished run
-    or files that no run of blemish left. Files a run does not write are never touched. Only the process of rank 0 claims.
+    Only the process of rank 0 does so. Files that a run does not write are never touched. InputError if the folder cannot be written,
+    is locked, or, without `overwrite`, holds a finished run or files of unknown origin.
     """
     if not is_first_process():
         return
@@ -231,7 +193,7 @@ def lock_run_folder(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = 
 
 
 def read_record(run_dir: str | Path) -> dict | None:
-    """The record of a run folder; None if there is none that can be read."""
+    """Return the record of a run folder; None if there is none that can be read."""
     record = read_json(Path(run_dir) / RECORD)
     return record if record and "status" in record else None
 
@@ -240,93 +202,77 @@ def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
     record = read_record(folder)
     found = [name for name in FILES if name not in keep and (folder / name).exists()]
     if record and record["status"] == FINISHED and not overwrite:
-        raise InputError(
-            f"{folder}: holds a finished run ({record.get('method')}, {record.get('started')}); say overwrite=true, or {CHOOSE}"
-        )
+        run = f"{record.get('method')}, {record.get('started')}"
+        raise InputError(f"{folder}: holds a finished run ({run}); replace it with overwrite=true, or {CHOOSE}")
     if found and not record and not overwrite:
-        raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; say overwrite=true, or {CHOOSE}")
-    # only what a run wrote: the folder may hold other things of its owner
+        raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; replace them with overwrite=true, or {CHOOSE}")
     pictures = [name for name in (record or {}).get("pictures") or [] if not Path(name).is_absolute() and ".." not in Path(name).parts]
-    if record:  # it stays until the next one takes its place: what a kill leaves here is then still known to be a run's
+    if record:  # kept until the next record replaces it: after a kill, the other files are still known to be a run's
+        found = [name for name in found if name != RECORD]
         write_json(folder / RECORD, record | {"status": "interrupted", "error": None})
-    for name in pictures + [name for name in found if name != RECORD or not record]:
+    for name in pictures + found:
         (folder / name).unlink(missing_ok=True)
     for place in (folder, folder / "images"):
         remove_stale(place, age=0)
 
 
 def finish_for(run_dir: str | Path, status: str, message: str, seconds: float | None = None) -> None:
-    """Tell in a run's record how it ended, for a process that could not do so itself."""
+    """Write into a run's record how it ended, for a process that could not do so itself."""
     known = read_record(run_dir) or Record(run_dir, {}).content
     error = {"type": status, "message": message, "time": now()}
     known |= {"status": status, "ended": now(), "wall_seconds": seconds, "error": error, "peak_memory_mb": None}
-    write_json(Path(run_dir) / "record.json", known)
+    write_json(Path(run_dir) / RECORD, known)
 
 
-def stopped(error: BaseException | None) -> bool:
-    """Whether an error is an interruption, or came of one: Lightning turns Ctrl-C into SystemExit, OmegaConf into errors of its own."""
-    seen = set()  # an error that is raised again from what it caused closes a circle
-    while error is not None and id(error) not in seen:
+def is_interruption(error: BaseException | None) -> bool:
+    """Return whether an error is or was caused by an interruption, which Lightning and OmegaConf turn into errors of their own."""
+    visited = set()  # an error that is raised again from what it caused closes a circle
+    while error is not None and id(error) not in visited:
         if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "SIGTERMException":  # Lightning's
             return True
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
 
 class Record:
-    """The life of one run as record.json tells it: "running", then "finished", "failed" or "interrupted".
+    """The life of one run in record.json: "running", then "finished", "failed" or "interrupted".
 
-    The file is written whole at every step, by rank 0 alone. A killed run stays "running", with nobody alive behind its lock.
+    Rank 0 writes the file atomically at every step. A killed run stays "running" with nobody holding its lock.
+    `metadata` are the FIELDS that are known at the start.
     """
 
     def __init__(self, run_dir: str | Path, metadata: Mapping):
-        self.path = Path(run_dir) / "record.json"
+        self.path = Path(run_dir) / RECORD
         self.clock = time.perf_counter()
         self.content = {"status": "running", "started": now(), "ended": None, "wall_seconds": None, "error": None, **dict.fromkeys(FIELDS)}
         self.content |= {"peak_memory_mb": None, "command": shlex.join(sys.argv), "environment": environment()}
         self.note(metadata)
 
-    @classmethod
-    def start(cls, run_dir: str | Path, metadata: Mapping) -> "Record":
-        """Write the record of a run that begins; `metadata` are those of FIELDS that are known already."""
-        return cls(run_dir, metadata)
-
     def note(self, metadata: Mapping) -> None:
         """Add metadata, each one of FIELDS, and write the record."""
-        if unknown := [name for name in metadata if name not in FIELDS]:
-            raise ValueError(f"a record has no {', '.join(unknown)}; it has {', '.join(FIELDS)}")
+        if unknown := metadata.keys() - set(FIELDS):
+            raise ValueError(f"a record has no {', '.join(sorted(unknown))}; it has {', '.join(FIELDS)}")
         self.content |= plain(metadata)
-        self._write()
+        if is_first_process():
+            write_json(self.path, self.content)
 
     def finish(self, metadata: Mapping) -> None:
-        """The run came to its end: add the last metadata."""
+        """Note that the run has finished, with the last metadata."""
         self._end(FINISHED, None)
         self.note(metadata)
 
     def fail(self, error: BaseException) -> None:
-        """The run ended with this error; an interruption in disguise is told as one."""
-        if stopped(error):
-            self.interrupt()
+        """Note that the run ended with an error or an interruption."""
+        if is_interruption(error):
+            self._end("interrupted", {"type": "KeyboardInterrupt", "message": "stopped by the user or the system", "time": now()})
         else:
             self._end("failed", {"type": type(error).__name__, "message": str(error), "time": now()})
-            self._write_if_possible()
-
-    def interrupt(self) -> None:
-        """The run was stopped from outside."""
-        self._end("interrupted", {"type": "KeyboardInterrupt", "message": "stopped by the user or the system", "time": now()})
-        self._write_if_possible()
+        try:
+            self.note({})
+        except InputError as unwritten:
+            log.warning("%s", unwritten)  # the error that ended the run is the one to be raised
 
     def _end(self, status: str, error: dict | None) -> None:
         self.content |= {"status": status, "ended": now(), "wall_seconds": time.perf_counter() - self.clock, "error": error}
         self.content["peak_memory_mb"] = peak_memory_mb()
-
-    def _write(self) -> None:
-        if is_first_process():
-            write_json(self.path, self.content)
-
-    def _write_if_possible(self) -> None:
-        try:
-            self._write()
-        except InputError as error:
-            log.warning("%s", error)  # the error that ended the run is the one to be raised

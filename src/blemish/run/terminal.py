@@ -12,11 +12,10 @@ from blemish.run.record import METRICS, read_record
 
 
 def summary(metrics: Mapping) -> Table:
-    """metrics.json for the terminal: a row per defect type and one for all; image_f1_max is at the best threshold in hindsight."""
+    """Return the content of metrics.json as a table: a row per defect type and one for all."""
     table = Table(title="test metrics", caption="f1_max: at the threshold that is best in hindsight", caption_justify="right")
     table.add_column("defect")
-    table.add_column("images", justify="right")
-    for name in METRICS:
+    for name in ("images", *METRICS):
         table.add_column(name.replace("_", "\n", 1), justify="right")
     rows = {**{name: row for name, row in metrics["defects"].items() if name != "good"}, "all": metrics}
     for name, row in rows.items():
@@ -26,7 +25,7 @@ def summary(metrics: Mapping) -> Table:
 
 
 def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
-    """Lines on the decisions of a test: defects found, false alarms beside their bound, and a warning where these are too many by chance.
+    """Return lines on the defects found and the false alarms beside their bound, with a warning where these are too many by chance.
 
     calibration: of the run's record, see `Evaluate.calibration_metadata`.
     """
@@ -35,27 +34,25 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
     defective, normal = metrics["images_anomalous"], metrics["images_normal"]
     alpha, requested, n = (calibration[name] for name in ("alpha", "requested", "n"))
     bound = f"bound {100 * alpha:.3g} %" + ("" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %")
-    parts, alarms = [], 0
+    parts, warnings = [], []
     if defective:
         parts.append(f"found {round(metrics['image_recall'] * defective)} of {defective} defective")
     if normal:
         alarms = round(metrics["image_false_alarm_rate"] * normal)
         parts.append(f"false alarms {alarms} of {normal} ({bound})")
-    lines = [", ".join(parts)] if parts else []
-    if normal and (chance := chance_of_alarms(alarms, normal, requested, n)) < RARE:
-        lines.append(
-            f"warning: so many false alarms have a probability of {chance:.1g} if the normal test images are like the {n} calibration "
-            "images; they differ from the training images (light, position, product?), and the bound does not hold for them"
-        )
-    return lines
+        if (chance := chance_of_alarms(alarms, normal, requested, n)) < RARE:
+            warnings.append(
+                f"warning: so many false alarms have a probability of {chance:.1g} if the normal test images are like the {n} calibration "
+                "images; they differ from the training images (light, position, product?), and the bound does not hold for them"
+            )
+    return [", ".join(parts), *warnings] if parts else []
 
 
 @rank_zero_only
 def report(metrics: dict, folder: str) -> None:
-    """Print the table of metrics, how the decisions came out, and where the rest is."""
+    """Print the table of metrics, the decisions, and the run folder."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(summary(metrics))
     calibration = (read_record(Path(folder)) or {}).get("calibration") or {}
-    for line in decisions(metrics, calibration):
+    for line in [*decisions(metrics, calibration), f"run folder: {folder}"]:
         console.print(line, markup=False)
-    console.print(f"run folder: {folder}", markup=False)

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -11,60 +10,55 @@ from blemish.data.manifest import Sample, read_manifest
 from blemish.detector import Detector, OnePassDetector
 from blemish.edge.errors import InputError
 from blemish.run.checkpoint import load
-from blemish.run.config import build, read_config
+from blemish.run.config import build, command_line, read_config
 
 log = logging.getLogger(__name__)
 
+FIXED = ("model", "backbone", "weights", "image_size", "crop", "seed", "tiling", "overlap", "resize")  # keys that the old run decides
+FIXED_DATA = ("image_size", "crop", "window", "seed", "resize", "roi")  # of its data
+
 
 def load_for_update(cfg: DictConfig, past: Path) -> Detector:
-    """The fitted model of a run that is to be updated; the config takes over what belongs to it, and its data where none are chosen."""
+    """Return the fitted model of the run to be updated, and set in `cfg` what that run decides: its data too, where none are chosen."""
     saved, model = load(past)
     if not isinstance(model, OnePassDetector):
-        raise InputError(
-            f"update={past}: {type(model).__name__} learns nothing by one look at images; expected the run of a one-pass method"
-        )
-    keys = ("model", "backbone", "weights", "image_size", "crop", "seed")
-    kept = (*keys, "resize", "tiling", "overlap", "recipe")
-    chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["data="]
-    names = {text: text.lstrip("+~").partition("=")[0] for text in chosen}
-    if wrong := [text for text, name in names.items() if name.partition(".")[0] in kept or name in ("data.roi", "data.window")]:
-        raise InputError(
-            f"{' '.join(wrong)}: an update keeps the run's own; expected overrides of data, trainer, run_dir, alpha and the like"
-        )
-    data = cfg.data if any(text.startswith("data=") for text in chosen) else saved.data
-    for text in chosen:
-        if text.startswith("data.") and data is saved.data:
-            key = text.partition("=")[0]
+        raise InputError(f"update={past}: {type(model).__name__} does not fit in a single pass; expected the run of a one-pass method")
+    typed = command_line() or [("data", "data=")]  # from Python, cfg.data is chosen
+    fixed = (*FIXED, "recipe")
+    if wrong := [text for key, text in typed if key.partition(".")[0] in fixed or key in ("data.roi", "data.window")]:
+        raise InputError(f"{' '.join(wrong)}: fixed by the run that is updated; expected overrides of data, trainer, run_dir, alpha …")
+    data = cfg.data
+    if not any(text.startswith("data=") for _, text in typed):
+        data = saved.data
+        for key in (key for key, _ in typed if key.startswith("data.")):
             OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
     OmegaConf.set_struct(cfg, False)
-    for key in keys:
+    for key in FIXED:
         cfg[key] = saved[key]
-    for key in ("image_size", "crop", "window", "seed"):
-        data[key] = saved.data[key]
-    for key in ("tiling", "overlap", "resize"):
-        cfg[key] = saved[key]
-    data["resize"], data["roi"] = saved.resize, saved.data.roi
+    for key in FIXED_DATA:
+        data[key] = saved.data.get(key)
     cfg.data, cfg.batch_size = data, data.batch_size
     return model
 
 
 def mark_fitted(samples: list[Sample], past: Path) -> list[Sample]:
-    """The samples with those of a run's manifest in the part they had there: `fitted` where they were trained on, now or before.
+    """Return the samples with the splits they had in a run, `fitted` where that run was fitted to them, now or before.
 
-    A file is known by its content, whatever its name and its folder. InputError if nothing is left to train on.
+    A file is known by its content, not its path. InputError if no new one is left to train on.
     """
     known = {(sample.digest, sample.tile): sample.split for sample in read_manifest(past / "manifest.csv")}
-    roles = [known.get((sample.digest, sample.tile), sample.split) for sample in samples]
-    seen = [(sample.digest, sample.tile) in known for sample in samples]
-    if not any(role == "train" and not old for role, old in zip(roles, seen, strict=True)):
-        raise InputError(f"update={past}: all {seen.count(True)} images here that could be trained on are known to it; expected new ones")
-    return [
-        sample._replace(split="fitted" if old and role == "train" else role) for sample, role, old in zip(samples, roles, seen, strict=True)
-    ]
+    marked, new = [], 0
+    for sample in samples:
+        split = known.get((sample.digest, sample.tile))
+        new += split is None and sample.split == "train"
+        marked.append(sample._replace(split={None: sample.split, "train": "fitted"}.get(split, split)))
+    if not new:
+        raise InputError(f"update={past}: no new image to train on among {len(samples)}; expected images that the run was not fitted to")
+    return marked
 
 
 def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
-    """A loader of the calibration images of a run that are not among the samples; none, with a warning, where they are gone."""
+    """Return a loader of a run's calibration images that are not among the samples; none, with a warning, where they are gone."""
     cfg = read_config(past)
     cfg.data.manifest = str(past / "manifest.csv")
     known = {(sample.digest, sample.tile) for sample in samples}
