@@ -1,10 +1,11 @@
-"""The pictures of a run: a strip per image and the curves of the whole, from arrays alone."""
+"""Pictures of a run, drawn from arrays: a strip per image, and its curves. Also which images are drawn, and their file names."""
 
 import functools
 import heapq
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,49 +14,61 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
 from blemish.metrics.metrics import GOOD
 from blemish.metrics.ranking import FPR_LIMIT
 from blemish.types import ANOMALOUS, IGNORED, NO_TRUTH, NORMAL, UNKNOWN
 
-PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are to_image by a whole number to reach the first, large ones reduced to the second
+Pair = tuple[float, float]
+Lines = Mapping[str, ndarray]
+
+PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are enlarged by a whole number to reach the first, large ones reduced to the second
 MARGIN, GAP, BAR = 14, 12, 10  # px around the strip, between panels, width of the colour bar
 PAPER, INK, QUIET, FAINT = (255, 255, 255), (26, 26, 26), (95, 95, 95), (236, 236, 236)
-ALARM, TRUTH, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)  # lines around alarms and truth, and what sets them off
+ALARM, TRUTH, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)  # lines around alarms and truth, and their edges
 VEIL = 0.75  # opacity of the map's colour in an overlay at the upper end of the scale
 DASH = 5.0  # px on, px off
 COLOURS = (matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
-GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it is not known, or not looked at
+GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it is unknown or ignored
 GROUND[[0, 1]] = [[20, 20, 20], [255, 255, 255]]
-BLUE, RED = "#0072b2", "#c04a00"  # images or normal, pixels or anomalous: apart in hue and in lightness
+BLUE, RED = "#0072b2", "#c04a00"  # images or normal, pixels or anomalous: different in hue and in lightness
 STYLE = {"image": {"color": BLUE, "linestyle": "-"}, "pixel": {"color": RED, "linestyle": (0, (4, 1.5))}}
+# curve: title, x axis, its end, y axis, figure in the legend and its name, place of the legend
+PANELS = {
+    "roc": ("ROC", "false positive rate", 1.0, "true positive rate", "auroc", "AUROC", "lower right"),
+    "pr": ("Precision and recall", "recall", 1.0, "precision", "ap", "AP", "best"),
+    "pro": (
+        "Per-region overlap",
+        "false positive rate of pixels",
+        FPR_LIMIT,
+        "mean share of a region found",
+        "aupro",
+        "AUPRO",
+        "lower right",
+    ),
+}
 
 
-def to_scale(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """Map values as float32 in [0, 1] between the ends of the scale; NaN counts as the upper end."""
+def to_scale(values: ndarray, scale: Pair) -> ndarray:
+    """Map values as float32 in [0, 1] between the ends of the scale; NaN becomes the upper end."""
     low, high = scale
     unit = (values.astype(np.float64) - low) / (high - low if high > low else 1.0)
     return np.nan_to_num(unit, nan=1.0, posinf=1.0, neginf=0.0).clip(0, 1).astype(np.float32)
 
 
-def colour(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """A map (H, W) as colours (H, W, 3) uint8 of a perceptually even colour map, dark to bright between the ends of the scale."""
+def colour(values: ndarray, scale: Pair) -> ndarray:
+    """A map (H, W) in the colours (H, W, 3) uint8 of a perceptually uniform colour map, dark to bright between the ends of the scale."""
     return COLOURS[(to_scale(values, scale) * 255).round().astype(np.uint8)]
 
 
 def overlay(
-    image: np.ndarray,
-    values: np.ndarray,
-    scale: tuple[float, float],
-    threshold: float | None,
-    mask: np.ndarray | None = None,
-    size: tuple[int, int] | None = None,
+    image: ndarray, values: ndarray, scale: Pair, threshold: float | None, mask: ndarray | None = None, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The map's colours over the picture, the more opaque the larger the value, with contours.
+    """A map (H, W) in colours over an image (H, W, 3) uint8, the more opaque the larger its values; `size`: (width, height) of the result.
 
-    image (H, W, 3) uint8, map (H, W), mask (H, W) uint8 or None; a solid line surrounds values above the threshold, a dashed one the
-    mask's anomalous pixels. `size` is (width, height) of the result in px, by default the image's.
+    A solid line surrounds values above the threshold, a dashed one the anomalous pixels of the mask (H, W).
     """
     opacity = VEIL * to_scale(values, scale)[..., None]  # (H, W, 1)
     picture = _sized((image * (1 - opacity) + colour(values, scale) * opacity).round().astype(np.uint8), size or image.shape[1::-1])
@@ -66,13 +79,13 @@ def overlay(
     return picture
 
 
-def outline(picture: Image.Image, values: np.ndarray, level: float, line: tuple[int, int, int], dash: float | None) -> None:
-    """Draw the level line of `values` (h, w) over the whole picture, cased in black; dashed if `dash` px are given."""
+def outline(picture: Image.Image, values: ndarray, level: float, line: tuple[int, int, int], dash: float | None) -> None:
+    """Draw the level line of `values` (h, w), stretched to the picture, with black edges; `dash`: px of a dash, None for a solid line."""
     height, width = values.shape
     finite = values[np.isfinite(values)]
     reach = float(np.abs(finite - level).max(initial=0.0)) or 1.0
     field = np.nan_to_num(values.astype(np.float64), nan=level - reach, posinf=level + reach, neginf=level - reach)
-    # a border below the level closes the regions that touch the edge
+    # a border below the level closes the lines that touch the edge
     paths = contourpy.contour_generator(z=np.pad(field, 1, constant_values=level - reach)).lines(level)
     if not paths:
         return
@@ -92,7 +105,7 @@ def outline(picture: Image.Image, values: np.ndarray, level: float, line: tuple[
         picture.paste(ink, (0, 0, *picture.size), layer.reduce(fine))
 
 
-def dashes(points: np.ndarray, length: float) -> list[np.ndarray]:
+def dashes(points: ndarray, length: float) -> list[ndarray]:
     """Every other piece of `length` of a polyline (n, 2)."""
     steps = np.hypot(*np.diff(points, axis=0).T)
     along = np.concatenate([[0.0], np.cumsum(steps)])
@@ -105,17 +118,15 @@ def dashes(points: np.ndarray, length: float) -> list[np.ndarray]:
 
 
 def caption(name: str, defect: str, label: int, score: float, threshold: float | None) -> str:
-    """Two lines for the head of a strip: what the image is, and what was said of it."""
+    """Two lines for the head of a strip: the image, and the result."""
     truth = {NORMAL: "normal", ANOMALOUS: "anomalous", UNKNOWN: "truth unknown"}[label]
     parts = [defect if defect in ("unknown", truth) else f"{defect} ({truth})", f"score {number(score)}"]
     if threshold is None:
-        parts.append("no threshold")
-    else:
-        decision = ANOMALOUS if score > threshold else NORMAL
-        parts += [f"threshold {number(threshold)}", f"decision {'anomalous' if decision == ANOMALOUS else 'normal'}"]
-        if label != UNKNOWN:
-            wrong = "false alarm" if decision == ANOMALOUS else "missed"
-            parts.append("✓ right" if decision == label else f"✗ wrong ({wrong})")
+        return f"{name}\n{' · '.join([*parts, 'no threshold'])}"
+    alarm = score > threshold
+    parts += [f"threshold {number(threshold)}", f"decision {'anomalous' if alarm else 'normal'}"]
+    if label != UNKNOWN:
+        parts.append("✓ right" if alarm == (label == ANOMALOUS) else f"✗ wrong ({'false alarm' if alarm else 'missed'})")
     return f"{name}\n{' · '.join(parts)}"
 
 
@@ -125,19 +136,17 @@ def number(value: float) -> str:
 
 
 def strip(
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    values: np.ndarray | None,
-    scale: tuple[float, float] | None,
-    threshold: float | None,
-    title: str,
-    reconstruction: np.ndarray | None = None,
+    image: ndarray,  # (H, W, 3) uint8
+    mask: ndarray | None,  # (H, W) uint8
+    values: ndarray | None,  # (H, W), None for a method without maps
+    scale: Pair | None,  # map values at the ends of the colours, the same for every strip of a run
+    threshold: float | None,  # of the map, None for no contour
+    title: str,  # one or two lines
+    reconstruction: ndarray | None = None,  # (H, W, 3) uint8
 ) -> Image.Image:
-    """One image of the record: input, ground truth, map with its colour bar, overlay, under a title of one or two lines.
+    """A row of panels under a title: input, reconstruction if there is one, ground truth, map with its colour bar, overlay.
 
-    image and, where there is one, reconstruction (H, W, 3) uint8; mask (H, W) uint8 or None; map (H, W) or None for an image-level
-    method; scale is the map's value at the two ends of the colours, the same for every strip of a run; threshold is the map's, None for
-    no contour. The picture's info says under "Panels", in JSON, which box (left, top, right, bottom) each picture in it has.
+    The picture's info has in "Panels" a JSON object with the box [left, top, right, bottom] of each panel that was drawn.
     """
     width, height = size = panel_size(*image.shape[:2])
     text = int(np.clip(width // 20, 12, 17))
@@ -153,30 +162,28 @@ def strip(
         face, ink = (font(text + 1, bold=True), INK) if line == 0 else (font(text + 1), QUIET)
         pen.text((MARGIN, MARGIN + line * round(1.6 * text)), elided(words, face, sheet.width - 2 * MARGIN), ink, face)
 
-    truth = None if mask is None or np.isin(mask, (NO_TRUTH, IGNORED)).all() else _sized(GROUND[mask], size)
-    painted = None if values is None else _sized(colour(values, scale), size)
-    both = None if values is None else overlay(image, values, scale, threshold, mask, size)
-    panels = [
-        ("input", _sized(image, size), ""),
-        *([] if reconstruction is None else [("reconstruction", _sized(reconstruction, size), "")]),
-        ("ground truth", truth, "no ground truth"),
-        ("map", painted, "no map"),
-        ("overlay", both, "no map"),
-    ]
+    has_map, has_truth = values is not None, mask is not None and not np.isin(mask, (NO_TRUTH, IGNORED)).all()
+    panels = {"input": _sized(image, size)}
+    if reconstruction is not None:
+        panels["reconstruction"] = _sized(reconstruction, size)
+    panels["ground truth"] = _sized(GROUND[mask], size) if has_truth else None
+    panels["map"] = _sized(colour(values, scale), size) if has_map else None
+    panels["overlay"] = overlay(image, values, scale, threshold, mask, size) if has_map else None
     boxes = {}
-    for index, (name, picture, absent) in enumerate(panels):
+    for index, (name, picture) in enumerate(panels.items()):
         left = MARGIN + index * (cell + GAP) + (bar if name == "overlay" else 0)
         box = (left + (cell - width) // 2, top)
         pen.text((left, head), name, INK, font(text))
         if picture is None:
             pen.rectangle((*box, box[0] + width - 1, box[1] + height - 1), FAINT)
-            pen.text((box[0] + width / 2, box[1] + height / 2), absent, QUIET, font(text), anchor="mm")
-        else:
-            sheet.paste(picture, box)
-            boxes[name] = (*box, box[0] + width, box[1] + height)
-        if name == "map" and picture is not None:
+            words = "no ground truth" if name == "ground truth" else "no map"
+            pen.text((box[0] + width / 2, box[1] + height / 2), words, QUIET, font(text), anchor="mm")
+            continue
+        sheet.paste(picture, box)
+        boxes[name] = (*box, box[0] + width, box[1] + height)
+        if name == "map":
             _bar(pen, (box[0] + width + GAP // 2, top, height), scale, numbers, text - 1)
-        if name == "overlay" and picture is not None:
+        if name == "overlay":
             drawn = [("truth", TRUTH, True)] if mask is not None and (mask == 1).any() else []
             drawn += [("alarm", ALARM, False)] if threshold is not None and (values > threshold).any() else []
             _legend(pen, left + cell, head, drawn, text)
@@ -185,7 +192,7 @@ def strip(
 
 
 def panel_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) in px at which an image (height, width) is shown."""
+    """(width, height) in px of the panels of an image (height, width)."""
     longest = max(height, width)
     if longest > PANEL_MOST:
         return max(1, round(width * PANEL_MOST / longest)), max(1, round(height * PANEL_MOST / longest))
@@ -193,41 +200,39 @@ def panel_size(height: int, width: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def bar_numbers(scale: tuple[float, float], threshold: float | None) -> list[tuple[float, str]]:
-    """The values a colour bar names: its ends, and the threshold where it lies between them."""
+def bar_numbers(scale: Pair, threshold: float | None) -> list[tuple[float, str]]:
+    """The labelled values of a colour bar: its ends, and the threshold where it is between them."""
     low, high = scale
     inner = [threshold] if threshold is not None and low < threshold < high else []
     return [(value, number(value)) for value in (low, *inner, high)]
 
 
 def elided(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text on one line no wider than `width` px, its middle left out if it must be."""
+    """The text on one line no wider than `width` px, shortened in its middle if it must be."""
     # names of files may hold line breaks, and surrogates for bytes that are not UTF-8
-    text = "".join(sign if sign.isprintable() else "?" for sign in text)
-    if face.getlength(text) <= width:
-        return text
-    kept = len(text) - 1
-    while kept > 0 and face.getlength(f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}") > width:
+    short = text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    kept = len(text)
+    while kept > 0 and face.getlength(short) > width:
         kept -= 1
-    return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return short
 
 
 @functools.cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The sans serif that matplotlib brings along, at a size in px."""
+    """matplotlib's own sans serif, at a size in px."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _sized(array: np.ndarray, size: tuple[int, int]) -> Image.Image:
+def _sized(array: ndarray, size: tuple[int, int]) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(array))
     return picture.resize(size, Image.Resampling.BOX if size[0] < picture.width else Image.Resampling.NEAREST)
 
 
-def _bar(pen: ImageDraw.ImageDraw, place: tuple[int, int, int], scale: tuple[float, float], numbers: list, text: int) -> None:
-    """The colours of the scale, bright end up, `place` = (left, top, height), with numbers on its right."""
+def _bar(pen: ImageDraw.ImageDraw, place: tuple[int, int, int], scale: Pair, numbers: list, text: int) -> None:
+    """The colours of the scale at `place` = (left, top, height), bright end up, with numbers at the right."""
     left, top, height = place
-    face = font(text)
     for row in range(height):
         shade = tuple(COLOURS[round(255 * (1 - row / max(height - 1, 1)))].tolist())
         pen.line((left, top + row, left + BAR - 1, top + row), shade)
@@ -240,11 +245,11 @@ def _bar(pen: ImageDraw.ImageDraw, place: tuple[int, int, int], scale: tuple[flo
             pen.line((left, y, left + BAR + 2, y), ALARM, 1)
         # a number that would run into those of the ends is left out; its tick stays
         if not inner or 1.6 * text < y - top < height - 1.6 * text:
-            pen.text((left + BAR + 5, y), words, INK, face, anchor="lm" if inner else "la" if value == high else "ld")
+            pen.text((left + BAR + 5, y), words, INK, font(text), anchor="lm" if inner else "la" if value == high else "ld")
 
 
 def _legend(pen: ImageDraw.ImageDraw, right: float, top: float, drawn: list[tuple[str, tuple, bool]], text: int) -> None:
-    """Line samples with their words, set right-aligned on the line of the panel's name."""
+    """Line samples with their words, right-aligned beside the panel's name."""
     y = top + 0.62 * text
     for words, ink, dashed in reversed(drawn):
         right -= font(text - 1).getlength(words)
@@ -257,33 +262,41 @@ def _legend(pen: ImageDraw.ImageDraw, right: float, top: float, drawn: list[tupl
 
 
 def curves(
-    image: dict[str, np.ndarray],
-    pixel: dict[str, np.ndarray],
-    figures: dict[str, float | None],
-    score: np.ndarray,
-    label: np.ndarray,
-    threshold: float | None,
+    image: Lines, pixel: Lines, figures: Mapping[str, float | None], score: ndarray, label: ndarray, threshold: float | None
 ) -> Figure:
-    """ROC, precision-recall and PRO curves and the histogram of image scores on one page.
+    """ROC, precision-recall and PRO curves, those without points left out, and the histogram of the image scores (N,) on one page.
 
-    image, pixel: {"roc": (K, 2), "pr": (K, 2)} and, for pixels, "pro"; a curve of no points is left out. figures: the values for the
-    legends, as metrics.json has them. score, label (N,): the images.
+    image, pixel: {"roc": (K, 2), "pr": (K, 2)} and, for pixels, "pro". figures: the values for the legends, as in metrics.json.
     """
-    panels = [_roc, _precision_recall, *([_pro] if len(pixel["pro"]) else []), _histogram]
-    rows = 2 if len(panels) == 4 else 1
-    figure = Figure(figsize=(4.6 * len(panels) / rows, 4.3 * rows), dpi=120, layout="constrained")
+    names = [name for name in PANELS if name != "pro" or len(pixel["pro"])]
+    rows, columns = (2, 2) if "pro" in names else (1, 3)
+    figure = Figure(figsize=(4.6 * columns, 4.3 * rows), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    for axes, panel in zip(figure.subplots(rows, len(panels) // rows).flat, panels, strict=True):
-        panel(axes, image, pixel, figures) if panel is not _histogram else _histogram(axes, score, label, threshold)
+    *curved, last = figure.subplots(rows, columns).flat
+    for axes, name in zip(curved, names, strict=True):
+        _curve(axes, name, {"image": image, "pixel": pixel} if name != "pro" else {"pixel": pixel}, figures)
+    _histogram(last, score, label, threshold)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _square(axes: Axes, title: str, x: str, y: str, right: float = 1.0) -> None:
+def _curve(axes: Axes, name: str, lines: Mapping[str, Lines], figures: Mapping[str, float | None]) -> None:
+    title, x, right, y, figure, unit, where = PANELS[name]
     axes.set(title=title, xlabel=x, ylabel=y, xlim=(-0.02 * right, 1.02 * right), ylim=(-0.02, 1.02))
     axes.set_box_aspect(1)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
+    if name == "roc":
+        axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
+    for kind, of in lines.items():
+        value = figures.get(figure if name == "pro" else f"{kind}_{figure}")
+        value = f"{unit} –" if value is None else f"{unit} {value:.4f}"
+        if len(of[name]):
+            axes.plot(*of[name].T, label=None if name == "pro" else f"{kind}s: {value}", **STYLE[kind])
+        if name == "pro":
+            axes.fill_between(*of[name].T, color=RED, alpha=0.15, linewidth=0, label=f"{value} (to {FPR_LIMIT})")
+    _legend_of(axes, where)
 
 
 def _legend_of(axes: Axes, where: str) -> None:
@@ -293,36 +306,7 @@ def _legend_of(axes: Axes, where: str) -> None:
         axes.text(0.5, 0.5, "needs normal and anomalous", color="0.4", ha="center", va="center", transform=axes.transAxes)
 
 
-def _value(figures: dict[str, float | None], name: str) -> str:
-    return "–" if figures.get(name) is None else f"{figures[name]:.4f}"
-
-
-def _roc(axes: Axes, image: dict, pixel: dict, figures: dict) -> None:
-    _square(axes, "ROC", "false positive rate", "true positive rate")
-    axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
-    for kind, points in (("image", image["roc"]), ("pixel", pixel["roc"])):
-        if len(points):
-            axes.plot(*points.T, label=f"{kind}s: AUROC {_value(figures, f'{kind}_auroc')}", **STYLE[kind])
-    _legend_of(axes, "lower right")
-
-
-def _precision_recall(axes: Axes, image: dict, pixel: dict, figures: dict) -> None:
-    _square(axes, "Precision and recall", "recall", "precision")
-    for kind, points in (("image", image["pr"]), ("pixel", pixel["pr"])):
-        if len(points):
-            axes.plot(*points.T, label=f"{kind}s: AP {_value(figures, f'{kind}_ap')}", **STYLE[kind])
-    _legend_of(axes, "best")
-
-
-def _pro(axes: Axes, image: dict, pixel: dict, figures: dict) -> None:
-    _square(axes, "Per-region overlap", "false positive rate of pixels", "mean share of a region found", FPR_LIMIT)
-    rate, overlap = pixel["pro"].T
-    axes.plot(rate, overlap, **STYLE["pixel"])
-    axes.fill_between(rate, overlap, color=RED, alpha=0.15, linewidth=0, label=f"AUPRO {_value(figures, 'aupro')} (to {FPR_LIMIT})")
-    _legend_of(axes, "lower right")
-
-
-def _histogram(axes: Axes, score: np.ndarray, label: np.ndarray, threshold: float | None) -> None:
+def _histogram(axes: Axes, score: ndarray, label: ndarray, threshold: float | None) -> None:
     edges = bins(score)
     if edges[0] > 0 and edges[-1] / edges[0] > 50:
         axes.set_xscale("log")
@@ -343,20 +327,20 @@ def _histogram(axes: Axes, score: np.ndarray, label: np.ndarray, threshold: floa
     _legend_of(axes, "upper right")
 
 
-def bins(score: np.ndarray) -> np.ndarray:
-    """Edges of 40 bins over all scores (N,), of equal ratio where they are positive and few large ones would crowd the others."""
-    low, high, middle = score.min(), score.max(), np.median(score)
-    if low > 0 and high > 20 * middle:
+def bins(score: ndarray) -> ndarray:
+    """Edges of 40 bins over all scores (N,), of equal ratio where they are positive and a few large ones would crowd the others."""
+    low, high = score.min(), score.max()
+    if low > 0 and high > 20 * np.median(score):
         return np.geomspace(low, high, 41)
     edges = np.linspace(low, high, 41)
     if (np.diff(edges) > 0).all():
         return edges
-    room = max(0.5, 1e-6 * max(abs(low), abs(high)))  # one bin where numbers do not resolve forty
+    room = max(0.5, 1e-6 * max(abs(low), abs(high)))  # a single bin where the numbers do not resolve forty
     return np.array([low - room, high + room])
 
 
-def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.ndarray:
-    """At most `most` of the vertices (K, 2) of a line, its ends among them, from which the others are as near as can be.
+def simplified(line: ndarray, most: int, tolerance: float = 0.0005) -> ndarray:
+    """The vertices (K, 2) of a line thinned to `most`, its ends among them, so that the others are as near to it as can be.
 
     The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973).
     """
@@ -365,7 +349,7 @@ def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.nda
     extent = np.ptp(line, axis=0)
     unit = line / np.where(extent > 0, extent, 1)
 
-    def worst(first: int, last: int) -> tuple[float, int, int, int]:
+    def farthest(first: int, last: int) -> tuple[float, int, int, int]:
         offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
         if len(offset) == 0:
             return 0.0, first, first, last
@@ -374,46 +358,40 @@ def simplified(line: np.ndarray, most: int, tolerance: float = 0.0005) -> np.nda
         index = int(distance.argmax())
         return -float(distance[index]), first, first + 1 + index, last
 
-    kept, gaps = {0, len(line) - 1}, [worst(0, len(line) - 1)]
+    kept, gaps = {0, len(line) - 1}, [farthest(0, len(line) - 1)]
     while gaps and len(kept) < most:
-        distance, first, middle, last = heapq.heappop(gaps)
+        distance, first, vertex, last = heapq.heappop(gaps)
         if -distance <= tolerance:
             break
-        kept.add(middle)
-        heapq.heappush(gaps, worst(first, middle))
-        heapq.heappush(gaps, worst(middle, last))
+        kept.add(vertex)
+        heapq.heappush(gaps, farthest(first, vertex))
+        heapq.heappush(gaps, farthest(vertex, last))
     return line[sorted(kept)]
 
 
 def choose(samples: Iterable[Any], pictures: int) -> set[str]:
-    """Keys of the `pictures` samples to draw, −1 for all, as evenly over the defect types and within each as goes, good images first."""
+    """Keys of the `pictures` samples to draw, −1 for all: as evenly as possible over the defect types and within each, good ones first."""
     groups: dict[str, list[str]] = {}
     for sample in samples:
         groups.setdefault(sample.defect, []).append(sample.key)
-    names = sorted(groups, key=lambda name: (name != GOOD, name))
-    left = sum(map(len, groups.values())) if pictures < 0 else min(pictures, sum(map(len, groups.values())))
-    share = dict.fromkeys(names, 0)
-    while left > 0:
-        for name in names:
-            if left > 0 and share[name] < len(groups[name]):
-                share[name] += 1
-                left -= 1
-    return {keys[(2 * i + 1) * len(keys) // (2 * n)] for name, n in share.items() for keys in [groups[name]] for i in range(n)}
+    order = sorted((i, name != GOOD, name) for name, keys in groups.items() for i in range(len(keys)))
+    share = Counter(name for *_, name in order[: pictures if pictures >= 0 else None])
+    return {groups[name][(2 * i + 1) * len(groups[name]) // (2 * n)] for name, n in share.items() for i in range(n)}
 
 
 def file_names(defects: dict[str, str]) -> dict[str, str]:
-    """{key: defect type} as {key: file name of its strip}: defect_stem.png, fit for every file system, no two alike."""
-    names, taken = {}, set()
+    """{key: defect type} as {key: file name of its strip}: defect_stem.png, valid in every file system, no two alike."""
+    names, used = {}, set()
     for key, defect in defects.items():
-        path, _, region = key.partition("#")
-        stem = PurePosixPath(path).stem + (f"_{region}" if region else "")
+        path, _, tile = key.partition("#")
+        stem = PurePosixPath(path).stem + (f"_{tile}" if tile else "")
         plain = unicodedata.normalize("NFC", f"{defect}_{stem}")
         plain = "".join(sign if ("_" + sign).isidentifier() or sign in "-." else "-" for sign in plain).lstrip(".")
         plain = plain.encode()[:180].decode(errors="ignore")  # file systems allow 255 bytes
         name, count = plain, 1
-        while name.casefold() in taken:
+        while name.casefold() in used:
             count += 1
             name = f"{plain}-{count}"
-        taken.add(name.casefold())
+        used.add(name.casefold())
         names[key] = f"{name}.png"
     return names
