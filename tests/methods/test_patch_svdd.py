@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support import batch, composed, images
 
 from blemish.edge.errors import InputError
-from blemish.methods.patch_svdd import OFFSETS, cut, draw
+from blemish.methods.patch_svdd import OFFSETS, cut, draw_corners
 from blemish.run.config import build
 
 
@@ -31,7 +31,7 @@ def test_a_whole_image_is_embedded_as_its_patches_are(size):
 
 @given(st.integers(128, 200), st.integers(128, 200), st.sampled_from([32, 64]), st.integers(0, 99))
 def test_draws_stay_inside_and_keep_their_distances(height, width, size, seed):
-    first, near, far, direction = draw((height, width), size, 40, torch.Generator().manual_seed(seed))
+    first, near, far, direction = draw_corners((height, width), size, 40, torch.Generator().manual_seed(seed))
     for corner in (first, near, far):
         assert (corner >= 0).all()
         assert (corner + size <= torch.tensor([height, width])).all()
@@ -44,7 +44,7 @@ def test_draws_stay_inside_and_keep_their_distances(height, width, size, seed):
 
 
 def test_every_direction_is_drawn():
-    assert draw((128, 128), 64, 400, torch.Generator().manual_seed(0))[3].unique().tolist() == list(range(8))
+    assert draw_corners((128, 128), 64, 400, torch.Generator().manual_seed(0))[3].unique().tolist() == list(range(8))
 
 
 def test_cut_is_slicing():

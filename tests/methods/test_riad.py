@@ -10,7 +10,7 @@ from skimage.metrics import structural_similarity
 from support import batch, composed, images
 
 from blemish.edge.errors import InputError
-from blemish.methods.riad import deal, gradient_magnitude, similarities, similarity
+from blemish.methods.riad import draw_masks, gradient_magnitude, similarities, similarity
 from blemish.run.config import build
 
 
@@ -51,7 +51,7 @@ def test_gradients_are_finite_on_a_flat_image():
 
 @pytest.mark.parametrize(("cell", "sets"), [(2, 3), (16, 3), (8, 2)])
 def test_masks_are_a_partition_into_cells(cell, sets):
-    masks = deal((64, 48), cell, sets, torch.Generator().manual_seed(0))
+    masks = draw_masks((64, 48), cell, sets, torch.Generator().manual_seed(0))
     assert torch.equal(masks.sum(0), torch.ones(64, 48))
     cells = masks.unfold(1, cell, cell).unfold(2, cell, cell)
     assert ((cells.mean((-1, -2)) == 0) | (cells.mean((-1, -2)) == 1)).all()
@@ -62,8 +62,8 @@ def test_masks_are_a_partition_into_cells(cell, sets):
 def test_no_pixel_sees_itself():
     model = model_of().eval()
     image = images(1).requires_grad_()
-    again = model.inpaint(image, 8, partial(deal, generator=torch.Generator().manual_seed(0)))
-    masks = deal((64, 64), 8, 3, torch.Generator().manual_seed(0))
+    again = model.inpaint(image, 8, partial(draw_masks, generator=torch.Generator().manual_seed(0)))
+    masks = draw_masks((64, 64), 8, 3, torch.Generator().manual_seed(0))
     for mask in masks:
         (gradient,) = torch.autograd.grad((again * mask).sum(), image, retain_graph=True)
         assert gradient[0, :, mask.bool()].abs().max() == 0
@@ -74,7 +74,7 @@ def test_loss_is_its_three_parts():
     model = model_of("model.cells=[8]").train()
     seen = batch(images(2))
     loss = model.loss(seen)
-    again = model.inpaint(seen.image, 8, partial(deal, generator=rewound(model))).detach()
+    again = model.inpaint(seen.image, 8, partial(draw_masks, generator=rewound(model))).detach()
     gradient = np.mean([1 - float(level.mean()) for level in similarities(seen.image, again, 4)])
     pairs = zip(seen.image.flatten(0, 1).numpy(), again.flatten(0, 1).numpy(), strict=True)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "win_size": 11}

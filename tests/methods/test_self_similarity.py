@@ -207,14 +207,13 @@ def by_number(number):
 
 
 @torch.no_grad()
-def test_the_dictionary_does_not_depend_on_who_saw_which_image(monkeypatch):
+def test_the_dictionary_does_not_depend_on_who_saw_which_image():
     """The numbers of two processes, whose rows come one behind the other, and a repeat at the end of the second's."""
     one, dealt = detector(most_tiles=60), detector(most_tiles=60)
     fitted(one, torch.stack([by_number(i) for i in range(7)]).split(3))
     state = dealt.new_state(7)
     for numbers in ([0, 2, 4, 6], [1, 3, 5, 7]):
-        left = iter(numbers)
-        monkeypatch.setattr(dealt, "number", lambda left=left: next(left))
+        dealt.numbers = iter(numbers)
         state.update(dealt.collect(dealt.features(torch.stack([by_number(i % 7) for i in numbers]))))
     dealt.fit(state)
     for name in ("mean", "axes", "variance", "words", "threshold"):
