@@ -1,4 +1,4 @@
-"""The flow against autograd's Jacobian, its own inverse, an integral and FrEIA; the encoding against plain loops."""
+"""The flow against autograd's Jacobian, an integral and FrEIA; the encoding against plain loops."""
 
 import importlib.util
 import math
@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
@@ -40,15 +41,7 @@ def test_the_determinant_is_that_of_the_jacobian(channels):
     for i in range(4):
         one = projected[:, i : i + 1]
         jacobian = torch.autograd.functional.jacobian(lambda row, one=one: net(row[None], one)[0][0], x[i])
-        torch.testing.assert_close(
-            torch.linalg.slogdet(jacobian).logabsdet, log_det[i], rtol=1e-5, atol=1e-5
-        )  # rotations are drawn in float32
-
-
-@pytest.mark.parametrize("channels", [2, 5, 8])
-def test_inverse(channels):
-    net, x, projected = flow(channels), normal(20, channels), projected_by(flow(channels), normal(20, 8, seed=1))
-    torch.testing.assert_close(net.inverse(net(x, projected)[0], projected), x)
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, log_det[i], rtol=1e-5, atol=1e-5)
 
 
 def test_the_likelihood_is_a_density():
@@ -63,12 +56,6 @@ def test_the_likelihood_is_a_density():
         projected = projected_by(net, normal(1, 4, seed=seed).expand(len(x), 4))
         integral = log_likelihood(*net(x, projected)).exp().sum() * (axis[1] - axis[0]) ** 2
         assert integral.item() == pytest.approx(1, abs=1e-3)
-
-
-def test_log_likelihood_is_the_normal_density():
-    z, log_det = normal(6, 7), normal(6, seed=1)
-    expected = torch.distributions.Normal(0, 1).log_prob(z).sum(1) + log_det
-    torch.testing.assert_close(log_likelihood(z, log_det), expected)
 
 
 def test_leading_dimensions_share_the_conditions():
@@ -96,7 +83,7 @@ def test_first_weights_are_those_of_linear_layers():
         values = getattr(net, name).abs()
         assert values.max() <= 1 / math.sqrt(fan_in)
         assert values.mean().item() == pytest.approx(0.5 / math.sqrt(fan_in), rel=0.1)
-    assert net._scale()[0].sub(1).abs().max() < 1e-5
+    assert (0.1 * F.softplus(net.stretch, beta=0.5)).sub(1).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("FrEIA") is None, reason="FrEIA is not installed")
@@ -140,9 +127,6 @@ def test_places_are_projected_as_their_whole_conditions(left, right):
 
 def test_positional_encoding():
     dim, length = 8, 5
-    expected = np.zeros((length, dim))
-    for x in range(length):
-        for k in range(dim // 2):
-            frequency = 10000 ** (-2 * k / dim)
-            expected[x, 2 * k : 2 * k + 2] = np.sin(x * frequency), np.cos(x * frequency)
+    angles = [[x * 10000 ** (-2 * k / dim) for k in range(dim // 2)] for x in range(length)]
+    expected = [[f(angle) for angle in row for f in (math.sin, math.cos)] for row in angles]
     np.testing.assert_allclose(positional_encoding(dim, length), expected, atol=1e-6)

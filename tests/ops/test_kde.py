@@ -57,16 +57,10 @@ def test_units_of_the_features_do_not_matter():
     [
         (points(5, 5), "points.* 6 "),
         (points(9, 2) @ torch.ones(2, 3, dtype=torch.float64), "full rank"),
-        (torch.cat([points(9, 2), torch.full((9, 1), 0.1)], 1), "points: dimension 2"),
+        (torch.cat([points(9, 2), torch.full((9, 1), 0.1)], 1), "full rank"),
         (points(9, 2).log(), "finite"),
     ],
 )
 def test_refuses_points_without_a_density(x, words):
     with pytest.raises(InputError, match=words):
         kde.fit(x, "scott")
-
-
-@pytest.mark.parametrize("bandwidth", ["wide", 0, -1.0, True])
-def test_refuses_unknown_bandwidth(bandwidth):
-    with pytest.raises(InputError, match="bandwidth"):
-        kde.fit(points(9, 2), bandwidth)

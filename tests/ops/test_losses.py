@@ -26,10 +26,6 @@ def test_dissimilarity_is_scikit_images():
         np.testing.assert_allclose(ours[i, 5:-5, 5:-5], expected[5:-5, 5:-5], atol=1e-6)
 
 
-def test_dissimilarity_of_equal_images_is_zero():
-    torch.testing.assert_close(dissimilarity(images(1), images(1), 11), torch.zeros(1, 64, 64), atol=1e-5, rtol=0)
-
-
 def test_kl_is_torchs():
     mean, log_variance = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0, 1)).sum(1)
@@ -57,7 +53,4 @@ def test_gradients_flow_through_a_draw():
 def test_relative_distance(factor):
     a = images(3)
     torch.testing.assert_close(relative_distance(a, factor * a), torch.full((3,), abs(1 - factor)))
-
-
-def test_relative_distance_of_black_images_is_finite():
-    assert relative_distance(torch.zeros(1, 3, 4, 4), images(1, side=4)).isfinite().all()
+    assert relative_distance(torch.zeros_like(a), a).isfinite().all()

@@ -44,26 +44,16 @@ def test_agrees_with_brute_force(k, queries, rows, dims):
 
 @BOTH
 @pytest.mark.usefixtures("_library")
-def test_cancellation_far_from_the_origin():
+@pytest.mark.parametrize("apart", [0, 1e3])  # two distant clusters defeat the centring
+def test_cancellation_far_from_the_origin(apart):
     q, m = 3000 + 0.01 * cloud(50, 64, 0), 3000 + 0.01 * cloud(400, 64, 1)
+    m[200:] += apart
     m[7] = q[3]
     distance, index = neighbours.nearest(q, m, 4)
     expected, where = brute_force(q, m, 4)
-    assert distance[3, 0] == 0
-    assert index[3, 0] == 7
+    assert (distance[3, 0], index[3, 0]) == (0, 7)
     assert np.allclose(distance, expected, rtol=1e-6, atol=0)
     assert (index.numpy() == where).all()
-
-
-@BOTH
-@pytest.mark.usefixtures("_library")
-def test_two_distant_clusters_defeat_the_centring_but_not_the_answer():
-    m = torch.cat([cloud(300, 32, 0) * 1e-3, cloud(300, 32, 1) * 1e-3 + 1e3])
-    q = m[::7] + 1e-4 * cloud(len(m[::7]), 32, 2)
-    distance, index = neighbours.nearest(q, m, 3)
-    expected, where = brute_force(q, m, 3)
-    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
-    assert (index.numpy() == where).mean() > 0.99
 
 
 @BOTH
@@ -146,9 +136,7 @@ def test_nan_in_a_query_stays_in_its_row():
     assert distance[[0, 2, 3]].isfinite().all()
 
 
-def test_refuses_shapes_and_k():
-    with pytest.raises(InputError, match="shapes"):
-        neighbours.nearest(torch.zeros(3, 4), torch.zeros(3, 5), 1)
-    for k in (0, 4):
-        with pytest.raises(InputError, match="k: "):
-            neighbours.nearest(torch.zeros(2, 4), torch.zeros(3, 4), k)
+@pytest.mark.parametrize("k", [0, 4])
+def test_refuses_a_number_of_neighbours(k):
+    with pytest.raises(InputError, match="k: "):
+        neighbours.nearest(torch.zeros(2, 4), torch.zeros(3, 4), k)

@@ -1,4 +1,4 @@
-"""The few rows of a memory bank that cover the rest: greedy k-center (Gonzalez 1985), as PatchCore thins its bank with."""
+"""The rows of a memory bank that cover all others best: greedy k-center (Gonzalez 1985), as PatchCore thins its bank."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from blemish.edge.errors import InputError
 from blemish.ops.neighbours import distances, nearest, product_dtype, rounding
 
 POOL = 2048  # candidates among which centres are chosen between two refreshes
-LIVE = 0.98  # rows nearer to a centre than this share of the covering radius wait, unrefreshed, until the radius has come down to them
+LIVE = 0.98  # rows nearer to a centre than this share of the covering radius wait, stale, until the radius has come down to them
 TILE = 2**20  # approximate distances held at a time: large enough for the matrix product, small enough for the cache
 
 
@@ -22,29 +22,27 @@ class Coreset(NamedTuple):
 
 @torch.no_grad()
 def farthest_first(bank: Tensor, count: int, start: int | Generator | Tensor) -> Coreset:
-    """Greedy k-center of bank (M, D): each centre is the row farthest (L2) from those before it, the lowest index among equals.
+    """Greedy k-center of bank (M, D), `count` ≤ M: each centre is the farthest row (L2) from the earlier ones, ties by index.
 
     The result is that of the plain algorithm, which looks at every row for every centre; distances are compared in float64.
-    `start` is the first centre, draws it, or holds centres (G, D) chosen earlier, which the new ones go on from.
-    InputError if count is not in 1…M, start not in 0…M−1, or a value is not finite.
+    `start` is the first centre, draws it, or holds earlier centres (G, D) to continue from. InputError if a value is not finite.
     """
-    if bank.ndim != 2 or not 1 <= count <= len(bank):
-        raise InputError(f"count: {count} centres of a bank of shape {tuple(bank.shape)}, allowed are 1…M of a bank (M, D)")
-    if isinstance(start, Tensor):
-        with torch.autocast(bank.device.type, enabled=False):
-            return _Search(bank if bank.dtype == torch.float64 else bank.float(), count).go_on(start.to(bank))
     if isinstance(start, Generator):
         start = int(torch.randint(len(bank), (1,), generator=start, device=start.device))
-    if not 0 <= start < len(bank):
-        raise InputError(f"start: {start}, allowed are 0…{len(bank) - 1}")
     with torch.autocast(bank.device.type, enabled=False):
-        return _Search(bank if bank.dtype == torch.float64 else bank.float(), count).run(start)
+        search = _Search(bank if bank.dtype == torch.float64 else bank.float(), count)
+        if isinstance(start, Tensor):
+            search.continue_from(start.to(bank))
+        else:
+            search.take(start, torch.inf)
+            search.distance[start] = -1  # never chosen twice
+        return search.finish()
 
 
 class _Search:
     """Farthest-first in which most distances are stale.
 
-    Distances to the nearest centre only fall, so a distance that has not seen the latest centres is an upper bound. The largest is
+    Distances to the nearest centre only fall, so a distance that ignores the latest centres is an upper bound. The largest is
     therefore the true maximum as soon as it is up to date, and most rows need not be looked at for most centres:
     `_refresh` brings the farthest rows up to date, for all new centres in one matrix product; `_choose` takes centres from the
     farthest of these for as long as the best of them is at least the bound of every other row.
@@ -52,7 +50,7 @@ class _Search:
 
     def __init__(self, bank: Tensor, count: int) -> None:
         self.bank, self.count = bank, count
-        # The matrix product only tells which pairs can matter; what it cannot tell for rounding is settled by differences.
+        # The matrix product only tells which pairs can matter; differences decide where its rounding leaves doubt.
         self.rows = (bank - bank.mean(0)).to(product_dtype(bank))  # (M, D)
         self.norm = self.rows.norm(dim=1)  # (M,)
         if not self.norm.square().isfinite().all():
@@ -63,21 +61,16 @@ class _Search:
         self.radius = self.distance.new_zeros(count + 1)
         self.found = 0
 
-    def run(self, start: int) -> Coreset:
-        self._take(start, torch.inf)
-        self.distance[start] = -1  # never chosen twice
-        return self._finish()
+    def continue_from(self, centres: Tensor) -> None:
+        index = nearest(self.bank, centres, 1)[1][:, 0]
+        parts = zip(self.distance.split(TILE), self.bank.split(TILE), index.split(TILE), strict=True)
+        for distance, rows, at in parts:
+            distance.copy_(distances(rows.double(), centres[at, None].double())[:, 0])
 
-    def go_on(self, centres: Tensor) -> Coreset:
-        _, index = nearest(self.bank, centres, 1)
-        for rows, at in zip(torch.arange(len(self.bank), device=index.device).split(TILE), index[:, 0].split(TILE), strict=True):
-            self.distance[rows] = distances(self.bank[rows].double(), centres[at, None].double())[:, 0]
-        return self._finish()
-
-    def _finish(self) -> Coreset:
+    def finish(self) -> Coreset:
         while self.found <= self.count:
             farthest = self.distance.max()
-            if farthest <= 0:  # what is left are copies of centres, or nothing
+            if farthest <= 0:  # the rest are copies of centres, or nothing
                 rest = (self.distance == 0).nonzero()[: self.count - self.found, 0]
                 self.indices[self.found : self.found + len(rest)] = rest
                 break
@@ -89,7 +82,7 @@ class _Search:
                 self._choose(live)
         return Coreset(self.indices[: self.count], self.radius[1:].to(self.bank.dtype))
 
-    def _take(self, index: int, radius: float) -> None:
+    def take(self, index: int, radius: float) -> None:
         self.indices[self.found], self.radius[self.found] = index, radius
         self.found += 1
 
@@ -121,7 +114,7 @@ class _Search:
             distance = self.distance[live]
             least = distance.topk(POOL).values[-1]
             above = live[distance > least]
-            # Of equals the lowest indices, so that a tie between pool and outside cannot keep the lowest index out for ever.
+            # Of equals the lowest indices, so that a tie between pool and outside cannot exclude the lowest index for ever.
             pool = torch.cat([above, live[distance == least][: POOL - len(above)]]).sort().values
         outside = self.distance.index_fill(0, pool, -1)
         bound, tied = float(outside.max()), int(outside.argmax())
@@ -131,25 +124,22 @@ class _Search:
             best, index = float(best), int(pool[at])
             if best <= 0 or best < bound or (best == bound and tied < index):
                 break
-            self._take(index, best)
+            self.take(index, best)
             distance = torch.minimum(distance, distances(rows[at], rows))
             distance[at] = -1
         self.distance[pool], self.seen[pool] = distance, self.found
 
 
 def project(bank: Tensor, dim: int, generator: Generator) -> Tensor:
-    """Sparse random projection (M, dim) of bank (M, D) that keeps distances in expectation (Li, Hastie, Church 2006).
+    """Sparse random projection (M, dim) of bank (M, D) that preserves distances in expectation (Li, Hastie, Church 2006).
 
-    Entries are ±√(√D / dim), each sign with probability 1 / (2√D), else 0. The bank itself where it has no more than `dim` dimensions.
+    Entries are ±√(√D / dim), each sign with probability 1 / (2√D), else 0. A bank of no more than `dim` dimensions is returned as it is.
     """
     dims = bank.shape[1]
-    if dim < 1:
-        raise InputError(f"dim: {dim}, a projection needs at least 1 dimension")
     if dim >= dims:
         return bank
     draw = torch.rand(dims, dim, generator=generator, device=generator.device, dtype=torch.float64)
     half = 0.5 / dims**0.5
     sign = (draw < half).double() - (draw >= 1 - half).double()  # (D, dim)
     with torch.autocast(bank.device.type, enabled=False):
-        matrix = (sign * (dims**0.5 / dim) ** 0.5).to(bank)
-        return bank @ matrix
+        return bank @ (sign * (dims**0.5 / dim) ** 0.5).to(bank)

@@ -1,4 +1,4 @@
-"""A normalising flow of affine couplings with a condition, and the positional encoding that CFlow gives it as one."""
+"""A normalising flow of affine couplings with a condition, and CFlow's positional encoding as one."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class ConditionalFlow(nn.Module):
-    """`blocks` of: affine coupling, scale and offset of every channel, fixed random rotation; of vectors of `channels` given a condition.
+    """`blocks` of affine coupling, scale and offset of each channel, and fixed random rotation; of vectors of `channels` given a condition.
 
     A coupling keeps x₁, the larger half, and maps x₂ to x₂·exp(`clamp`·tanh(s/10)) + t/10, where (s, t) = W₂·relu(W₁·[x₁, c] + b₁) + b₂
     with twice as many hidden units as inputs: Real NVP (Dinh et al. 2017, arXiv 1605.08803) with the clamping, the 1/10 and the scale
-    0.1·softplus of FrEIA's AllInOneBlock, which CFlow's official code is made of. The blocks' weights are stacked, since an optimiser is
-    quicker with few large tensors. First weights come from torch's global stream: see `seeded`.
+    0.1·softplus of FrEIA's AllInOneBlock, which CFlow's official code uses. The blocks' weights are stacked, since optimisers are faster
+    with few large tensors. First weights come from torch's global stream: see `seeded`.
     """
 
     def __init__(self, channels: int, condition: int, blocks: int, clamp: float):
@@ -29,13 +29,13 @@ class ConditionalFlow(nn.Module):
         self.stretch = nn.Parameter(torch.full((blocks, channels), 2 * math.log(math.expm1(5))))  # a scale of 1
         self.offset = nn.Parameter(torch.zeros(blocks, channels))
         q, r = torch.linalg.qr(torch.randn(blocks, channels, channels))
-        # by the signs of r they are uniform among the orthogonal matrices; with reflections, which have |det| = 1 as well
+        # with the signs of r they are uniform among the orthogonal matrices, reflections included
         self.register_buffer("rotation", q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
 
     def project(self, columns: Tensor, rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """What the conditions [columns[x], rows[y]] of N places add to the hidden units of every block, (blocks, N, hidden).
 
-        columns (w, a) and rows (h, b) with a + b = condition, x and y (N,). The product with W₁ is taken before the places are picked: a
+        columns (w, a) and rows (h, b) with a + b = condition, x and y (N,). The product with W₁ is taken before the places are picked, as a
         grid has far fewer columns and rows than places.
         """
         of_columns, of_rows = self.weight_condition.flatten(0, 1).split([columns.shape[1], rows.shape[1]], dim=1)  # (K·hidden, a), (…, b)
@@ -45,35 +45,20 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Latent vectors (…, N, channels) of x (…, N, channels), and log |det ∂z/∂x| (…, N); `projected` is from `project`."""
-        scale, log_det = self._scale()
+        scale = 0.1 * F.softplus(self.stretch, beta=0.5)  # (K, C)
+        log_det = scale.log().sum()
         # scale, offset and rotation are one affine map
         mixing, shift = scale[:, :, None] * self.rotation.mT, self.offset[:, None] @ self.rotation.mT  # (K, C, C), (K, 1, C)
         rows = zip(self.weight_kept, self.weight_out, self.bias_out, mixing, shift, projected, strict=True)
         for weight_kept, weight_out, bias_out, mix, move, added in rows:
             kept, moved = x.split([x.shape[-1] - self.moved, self.moved], dim=-1)
-            log_scale, push = self._coupling(kept @ weight_kept.T + added, weight_out, bias_out)
+            # half precision would be too coarse for the sum of a determinant
+            out = F.linear((kept @ weight_kept.T + added).relu_(), weight_out, bias_out).to(bias_out.dtype)
+            s, t = out.chunk(2, dim=-1)  # (…, N, moved) each
+            log_scale = self.clamp * torch.tanh(0.1 * s)
             log_det = log_det + log_scale.sum(-1)
-            x = torch.cat([kept, torch.addcmul(push, moved, log_scale.exp())], -1) @ mix + move
+            x = torch.cat([kept, torch.addcmul(0.1 * t, moved, log_scale.exp())], -1) @ mix + move
         return x, log_det
-
-    def inverse(self, z: Tensor, projected: Tensor) -> Tensor:
-        """The vectors (…, N, channels) whose latent vectors are z."""
-        scale, _ = self._scale()
-        rows = zip(self.weight_kept, self.weight_out, self.bias_out, scale, self.offset, self.rotation, projected, strict=True)
-        for weight_kept, weight_out, bias_out, stretch, offset, rotation, added in reversed(list(rows)):
-            kept, moved = ((z @ rotation - offset) / stretch).split([z.shape[-1] - self.moved, self.moved], dim=-1)
-            log_scale, push = self._coupling(kept @ weight_kept.T + added, weight_out, bias_out)
-            z = torch.cat([kept, (moved - push) * (-log_scale).exp()], -1)
-        return z
-
-    def _coupling(self, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        # half precision would be too coarse for the sum of a determinant
-        s, t = F.linear(before.relu_(), weight, bias).to(bias.dtype).chunk(2, dim=-1)  # (…, N, moved) each
-        return self.clamp * torch.tanh(0.1 * s), 0.1 * t
-
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        scale = 0.1 * F.softplus(self.stretch, beta=0.5)  # (K, C)
-        return scale, scale.log().sum()
 
 
 def log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
@@ -82,15 +67,12 @@ def log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
 
 
 def positional_encoding(dim: int, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """(length, dim): sin and cos, by turns, of 0 … length − 1 at dim/2 frequencies, which fall from 1 to nearly 10⁻⁴ (Vaswani et al. 2017).
-
-    `dim` is even. CFlow's encoding of a position has that of its column in the first half of its numbers, that of its row in the other.
-    """
+    """(length, dim): alternating sin and cos of 0 … length − 1 at dim/2 frequencies from 1 to nearly 10⁻⁴ (Vaswani et al. 2017)."""
     frequency = 1e4 ** (-torch.arange(0, dim, 2, device=device) / dim)  # (dim/2,)
     angle = torch.arange(length, device=device)[:, None] * frequency  # (length, dim/2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
 def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
-    # the first weights of torch's linear layers
+    # as torch's linear layers
     return nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))

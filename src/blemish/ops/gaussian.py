@@ -1,7 +1,7 @@
 """One Gaussian per position: its two exact forms, and the Mahalanobis distance to it.
 
-With N samples X (N, d) about their mean, Σ = XᵀX/(N-1) + ε·I. Where N > d the d×d inverse Cholesky factor is the smaller thing to
-keep; where N ≤ d Woodbury's identity turns the same inverse into an (N, d) factor: Σ⁻¹ = (I - WᵀW)/ε with W = L⁻¹X and
+With N samples X (N, d) about their mean, Σ = XᵀX/(N-1) + ε·I. Where N > d the d×d inverse Cholesky factor is smaller; where N ≤ d
+Woodbury's identity turns the same inverse into an (N, d) factor: Σ⁻¹ = (I - WᵀW)/ε with W = L⁻¹X and
 LLᵀ = XXᵀ + ε(N-1)·I.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCKS = 4  # of rows of a triangular matrix in an export
-CHUNK = 256  # positions at a time: the temporaries stay small beside the statistics
+CHUNK = 256  # positions at a time, so that temporaries stay small
 
 
 def merge_moments(count: int, mean: Tensor, scatter: Tensor, rows: Tensor) -> int:
@@ -38,13 +38,13 @@ def cholesky_factor(scatter: Tensor, count: int, epsilon: float) -> Tensor:
         covariance.diagonal(dim1=1, dim2=2).add_(epsilon)
         lower = torch.linalg.cholesky(covariance)
         eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        # an expanded right-hand side would be solved twenty times slower than a whole one
+        # an expanded right-hand side would be solved twenty times slower
         chunk.copy_(torch.linalg.solve_triangular(lower, eye.expand_as(lower).contiguous(), upper=False))
     return scatter
 
 
 def scatter_of(factor: Tensor, count: int, epsilon: float) -> Tensor:
-    """The scatters (P, d, d) that `cholesky_factor` overwrote, from L⁻¹ (P, d, d)."""
+    """The inverse of `cholesky_factor`: scatters (P, d, d) from L⁻¹ (P, d, d)."""
     scatter = torch.empty_like(factor)
     for chunk, out in zip(factor.split(CHUNK), scatter.split(CHUNK), strict=True):
         wide = chunk.double()  # the difference below would lose what float32 holds of small variances
@@ -70,14 +70,14 @@ def woodbury_factor(rows: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def samples_of(mean: Tensor, factor: Tensor, lower: Tensor) -> Tensor:
-    """The samples (N, P, d) that `woodbury_factor` overwrote."""
+    """The inverse of `woodbury_factor`: samples (N, P, d)."""
     return (lower @ factor.transpose(0, 1)).transpose(0, 1) + mean
 
 
 def mahalanobis_cholesky(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """Distances √((x-μ)ᵀΣ⁻¹(x-μ)) of samples (P, B, d) from L⁻¹ (P, d, d): (P, B)."""
     x = x - mean[:, None]
-    if torch.compiler.is_exporting():  # L⁻¹ in blocks of rows: most of what is above its diagonal is left out of the file and the product
+    if torch.compiler.is_exporting():  # in blocks of rows, without most of the zeros above the diagonal of L⁻¹
         ends = [round(x.shape[2] * i / BLOCKS) for i in range(BLOCKS + 1)]
         blocks = [(x[..., :end] @ factor[:, start:end, :end].mT.contiguous()) for start, end in pairwise(ends)]
         return sum(block.square().sum(2) for block in blocks).sqrt()
@@ -87,8 +87,7 @@ def mahalanobis_cholesky(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
 def mahalanobis_woodbury(x: Tensor, mean: Tensor, factor: Tensor, epsilon: float) -> Tensor:
     """The same distances from W (N, P, d): (P, B)."""
     y = x - mean[:, None]  # (P, B, d)
-    along = y @ factor.permute(1, 2, 0)  # (P, B, N)
-    squared = y.square().sum(2) - along.square().sum(2)  # (P, B)
+    squared = y.square().sum(2) - (y @ factor.permute(1, 2, 0)).square().sum(2)  # (P, B)
     return squared.div(epsilon).clamp_min(0).sqrt()
 
 
@@ -99,7 +98,7 @@ def pack_triangle(factor: Tensor) -> Tensor:
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:
-    """The lower triangular matrices (P, d, d) of `pack_triangle`."""
+    """The inverse of `pack_triangle`: lower triangular matrices (P, d, d)."""
     dim = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
     factor = packed.new_zeros(len(packed), dim, dim)
     row, column = torch.tril_indices(dim, dim)

@@ -13,7 +13,7 @@ TILE = 2**22  # distances held at a time: 32 MB of float64
 
 
 class KDE(NamedTuple):
-    """Kernels of covariance L Lᵀ around the training points, which are kept whitened by L; float64."""
+    """Kernels of covariance L Lᵀ around the training points, which are stored whitened by L; float64."""
 
     points: Tensor  # (N, D) L⁻¹ (point − mean)
     factor: Tensor  # (D, D) L, lower triangular
@@ -25,34 +25,24 @@ def fit(points: Tensor, bandwidth: str | float) -> KDE:
     """Density of points (N, D), as `scipy.stats.gaussian_kde`: kernel covariance = factor² · sample covariance.
 
     The factor is n^(−1/(d+4)) for "scott", (n(d+2)/4)^(−1/(d+4)) for "silverman", or the number given.
-    InputError if the points are not finite, span fewer than D dimensions (there is no density; reduce them by PCA first), or the
-    bandwidth is unknown.
+    InputError if the points are not finite or span fewer than D dimensions, as they then have no density.
     """
-    if points.ndim != 2 or not points.isfinite().all():
-        raise InputError(f"points: shape {tuple(points.shape)} or values that are not finite, a density needs finite (N, D)")
+    if not points.isfinite().all():
+        raise InputError("points: NaN or infinity, a density needs finite points")
     count, dims = points.shape
-    rules = {"scott": float(count), "silverman": count * (dims + 2) / 4}
-    if bandwidth in rules:
-        width = rules[bandwidth] ** (-1 / (dims + 4)) if count else math.nan
-    elif isinstance(bandwidth, int | float) and not isinstance(bandwidth, bool) and bandwidth > 0:
-        width = float(bandwidth)
-    else:
-        raise InputError(f"bandwidth: {bandwidth!r}, allowed are 'scott', 'silverman' or a factor above 0")
     if count <= dims:
-        raise InputError(f"points: {count} points in {dims} dimensions have no density, at least {dims + 1} are needed or fewer dimensions")
+        raise InputError(f"points: {count} points in {dims} dimensions have no density; use at least {dims + 1} or fewer dimensions")
+    rules = {"scott": float(count), "silverman": count * (dims + 2) / 4}
+    width = rules[bandwidth] ** (-1 / (dims + 4)) if bandwidth in rules else float(bandwidth)
     points = points.double()
     mean = points.mean(0)
     centred = points - mean
     covariance = centred.T @ centred / (count - 1)  # (D, D)
-    # Judged on the correlation matrix, so that features of very different scale do not pass for singular.
-    deviation = covariance.diagonal().sqrt()
-    rounding = torch.finfo(torch.float64).eps * count * points.abs().amax(0)
-    if (deviation <= rounding).any():
-        raise InputError(
-            f"points: dimension {int((deviation <= rounding).nonzero()[0])} is constant, a density needs points that vary in all"
-        )
-    if torch.linalg.eigvalsh(covariance / torch.outer(deviation, deviation))[0] <= torch.finfo(torch.float64).eps * max(count, dims):
-        raise InputError(f"points: they span fewer than their {dims} dimensions, a density needs full rank (reduce them by PCA first)")
+    # by the correlation matrix, so that features of very different scale are not taken for singular
+    deviation, eps = covariance.diagonal().sqrt(), torch.finfo(torch.float64).eps
+    constant = deviation <= eps * count * points.abs().amax(0)
+    if constant.any() or torch.linalg.eigvalsh(covariance / torch.outer(deviation, deviation))[0] <= eps * max(count, dims):
+        raise InputError(f"points: they span fewer than their {dims} dimensions, a density needs full rank; reduce them by PCA first")
     factor = torch.linalg.cholesky(covariance) * width
     return KDE(_whiten(centred, factor), factor, mean)
 
@@ -66,14 +56,12 @@ def log_density(kde: KDE, rows: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return (-0.5 * pairwise(rows, points).square()).logsumexp(1) - sum(level)
     result = rows.new_full((len(rows),), -math.inf)
-    for first in range(0, len(points), TILE):
-        part = points[first : first + TILE]  # (n, D)
+    for part in points.split(TILE):  # (n, D)
         step = max(1, TILE // len(part))
-        for start in range(0, len(rows), step):
-            where = slice(start, start + step)
-            # Direct differences: the matrix-product form would lose the kernel's width for points far from all.
-            distance = pairwise(rows[where], part)  # (q, n)
-            result[where] = torch.logaddexp(result[where], torch.logsumexp(-0.5 * distance.square(), 1))
+        for out, some in zip(result.split(step), rows.split(step), strict=True):
+            # direct differences: a matrix product would lose the kernel's width for points far from all
+            distance = pairwise(some, part)  # (q, n)
+            out.copy_(torch.logaddexp(out, torch.logsumexp(-0.5 * distance.square(), 1)))
     return result - level[0] - level[1] - level[2]
 
 

@@ -1,4 +1,8 @@
-"""k-means for dictionaries of a few words."""
+"""k-means for dictionaries of a few words.
+
+Own code, since scikit-learn's runs on the CPU only and faiss's on a GPU needs another wheel, while the features are on the backbone's
+device; neither draws from a torch generator or finds the same words on both devices.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,12 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from blemish.edge.errors import InputError
-
-TILE = 2**18  # values worked on at a time: small enough for the cache
-
-# Own code where scikit-learn and faiss have some: scikit-learn's runs on the CPU only and faiss's GPU one needs another wheel, while the
-# features here are on whatever device the backbone is; neither takes a torch generator, nor gives the same words on both devices.
+TILE = 2**18  # values processed at a time: small enough for the cache
 
 
 class KMeans(NamedTuple):
@@ -24,19 +23,11 @@ class KMeans(NamedTuple):
 
 @torch.no_grad()
 def fit(rows: Tensor, k: int, generator: Generator, restarts: int = 10, steps: int = 300, tolerance: float = 1e-5) -> KMeans:
-    """The best of `restarts` runs of Lloyd's algorithm on rows (N, D), each from greedy k-means++ (Arthur & Vassilvitskii 2007).
+    """The best of `restarts` runs of Lloyd's algorithm on finite rows (N, D), each from greedy k-means++ (Arthur & Vassilvitskii 2007).
 
-    A run ends after `steps` or when a step lowers the sum by no more than `tolerance` of it: unlike a bound on the centres' moves in units
-    of the rows' variance, that is as strict for tight clusters far apart. Draws come from `generator`, on its own device, so that a CPU
-    generator gives every device the same start. Works on a float64 copy of the rows.
-    InputError if k is not in 1…N, restarts or steps below 1, or a value not finite.
+    A run ends after `steps` or when a step lowers the sum by no more than `tolerance` of it, which is as strict for tight clusters far
+    apart. Draws come from `generator`, on its own device, so that a CPU generator gives every device the same start. In float64.
     """
-    if rows.ndim != 2 or not 1 <= k <= len(rows):
-        raise InputError(f"k: {k} clusters of rows of shape {tuple(rows.shape)}, allowed are 1…N of rows (N, D)")
-    if restarts < 1 or steps < 1:
-        raise InputError(f"restarts, steps: {restarts} and {steps}, allowed is 1 or more of each")
-    if not rows.isfinite().all():
-        raise InputError("rows: NaN or infinity among the features, k-means needs finite values")
     mean = rows.mean(0, dtype=torch.float64)
     centred = rows.double() - mean  # float32 products would misplace rows of tight clusters that lie far apart
     square = centred.square().sum(1)  # (N,)
@@ -51,9 +42,9 @@ def fit(rows: Tensor, k: int, generator: Generator, restarts: int = 10, steps: i
 def _seed(rows: Tensor, square: Tensor, k: int, generator: Generator) -> Tensor:
     trials = min(2 + int(math.log(k)), len(rows))  # scikit-learn's number of candidates for each centre
     centres = rows.new_empty(k, rows.shape[1])
-    weight = torch.ones_like(square)  # (N,) squared distance to the nearest centre; the first centre is drawn evenly
+    weight = torch.ones_like(square)  # (N,) squared distance to the nearest centre; the first centre is drawn uniformly
     for i in range(k):
-        # An exponential race draws without replacement in proportion to the weights, with no running sum that a GPU rounds at will.
+        # An exponential race draws without replacement in proportion to the weights, with no running sum, which GPUs round differently.
         race = torch.empty(len(rows), device=generator.device, dtype=rows.dtype).exponential_(generator=generator).to(rows.device)
         drawn = rows[(race / weight).topk(trials if i else 1, largest=False).indices]  # (t, D)
         nearest = torch.addmm(drawn.square().sum(1), rows, drawn.T, alpha=-2).add_(square[:, None]).clamp_min_(0)  # (N, t)
@@ -70,7 +61,7 @@ def _lloyd(rows: Tensor, square: Tensor, centres: Tensor, steps: int, tolerance:
         before = distance.sum()
         centres = total / size.clamp_min(1)[:, None]
         empty = (size == 0).nonzero()[:, 0]
-        centres[empty] = rows[distance.topk(len(empty)).indices]  # an empty cluster moves to a row that is served worst
+        centres[empty] = rows[distance.topk(len(empty)).indices]  # an empty cluster moves to a row far from its centre
         labels, distance, total, size = _assign(rows, square, centres)
         if before - distance.sum() <= tolerance * before:
             break

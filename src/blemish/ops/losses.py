@@ -1,4 +1,4 @@
-"""Differences of an image and its reconstruction, pixel by pixel, and of a Gaussian and its prior."""
+"""Differences of an image and its reconstruction, and of a Gaussian and its prior."""
 
 import torch
 from kornia.metrics import ssim

@@ -8,7 +8,7 @@ import torch
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a device: what the GPU, or the machine and the control groups, leave."""
+    """Bytes that can still be allocated on a device, in control groups also within their limits."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -16,10 +16,7 @@ def available_memory(device: torch.device) -> float:
 
 
 def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the limits of this process's control groups (version 1 or 2) and their parents leave, inf without one; psutil knows none.
-
-    Page cache counts as free.
-    """
+    """Bytes left by the limits of this process's control groups (version 1 or 2), inf without one; page cache counts as free."""
     left = [float("inf")]
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""Principal components and the two scores that DFM draws from them (Ahuja et al. 2019, arXiv 1909.11786)."""
+"""Principal components, and the likelihood that DFM computes from them (Ahuja et al. 2019, arXiv 1909.11786)."""
 
 import math
 from typing import NamedTuple
@@ -21,15 +21,15 @@ class PCA(NamedTuple):
 def fit(rows: Tensor, keep: int | float) -> PCA:
     """PCA of rows (N, D): the first `keep` components (int) or the fewest that hold more than that share of the variance (float).
 
-    An int above the rank of the data gives as many components as the rank, so whitening never divides by zero.
-    InputError if there are fewer than two rows, NaN or infinity among them, no variance at all, or `keep` is out of range.
+    No more components than the rank of the data, so that whitening never divides by zero.
+    InputError if there are fewer than two rows, NaN or infinity among them, or no variance at all.
     """
-    if rows.ndim != 2 or len(rows) < 2:
+    if len(rows) < 2:
         raise InputError(f"rows: shape {tuple(rows.shape)}, PCA needs (N, D) with N of at least 2")
     if not rows.isfinite().all():
         raise InputError("rows: NaN or infinity among the features, PCA needs finite values")
     mean = rows.mean(0, dtype=torch.float64)  # (D,)
-    # Above ten rows a dimension the covariance is several times cheaper, and in float64 it still resolves all that float32 features hold.
+    # With ten rows a dimension the covariance is several times cheaper, and in float64 it resolves all that float32 features hold.
     if len(rows) >= 10 * rows.shape[1]:
         covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=rows.device)  # (D, D)
         for tile in rows.split(max(1, 2**23 // len(mean))):
@@ -44,9 +44,9 @@ def fit(rows: Tensor, keep: int | float) -> PCA:
 
 @torch.no_grad()
 def from_moments(mean: Tensor, covariance: Tensor, keep: int | float) -> PCA:
-    """`fit` for rows that were only ever summed: mean (D,) and covariance (D, D), best in float64; errors as there."""
+    """`fit` from the mean (D,) and covariance (D, D) of the rows, best in float64."""
     if not covariance.isfinite().all():
-        raise InputError("covariance: NaN or infinity among the moments, PCA needs finite values")
+        raise InputError("covariance: NaN or infinity among the features, PCA needs finite values")
     variance, axes = torch.linalg.eigh((covariance + covariance.T) / 2)  # ascending
     return _cut(mean, axes.T.flip(0), variance.flip(0), keep, torch.finfo(covariance.dtype).eps * len(mean))
 
@@ -55,13 +55,10 @@ def _cut(mean: Tensor, axes: Tensor, variance: Tensor, keep: int | float, tolera
     rank = int((variance > tolerance * variance[0]).sum())
     if rank == 0:
         raise InputError("rows: all rows are equal, PCA needs features that vary")
-    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
-        count = min(keep, rank)
-    elif isinstance(keep, float) and 0 < keep <= 1:
+    if isinstance(keep, float):
         share = variance[:rank].cumsum(0) / variance.clamp_min(0).sum()
-        count = min(int((share <= keep).sum()) + 1, rank)
-    else:
-        raise InputError(f"keep: {keep!r}, allowed are a number of components (1, 2, …) or a share of the variance in (0, 1]")
+        keep = int((share <= keep).sum()) + 1
+    count = min(keep, rank)
     axes = axes[:count]
     sign = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
     return PCA(mean, (axes * sign).contiguous(), variance[:count].contiguous())
@@ -73,17 +70,12 @@ def transform(pca: PCA, rows: Tensor, whiten: bool = False) -> Tensor:
     return scores / pca.variance.sqrt() if whiten else scores
 
 
-def inverse(pca: PCA, scores: Tensor, whiten: bool = False) -> Tensor:
+def inverse(pca: PCA, scores: Tensor) -> Tensor:
     """Rows (…, D) of the subspace that have these coordinates (…, k)."""
-    return (scores * pca.variance.sqrt() if whiten else scores) @ pca.components + pca.mean
-
-
-def reconstruction_error(pca: PCA, rows: Tensor) -> Tensor:
-    """L2 distance (…,) of rows (…, D) from the subspace: DFM's feature reconstruction error."""
-    return (rows.to(pca.components.dtype) - inverse(pca, transform(pca, rows))).norm(dim=-1)
+    return scores @ pca.components + pca.mean
 
 
 def negative_log_likelihood(pca: PCA, rows: Tensor) -> Tensor:
-    """−log N(z; 0, diag(variance)), (…,) in nats, of the coordinates z of rows (…, D): DFM's other score."""
+    """−log N(z; 0, diag(variance)), (…,) in nats, of the coordinates z of rows (…, D)."""
     energy = transform(pca, rows, whiten=True).square().sum(-1)  # (…,)
     return 0.5 * (energy + pca.variance.log().sum() + len(pca.variance) * math.log(2 * math.pi))

@@ -1,4 +1,4 @@
-"""Randomness with a name: streams that depend on numbers given, never on what was drawn elsewhere."""
+"""Named random streams, which do not depend on what was drawn elsewhere."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ import torch
 
 
 def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for these non-negative numbers: the seed, then for instance a step and a process."""
+    """A generator for these non-negative numbers alone: the seed, then for instance a step and a process."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1))
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block in which layers draw their first weights from `seed`: torch's global CPU stream starts there, and is as before afterwards."""
+    """A block in which layers draw their first weights from `seed`; torch's global CPU stream is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
