@@ -24,7 +24,7 @@ def fitted(model, pictures, epochs=1, size=8):
 
 def plain_step(model, image):
     """One step with a pass of the discriminator for every use of it: generator first, then discriminator from its old weights."""
-    generator, discriminator = model.networks["generator"].train(), model.networks["discriminator"].train()
+    discriminator = model.networks.train()["discriminator"]
     first, second = model.configure_optimizers()
     x = 2 * image - 1
     _, fake, code, again = model.generate(image)

@@ -197,9 +197,8 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("store"):
         check_switch("store", **{key: cfg.store[key] for key in ("enabled", "images") if key in cfg.store})
         if cfg.store.enabled:
-            from blemish.features.cache import check_store  # with torch, which the tools that only read records do without
-
-            check_store(cfg.store.dtype, cfg.store.max_gb)
+            check_choice("store", ("float16", "float32"), dtype=cfg.store.dtype)
+            check_number("store", "(0, inf)", also=(None,), max_gb=cfg.store.max_gb)
     check_whole("trainer", 1, max_epochs=cfg.trainer.max_epochs)
     check_whole("trainer", 1, accumulate_grad_batches=cfg.trainer.get("accumulate_grad_batches", 1))
     check_number("trainer", "(0, inf)", also=(None,), gradient_clip_val=cfg.trainer.get("gradient_clip_val"))
