@@ -9,6 +9,7 @@ import torch
 from hydra.utils import get_class
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -133,3 +134,15 @@ def fitted(model: OnePassDetector, pictures: Tensor, batch: int = 5) -> OnePassD
     """The method after its one look at the images."""
     model.fit(remembered(model, pictures, batch))
     return model
+
+
+# what every data module needs beside its root and category
+DATA = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0}
+DATA |= {"protocol": "clean", "calibration": 0.1, "window": "auto", "on_error": "stop"}
+
+
+def save(path: Path, array: np.ndarray, **options) -> Path:
+    """Write an image, with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path

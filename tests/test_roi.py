@@ -167,7 +167,7 @@ def test_a_folder_of_masks(tiny, roi, run, tmp_path):
     assert scores(folder / "scores.csv") == scores(run[0] / "scores.csv")
     found = predicted(folder, tiny / "square", tmp_path / "out", f"roi='{tmp_path / 'regions' / 'square'}'")
     assert equal(found, predicted(run[0], tiny / "square", tmp_path / "one"))
-    with pytest.raises(InputError, match=r"000\.png: no mask of its roi; expected .*regions.000\.png"):
+    with pytest.raises(InputError, match=r"000\.png: no mask of its ROI; expected .*regions.000\.png"):
         predicted(folder, tiny / "square", tmp_path / "none")
     with pytest.raises(InputError, match="a mask for each image, which no export holds"):
         export_run(composed(f"run='{folder}'", f"output='{tmp_path / 'model.onnx'}'", config="export"), load, build)

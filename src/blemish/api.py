@@ -324,8 +324,7 @@ def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], roi: Ro
     """The data module of a detector's config; InputError for a setting that no data can be read by."""
     settings = (cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg), cfg.resize)
     data = ArrayData(train, val, *settings, roi and roi.mask)
-    data.tiled(cfg.tiling, cfg.overlap)
-    data.paced(cfg.get("epoch_size"))
+    data.set_loading(cfg.tiling, cfg.overlap, cfg.get("epoch_size"))
     return data
 
 

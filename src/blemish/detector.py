@@ -178,7 +178,7 @@ class OnePassDetector(Detector):
         if self.trainer.max_epochs != 1:
             raise InputError(f"trainer.max_epochs={self.trainer.max_epochs}: {type(self).__name__} fits in a single pass; use 1")
         loader = self.trainer.train_dataloader
-        if hasattr(order := order_of(loader), "full_pass"):
+        if getattr(order := order_of(loader), "epoch_size", None):
             raise InputError(f"epoch_size={len(order)}: {type(self).__name__} fits in a single pass over all images; use null")
         self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
         self.state = self.new_state(self.total).to(self.device)
@@ -249,7 +249,7 @@ class TrainedDetector(Detector):
 
     def _batches(self) -> Iterator[Batch]:
         # every process iterates over all images, so that all get the same result
-        loader = self.trainer.datamodule.loader("train", dealt=False) if self.processes > 1 else self.trainer.train_dataloader
+        loader = self.trainer.datamodule.loader("train", sharded=False) if self.processes > 1 else self.trainer.train_dataloader
         with getattr(order_of(loader), "full_pass", nullcontext)():  # every image once, whatever an epoch is
             for batch in loader:
                 yield self.trainer.strategy.batch_to_device(batch)

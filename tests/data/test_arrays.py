@@ -57,7 +57,7 @@ def test_rows_are_those_of_files(tmp_path):
 
 def test_a_file_is_trained_on_or_held_out(tmp_path):
     Image.fromarray(noise(1)[0]).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png: to be trained on and in val"):
+    with pytest.raises(InputError, match=r"a\.png: in both train and val"):
         module([tmp_path / "a.png"], [tmp_path / ".." / tmp_path.name / "a.png"])
 
 

@@ -1,21 +1,18 @@
+"""`data check`: the table, the files with problems, and the exit status."""
+
 import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from support import DATA, save
 
-from blemish.data.check import _sizes, check
+from blemish.data.check import _sizes, check, is_faulty
 from blemish.data.folder import Folder
 from blemish.data.manifest import read_manifest
 
 TOOL = Path(__file__).parents[2] / "tools" / "data.py"
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
 
 
 @pytest.fixture
@@ -33,31 +30,26 @@ def root(tmp_path):
 
 def folder(root):
     folders = {"normal": "normal", "validation": None, "normal_test": None, "abnormal": "crack", "masks": "truth", "test_share": 0.25}
-    common = {"image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper", "calibration": 0.1}
-    return Folder(root, None, **folders, **common, window="auto", on_error="stop")
+    return Folder(root, None, **folders, **{**DATA, "protocol": "paper"})
 
 
 def test_rows_count_what_is_there(root):
     (root / "crack/d.png").write_bytes(b"\x89PNG")
     train, crack, good = check(folder(root))
-    assert (train.split, train.defect, train.images) == ("train", "good", 6) and (good.split, good.defect, good.images) == (
-        "test",
-        "good",
-        2,
-    )
-    assert train.missing == 0 and not train.faulty
-    assert (crack.defect, crack.images, crack.masks, crack.missing) == ("crack", 4, 3, 1)
-    assert crack.empty == ["truth/b.png"] and crack.faulty
-    assert len(crack.wrong) == 1 and "truth/c.png: 31×20 pixels, its image 30×20" in crack.wrong[0]
-    assert len(crack.unreadable) == 1 and str(root / "crack/d.png") in crack.unreadable[0]
-    assert crack.sizes == "30×20" and crack.kinds == "uint8 colour 3"
-    kinds = [kind for row in (train, good) for kind in row.kinds.split(", ")]
+    assert [train[key] for key in ("split", "defect", "images", "no mask")] == ["train", "good", 6, 0] and not is_faulty(train)
+    assert [good[key] for key in ("split", "defect", "images")] == ["test", "good", 2]
+    assert [crack[key] for key in ("defect", "images", "masks", "no mask")] == ["crack", 4, 3, 1] and is_faulty(crack)
+    assert crack["empty"] == ["truth/b.png"]
+    (wrong,), (unreadable,) = crack["wrong size"], crack["unreadable"]
+    assert "truth/c.png: 31×20 pixels, its image 30×20" in wrong and str(root / "crack/d.png") in unreadable
+    assert crack["sizes"] == "30×20" and crack["kinds"] == "uint8 colour 3"
+    kinds = [kind for row in (train, good) for kind in row["kinds"].split(", ")]
     assert "uint16 grey 1" in kinds and sum(int(kind.split()[-1]) for kind in kinds) == 8
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """The tool with these arguments, in this process: (exit status, what it printed, what it complained of)."""
+    """The tool with these arguments, in this process: (exit status, stdout, stderr)."""
 
     def tool(*arguments):
         monkeypatch.chdir(tmp_path)
@@ -90,7 +82,7 @@ def test_tool_prints_writes_and_exits(root, tmp_path, run):
         (("check", "data=folder", "data.root=.", "data.on_error=x"), "data.on_error=x"),
     ],
 )
-def test_tool_says_in_a_few_words_what_is_wrong(run, arguments, says):
+def test_what_is_wrong_is_one_line(run, arguments, says):
     code, _, err = run(*arguments)
     assert code == 2 and says in err and "Traceback" not in err
 
@@ -100,7 +92,7 @@ def test_sizes_are_listed_or_a_range():
     assert _sizes([(20, 30), (10, 40), (15, 35), (70, 20)]) == "10–70 × 20–40"
 
 
-def test_what_masks_mark_is_told(root, run):
+def test_what_masks_mark_is_listed(root, run):
     painted = np.zeros((20, 30, 4), np.uint8)
     painted[5:10, 5:17, 3] = 255
     classes = np.zeros((20, 30), np.uint8)
@@ -108,8 +100,8 @@ def test_what_masks_mark_is_told(root, run):
     for name, mask in {"a": painted, "b": painted, "c": classes, "d": 255 * (classes == 0).astype(np.uint8)}.items():
         save(root / f"truth/{name}.png", mask)
     _, crack, _ = check(folder(root))
-    assert crack.marked == "10 % (10–90)" and crack.levels == "0 50 100 classes ×1, 0 255 ×1, alpha 0 255 ×2"
-    assert len(crack.odd) == 1 and "truth/d.png" in crack.odd[0] and not crack.faulty and not crack.empty
+    assert crack["marked"] == "10 % (10–90)" and crack["levels"] == "0 50 100 classes ×1, 0 255 ×1, alpha 0 255 ×2"
+    assert len(crack["odd"]) == 1 and "truth/d.png" in crack["odd"][0] and not is_faulty(crack) and not crack["empty"]
     arguments = ["check", "data=folder", f"data.root={root}", "data.abnormal=[crack]", "data.masks=truth"]
     code, out, _ = run(*arguments, f"data.roi={root}/truth/a.png")
     assert code == 0 and "truth/d.png" in out and f"data.roi={root}/truth/a.png: 10 %" in out

@@ -59,7 +59,7 @@ def test_lossless_eight_bits(tmp_path, kind, array):
 
 
 def test_jpeg_grey_colour_and_cmyk(tmp_path):
-    smooth = np.add.padded(np.arange(H), np.arange(W)).astype(np.uint8) * 3
+    smooth = np.add.outer(np.arange(H), np.arange(W)).astype(np.uint8) * 3
     colour = np.dstack([smooth, smooth[::-1], 255 - smooth])
     assert np.abs(read(saved(tmp_path / "g.jpg", smooth, quality=95)).astype(int) - smooth).max() < 12
     rgb = read(saved(tmp_path / "c.jpg", colour, quality=95, subsampling=0))
@@ -426,7 +426,7 @@ def test_outside_the_crop_lies_the_minimum():
 
 def test_find_images(tmp_path):
     names = ["b.PNG", "a.jpg", "Ünï cödé/c d.TiF", "deep/er/e.bmp"]
-    for name in [*names, ".ignore_mask.png", ".cache/x.png", "notes.txt", "Thumbs.db"]:
+    for name in [*names, ".hidden.png", ".cache/x.png", "notes.txt", "Thumbs.db"]:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
     (tmp_path / "elsewhere").mkdir()

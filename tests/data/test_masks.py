@@ -47,7 +47,7 @@ def test_one_colour_on_transparency_marks_where_it_is(tmp_path, colour, below, a
     assert np.array_equal(marked(tmp_path, painted, "mask.tif"), DISC)
     assert np.array_equal(marked(tmp_path, painted, "mask.webp", lossless=True), DISC)
     assert binary(painted).dtype == np.uint8 and interpret(painted).alpha
-    assert np.array_equal(Roi(painted).seen(None, *DISC.shape), DISC) and np.array_equal(Roi(tmp_path / "mask.png").mask, DISC)
+    assert np.array_equal(Roi(painted).inside(None, *DISC.shape), DISC) and np.array_equal(Roi(tmp_path / "mask.png").mask, DISC)
 
 
 def test_alpha_of_deep_images(tmp_path):

@@ -1,3 +1,5 @@
+"""From files to splits and batches: shapes, orders, manifests, windows, and the errors a user meets."""
+
 import logging
 import math
 import os
@@ -7,21 +9,23 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support import DATA, save
 
-from blemish.data import module
+from blemish.data import dataset
 from blemish.data.dataset import Images, Recent
 from blemish.data.images import mask_to_network, to_network, to_unit
 from blemish.data.manifest import Sample, read_manifest, write_manifest
 from blemish.data.module import ImageData, held_out
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
+from blemish.edge.reading import read
 from blemish.types import NO_TRUTH
 
 SIZE = 48
 
 
 class Pictures(ImageData):
-    """Root with train/, test/good and test/bad, masks/ beside them: the least a subclass has to say."""
+    """A root with train/, test/good and test/bad, and masks/ beside them."""
 
     name, published, layout = "pictures", "Somebody, Pictures, 2020", "train/*.png\ntest/good/*.png\ntest/bad/*.png"
 
@@ -34,15 +38,16 @@ class Pictures(ImageData):
         return made
 
 
-def data_of(root, kind=Pictures, **changes):
-    plain = {"root": root, "category": None, "image_size": 32, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "protocol": "clean"}
-    return kind(**{**plain, "calibration": 0.1, "window": "auto", "on_error": "stop", "manifest": None, **changes})
+def data_of(root, kind=Pictures, loading=(None, 0, None), **changes):
+    data = kind(**{"root": root, "category": None, **DATA, **changes})
+    data.set_loading(*loading)
+    return data
 
 
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return path
+def prepared(root, *args, **changes):
+    data = data_of(root, *args, **changes)
+    data.setup()
+    return data
 
 
 @pytest.fixture
@@ -58,13 +63,25 @@ def root(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """The paths of the images and masks that are decoded."""
+    paths = []
+    monkeypatch.setattr(dataset, "read", lambda path, *more: paths.append(path) or read(path, *more))
+    monkeypatch.setattr(dataset, "read_mask", lambda path, read=dataset.read_mask: paths.append(path) or read(path))
+    return paths
+
+
 def rows_of(loader):
     return [(batch.image[i], int(batch.label[i]), batch.mask[i], batch.path[i]) for batch in loader for i in range(len(batch.path))]
 
 
+def paths_of(loader):
+    return [path for batch in loader for path in batch.path]
+
+
 def test_batches_are_the_files_by_definition(root):
-    data = data_of(root, crop=24)
-    data.setup()
+    data = prepared(root, crop=24)
     loaded = rows_of(data.test_dataloader())
     assert [path for *_, path in loaded] == [s.key for s in data.samples if s.split == "test"]
     for image, label, mask, path in loaded:
@@ -90,8 +107,7 @@ def test_hold_out_size(count, share):
 
 def test_hold_out_follows_seed_and_protocol(root):
     def calibrate(**changes):
-        data = data_of(root, **changes)
-        data.setup()
+        data = prepared(root, **changes)
         return {s.path for s in data.samples if s.split == "calibrate"}, data.digest
 
     first, digest = calibrate()
@@ -106,16 +122,12 @@ def test_tiles_of_one_image_stay_on_one_side(root):
         def scan(self):
             return [s._replace(tile=f"{x},{y},16,16") for s in super().scan() for x in (0, 16) for y in (0, 16)]
 
-    data = data_of(root, Tiles, image_size=16)
-    data.setup()
+    data = prepared(root, Tiles, image_size=16)
     train, calibrate = ({s.path for s in data.samples if s.split == split} for split in ("train", "calibrate"))
     assert len(calibrate) == 2 and not train & calibrate and len(data.samples) == 16 * 4
 
 
-def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
-    opened = []
-    monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
-    monkeypatch.setattr(module, "read_mask", lambda path, read=module.read_mask: opened.append(path) or read(path))
+def test_a_tile_is_cut_before_resizing_and_its_image_decoded_once(root, opened):
     box = Sample("test/bad/000.png", "test", 1, "bad", boxes="2 4 20 9;30 30 99 99")
     samples = [box._replace(tile=f"{x},{y},16,12") for y in (0, 12, 24, 36) for x in (0, 16, 32)]
     samples += [s._replace(boxes="", mask="masks/000.png") for s in samples]
@@ -127,39 +139,35 @@ def test_tile_is_cut_before_placing_and_decoded_once(root, monkeypatch):
         assert torch.equal(image, to_unit(array[y : y + h, x : x + w], {}))
         np.testing.assert_array_equal(found, (boxes if i < 12 else mask > 0)[y : y + h, x : x + w])
     assert len(opened) == 2
+    with pytest.raises(InputError, match=r"000\.png: the tile 40,0,16,16"):
+        Images([Sample("train/000.png", "train", 0, "good", tile="40,0,16,16")], root, {}, Geometry())[0]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_images_of_a_training_are_decoded_twice_and_stay_as_they_are(root, tmp_path, dtype, monkeypatch):
+def test_images_of_a_training_are_decoded_twice_and_stay_as_they_are(tmp_path, dtype, opened):
     samples = []
     for i in range(6):
-        path = tmp_path / f"{i}.png"
-        pixels = np.random.default_rng(i).integers(0, np.iinfo(dtype).max, (20, 24), dtype)
-        Image.fromarray(pixels).save(path)
-        samples.append(Sample(path.name, "train", 0, "good"))
-    opened = []
-    monkeypatch.setattr(module, "read", lambda path, *more, read=module.read: opened.append(path) or read(path, *more))
-    dataset = Images(samples, tmp_path, {"uint16": (0.0, 65535.0)}, Geometry(16))
-    epochs = [dataset.__getitems__(rows) for rows in ([0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3, 4, 4])]
-    assert [path.name for path in opened] and len(opened) == 4 + 4 + 1
+        save(tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, np.iinfo(dtype).max, (20, 24), dtype))
+        samples.append(Sample(f"{i}.png", "train", 0, "good"))
+    images = Images(samples, tmp_path, {"uint16": (0.0, 65535.0)}, Geometry(16))
+    epochs = [images.__getitems__(rows) for rows in ([0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3, 4, 4])]
+    assert len(opened) == 4 + 4 + 1
     for row, same, again in zip(epochs[0], reversed(epochs[1]), epochs[2], strict=False):
         assert all(torch.equal(row[i], same[i]) and torch.equal(row[i], again[i]) for i in (0, 2))
         assert row[1::2] == same[1::2] == again[1::2]
-    assert sorted(dataset.kept) == [0, 1, 2, 3]
-    assert {image.dtype for _, image, *_ in dataset.kept.values()} == {torch.uint8 if dtype == "uint8" else torch.float32}
-    assert dataset.room == module.KEPT - sum(image.nbytes + mask.nbytes for _, image, _, mask, _ in dataset.kept.values())
+    assert sorted(images.kept) == [0, 1, 2, 3]
+    assert {image.dtype for _, image, *_ in images.kept.values()} == {torch.uint8 if dtype == "uint8" else torch.float32}
+    assert images.room == dataset.KEPT - sum(image.nbytes + mask.nbytes for _, image, _, mask, _ in images.kept.values())
     os.utime(tmp_path / "0.png", (0, 0))
-    again = dataset.__getitems__([0, 1])  # a file that was touched is read again, and kept as it was
-    assert len(opened) == 10 and torch.equal(again[0][0], epochs[0][0][0]) and len(dataset.kept) == 4
-    dataset.__getitems__([0, 1])
+    again = images.__getitems__([0, 1])  # a file that was touched is read again
+    assert len(opened) == 10 and torch.equal(again[0][0], epochs[0][0][0]) and len(images.kept) == 4
+    images.__getitems__([0, 1])
     assert len(opened) == 10
 
 
 def test_no_more_images_are_kept_than_there_is_room_for(root, monkeypatch):
-    monkeypatch.setattr(module, "KEPT", 3 * 2 * 16 * 16 + 5)  # images and masks of 16×16 bytes
-    data = data_of(root, protocol="paper", image_size=16, crop=None)
-    data.setup()
-    loader = data.train_dataloader()
+    monkeypatch.setattr(dataset, "KEPT", 3 * 2 * 16 * 16 + 5)  # images and masks of 16×16 bytes
+    loader = prepared(root, protocol="paper", image_size=16, crop=None).train_dataloader()
     epochs = [{path: image for batch in loader for path, image in zip(batch.path, batch.image, strict=True)} for _ in range(4)]
     assert len(loader.dataset.kept) <= 3 and loader.dataset.room >= 0
     assert all(torch.equal(epoch[path], image) for epoch in epochs for path, image in epochs[0].items())
@@ -167,23 +175,20 @@ def test_no_more_images_are_kept_than_there_is_room_for(root, monkeypatch):
 
 def test_recent_keeps_what_fits_and_one_at_least(root):
     paths = [root / "train" / f"{i:03}.png" for i in range(3)]
-    recent = Recent(most=1)
-    assert np.array_equal(recent.read(paths[0]), module.read(paths[0])) and list(recent.arrays) == paths[:1]
-    recent.read(paths[1])
-    assert list(recent.arrays) == paths[1:2]
-    roomy = Recent(most=10**6)
+    small, roomy = Recent(most=1), Recent(most=10**6)
+    for path in paths[:2]:
+        assert np.array_equal(small(path, read), read(path)) and [key[0] for key in small.arrays] == [path]
     for path in (*paths, paths[0]):
-        roomy.read(path)
-    assert list(roomy.arrays) == [paths[1], paths[2], paths[0]]
+        roomy(path, read)
+    assert [key[0] for key in roomy.arrays] == [paths[1], paths[2], paths[0]]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # python 3.12+, of fork by the DataLoader
-def test_threads_processes_and_plain_agree(root, monkeypatch):
-    data = data_of(root)
-    data.setup()
-    dataset = data.test_dataloader().dataset
-    plain = [dataset[i] for i in range(len(dataset))]
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: range(6), raising=False)
+def test_threads_processes_and_a_plain_loop_agree(root, monkeypatch):
+    data = prepared(root)
+    images = data.test_dataloader().dataset
+    plain = [images[i] for i in range(len(images))]
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: range(6), raising=False)
     threads = rows_of(data.test_dataloader())
     data.workers = 1
     processes = rows_of(data.test_dataloader())
@@ -194,15 +199,13 @@ def test_threads_processes_and_plain_agree(root, monkeypatch):
 
 def test_shuffling_is_seeded_and_epochs_differ(root):
     def epochs(seed):
-        data = data_of(root, seed=seed, protocol="paper")
-        data.setup()
-        loader = data.train_dataloader()
-        return [[path for batch in loader for path in batch.path] for _ in range(2)]
+        loader = prepared(root, seed=seed, protocol="paper").train_dataloader()
+        return [paths_of(loader) for _ in range(2)]
 
     torch.manual_seed(0)
     first = epochs(0)
     torch.manual_seed(1)
-    assert epochs(0) == first  # the global stream has no say
+    assert epochs(0) == first  # the global stream does not matter
     assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) and len(first[0]) == 10
     assert epochs(1) != first
 
@@ -211,41 +214,34 @@ def test_shuffling_is_seeded_and_epochs_differ(root):
 @pytest.mark.parametrize("tile", [None, 8])
 def test_an_epoch_of_so_many_images(root, size, tile):
     def loader(epoch_size):
-        data = data_of(root, protocol="paper", batch_size=4, **({} if tile is None else {"image_size": None}))
-        data.tiled(tile, 0)
-        data.paced(epoch_size)
-        data.setup()
-        return data.train_dataloader()
-
-    def keys(loader):
-        return [path for batch in loader for path in batch.path]
+        changes = {} if tile is None else {"image_size": None}
+        return prepared(root, loading=(tile, 0, epoch_size), protocol="paper", batch_size=4, **changes).train_dataloader()
 
     plain, paced = loader(None), loader(size)
     rows = len(plain.dataset)
-    orders = [keys(plain) for _ in range(max(4, -(-4 * size // rows)))]
+    orders = [paths_of(plain) for _ in range(max(4, -(-4 * size // rows)))]
     together = [key for order in orders for key in order]  # laid end to end
     expected = [orders[i][:size] if size <= rows else together[i * size : (i + 1) * size] for i in range(4)]
-    assert [len(paced), *(len(keys(paced)) for _ in range(2))] == [-(-size // 4), size, size]
+    assert [len(paced), *(len(paths_of(paced)) for _ in range(2))] == [-(-size // 4), size, size]
     paced.sampler.set_epoch(0)
-    assert [keys(paced) for _ in range(4)] == expected
+    assert [paths_of(paced) for _ in range(4)] == expected
     paced.sampler.set_epoch(2)  # as a resumed training does
-    assert keys(paced) == expected[2]
+    assert paths_of(paced) == expected[2]
     with paced.sampler.full_pass():
-        assert sorted(keys(paced)) == sorted(orders[0])
-    assert len(keys(paced)) == size
+        assert sorted(paths_of(paced)) == sorted(orders[0])
+    assert len(paths_of(paced)) == size
 
 
-def test_an_epoch_is_of_a_number_of_images(root):
-    for wrong in (0, -1, 2.5, True, "all"):
-        with pytest.raises(InputError, match=r"epoch_size="):
-            data_of(root).paced(wrong)
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "all"])
+def test_an_epoch_is_of_a_number_of_images(root, wrong):
+    with pytest.raises(InputError, match=r"epoch_size="):
+        data_of(root).set_loading(None, 0, wrong)
 
 
 def test_same_seed_same_manifest_and_setup_only_once(root, tmp_path_factory):
     files = []
     for i in range(2):
-        data = data_of(root)
-        data.setup("fit")
+        data = prepared(root)
         samples = data.samples
         data.setup("test")
         assert data.samples is samples
@@ -255,50 +251,38 @@ def test_same_seed_same_manifest_and_setup_only_once(root, tmp_path_factory):
     assert all(len(s.digest) == 16 for s in read_manifest(files[0]))
 
 
-def test_manifest_takes_the_place_of_the_scan(root):
-    data = data_of(root, seed=5)
-    data.setup()
-    path = root / "m.csv"
+def test_a_manifest_replaces_the_scan(root):
+    data, path = prepared(root, seed=5), root / "m.csv"
     write_manifest(path, data.samples)
-    again = data_of(root, seed=6, manifest=path)
-    again.setup()
+    again = prepared(root, seed=6, manifest=path)
     assert again.samples == data.samples and again.digest == data.digest
-    paper = data_of(root, protocol="paper", manifest=path)
-    paper.setup()
+    paper = prepared(root, protocol="paper", manifest=path)
     assert not any(s.split == "calibrate" for s in paper.samples) and sum(s.split == "train" for s in paper.samples) == 10
     save(root / "train" / "000.png", np.zeros((20, 20), np.uint8))
     with pytest.raises(InputError, match=r"000\.png: changed since"):
-        data_of(root, manifest=path).setup()
+        prepared(root, manifest=path)
     (root / "train" / "000.png").unlink()
     with pytest.raises(InputError, match=r"000\.png: cannot be read .*m\.csv"):
-        data_of(root, manifest=path).setup()
+        prepared(root, manifest=path)
 
 
 def test_sixteen_bits_use_a_window_fitted_to_training_images(root):
     rng = np.random.default_rng(1)
     for i in range(10):
         save(root / "train" / f"{i:03}.png", rng.integers(1000, 3001, (SIZE, SIZE)).astype(np.uint16))
-    data = data_of(root, image_size=None, batch_size=1)
-    data.setup()
+    data = prepared(root, image_size=None, batch_size=1)
     lo, hi = data.window["uint16"]
     assert set(data.window) == {"uint16"} and 1000 <= lo < 1010 and 2990 < hi <= 3000
     assert all(batch.image.min() < 0.01 and batch.image.max() > 0.99 for batch in data.train_dataloader())
-    for window, expected in (
-        ("dtype", {"uint8": (0, 255), "uint16": (0, 65535)}),
-        ([5, 10], {"uint16": (5, 10), "float32": (5, 10)}),
-        ({"uint16": [1, 2]}, {"uint16": (1, 2)}),
-    ):
-        data = data_of(root, window=window)
-        data.setup()
-        assert data.window == expected
+    assert prepared(root, window="dtype").window == {"uint8": (0, 255), "uint16": (0, 65535)}
+    assert prepared(root, window=[5, 10]).window == {"uint16": (5, 10), "float32": (5, 10)}
+    assert prepared(root, window={"uint16": [1, 2]}).window == {"uint16": (1, 2)}
 
 
-def test_float_image_without_a_window_says_so(root):
+def test_a_float_image_needs_a_window(root):
     tifffile.imwrite(root / "test/good/x.tif", np.random.default_rng(0).random((20, 20), np.float32))
-    data = data_of(root)
-    data.setup()
     with pytest.raises(InputError, match=r"x\.tif: float32 .*uint8.*data\.window=\[0,1\]"):
-        list(data.test_dataloader())
+        list(prepared(root).test_dataloader())
 
 
 def spoil(root):
@@ -312,28 +296,20 @@ def spoil(root):
 def test_stop_at_the_image(root):
     spoil(root)
     with pytest.raises(InputError, match=r"train/003\.png: the file is empty"):
-        data_of(root).setup()
-    for name in ("train/003", "train/004", "masks/001"):
+        prepared(root)
+    for name in ("train/003", "train/004"):
         (root / f"{name}.png").unlink()
-    data = data_of(root)
-    data.setup()
-    with pytest.raises(InputError, match=r"good/001\.png: damaged"):
-        list(data.test_dataloader())
-
-
-def test_mask_of_another_size_names_both(root):
-    save(root / "masks/001.png", np.zeros((SIZE, SIZE), np.uint8))
-    data = data_of(root)
-    data.setup()
     with pytest.raises(InputError, match=rf"masks/001\.png: a mask of 48×48 .*bad/001\.png of {SIZE + 1}×48"):
-        list(data.test_dataloader())
+        list(prepared(root).test_dataloader())
+    (root / "masks/001.png").unlink()
+    with pytest.raises(InputError, match=r"good/001\.png: damaged"):
+        list(prepared(root).test_dataloader())
 
 
 def test_skip_leaves_out_counts_and_lists(root, caplog):
     spoil(root)
-    data = data_of(root, on_error="skip")
     with caplog.at_level(logging.WARNING):
-        data.setup()
+        data = prepared(root, on_error="skip")
     bad = {"test/good/001.png", "test/bad/001.png", "train/003.png", "train/004.png"}
     assert set(data.skipped) == bad == {s.path for s in data.samples if s.split == "skipped"}
     assert all(path in caplog.text for path in bad) and "skipped 4 of 16" in caplog.text
@@ -341,38 +317,26 @@ def test_skip_leaves_out_counts_and_lists(root, caplog):
     assert len(rows_of(data.train_dataloader())) + len(rows_of(data.calibrate_dataloader())) == 8
     assert len(rows_of(data.calibrate_dataloader())) == 2  # of the eight that are left
     write_manifest(root / "m.csv", data.samples)
-    again = data_of(root, manifest=root / "m.csv")
-    again.setup()
-    assert again.digest == data.digest
-
-
-def test_skip_with_a_manifest_that_names_an_absent_file(root):
-    data = data_of(root)
-    data.setup()
-    write_manifest(root / "m.csv", [*(s._replace(digest="") for s in data.samples), Sample("train/none.png", "train", 0, "good")])
-    again = data_of(root, manifest=root / "m.csv", on_error="skip")
-    again.setup()
-    assert list(again.skipped) == ["train/none.png"]
+    assert prepared(root, manifest=root / "m.csv").digest == data.digest
+    absent = Sample("train/none.png", "train", 0, "good")
+    write_manifest(root / "m.csv", [*(s._replace(digest="") for s in data.samples), absent])
+    assert list(prepared(root, manifest=root / "m.csv", on_error="skip").skipped) == ["train/none.png"]
 
 
 def test_missing_data_is_explained(root):
     for changes, says in (
         ({"root": root / "nowhere"}, ["nowhere: no such folder"]),
-        ({"category": "tests"}, ["no category 'tests'", "did you mean 'test'?", "ImageResult: masks, test, train"]),
+        ({"category": "tests"}, ["no category 'tests'", "did you mean 'test'?", "found masks, test, train"]),
     ):
         with pytest.raises(InputError) as error:
-            data_of(**{"root": root, **changes}).setup()
+            prepared(**{"root": root, **changes})
         for text in [*says, str(root), "train/*.png", "Somebody, Pictures, 2020", "data.root="]:
             assert text in str(error.value)
-
-
-@pytest.mark.parametrize("folder", ["train", "test"])
-def test_empty_class(root, folder):
-    for path in (root / folder).rglob("*.png"):
-        path.unlink()
-    with pytest.raises(InputError) as error:
-        data_of(root).setup()
-    assert f"no {folder} image" in str(error.value) and str(root) in str(error.value)
+    for folder in ("test", "train"):
+        for path in (root / folder).rglob("*.png"):
+            path.unlink()
+        with pytest.raises(InputError, match=rf"{root}.*no {folder} image"):
+            prepared(root)
 
 
 @pytest.mark.parametrize(
@@ -402,15 +366,7 @@ def test_values_are_checked_at_construction(tmp_path, key, value):
 
 
 def test_native_sizes_do_not_mix_in_a_batch(root):
-    data = data_of(root, image_size=None)
-    data.setup()
     with pytest.raises(InputError, match="image_size=null"):
-        list(data.test_dataloader())
-    single = data_of(root, image_size=None, batch_size=1)
-    single.setup()
+        list(prepared(root, image_size=None).test_dataloader())
+    single = prepared(root, image_size=None, batch_size=1)
     assert {tuple(batch.image.shape[2:]) for batch in single.test_dataloader()} == {(SIZE, SIZE + i) for i in range(3)}
-
-
-def test_tile_beyond_the_image(root):
-    with pytest.raises(InputError, match=r"000\.png: the tile 40,0,16,16"):
-        Images([Sample("train/000.png", "train", 0, "good", tile="40,0,16,16")], root, {}, Geometry())[0]

@@ -1,16 +1,19 @@
+"""Textures: exact masks, disjoint crops, and a cache that is complete or absent."""
+
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support import DATA
 
 from blemish.data import textures
 from blemish.data.textures import DEFECTS, TEXTURES, Textures, blemished, build, cropped, key, make, photograph, regions
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 
-PLAIN = {"image_size": 64, "crop": None, "batch_size": 16, "workers": 0, "seed": 0, "protocol": "clean", "calibration": 0.1}
-PLAIN |= {"window": "auto", "on_error": "stop"}
+PLAIN = {**DATA, "image_size": 64, "batch_size": 16}
 
 
 def data_of(root, **changes):
@@ -92,9 +95,10 @@ def test_a_killed_or_failing_making_leaves_nothing_that_is_taken_for_whole(tmp_p
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, "brick", 64, 0)
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".brick-left" / "train").mkdir(parents=True)  # what a kill leaves
+    (left := tmp_path / ".123-01234567").mkdir()  # by a kill, two days ago
+    os.utime(left, (0, 0))
     make(tmp_path, "brick", 64, 0)
-    assert len(list((tmp_path / "brick").rglob("*.png"))) == 80 + 20 + 2 * 8 * len(DEFECTS)
+    assert len(list((tmp_path / "brick").rglob("*.png"))) == 80 + 20 + 2 * 8 * len(DEFECTS) and not left.exists()
 
 
 def test_several_at_once(tmp_path):

@@ -148,7 +148,7 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, dat
     np.testing.assert_allclose(back, to_image(torch.from_numpy(map), height, width, geometry), atol=3e-5)
     where = edge.ignore_mask_in_network(height, width, geometry, runtime.inside_of(height, width, metadata))
     if where is not None and where.all():
-        with pytest.raises(InputError, match="nothing of its roi"):
+        with pytest.raises(InputError, match="no pixel of its ROI"):
             ignore_mask(height, width, geometry, inside)
         return
     other = ignore_mask(height, width, geometry, inside)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from support import composed, quick, tiny_run
 from torch.nn import functional as F
 
 from blemish.api import AnomalyDetector
+from blemish.data.arrays import ArrayData
+from blemish.data.dataset import MIXED, batches_by_image
 from blemish.data.manifest import Sample
-from blemish.data.samplers import ShuffledTiles, by_image
-from blemish.data.tiles import bytes_of, check_tiling, largest_blocks, mean_blocks, reduction, tiles_of
+from blemish.data.samplers import Shuffled, shuffle_tiles
+from blemish.data.tiles import bytes_of, largest_blocks, mean_blocks, reduction, tiles_of
 from blemish.detector import Detector
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Blend, Geometry, grid, mirrored, ramp
@@ -216,21 +219,21 @@ def test_tiles_are_samples_with_a_region():
 
 def test_order_and_batches():
     counts, pixels = [3, 5, 1, 4], [100] * 4
-    order = ShuffledTiles(counts, pixels, seed=1)
+    order = Shuffled(13, 1, draw=partial(shuffle_tiles, counts, pixels, MIXED))
     first, second = list(order), list(order)
     assert sorted(first) == sorted(second) == list(range(13)) == sorted(set(first)) and first != second
     order.set_epoch(0)
     assert list(order) == first and len(order) == 13
-    apart = list(ShuffledTiles(counts, [2**40] * 4, seed=1))  # each image fills the memory: its tiles stay together
+    apart = shuffle_tiles(counts, [2**40] * 4, MIXED, torch.Generator().manual_seed(1))  # images too large to be mixed
     image = np.repeat(range(4), counts)[apart]
     assert (np.diff(image) != 0).sum() == 3
-    assert by_image(counts, 2) == [[0, 1], [2], [3, 4], [5, 6], [7], [8], [9, 10], [11, 12]]
+    assert batches_by_image(counts, 2) == [[0, 1], [2], [3, 4], [5, 6], [7], [8], [9, 10], [11, 12]]
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(4, 0), (64, 64), (64, -1), ("512", 64), (64.5, 0), (True, 0)])
 def test_refuses_what_cannot_be_tiled(tile, overlap):
     with pytest.raises(InputError, match="tiling=|overlap="):
-        check_tiling(tile, overlap)
+        ArrayData([], [], None, None, 1, 0, 0, 0.1, {}).set_loading(tile, overlap, None)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -404,7 +407,7 @@ def test_an_update_keeps_the_tiles(run, large, tmp_path):
     train(composed("data=folder", "data.normal_test=normal_test", *places, *options))
     state = torch.load(tmp_path / "run" / "model.ckpt", weights_only=True)["state_dict"]
     assert state["calibration"].shape == (3 + 1, 2) and state["fitted"] == 9 * 12 + 5 * 4
-    with pytest.raises(InputError, match="processes would share an image"):
+    with pytest.raises(InputError, match="tiling=96: 2 processes"):
         saved = config.read_config(folder)
         data = set_up(saved, described(saved))
         data.processes = 2

@@ -1,10 +1,10 @@
-"""What is in a data set: counts, masks, sizes and bit depths by split and defect type, and every file that is not in order."""
+"""What is in a data set: counts, masks, sizes and bit depths by split and defect type, and every file with a problem."""
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE
@@ -20,120 +20,92 @@ from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 from blemish.types import NORMAL
 
-MOST = 0.9  # of an image: a defect has less
+MOST = 0.9  # of an image, or of its border: no defect marks more
+PROBLEMS = ("empty", "odd", "wrong size", "unreadable")
 
 
-class Row(NamedTuple):
-    """The images of one split and one defect type; a tile counts as an image."""
+class Mask(NamedTuple):
+    """What is known of a mask without its pixels."""
 
-    split: str
-    defect: str
-    images: int
-    masks: int  # with a mask file or boxes
-    missing: int  # not normal, and neither
-    marked: str  # share of an image that a mask marks, the median and the range
-    levels: str  # of the masks, and how they are interpret
-    empty: list[str]  # mask files without an anomalous pixel
-    odd: list[str]  # mask files that mark nearly all of an image, or its border, each with the share
-    wrong: list[str]  # mask files of another size than their image
-    unreadable: list[str]  # images and masks, each with the reason
-    sizes: str  # width×height, distinct ones or the range
-    kinds: str  # dtype, and grey or colour
-
-    @property
-    def faulty(self) -> bool:
-        return bool(self.wrong or self.unreadable)
-
-
-class _Look(NamedTuple):
-    size: tuple[int, int] | None = None  # width, height
-    kind: str = ""
-    mask: "_Mask | None" = None
-    empty: str = ""
-    odd: str = ""
-    wrong: str = ""
-    unreadable: tuple[str, ...] = ()
-
-
-class _Mask(NamedTuple):
     share: float  # of the pixels that are marked
-    border: float  # of those at the image's border
+    border: float  # of the pixels at the image's border that are marked
     levels: tuple[float, ...]
     kind: str
     alpha: bool
 
 
-def check(data: ImageData) -> list[Row]:
-    """Read every image and mask of the data set once; rows in the order of the splits, defect types by name.
+def check(data: ImageData) -> list[dict[str, Any]]:
+    """Read every image and mask once; returns a row for each split and defect type, in their order, a tile counting as an image.
 
-    Nothing but the absence of the data set itself is an InputError: what is wrong with a file is in the rows. Sets
-    `data.samples`, the manifest, where `data.setup` has not done so.
+    A row has split, defect, images, masks (images with a mask file or boxes), "no mask" (images that are not normal, with neither), marked
+    (share of an image that a mask marks: median and range), levels (of the masks, and how they are read), lists of files that are empty
+    (mark nothing), odd (mark nearly all of an image, or its border), of "wrong size", and unreadable, with the reason, sizes, and kinds
+    (dtype, and grey or colour). InputError only if the data set itself is missing. Sets data.samples if they are not set.
     """
     data.samples = data.samples or data.listed()
     by_files = {(sample.path, sample.mask): sample for sample in data.samples}  # tiles share their image
-    looks = dict(zip(by_files, threaded(lambda sample: _look(data, sample), list(by_files.values()), "reading every image"), strict=True))
+    found = dict(zip(by_files, threaded(lambda one: _inspect(data, one), list(by_files.values()), "reading every image"), strict=True))
     groups = defaultdict(list)
     for sample in data.samples:
         groups[SPLITS.index(sample.split), sample.defect].append(sample)
-    return [_row(members, [looks[files] for files in {(s.path, s.mask): None for s in members}]) for _, members in sorted(groups.items())]
+    return [_row(members, [found[files] for files in {(s.path, s.mask): None for s in members}]) for _, members in sorted(groups.items())]
 
 
-def _look(data: ImageData, sample: Sample) -> _Look:
-    unreadable, image, mask = [], None, None
+def _inspect(data: ImageData, sample: Sample) -> dict[str, list]:
+    """What there is to list of a sample's files."""
+    found: dict[str, list] = defaultdict(list)
     try:
         image = read(data.root / sample.path)
+        found["sizes"] = [image.shape[1::-1]]
+        found["kinds"] = [f"{image.dtype.name} {'grey' if image.ndim == 2 else 'colour'}"]
     except InputError as error:
-        unreadable.append(str(error))
+        found["unreadable"].append(str(error))
     try:
-        mask = interpret(read(data.root / sample.mask, labels=True)) if sample.mask else None
+        marked = interpret(read(data.root / sample.mask, labels=True)) if sample.mask else None
     except InputError as error:
-        unreadable.append(str(error))
-    size = None if image is None else (image.shape[1], image.shape[0])
-    kind = "" if image is None else f"{image.dtype.name} {'grey' if image.ndim == 2 else 'colour'}"
-    if mask is None:
-        return _Look(size, kind, unreadable=tuple(unreadable))
-    found, (height, width) = _measured(mask), mask.mask.shape
-    wrong = (
-        f"{data.root / sample.mask}: {width}×{height} pixels, its image {size[0]}×{size[1]}" if size not in (None, (width, height)) else ""
-    )
-    inverted = found.share > 0.5 and found.border > MOST
-    odd = (
-        f"{sample.mask}: {found.share:.0%} of the image is marked{' and its border, as if inverted' * inverted}; expected the defect alone"
-    )
-    suspicious = found.share > MOST or inverted
-    return _Look(size, kind, found, sample.mask if not found.share else "", odd if suspicious else "", wrong, tuple(unreadable))
+        found["unreadable"].append(str(error))
+        return found
+    if marked is not None:
+        mask, size = _mask(marked), marked.mask.shape[::-1]
+        found["masks"] = [mask]
+        if not mask.share:
+            found["empty"] = [sample.mask]
+        if (inverted := mask.share > 0.5 and mask.border > MOST) or mask.share > MOST:
+            found["odd"] = [f"{sample.mask}: marks {mask.share:.0%} of the image{' and its border, as if inverted' * inverted}"]
+        if found["sizes"] not in ([], [size]):
+            found["wrong size"] = [f"{data.root / sample.mask}: {_sizes([size])} pixels, its image {_sizes(found['sizes'])}"]
+    return found
 
 
-def _measured(marked: Marked) -> _Mask:
+def _mask(marked: Marked) -> Mask:
     mask = marked.mask
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    return _Mask(float(mask.mean()), float(border.mean()), marked.levels, marked.kind, marked.alpha)
+    return Mask(float(mask.mean()), float(border.mean()), marked.levels, marked.kind, marked.alpha)
 
 
-def _row(members: list[Sample], looks: list[_Look]) -> Row:
-    return Row(
-        split=members[0].split,
-        defect=members[0].defect,
-        images=len(members),
-        masks=sum(bool(sample.mask or sample.boxes) for sample in members),
-        missing=sum(sample.label != NORMAL and not (sample.mask or sample.boxes) for sample in members),
-        marked=_shares([look.mask.share for look in looks if look.mask]),
-        levels=_levels([look.mask for look in looks if look.mask]),
-        empty=[look.empty for look in looks if look.empty],
-        odd=[look.odd for look in looks if look.odd],
-        wrong=[look.wrong for look in looks if look.wrong],
-        unreadable=[reason for look in looks for reason in look.unreadable],
-        sizes=_sizes([look.size for look in looks if look.size]),
-        kinds=", ".join(f"{kind} {count}" for kind, count in sorted(Counter(look.kind for look in looks if look.kind).items())),
-    )
+def _row(members: list[Sample], found: list[dict[str, list]]) -> dict[str, Any]:
+    together = {name: [item for one in found for item in one[name]] for name in ("masks", "sizes", "kinds", *PROBLEMS)}
+    unmarked = [sample for sample in members if not (sample.mask or sample.boxes)]
+    return {
+        "split": members[0].split,
+        "defect": members[0].defect,
+        "images": len(members),
+        "masks": len(members) - len(unmarked),
+        "no mask": sum(sample.label != NORMAL for sample in unmarked),
+        "marked": _shares([mask.share for mask in together["masks"]]),
+        "levels": _levels(together["masks"]),
+        **{name: together[name] for name in PROBLEMS},
+        "sizes": _sizes(together["sizes"]),
+        "kinds": ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(together["kinds"]).items())),
+    }
 
 
 def _sizes(sizes: list[tuple[int, int]], most: int = 3) -> str:
     distinct = sorted(set(sizes))
     if len(distinct) <= most:
         return ", ".join(f"{width}×{height}" for width, height in distinct)
-    low, high = (tuple(pick(side) for side in zip(*distinct, strict=True)) for pick in (min, max))
-    return f"{low[0]}–{high[0]} × {low[1]}–{high[1]}"
+    widths, heights = zip(*distinct, strict=True)
+    return f"{min(widths)}–{max(widths)} × {min(heights)}–{max(heights)}"
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -143,8 +115,8 @@ def _shares(shares: Sequence[float]) -> str:
     return f"{middle} %" if low == high else f"{middle} % ({low}–{high})"
 
 
-def _levels(masks: Sequence[_Mask], most: int = 8) -> str:
-    """The levels that masks of each kind have together, and how many masks there are of it."""
+def _levels(masks: Sequence[Mask], most: int = 8) -> str:
+    """The levels of the masks of each kind together, and how many masks are of it."""
     kinds = defaultdict(list)
     for mask in masks:
         kinds[mask.alpha, mask.kind].append(mask)
@@ -157,52 +129,54 @@ def _levels(masks: Sequence[_Mask], most: int = 8) -> str:
     return ", ".join(texts)
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """The rows for the terminal, counts where a row has lists."""
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for the terminal, with counts in place of lists; those that make the exit status 1 are red."""
     made = Table(box=SIMPLE, pad_edge=False)
-    names = "split,defect,images,masks,no mask,marked,levels,empty,odd,wrong size,unreadable,sizes,kinds"  # of Row's fields
-    for name in names.split(","):
+    for name in rows[0] if rows else ():
         made.add_column(name, **({"overflow": "fold"} if name in ("levels", "sizes", "kinds") else {"no_wrap": True}))
     for row in rows:
-        cells = [len(cell) if isinstance(cell, list) else cell for cell in row]
-        made.add_row(*(escape(str(cell)) for cell in cells), style="red" if row.faulty else None)
+        cells = [len(cell) if isinstance(cell, list) else cell for cell in row.values()]
+        made.add_row(*(escape(str(cell)) for cell in cells), style="red" if is_faulty(row) else None)
     return made
 
 
-def report(data: ImageData, output: str) -> int:
-    """Show the table and every faulty or odd file, write the manifest to `output`.
+def is_faulty(row: dict[str, Any]) -> bool:
+    return bool(row["wrong size"] or row["unreadable"])
 
-    1 if files cannot be read, masks are of a wrong size, or images have no roi.
+
+def report(data: ImageData, output: str) -> int:
+    """Print the table and every file with a problem, and write the manifest to `output`.
+
+    Returns the exit status: 1 if files cannot be read, masks have a wrong size, or images have no ROI.
     """
     data.prepare_data()
     rows = check(data)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
     console.print(table(rows), soft_wrap=False)
-    regions, without = roi_of(data)
-    empty = [f"{mask}: no anomalous pixel" for row in rows for mask in row.empty]
-    faults = [line for row in rows for line in row.unreadable + row.wrong + row.odd] + empty
-    for line in [*faults, *without, *regions]:
-        console.print(line, markup=False, highlight=False)
+    rois, without = roi_lines(data)
+    lines = [line for row in rows for line in row["unreadable"] + row["wrong size"] + row["odd"]]
+    lines += [f"{mask}: no anomalous pixel" for row in rows for mask in row["empty"]]
     write_manifest(output, data.samples)
-    console.print(f"{len(data.samples)} rows in {output}", markup=False, highlight=False)
-    return int(any(row.faulty for row in rows) or bool(without))
+    for line in [*lines, *without, *rois, f"{len(data.samples)} rows in {output}"]:
+        console.print(line, markup=False, highlight=False)
+    return int(any(map(is_faulty, rows)) or bool(without))
 
 
-def roi_of(data: ImageData) -> tuple[list[str], list[str]]:
-    """What the masks of data.roi mark, in words, and why images have none."""
+def roi_lines(data: ImageData) -> tuple[list[str], list[str]]:
+    """Lines about the masks of data.roi, and about images without one."""
     if data.roi is None:
         return [], []
-    masks: dict[Path, _Mask] = {}
+    masks: dict[Path, Mask] = {}
     without = []
     for path in {sample.path: None for sample in data.samples}:
         try:
             file = data.roi.file(data.root / path)
-            masks[file] = masks.get(file) or _measured(interpret(read(file, labels=True)))
+            masks[file] = masks.get(file) or _mask(interpret(read(file, labels=True)))
         except InputError as error:
             without.append(str(error))
-    without += [f"{file}: no pixel is looked at" for file, mask in masks.items() if not mask.share]
-    marked = [f"{file}: all pixels are looked at" for file, mask in masks.items() if mask.share == 1]
+    without += [f"{file}: no pixel is in the ROI" for file, mask in masks.items() if not mask.share]
+    lines = [f"{file}: all pixels are in the ROI" for file, mask in masks.items() if mask.share == 1]
     if masks:
-        shares, levels = _shares([mask.share for mask in masks.values()]), _levels(list(masks.values()))
-        marked.append(f"data.roi={data.roi.name}: {shares} of the pixels are looked at; levels {levels}")
-    return marked, without
+        share, levels = _shares([mask.share for mask in masks.values()]), _levels(list(masks.values()))
+        lines.append(f"data.roi={data.roi.name}: {share} of the pixels are in the ROI; levels {levels}")
+    return lines, without

@@ -1,12 +1,14 @@
-"""Decoded images and tiles as rows of a batch."""
+"""Datasets whose rows are decoded images, or tiles of them, at the size of the network."""
 
 import math
 import os
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,180 +17,245 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from blemish.data.images import check_some_inside, compact, mask_to_network, prepare, restored
+from blemish.data.images import check_not_all_ignored, compact, mask_to_network, prepare, restored
 from blemish.data.manifest import Sample, parse_boxes, parse_tile
 from blemish.data.masks import read_mask
 from blemish.data.ranges import ValueCheck
 from blemish.data.roi import Roi
-from blemish.data.tiles import MIXED, bytes_of, mean_blocks, reduction, tiles_of
-from blemish.edge.errors import InputError
+from blemish.data.samplers import shuffle_tiles
+from blemish.data.tiles import bytes_of, mean_blocks, reduction, tiles_of
+from blemish.edge.errors import InputError, named
 from blemish.edge.geometry import Geometry, mirrored
-from blemish.edge.reading import read
+from blemish.edge.reading import read, size_of
 from blemish.types import IGNORED, NO_TRUTH, NORMAL, Batch
 
-RECENT = 2**28  # bytes of decoded images kept for the next tile
+MIXED = 2**27  # pixels: tiles are shuffled among as many images as have so many together, which stay decoded
+RECENT = 2**28  # bytes of decoded images that stay in memory for the next tile
+KEPT = 2**29  # bytes of network inputs that stay in memory for the next epoch
+
+Row = tuple[Tensor, int, Tensor, str]  # image (3, h, w) float32 in [0, 1], label, mask (h, w) uint8, key
 
 
-KEPT = 2**29  # bytes of images, at their size in the network, kept for the next epoch
+class Files(NamedTuple):
+    """Where pixels come from: image files, which must still have the digests that they had."""
+
+    digests: Mapping[Path, str]
+
+    def __call__(self, path: Path) -> np.ndarray:
+        return read(path, self.digests.get(path, ""))
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return size_of(path)
+
+    def name(self, path: Path) -> str:
+        """What an image is called in messages."""
+        return str(path)
 
 
 class Images(Dataset):
-    """Rows (image (3, h, w) float32, label, mask (h, w) uint8, key) of the samples; a batch is decoded by several threads.
+    """A `Row` for each sample; the images of a batch are decoded by several threads.
 
-    Rows of batches that are asked for a second time, as in each epoch of a training, are kept up to KEPT bytes: decoding them again would
-    cost more than a step on a GPU.
-    """
-
-    def __init__(self, samples: list[Sample], root: Path, window: dict, geometry: Geometry, roi: Roi | None = None):
-        self.samples, self.root = samples, root
-        self.window, self.geometry, self.roi = window, geometry, roi
-        self.digests = {root / sample.path: sample.digest for sample in samples}
-        self.recent = Recent(RECENT, digests=self.digests)
-        self.values = ValueCheck({}, {})
-        self.tile: int | None = None
-        self.asked: set[int] = set()  # rows decoded once
-        self.kept: dict[int, tuple] = {}  # the file's stamp, and the row with its image `compact`
-        self.room = KEPT
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, str]:
-        sample = self.samples[index]
-        again = bool(sample.tile)  # other tiles want the same files
-        path = self.root / sample.path
-        whole = (self.recent.read if again else self.recent.load)(path)
-        load = self.recent.mask if again else read_mask
-        self.values(path, whole, lambda: self.roi and self.roi.inside(path, *whole.shape[:2], load=load))
-        array = cut(self.root, sample, whole)
-        inside = inside_of(self.roi, self.root, sample, whole.shape[:2], load) if self.roi else None
-        mask = self.truth_of(sample, whole.shape[:2], load)
-        if self.tile is not None:
-            array, mask = mirrored(array, self.tile), mirrored(mask, self.tile)
-            inside = None if inside is None else mirrored(inside, self.tile)
-        try:
-            image, mask = prepare(array, self.window, self.geometry, inside), mask_to_network(torch.from_numpy(mask), self.geometry)
-            if self.tile is None:
-                check_some_inside(mask == IGNORED)
-        except InputError as error:
-            raise InputError(f"{self.root / sample.path}: {error}") from None
-        return image, sample.label, mask, sample.key
-
-    def truth_of(self, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The mask (H, W) of a sample, see the function `truth`, with IGNORED where nothing is looked at."""
-        mask = truth(self.root, sample, whole, load)
-        return np.where(inside_of(self.roi, self.root, sample, whole, load), mask, np.uint8(IGNORED)) if self.roi else mask
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor, str]]:
-        if get_worker_info() is not None:  # the processes are the threads
-            return [self[index] for index in indices]
-        groups: dict[str, list[int]] = {}  # tiles of one image stay with one thread, which decodes it once
-        known = {index for index in set(indices) & self.kept.keys() if self.kept[index][0] == self._stamp(index)}
-        for index in set(indices) - known:
-            groups.setdefault(self.samples[index].path, []).append(index)
-        rows = threaded(lambda group: [(index, self[index]) for index in group], list(groups.values()))
-        by_index = dict(row for group in rows for row in group)
-        if self.tile is None:  # tiles have their whole images in `recent`
-            self._keep(by_index)
-        return [by_index[index] if index in by_index else self._again(index) for index in indices]
-
-    def _keep(self, rows: Mapping[int, tuple[Tensor, int, Tensor, str]]) -> None:
-        for index in rows.keys() & self.asked:
-            image, label, mask, key = rows[index]
-            if index in self.kept:  # written anew, with the same content
-                self.kept[index] = (self._stamp(index), *self.kept[index][1:])
-            elif image[0].numel() + mask.nbytes <= self.room:  # a byte a pixel is the least
-                image = compact(image)
-                if (size := image.nbytes + mask.nbytes) <= self.room:
-                    self.kept[index] = (self._stamp(index), image, label, mask, key)
-                    self.room -= size
-        self.asked |= rows.keys()
-
-    def _again(self, index: int) -> tuple[Tensor, int, Tensor, str]:
-        _, image, *rest = self.kept[index]
-        return restored(image), *rest
-
-    def _stamp(self, index: int) -> tuple[int, int, int] | None:
-        """What changes with a sample's file: one that does is read again, and refused."""
-        try:
-            metadata = (self.root / self.samples[index].path).stat()
-        except OSError:
-            return None
-        return metadata.st_mtime_ns, metadata.st_size, metadata.st_ino
-
-
-class Tiles(Images):
-    """Rows as `Images` has them, one for each tile of the samples, which are whole images; a batch's `path` holds the tiles' keys.
-
-    A side below `tile` is continued by its mirror image. sizes: (width, height) by path. `fit`: without the tiles of
-    which nothing is looked at. InputError for an image with no other tiles.
+    source: reads an image given its path, see `Files`. Rows that are asked for a second time, as in the second epoch of a training, stay in
+    memory up to KEPT bytes: decoding takes longer than a training step on a GPU.
     """
 
     def __init__(
         self,
         samples: list[Sample],
-        sizes: dict,
-        tile: int,
-        overlap: int,
         root: Path,
         window: dict,
-        size: int | None,
+        geometry: Geometry,
         roi: Roi | None = None,
-        fit: bool = False,
+        values: ValueCheck | None = None,
+        source: Callable[[Path], np.ndarray] | None = None,
     ):
-        cut_up = [tiles_of(sample, sizes[sample.path], tile, overlap) for sample in samples]
-        if roi:
-            some = [self._with_something(roi, root, tiles, sizes) for tiles in cut_up]
-            cut_up = some if fit else cut_up
-        super().__init__([one for tiles in cut_up for one in tiles], root, window, Geometry(size), roi)
-        self.tile, self.overlap, self.sizes = tile, overlap, sizes
-        self.parents = {sample.path: sample for sample in samples}
-        self.extents = [(len(tiles), math.prod(sizes[s.path])) for tiles, s in zip(cut_up, samples, strict=True)]  # tiles and pixels
-        # as many images as ShuffledTiles mixes, and at least one with its mask
-        self.recent = Recent(4 * MIXED, 2, self.digests)
+        self.samples, self.root, self.window, self.geometry, self.roi = samples, root, window, geometry, roi
+        self.values = values or ValueCheck({}, {})
+        self.source = source or Files({root / sample.path: sample.digest for sample in samples})
+        self.recent = Recent(RECENT)
+        self.tile: int | None = None
+        self.decoded: set[int] = set()  # rows that were asked for
+        self.kept: dict[int, tuple] = {}  # by row: the stamp of its file, and the row with its image `compact`
+        self.room = KEPT
 
-    def _with_something(self, roi: Roi, root: Path, tiles: list[Sample], sizes: dict) -> list[Sample]:
-        inside = roi.inside(root / tiles[0].path, *sizes[tiles[0].path][::-1])
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Row:
+        sample = self.samples[index]
+        array, mask, inside = self.decode(sample)
+        if self.tile is not None:
+            array, mask, inside = (one if one is None else mirrored(one, self.tile) for one in (array, mask, inside))
+        with named(self.source.name(self.root / sample.path)):
+            image, mask = prepare(array, self.window, self.geometry, inside), mask_to_network(torch.from_numpy(mask), self.geometry)
+            if self.tile is None:
+                check_not_all_ignored(mask == IGNORED)
+        return image, sample.label, mask, sample.key
+
+    def decode(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The pixels (H, W, …) of a sample, its mask (H, W) uint8 and its ROI (H, W) bool, None for all; InputError if one is unusable."""
+        path = self.root / sample.path
+        array = self.recent(path, self.source) if sample.tile else self.source(path)  # other tiles want the same file
+        size = array.shape[:2]
+        self.values(self.source.name(path), array, lambda: self._inside(sample._replace(tile=""), size))
+        return cut(self.root, sample, array), self.mask(sample, size), self._inside(sample, size)
+
+    def mask(self, sample: Sample, size: tuple[int, int]) -> np.ndarray:
+        """The mask (H, W) uint8 of a sample, of the size of its tile: from its mask file, else its boxes, else its label.
+
+        size: (height, width) of the image, which a mask file must have. IGNORED outside the ROI, NO_TRUTH where a mask is missing.
+        """
+        x, y, w, h = parse_tile(sample.tile) or (0, 0, *size[::-1])
+        if sample.mask:
+            mask = self._read_mask(self.root / sample.mask, sample)
+            if mask.shape != size:
+                found = f"{mask.shape[1]}×{mask.shape[0]} pixels for the image {self.root / sample.path} of {size[1]}×{size[0]}"
+                raise InputError(f"{self.root / sample.mask}: a mask of {found}; expected the same size")
+            mask = np.ascontiguousarray(mask[y : y + h, x : x + w])
+        else:
+            mask = np.full((h, w), 0 if sample.label == NORMAL or sample.boxes else NO_TRUTH, dtype=np.uint8)
+            for x1, y1, x2, y2 in parse_boxes(sample.boxes):
+                mask[max(y1 - y, 0) : max(y2 - y, 0), max(x1 - x, 0) : max(x2 - x, 0)] = 1
+        inside = self._inside(sample, size)
+        return mask if inside is None else np.where(inside, mask, np.uint8(IGNORED))
+
+    def _read_mask(self, path: Path, sample: Sample) -> np.ndarray:
+        return self.recent(path, read_mask) if sample.tile or self.tile else read_mask(path)
+
+    def _inside(self, sample: Sample, size: tuple[int, int]) -> np.ndarray | None:
+        load = partial(self._read_mask, sample=sample)
+        return self.roi and self.roi.inside(self.root / sample.path, *size, parse_tile(sample.tile), load)
+
+    def __getitems__(self, indices: list[int]) -> list[Row]:
+        if get_worker_info() is not None:  # the worker processes take the place of threads
+            return [self[index] for index in indices]
+        rows = {index: self._kept(index) for index in set(indices)}
+        groups = defaultdict(list)  # tiles of an image stay with one thread, which decodes it once
+        for index in rows:
+            if rows[index] is None:
+                groups[self.samples[index].path].append(index)
+        for group in threaded(lambda group: [(index, self[index]) for index in group], list(groups.values())):
+            for index, row in group:
+                rows[index] = row
+                if self.tile is None:  # the images of tiles are in `recent`
+                    self._keep(index, *row)
+        return [rows[index] for index in indices]
+
+    def _keep(self, index: int, image: Tensor, *rest: int | Tensor | str) -> None:
+        old = self.kept.pop(index, None)
+        self.room += 0 if old is None else _bytes_of(old)
+        if index in self.decoded and image[0].numel() <= self.room:
+            new = (self._stamp(index), compact(image), *rest)
+            if _bytes_of(new) <= self.room:
+                self.kept[index] = new
+                self.room -= _bytes_of(new)
+        self.decoded.add(index)
+
+    def _kept(self, index: int) -> Row | None:
+        if index not in self.kept or self.kept[index][0] != self._stamp(index):
+            return None
+        _, image, *rest = self.kept[index]
+        return restored(image), *rest
+
+    def _stamp(self, index: int) -> tuple[int, int, int] | None:
+        """Changes with a sample's file, which is then read again and refused if its content has changed."""
         try:
-            check_some_inside(~inside)
-        except InputError as error:
-            raise InputError(f"{root / tiles[0].path}: {error}") from None
-        return [tile for tile in tiles for x, y, w, h in [parse_tile(tile.tile)] if inside[y : y + h, x : x + w].any()]
+            stat = (self.root / self.samples[index].path).stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _bytes_of(kept: tuple) -> int:
+    return kept[1].nbytes + kept[3].nbytes
+
+
+class Tiles(Images):
+    """A `Row` for each tile of the samples, which are whole images; sides shorter than `tile` are continued by mirroring.
+
+    fit: leaves out tiles outside the ROI. InputError for an image without a pixel in its ROI.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        root: Path,
+        window: dict,
+        geometry: Geometry,
+        roi: Roi | None,
+        values: ValueCheck,
+        source: Callable[[Path], np.ndarray],
+        tile: int,
+        overlap: int,
+        fit: bool,
+    ):
+        super().__init__(samples, root, window, geometry, roi, values, source)
+        self.tile, self.parents = tile, {sample.path: sample for sample in samples}
+        sizes = threaded(lambda sample: self.source.size(root / sample.path), samples)
+        self.sizes = {sample.path: size for sample, size in zip(samples, sizes, strict=True)}  # (width, height)
+        tiles = [self._checked(tiles_of(sample, self.sizes[sample.path], tile, overlap), fit) for sample in samples]
+        self.counts, self.pixels = [len(some) for some in tiles], [math.prod(self.sizes[sample.path]) for sample in samples]
+        self.samples = [one for some in tiles for one in some]
+        self.recent = Recent(4 * MIXED, 2)  # the images among which `shuffled` mixes, and at least one with its mask
+
+    def _checked(self, tiles: list[Sample], fit: bool) -> list[Sample]:
+        inside = self.inside(tiles[0].path)
+        if inside is None:
+            return tiles
+        with named(self.root / tiles[0].path):
+            check_not_all_ignored(~inside)
+        parts = [parse_tile(tile.tile) for tile in tiles]
+        return [tile for tile, (x, y, w, h) in zip(tiles, parts, strict=True) if not fit or inside[y : y + h, x : x + w].any()]
+
+    def shuffled(self, generator: torch.Generator) -> list[int]:
+        """A random order of the tiles in which few enough images are mixed to stay decoded."""
+        return shuffle_tiles(self.counts, self.pixels, MIXED, generator)
 
     def truth(self, path: str) -> np.ndarray:
-        """The mask (H, W) of a whole image, see `truth_of`."""
-        return self.truth_of(self.parents[path], self.sizes[path][::-1], self.recent.mask)
+        """The mask (H, W) of a whole image, see `mask`."""
+        return self.mask(self.parents[path], self.sizes[path][::-1])
 
     def inside(self, path: str) -> np.ndarray | None:
-        """What is looked at of a whole image, (H, W) bool; None for all."""
-        return None if self.roi is None else self.roi.inside(self.root / path, *self.sizes[path][::-1])
+        """The ROI (H, W) bool of a whole image, None for all of it."""
+        return self._inside(self.parents[path], self.sizes[path][::-1])
 
     def whole(self, path: str) -> Tensor:
-        """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block, `reduction` a side."""
-        shown = bytes_of(self.recent.read(self.root / path), self.window)
+        """A whole image (3, h, w) float32 in [0, 1], each pixel the mean of a block with a side of `reduction` pixels."""
+        shown = bytes_of(self.recent(self.root / path, self.source), self.window)
         blocks = np.ascontiguousarray(mean_blocks(shown, reduction(self.sizes[path])))  # a grey image's are three times the same memory
         return torch.from_numpy(blocks).permute(2, 0, 1).float() / 255
 
 
+class TileBatches(Dataset):
+    """Batches of consecutive tiles, each of one image; for prediction, where Lightning accepts no batch sampler but its own."""
+
+    def __init__(self, tiles: Tiles, batch_size: int):
+        self.tiles, self.rows = tiles, batches_by_image(tiles.counts, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate(self.tiles.__getitems__(self.rows[index]))
+
+
+def batches_by_image(counts: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of consecutive rows, none of which has rows of two images; `counts` are the rows of each image."""
+    rows = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    return [some[i : i + batch_size].tolist() for some in rows for i in range(0, len(some), batch_size)]
+
+
 class Recent:
-    """The images and masks read last, up to a number of bytes and some at least, so that tiles of one image do not decode it each time.
+    """The arrays read last, up to a number of bytes but at least `fewest`, so that tiles of one image do not decode it each time."""
 
-    InputError for a file that is no longer what `digests` has for it.
-    """
-
-    def __init__(self, most: int, fewest: int = 1, digests: Mapping[Path, str] | None = None):
-        self.most, self.fewest, self.digests = most, fewest, digests or {}
-        self.arrays: OrderedDict[Path | tuple[Path], np.ndarray] = OrderedDict()
+    def __init__(self, most: int, fewest: int = 1):
+        self.most, self.fewest = most, fewest
+        self.arrays: OrderedDict[tuple[Path, bool], np.ndarray] = OrderedDict()
         self.lock = Lock()
 
-    def read(self, path: Path) -> np.ndarray:
-        return self._once(path, path, self.load)
-
-    def mask(self, path: Path) -> np.ndarray:
-        """The mask of a file, as `read_mask` has it."""
-        return self._once((path,), path, read_mask)
-
-    def _once(self, key: Path | tuple[Path], path: Path, load: Callable[[Path], np.ndarray]) -> np.ndarray:
+    def __call__(self, path: Path, load: Callable[[Path], np.ndarray]) -> np.ndarray:
+        key = path, load is read_mask
         with self.lock:
             if key in self.arrays:
                 self.arrays.move_to_end(key)
@@ -200,37 +267,30 @@ class Recent:
                 self.arrays.popitem(last=False)
         return array
 
-    def load(self, path: Path) -> np.ndarray:
-        """The image, whether it was read before or not."""
-        return read(path, self.digests.get(path, ""))
-
-    def __getstate__(self) -> dict:  # to a worker process go neither the lock nor the images
-        return {"most": self.most, "fewest": self.fewest, "digests": self.digests}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple:  # neither the lock nor the arrays go to a worker process
+        return Recent, (self.most, self.fewest)
 
 
-def collate(rows: list[tuple[Tensor, int, Tensor, str]]) -> Batch:
-    """Rows of `Images` as one Batch; InputError if the images differ in size, which takes image_size=null."""
+def collate(rows: list[Row]) -> Batch:
+    """One Batch of the rows; InputError if their images differ in size."""
     image, label, mask, path = zip(*rows, strict=True)
     sizes = {tuple(one.shape[1:]): key for one, key in zip(image, path, strict=True)}
     if len(sizes) > 1:
         found = ", ".join(f"{key} {w}×{h}" for (h, w), key in sizes.items())
         raise InputError(f"image_size=null with images of several sizes in a batch ({found}); expected image_size=<pixels> or batch_size=1")
-    # a copy is bound by memory: torch.stack shares it among threads that wait for each other, for long on a busy machine
+    # numpy: torch.stack shares a copy, which is bound by memory, among threads that then wait for each other
     images, masks = (torch.from_numpy(np.stack([one.numpy() for one in many])) for many in (image, mask))
     return Batch(images, torch.tensor(label, dtype=torch.int64), masks, list(path), ignore_mask=ignore_mask_of(masks))
 
 
 def ignore_mask_of(mask: Tensor) -> Tensor | None:
-    """Where masks (B, H, W) are IGNORED, None for nowhere."""
+    """Where masks (B, H, W) are IGNORED, None if nowhere."""
     ignore_mask = mask == IGNORED
     return ignore_mask if ignore_mask.any() else None
 
 
 def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
-    """The sample's tile of its image (H, W, …), all of it without a roi; InputError if the tile reaches beyond."""
+    """A sample's tile of its image (H, W, …), or all of it; InputError if the tile is not inside."""
     height, width = array.shape[:2]
     x, y, w, h = parse_tile(sample.tile) or (0, 0, width, height)
     if x + w > width or y + h > height:
@@ -238,54 +298,13 @@ def cut(root: Path, sample: Sample, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[y : y + h, x : x + w])
 
 
-def truth(root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """The mask of a sample, uint8 of the size of its tile: the mask file, else the boxes, else 0 if normal and NO_TRUTH if not.
-
-    `whole` is the (height, width) of the image, and `load` reads a mask; InputError if the mask file has another size.
-    """
-    height, width = whole
-    x, y, w, h = parse_tile(sample.tile) or (0, 0, width, height)
-    if sample.mask:
-        mask = load(root / sample.mask)
-        if mask.shape != whole:
-            raise InputError(
-                f"{root / sample.mask}: a mask of {mask.shape[1]}×{mask.shape[0]} pixels for the image {root / sample.path} "
-                f"of {width}×{height}; expected the same size"
-            )
-        return np.ascontiguousarray(mask[y : y + h, x : x + w])
-    mask = np.full((h, w), 0 if sample.label == NORMAL or sample.boxes else NO_TRUTH, dtype=np.uint8)
-    for x1, y1, x2, y2 in parse_boxes(sample.boxes):
-        mask[max(y1 - y, 0) : max(y2 - y, 0), max(x1 - x, 0) : max(x2 - x, 0)] = 1
-    return mask
-
-
-def inside_of(roi: Roi, root: Path, sample: Sample, whole: tuple[int, int], load: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """What is looked at of a sample, (H, W) bool of its tile, in an image of the size `whole`."""
-    return roi.inside(root / sample.path, *whole, parse_tile(sample.tile), load)
-
-
-def threaded(work: Callable, items: Sequence, told: str | None = None) -> list:
-    """work(item) for all items, in order, by at most 8 threads: reading and decoding let go of the interpreter's lock.
-
-    `told` names the work on a progress bar.
-    """
-    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8, len(items))
+def threaded(work: Callable, items: Sequence, title: str | None = None) -> list:
+    """work(item) for all items in order, in at most 8 threads; decoding releases the interpreter's lock. A title shows a progress bar."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(cores, 8, len(items))
     if threads < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(work, items)
         screen = Console(stderr=True)
-        return list(track(done, told or "", len(items), console=screen, transient=True, disable=not (told and screen.is_terminal)))
-
-
-class Batches(Dataset):
-    """Whole batches, each of some rows of the tiles: where Lightning predicts, it takes no sampler of batches but its own."""
-
-    def __init__(self, tiles: Tiles, rows: list[list[int]]):
-        self.tiles, self.rows = tiles, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        return collate(self.tiles.__getitems__(self.rows[index]))
+        silent = not (title and screen.is_terminal)
+        return list(track(pool.map(work, items), title or "", len(items), console=screen, transient=True, disable=silent))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from blemish.data.manifest import Sample
-from blemish.data.module import ImageData, drawn
+from blemish.data.module import ImageData
+from blemish.data.samplers import seeded_share
 from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images
@@ -18,14 +19,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Folder(ImageData):
-    """Images of your own; folders are named relative to root/category and searched at any depth.
+    """Your own images, in folders named relative to root/category and searched at any depth.
 
-    normal: folder or folders of normal training images. validation: the same for the decision threshold, never trained on; without
-    it `protocol` says what is held out. normal_test: the same for the test; without it a seeded share `test_share` of `normal` is
-    kept for it, one image at least, none for 0. abnormal: folders of test images with defects, each folder's own name is the defect
-    type. masks: folder of masks, found by the image's relative path or by its stem, with or without "_mask" behind it; without
-    it, or for an image without a mask, there are image-level results only. InputError for a folder that is absent or empty, for
-    an image that is in two of them, and for a mask that belongs to no image.
+    normal: folders of normal training images. validation: of normal images for the decision threshold, never trained on; without them
+    `protocol` decides what is held out. normal_test: of normal test images; without them a seeded share `test_share` of `normal`, at least
+    one image unless it is 0. abnormal: of test images with defects, whose type is the folder's name. masks: folder of masks, matched by
+    relative path or by stem, with or without "_mask" behind it; an image without a mask has image-level results only. InputError for a
+    folder that is absent or empty, an image in two of them, and a mask without an image.
     """
 
     name = "folder"
@@ -49,8 +49,9 @@ class Folder(ImageData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("data", "[0, 1)", test_share=self.test_share)
-        self.normal, self.normal_test, self.abnormal = _list(self.normal), _list(self.normal_test), _list(self.abnormal)
-        self.validation = _list(self.validation)
+        for name in ("normal", "validation", "normal_test", "abnormal"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         if not self.normal:
             raise InputError("data.normal: no folder named; expected the folder of the normal training images")
 
@@ -58,28 +59,27 @@ class Folder(ImageData):
         base = self.folder()
         names = self.normal + self.validation + self.normal_test + self.abnormal
         found = {name: self._images(base, name) for name in names}
-        twice = [path for path, count in Counter(path for name in names for path in found[name]).items() if count > 1]
-        if twice:
+        if twice := [path for path, count in Counter(path for name in names for path in found[name]).items() if count > 1]:
             raise InputError(
                 f"{some(twice)}: in two of the folders of data.normal, data.validation, data.normal_test, data.abnormal; expected one"
             )
-        groups = (self.normal, self.validation, self.normal_test)
-        normal, validation, normal_test = ([path for name in names for path in found[name]] for names in groups)
-        abnormal = {path: name for name in self.abnormal for path in found[name]}
-        if not abnormal:
+        normal, validation, normal_test = (
+            [path for name in names for path in found[name]] for names in (self.normal, self.validation, self.normal_test)
+        )
+        if not self.abnormal:
             log.warning("data.abnormal names no folder: the test has normal images only, there will be no ranking metrics")
-        tested = set(normal_test or (drawn(normal, self.test_share, self.seed) if self.test_share else []))
+        tested = normal_test or (seeded_share(normal, self.test_share, self.seed) if self.test_share else [])
+        splits = dict.fromkeys(normal, "train") | dict.fromkeys(validation, "calibrate") | dict.fromkeys(tested, "test")
+        samples = [Sample(self.relative(path), split, NORMAL, "good") for path, split in splits.items()]
+        abnormal = {path: base / name for name in self.abnormal for path in found[name]}
         masks = self._masks(base, abnormal)
-        split = dict.fromkeys(normal, "train") | dict.fromkeys(validation, "calibrate") | dict.fromkeys(tested, "test")
-        good = [Sample(self.relative(path), split[path], NORMAL, "good") for path in normal + validation + normal_test]
-        bad = [
-            Sample(self.relative(path), "test", ANOMALOUS, (base / name).name, masks[path] and self.relative(masks[path]))
-            for path, name in abnormal.items()
-        ]
-        return good + bad
+        for path, folder in abnormal.items():
+            mask = self.relative(masks[path]) if path in masks else ""
+            samples.append(Sample(self.relative(path), "test", ANOMALOUS, folder.name, mask))
+        return samples
 
     def _held_out(self, samples: list[Sample]) -> list[Sample]:
-        return samples if self.validation else super()._held_out(samples)  # validation images are for no protocol to train on
+        return samples if self.validation else super()._held_out(samples)  # no protocol trains on validation images
 
     def _images(self, base: Path, name: str) -> list[Path]:
         if not (base / name).is_dir():
@@ -90,48 +90,45 @@ class Folder(ImageData):
             raise self.missing(f"{base / name}: no image in it")
         return found
 
-    def _masks(self, base: Path, abnormal: Mapping[Path, str]) -> dict[Path, Path | str]:
-        """The mask of every abnormal image, "" where there is none; `abnormal` has the folder that each was found by."""
+    def _masks(self, base: Path, abnormal: Mapping[Path, Path]) -> dict[Path, Path]:
+        """The masks of abnormal images, given the folder that each image is in; images without a mask are left out."""
         if self.masks is None:
-            return dict.fromkeys(abnormal, "")
+            return {}
         folder = base / self.masks
         if not folder.is_dir():
             raise self.missing(f"{folder}: no such folder (data.masks)")
-        masks = {mask: mask.relative_to(folder).with_suffix("").as_posix() for mask in find_images(folder, results=True)}
-        # all images count, also normal ones, whose masks are all 0, and those of a defect that this run leaves out
-        images = (
-            path.relative_to(base).with_suffix("").parts for path in find_images(base, results=True) if not path.is_relative_to(folder)
-        )
+        masks = {mask: _bare(mask, folder) for mask in find_images(folder, results=True)}
+        # masks may belong to normal images, where they are all 0, and to defects that this run leaves out
+        images = [PurePosixPath(_bare(path, base)).parts for path in find_images(base, results=True) if not path.is_relative_to(folder)]
         ends = {"/".join(parts[i:]) for parts in images for i in range(len(parts))}
         owned = {mask for mask, name in masks.items() if ends & {name, name.removesuffix("_mask")}}
-        by_path_only = {mask for mask in owned if mask.parent != folder}
-        names = {path: _names(base, base / name, path) for path, name in abnormal.items()}
-        matched = match_masks(names, masks, by_path_only)
+        names = {}  # that the mask of an image may have, the most specific first
+        for path, own in abnormal.items():
+            names[path] = [_bare(path, base), f"{own.name}/{_bare(path, own)}", _bare(path, own), path.stem]
+        matched = match_masks(names, masks, by_path_only={mask for mask in owned if mask.parent != folder})
         if orphans := masks.keys() - owned - set(matched.values()):
             raise InputError(f"{some(orphans)}: a mask without an image; expected an image of the same relative path or stem")
-        return dict.fromkeys(abnormal, "") | matched
+        return matched
 
 
 def match_masks(images: Mapping[Path, Sequence[str]], masks: Mapping[Path, str], by_path_only: Set[Path]) -> dict[Path, Path]:
-    """Image to mask, given the names the mask of each image may have and the relative path without ending of each mask.
+    """Match images to masks, given the names that the mask of each image may have and the relative path without suffix of each mask.
 
-    A mask may have "_mask" behind its name. The first name that a mask bears wins. The last one, the mere stem, comes when all
-    others are matched, and neither for the masks `by_path_only` nor for those in a folder that is part of some image's names.
-    InputError if two masks fit an image, or two images a mask.
+    A mask may have "_mask" behind its name. The first name that a mask bears wins. The last, the mere stem, is tried when all others are
+    matched, and not for masks in `by_path_only` or in a folder that is part of some image's names. InputError for an ambiguous match.
     """
     by_path, by_stem = defaultdict(list), defaultdict(list)
     for mask, name in masks.items():
         by_path[name].append(mask)
     fits = {image: _first(by_path, names[:-1]) for image, names in images.items()}
-    used = {mask for several in fits.values() for mask in several}
+    used = by_path_only | {mask for several in fits.values() for mask in several}
     closed = {PurePosixPath(name).parent.as_posix() for names in images.values() for name in names} - {"."}
-    used |= by_path_only
     for mask, name in masks.items():
         if mask not in used and PurePosixPath(name).parent.as_posix() not in closed:
             by_stem[mask.stem].append(mask)
-    fits = {image: fits[image] or _first(by_stem, names[-1:]) for image, names in images.items()}
     owner: dict[Path, Path] = {}
-    for image, several in fits.items():
+    for image, names in images.items():
+        several = fits[image] or _first(by_stem, names[-1:])
         if len(several) > 1:
             raise InputError(f"{image}: {len(several)} masks fit, {some(several)}; expected one")
         for mask in several:
@@ -145,14 +142,9 @@ def _first(index: Mapping[str, list[Path]], names: Iterable[str]) -> list[Path]:
     return next((index[key] for name in names for key in (name, f"{name}_mask") if key in index), [])
 
 
-def _names(base: Path, folder: Path, image: Path) -> list[str]:
-    """What the mask of an image may be called, the most telling name first."""
-    inside = image.relative_to(folder).with_suffix("").as_posix()
-    return [image.relative_to(base).with_suffix("").as_posix(), f"{folder.name}/{inside}", inside, image.stem]
-
-
-def _list(folders: str | Sequence[str] | None) -> list[str]:
-    return [] if folders is None else [folders] if isinstance(folders, str) else list(folders)
+def _bare(path: Path, folder: Path) -> str:
+    """The relative path without its suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def some(items: Iterable, most: int = 10) -> str:

@@ -12,8 +12,7 @@ from blemish.files import write_csv
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN
 
 SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # surrogates stand for the bytes of a file name that is not UTF-8
-REQUIRED = ("path", "split", "label", "defect")  # the other columns of a manifest may be absent
+REQUIRED = ("path", "split", "label", "defect")  # columns that a manifest must have
 
 
 class Sample(NamedTuple):
@@ -30,7 +29,7 @@ class Sample(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What tells this sample from all others, and what Batch.path carries."""
+        """Unique in a manifest; Batch.path holds keys."""
         return f"{self.path}#{self.tile}" if self.tile else self.path
 
 
@@ -38,7 +37,7 @@ COLUMNS = ", ".join(Sample._fields)
 
 
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
-    """ "x1 y1 x2 y2;…" as (x1, y1, x2, y2) per box, half-open pixels; InputError if a box is malformed or empty."""
+    """The boxes (x1, y1, x2, y2) in "x1 y1 x2 y2;…", half-open pixels; InputError if one is malformed or empty."""
     boxes = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         try:
@@ -52,7 +51,7 @@ def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
 
 
 def parse_tile(text: str) -> tuple[int, int, int, int] | None:
-    """ "x,y,w,h" as four pixel counts, None for the whole image; InputError if malformed or empty."""
+    """The tile (x, y, w, h) in "x,y,w,h", None for the whole image; InputError if it is malformed or empty."""
     if not text:
         return None
     try:
@@ -65,29 +64,28 @@ def parse_tile(text: str) -> tuple[int, int, int, int] | None:
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
-    """The samples of a manifest CSV in the order of its rows; InputError names the file and the line of what cannot be used."""
+    """The samples of a manifest CSV; InputError names the file and the line of what cannot be used."""
     path = Path(path)
     try:
-        with path.open(newline="", **TEXT | {"encoding": "utf-8-sig"}) as file:  # a spreadsheet may have put a byte order mark
+        # utf-8-sig: a spreadsheet may have written a byte order mark; surrogates stand for file names that are not UTF-8
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file, strict=True)
-            found = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            found = reader.fieldnames or []
+    except (OSError, csv.Error) as error:
         raise InputError(f"manifest {path}: cannot be read ({error}); expected a CSV in UTF-8 with the columns {COLUMNS}") from error
     if absent := [column for column in REQUIRED if column not in found]:
         raise InputError(f"manifest {path}: no column {', '.join(absent)}; found {', '.join(found) or 'nothing'}, expected {COLUMNS}")
     if not rows:
         raise InputError(f"manifest {path}: no rows; expected one row per image")
-    samples, seen = [], {}
+    samples, lines = [], {}
     for line, row in rows:
         try:
-            sample = _sample(row)
+            samples.append(_sample(row))
+            if (first := lines.setdefault(samples[-1].key, line)) != line:
+                raise InputError(f"{samples[-1].key} is on line {first} too; expected it once")
         except InputError as error:
             raise InputError(f"manifest {path}, line {line}: {error}") from None
-        if sample.key in seen:
-            raise InputError(f"manifest {path}, line {line}: {sample.key} is on line {seen[sample.key]} too; expected it once")
-        seen[sample.key] = line
-        samples.append(sample)
     return samples
 
 
@@ -109,11 +107,11 @@ def _sample(row: dict) -> Sample:
 
 
 def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write the manifest CSV with every column of Sample; InputError if it cannot be written."""
+    """Write a manifest CSV; InputError if it cannot be written."""
     write_csv(path, Sample._fields, samples)
 
 
 def manifest_digest(samples: Iterable[Sample]) -> str:
-    """16 hex digits that stand for all rows, whatever their order: same images, splits and truth, same digest."""
+    """16 hex digits that identify images, splits and truth, independent of the order of the rows."""
     text = json.dumps(sorted(samples), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

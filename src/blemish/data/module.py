@@ -1,8 +1,9 @@
-"""From a list of samples to batches: splits, truth, decoding, and the errors a user can act on."""
+"""The data module: from a scan of files to splits, and from splits to batches."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -12,26 +13,23 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from blemish.data.dataset import RECENT, Batches, Images, Recent, Tiles, collate, cut, inside_of, threaded, truth
-from blemish.data.images import check_some_inside
+from blemish.data.dataset import Images, TileBatches, Tiles, collate, threaded
+from blemish.data.images import check_not_all_ignored
 from blemish.data.manifest import Sample, manifest_digest, read_manifest
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
 from blemish.data.roi import Roi
-from blemish.data.samplers import FixedLengthSampler, ShardedBatchSampler, Shuffled, ShuffledTiles, by_image, shuffled
-from blemish.data.tiles import check_tiling
+from blemish.data.samplers import ShardedBatchSampler, Shuffled
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import RESIZES, UINT16, Geometry
 from blemish.edge.ranges import Range
-from blemish.edge.reading import file_digest, read, size_of
+from blemish.edge.reading import file_digest, read
 from blemish.types import NORMAL, Batch
 
-PROTOCOLS = ("clean", "paper")
-ON_ERROR = ("stop", "skip")
 FEWEST = 19  # calibration images below which no threshold can promise 5 % false alarms: ceil(1 / 0.05) − 1
-MANY = 5000  # files from which on even a digest of each takes seconds
+MANY = 5000  # files whose digests take so long that a progress bar is shown
 DTYPE = {"uint8": (0.0, 255.0), "uint16": UINT16}  # data.window=dtype
 
 log = logging.getLogger(__name__)
@@ -39,22 +37,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, repr=False)
 class ImageData(LightningDataModule):
-    """A data set of normal training images and mixed test images; subclasses say by `scan` which file is what.
+    """A data set of normal training images and mixed test images; a subclass lists its files in `scan`.
 
-    root: folder of the data set. category: its part to use, None for all there is. image_size, crop, resize: as `edge.geometry.Geometry`.
-    protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: range of
-    the values of 16-bit and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or
-    {dtype: [lo, hi]}. on_error: "stop" at the first image that cannot be used, or "skip" all of them. manifest: CSV that
-    takes the place of the scan. roi: mask of what is looked at, or folder of masks, see `Roi`. InputError for a value that is none of
-    these.
+    root: folder of the data set. category: a part of it, None for all of it. image_size, crop, resize: see `edge.geometry.Geometry`.
+    protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: value range of 16-bit
+    and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or {dtype: [lo, hi]}. on_error: "stop" at
+    the first unusable image, or "skip" them. manifest: CSV that replaces the scan. roi: a mask or a folder of masks, see `Roi`.
+    InputError for any other value.
 
-    After setup: samples, digest (of the manifest), ranges (the training images' values by dtype, unless they were set before), window
-    (dtype to (lo, hi)), skipped (key to reason).
+    Set up, it has samples, digest (of the manifest), ranges (of the values of the training images by dtype, unless set before), window
+    ((lo, hi) by dtype) and skipped (reason by key).
     """
 
     name: ClassVar[str]  # as in configs/data/<name>.yaml
     published: ClassVar[str]  # citation and where the images are published
-    layout: ClassVar[str]  # the folders and files expected under the root, a short text of several lines
+    layout: ClassVar[str]  # the folders and files expected under the root, in several lines
+    needs_category: ClassVar[bool] = False
+    source: ClassVar[Callable[[Path], np.ndarray] | None] = None  # of the pixels, None for files with the digests of the manifest
 
     root: str | Path
     category: str | None
@@ -73,8 +72,8 @@ class ImageData(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        check_choice("", PROTOCOLS, protocol=self.protocol)
-        check_choice("data", ON_ERROR, on_error=self.on_error)
+        check_choice("", ("clean", "paper"), protocol=self.protocol)
+        check_choice("data", ("stop", "skip"), on_error=self.on_error)
         check_number("data", "(0, 1)", calibration=self.calibration)
         check_whole("", 8, also=(None,), image_size=self.image_size)
         check_whole("", 8, self.image_size, also=(None,), crop=self.crop)
@@ -93,209 +92,181 @@ class ImageData(LightningDataModule):
         self.samples: list[Sample] = []
         self.skipped: dict[str, str] = {}
         self.digest = ""
-        self._by_key: dict[str, Sample] = {}
-        self.process, self.processes = 0, 1  # the number of this process, and how many share the batches
-        self.tile: int | None = None  # side of the tiles that loaders cut images into, None for whole images
-        self.overlap = 0
-        self.epoch_size: int | None = None  # rows that an epoch draws, None for every one once
+        self.process, self.processes = 0, 1  # this process's number, and how many share the batches
+        self.set_loading(None, 0, None)
 
-    def tiled(self, tile: int | None, overlap: int) -> None:
-        """Let the loaders give tiles, each resized to what the network's input would be of a whole image; None for whole images.
+    def set_loading(self, tile: int | None, overlap: int, epoch_size: int | None) -> None:
+        """Let the loaders cut images into tiles of side `tile`, None for whole images, and draw `epoch_size` images or tiles an epoch.
 
-        The samples stay the whole images. InputError for a side or an overlap that cannot be used.
+        InputError for values that cannot be used. The samples remain whole images.
         """
-        check_tiling(tile, overlap)
-        self.tile, self.overlap = tile, overlap
-
-    def paced(self, epoch_size: int | None) -> None:
-        """Let an epoch draw so many images, or tiles, however many there are; None for every one once. InputError for none."""
+        check_whole("", 8, also=(None,), tiling=tile)
+        check_whole("", 0, tile and tile - 1, overlap=overlap)
         check_whole("", 1, also=(None,), epoch_size=epoch_size)
-        self.epoch_size = epoch_size
+        self.tile, self.overlap, self.epoch_size = tile, overlap, epoch_size
 
     def scan(self) -> list[Sample]:
-        """Every sample found under self.folder(), paths relative to self.root; splits "train", "test" or "unlabelled"."""
+        """All samples below self.folder(), with paths relative to self.root and splits "train", "test" or "unlabelled"."""
         raise NotImplementedError
 
     def categories(self) -> list[str]:
-        """The categories to choose from: override where they are not simply the folders of the root."""
+        """The valid categories, by default the folders below the root."""
         return sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     def folder(self) -> Path:
-        """root/category, checked: InputError for a missing root or a category that is not one of `categories`."""
+        """root/category; InputError for a missing root or an unknown category."""
         if not self.root.is_dir():
             raise self.missing(f"{self.root}: no such folder")
-        if self.category is None:
+        if self.category is None and not self.needs_category:
             return self.root
         choices = self.categories()
+        found = f"found {', '.join(choices) or 'none'}"
+        if self.category is None:
+            raise self.missing(f"data.category=null: expected a category in {self.root}; {found}")
         if self.category not in choices:
-            found = f"{nearest(self.category, choices)}ImageResult: {', '.join(choices) or 'none'}"
-            raise self.missing(f"{self.root}: no category {self.category!r}; {found}")
+            raise self.missing(f"{self.root}: no category {self.category!r}; {nearest(self.category, choices)}{found}")
         return self.root / self.category
 
     def missing(self, found: str) -> InputError:
-        """The one error for data that is not where it should be: what was found, the layout, where the data is published."""
+        """An error about absent data: what was found, the layout, where the data is published."""
         return InputError(
             f"{found}\n{self.name} expects\n{self.layout.strip(chr(10))}\n"
-            f"Published: {self.published}\nPoint to your copy by data.root=<folder>, to a part of it by data.category=<name>."
+            f"Published: {self.published}\nSet data.root=<folder> to your copy, data.category=<name> to a part of it."
         )
 
     def relative(self, path: Path) -> str:
-        """The path as the manifest has it; InputError for one that is not below the root."""
+        """A path as in the manifest; InputError for one outside the root."""
         if not path.is_relative_to(self.root) or ".." in path.relative_to(self.root).parts:
             raise InputError(f"{path}: outside of data.root={self.root}; expected a path below it")
         return path.relative_to(self.root).as_posix()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the samples, split them and fit the window, once; InputError if there is nothing to train on or to test."""
+        """List and split the samples and fit the window, once; InputError if there is nothing to train on or to test."""
         if self.digest:
             return
         samples = self.samples or self.listed()
         for split in ("train", "test"):
             if not any(sample.split == split for sample in samples):
-                raise self.missing(f"{self.manifest or self.root / (self.category or '')}: no {split} image; found {_counts(samples)}")
-        fixed = bool(self.ranges)  # by the run that is tested again or updated, and so is its window
-        self.window = self._fitted(samples)
+                raise self.missing(
+                    f"{self.manifest or self.root / (self.category or '')}: no {split} image; {self.explain(split, samples)}"
+                )
+        fixed = bool(self.ranges)  # by the run that is tested again or updated
+        if not fixed:
+            paths = sorted({self.root / sample.path for sample in samples if sample.split == "train"})
+            self.ranges = fit_ranges(paths, self.values_in_roi)
+        named = {"dtype": DTYPE, "auto": window_in(self.ranges)}
+        self.window = named[self.window] if isinstance(self.window, str) else self.window
         self.values = ValueCheck(self.ranges, self.window, "" if fixed else "data.window")
-        self.samples = samples
+        self.samples, self.digest = samples, manifest_digest(samples)
         self._by_key = {sample.key: sample for sample in samples}
-        self.digest = manifest_digest(samples)
+
+    def explain(self, split: str, samples: Sequence[Sample]) -> str:
+        """Why a split has no sample."""
+        counts = Counter(sample.split for sample in samples)
+        return f"found {', '.join(f'{count} {name}' for name, count in sorted(counts.items())) or 'no images at all'}"
 
     def listed(self) -> list[Sample]:
-        """The samples as `setup` will keep them, with digests and splits, but without asking whether there are enough."""
-        if self.manifest is None:
-            samples = self.scan()
-        else:
-            self.folder()
-            samples = read_manifest(self.manifest)
-        samples = self._digested(sorted(samples, key=lambda sample: sample.key))
-        if self.on_error == "skip":
-            samples = self._without_unreadable(samples)
-        return self._held_out(samples)
-
-    def _digested(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with digests and splits, even if there are too few for `setup`."""
+        self.folder()
+        samples = sorted(read_manifest(self.manifest) if self.manifest else self.scan(), key=lambda sample: sample.key)
         paths = sorted({sample.path for sample in samples})
         digests = dict(zip(paths, threaded(self._digest_of, paths, "digests" if len(paths) > MANY else None), strict=True))
         for sample in samples:
             if sample.digest and digests[sample.path] and sample.digest != digests[sample.path]:
-                raise InputError(
-                    f"{self.root / sample.path}: changed since the manifest {self.manifest} was written "
-                    f"(digest {digests[sample.path]}, there {sample.digest}); expected the same file, or a manifest without digests"
-                )
-        return [sample._replace(digest=digests[sample.path]) for sample in samples]
+                found = f"digest {digests[sample.path]}, there {sample.digest}"
+                raise InputError(f"{self.root / sample.path}: changed since the manifest {self.manifest} was written ({found})")
+        samples = [sample._replace(digest=digests[sample.path]) for sample in samples]
+        return self._held_out(self._without_unusable(samples) if self.on_error == "skip" else samples)
 
     def _digest_of(self, path: str) -> str:
         try:
             return file_digest(self.root / path)
         except OSError as error:
             if self.on_error == "skip":
-                return ""  # the reading that follows says why
+                return ""  # `_without_unusable` finds the reason
             listed = f"; listed in the manifest {self.manifest}" if self.manifest else ""
             raise InputError(f"{self.root / path}: cannot be read ({error.strerror}){listed}; expected an image file") from error
 
-    def _without_unreadable(self, samples: list[Sample]) -> list[Sample]:
-        tried = [sample for sample in samples if sample.split != "skipped"]
-        recent = Recent(RECENT)
-        reasons = threaded(lambda sample: self._reason(sample, recent), tried, "reading every image")
-        self.skipped = {sample.key: reason for sample, reason in zip(tried, reasons, strict=True) if reason}
+    def _without_unusable(self, samples: list[Sample]) -> list[Sample]:
+        images = self.images([sample for sample in samples if sample.split != "skipped"])
+        reasons = threaded(lambda sample: _reason(images, sample), images.samples, "reading every image")
+        self.skipped = {sample.key: reason for sample, reason in zip(images.samples, reasons, strict=True) if reason}
         for key, reason in self.skipped.items():
             log.warning("skipped %s: %s", key, reason)
         if self.skipped:
-            log.warning("skipped %d of %d images (data.on_error=skip)", len(self.skipped), len(tried))
+            log.warning("skipped %d of %d images (data.on_error=skip)", len(self.skipped), len(images))
         return [sample._replace(split="skipped") if sample.key in self.skipped else sample for sample in samples]
-
-    def _reason(self, sample: Sample, recent: "Recent") -> str:
-        try:
-            whole = recent.read(self.root / sample.path)
-            cut(self.root, sample, whole)
-            truth(self.root, sample, whole.shape[:2], recent.mask)
-            if self.roi:
-                check_some_inside(~inside_of(self.roi, self.root, sample, whole.shape[:2], recent.mask))
-        except InputError as error:
-            return str(error)
-        return ""
 
     def _held_out(self, samples: list[Sample]) -> list[Sample]:
         if self.protocol == "paper":
             return [sample._replace(split="train") if sample.split == "calibrate" else sample for sample in samples]
-        if any(sample.split == "calibrate" for sample in samples):  # a manifest that has its own hold-out
+        if any(sample.split == "calibrate" for sample in samples):  # a manifest with a hold-out of its own
             return samples
         normal = sorted({sample.path for sample in samples if sample.split == "train" and sample.label == NORMAL})
         out = held_out(normal, self.calibration, self.seed)
         return [s._replace(split="calibrate") if s.split == "train" and s.path in out else s for s in samples]
 
-    def _fitted(self, samples: list[Sample]) -> dict[str, tuple[float, float]]:
-        if not self.ranges:
-            paths = [self.root / path for path in sorted({sample.path for sample in samples if sample.split == "train"})]
-            self.ranges = fit_ranges(paths, self._looked_at if self.roi else read)
-        if self.window == "dtype":
-            return DTYPE
-        return window_in(self.ranges) if self.window == "auto" else self.window
-
-    def _looked_at(self, path: Path) -> np.ndarray:
-        """The pixels of an image that are looked at, (n,) or (n, 3)."""
-        array = read(path)
-        return array[self.roi.inside(path, *array.shape[:2])]
+    def values_in_roi(self, image: Path | np.ndarray, load: Callable = read) -> np.ndarray:
+        """The pixels of an image, those in the ROI alone if there is one: (n,) or (n, 3)."""
+        array = load(image)
+        return array if self.roi is None else array[self.roi.inside(image, *array.shape[:2])]
 
     def sample(self, key: str) -> Sample:
-        """The manifest row behind an entry of Batch.path; KeyError if there is none."""
+        """The sample with a key, as in Batch.path."""
         return self._by_key[key]
 
-    def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
-        """Batches of one split in the manifest's order, or in an order drawn anew each epoch from the seed.
-
-        `dealt`: this process's share of them, where there are several, instead of all.
-        """
-        samples = [s for s in self.samples if s.split == split]
-        if self.tile is not None:
-            return self._tile_loader(samples, shuffle)
-        return self.batches(self.images(samples), shuffle, collate, self.workers, dealt)
-
-    def _tile_loader(self, samples: list[Sample], shuffle: bool) -> DataLoader:
-        """Batches of tiles; unless they are shuffled, those of an image follow one another and a batch has tiles of one image."""
-        if self.processes > 1:
-            raise InputError(f"tiling={self.tile}: {self.processes} processes would share an image; expected trainer.devices=1")
-        dataset = self.tiles(samples, fit=shuffle)
-        counts, pixels = zip(*dataset.extents, strict=True) if dataset.extents else ((), ())
-        if not shuffle:
-            batches = Batches(dataset, by_image(counts, self.batch_size))
-            return self._loader(batches, {"batch_size": 1}, itemgetter(0), self.workers)
-        order = {"sampler": self._pace(ShuffledTiles(counts, pixels, self.seed)), "batch_size": self.batch_size}
-        return self._loader(dataset, order, collate, self.workers)
-
-    def tiles(self, samples: list[Sample], fit: bool = False) -> "Tiles":
-        """The tiles of the samples, decoded when asked for; `fit` as `Tiles` has it."""
-        sizes = dict(zip((s.path for s in samples), threaded(lambda s: size_of(self.root / s.path), samples), strict=True))
-        tiles = Tiles(samples, sizes, self.tile, self.overlap, self.root, self.window, self.geometry.side, self.roi, fit)
-        tiles.values = self.values
-        return tiles
-
-    def images(self, samples: list[Sample]) -> "Images":
-        """The samples, decoded when asked for."""
-        images = Images(samples, self.root, self.window, self.geometry, self.roi)
-        images.values = self.values
-        return images
-
     def image(self, key: str) -> Tensor:
-        """The image (3, h, w) behind an entry of Batch.path; where tiles are cut, in its own pixels and reduced as its map is."""
-        if self.tile is not None:
-            return self.tiles([self.sample(key)]).whole(key)
-        return self.images([self.sample(key)])[0][0]
+        """The network input (3, h, w) of a sample; with tiles, the whole image, reduced as its map is."""
+        samples = [self.sample(key)]
+        return self.images(samples)[0][0] if self.tile is None else self.tiles(samples).whole(key)
 
-    def batches(self, dataset: Dataset, shuffle: bool, collate: Callable[[list], Batch], workers: int, dealt: bool = True) -> DataLoader:
-        """A loader of a data set in the order and the batches of this module; batch_size is that of all processes together."""
-        sampler: Sampler = self._pace(Shuffled(len(dataset), self.seed)) if shuffle else SequentialSampler(dataset)
-        order = {"sampler": sampler, "batch_size": self.batch_size}
-        if dealt and self.processes > 1 and shuffle:
-            order = {"batch_sampler": ShardedBatchSampler(sampler, self.batch_size, self.process, self.processes)}
-        elif dealt and self.processes > 1:
-            order["sampler"] = range(self.process, len(dataset), self.processes)
-            order["batch_size"] = max(1, self.batch_size // self.processes)
-        return self._loader(dataset, order, collate, workers)
+    def images(self, samples: list[Sample]) -> Images:
+        return Images(samples, self.root, self.window, self.geometry, self.roi, self.values, self.source)
 
-    def _pace(self, sampler: "Shuffled | ShuffledTiles") -> Sampler:
-        return sampler if self.epoch_size is None else FixedLengthSampler(sampler, self.epoch_size)
+    def tiles(self, samples: list[Sample], fit: bool = False) -> Tiles:
+        """The tiles of the samples; `fit` leaves out those outside the ROI."""
+        geometry = Geometry(self.geometry.side)
+        return Tiles(samples, self.root, self.window, geometry, self.roi, self.values, self.source, self.tile, self.overlap, fit)
 
-    def _loader(self, dataset: Dataset, order: dict, collate: Callable[[list], Batch], workers: int) -> DataLoader:
+    def loader(self, split: str, shuffle: bool = False, sharded: bool = True) -> DataLoader:
+        """Batches of a split, in the order of the manifest or shuffled with the seed in each epoch.
+
+        sharded: where several processes share the batches, only this process's share of each. Tiles that are not shuffled come image by
+        image, and no batch has tiles of two images.
+        """
+        samples = [sample for sample in self.samples if sample.split == split]
+        if self.tile is None:
+            return self.batches(self.images(samples), shuffle, collate, self.workers, sharded)
+        if self.processes > 1:
+            raise InputError(
+                f"tiling={self.tile}: {self.processes} processes cannot share the tiles of an image; expected trainer.devices=1"
+            )
+        tiles = self.tiles(samples, fit=shuffle)
+        if shuffle:
+            return self.batches(tiles, True, collate, self.workers, draw=tiles.shuffled)
+        return self._loader(TileBatches(tiles, self.batch_size), itemgetter(0), self.workers, batch_size=1)
+
+    def batches(
+        self,
+        dataset: Dataset,
+        shuffle: bool,
+        collate: Callable[[list], Batch],
+        workers: int,
+        sharded: bool = True,
+        draw: Callable[[torch.Generator], list[int]] | None = None,
+    ) -> DataLoader:
+        """A loader of any dataset; batch_size is that of all processes together, `draw` as for `Shuffled`."""
+        processes = self.processes if sharded else 1
+        sampler = Shuffled(len(dataset), self.seed, self.epoch_size, draw) if shuffle else None
+        if processes == 1:
+            return self._loader(dataset, collate, workers, sampler=sampler, batch_size=self.batch_size)
+        if shuffle:
+            sampler = ShardedBatchSampler(sampler, self.batch_size, self.process, processes)
+            return self._loader(dataset, collate, workers, batch_sampler=sampler)
+        rows = range(self.process, len(dataset), processes)
+        return self._loader(dataset, collate, workers, sampler=rows, batch_size=max(1, self.batch_size // processes))
+
+    def _loader(self, dataset: Dataset, collate: Callable[[list], Batch], workers: int, **order) -> DataLoader:
         return DataLoader(
             dataset,
             **order,
@@ -319,36 +290,38 @@ class ImageData(LightningDataModule):
         return self.loader("unlabelled")
 
 
+def _reason(images: Images, sample: Sample) -> str:
+    """Why a sample cannot be used, "" if it can."""
+    try:
+        _, _, inside = images.decode(sample)
+        if inside is not None:
+            check_not_all_ignored(~inside)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def held_out(paths: Sequence[str], share: float, seed: int) -> set[str]:
-    """The images kept from training: max(⌈share·N⌉, 19) of N, never more than a quarter, one at least when there are two."""
+    """The images to calibrate with: max(⌈share·N⌉, 19) of N, but at most a quarter, and at least one of two or more."""
     count = min(max(math.ceil(round(share * len(paths), 9)), FEWEST), len(paths) // 4)
     count = max(count, 1) if len(paths) > 1 else 0
     return {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]}
 
 
-def drawn(items: Sequence, share: float, seed: int) -> list:
-    """A seeded share of the items, one at least."""
-    return shuffled(items, seed)[: max(1, round(share * len(items)))]
-
-
 def plain_window(window: str | Sequence[float] | Mapping[str, Sequence[float]]) -> str | dict[str, tuple[float, float]]:
-    """(lo, hi) by dtype, or the word that stands for them; InputError for anything else."""
-    expected = "auto, dtype, [lo, hi] with lo < hi, or {uint16: [lo, hi], float32: [lo, hi]}"
-    if window in ("auto", "dtype"):
-        return window
+    """A window as (lo, hi) by dtype, or "auto" or "dtype" unchanged; InputError for anything else."""
+    wrong = InputError(f"data.window={window}: expected auto, dtype, [lo, hi] with lo < hi, or {{uint16: [lo, hi], float32: [lo, hi]}}")
+    if isinstance(window, str):
+        if window in ("auto", "dtype"):
+            return window
+        raise wrong
     try:
-        if not isinstance(window, Mapping):
-            window = {"uint16": window, "float32": window}
-        plain = {dtype: (float(lo), float(hi)) for dtype, (lo, hi) in window.items()}
+        ranges = window if isinstance(window, Mapping) else {"uint16": window, "float32": window}
+        plain = {dtype: (float(lo), float(hi)) for dtype, (lo, hi) in ranges.items()}
     except (TypeError, ValueError):
-        raise InputError(f"data.window={window}: expected {expected}") from None
+        raise wrong from None
     for dtype, (lo, hi) in plain.items():
-        possible = (lo, hi) == DTYPE["uint8"] if dtype == "uint8" else dtype in ("uint16", "float32")
-        if not (possible and lo < hi and math.isfinite(hi - lo)):
-            raise InputError(f"data.window={window}: expected {expected}")
+        allowed = (lo, hi) == DTYPE["uint8"] if dtype == "uint8" else dtype in ("uint16", "float32")
+        if not (allowed and lo < hi and math.isfinite(hi - lo)):
+            raise wrong
     return plain
-
-
-def _counts(samples: Iterable[Sample]) -> str:
-    splits = [sample.split for sample in samples]
-    return ", ".join(f"{splits.count(split)} {split}" for split in sorted(set(splits))) or "no images at all"

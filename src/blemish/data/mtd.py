@@ -15,16 +15,15 @@ from blemish.types import ANOMALOUS, NORMAL
 
 FREE = "MT_Free"
 DEFECTS = ("MT_Blowhole", "MT_Break", "MT_Crack", "MT_Fray", "MT_Uneven")
-SAME_TILE = 100  # frame counter: two images further apart show different tiles; within a tile's exposures steps are about 20
+SAME_TILE = 100  # frame numbers: two images further apart show different tiles; exposures of one tile are about 20 apart
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MagneticTiles(ImageData):
-    """All six folders; there is no official split and no category.
+    """All six folders, without categories or an official split: a seeded share `train_share` of MT_Free trains, everything else tests.
 
-    A share `train_share` of MT_Free, drawn with seed, trains; the rest tests with all defects. split_by "image" draws image by
-    image, as published results do. But a tile was photographed under up to six exposures, whose images then fall on both sides;
-    split_by "tile" keeps images together whose frame numbers are neighbours and so asks for tiles that were never seen.
+    split_by: "image" draws image by image, as published results do, but a tile was photographed under up to six exposures, which are then
+    in training and test. "tile" keeps images with neighbouring frame numbers together and so tests on unseen tiles.
     A few MT_Uneven images have a blank mask: their pixels count as unknown, not as normal.
     """
 
@@ -48,48 +47,40 @@ class MagneticTiles(ImageData):
         check_number("data", "(0, 1)", train_share=self.train_share)
         check_choice("data", ("image", "tile"), split_by=self.split_by)
 
-    def categories(self) -> list[str]:
-        return []
-
     def scan(self) -> list[Sample]:
         root = self.folder()
         if absent := [name for name in (FREE, *DEFECTS) if not (root / name / "Imgs").is_dir()]:
             raise self.missing(f"{root / absent[0] / 'Imgs'}: no such folder ({len(absent)} of {len(DEFECTS) + 1} are missing)")
-        return samples(root, self.train_share, self.split_by, self.seed)
+        free = [self.relative(path) for path in _pairs(root / FREE / "Imgs")]
+        groups = [[path] for path in free] if self.split_by == "image" else tiles(free)
+        train = draw_groups(groups, round(self.train_share * len(free)), self.seed)
+        samples = [Sample(path, "train" if path in train else "test", NORMAL, "good") for path in free]
+        for name in DEFECTS:
+            pairs = _pairs(root / name / "Imgs")
+            blank = threaded(_is_blank, list(pairs.values()))
+            for (path, mask), nothing in zip(pairs.items(), blank, strict=True):
+                defect, mask = name.removeprefix("MT_").lower(), "" if nothing else self.relative(mask)
+                samples.append(Sample(self.relative(path), "test", ANOMALOUS, defect, mask))
+        return samples
 
 
-def samples(root: Path, train_share: float, split_by: str, seed: int) -> list[Sample]:
-    """The samples of all folders, paths relative to the root; InputError for a defect without a mask or a mask without an image."""
-    free = list(_pairs(root, FREE))
-    train = drawn(free, train_share, split_by, seed)
-    found = [Sample(path, "train" if path in train else "test", NORMAL, "good") for path in free]
-    for name in DEFECTS:
-        pairs = _pairs(root, name)
-        blank = threaded(lambda mask: _blank(root / mask), list(pairs.values()))
-        for (path, mask), nothing in zip(pairs.items(), blank, strict=True):
-            found.append(Sample(path, "test", ANOMALOUS, name.removeprefix("MT_").lower(), mask="" if nothing else mask))
-    return found
-
-
-def drawn(paths: list[str], share: float, split_by: str, seed: int) -> set[str]:
-    """The seeded share of the images that trains; by "tile", whole tiles up to that share."""
-    groups = [[path] for path in paths] if split_by == "image" else tiles(paths)
-    wanted, chosen = round(share * len(paths)), set()
+def draw_groups(groups: list[list[str]], most: int, seed: int) -> set[str]:
+    """The paths in randomly drawn groups, as many whole ones as hold at most `most` paths."""
+    chosen: set[str] = set()
     for group in shuffled(groups, seed):
-        if len(chosen) + len(group) <= wanted:
+        if len(chosen) + len(group) <= most:
             chosen.update(group)
     return chosen
 
 
 def tiles(paths: list[str]) -> list[list[str]]:
-    """Images that may show the same tile: runs of frame numbers (…_num_<frame>.jpg) without a gap of more than 100."""
-    numbered = sorted((_frame(path), path) for path in paths)
-    groups = []
-    for i, (frame, path) in enumerate(numbered):
-        if i and frame - numbered[i - 1][0] <= SAME_TILE:
-            groups[-1].append(path)
-        else:
-            groups.append([path])
+    """Images that may show the same tile: runs of frame numbers (…_num_<frame>.jpg) without a gap of more than SAME_TILE."""
+    groups, last = [], None
+    for frame, path in sorted((_frame(path), path) for path in paths):
+        if last is None or frame - last > SAME_TILE:
+            groups.append([])
+        groups[-1].append(path)
+        last = frame
     return groups
 
 
@@ -100,19 +91,17 @@ def _frame(path: str) -> int:
     return int(match[1])
 
 
-def _pairs(root: Path, name: str) -> dict[str, str]:
-    """Image to mask of one folder, both relative to the root."""
-    folder = root / name / "Imgs"
-    images, masks = ({path.stem: path for path in sorted(folder.glob(f"[!.]*.{ending}"))} for ending in ("jpg", "png"))
-    lonely = sorted((images | masks)[stem] for stem in images.keys() ^ masks.keys())
-    if lonely:
+def _pairs(folder: Path) -> dict[Path, Path]:
+    """The mask of each image of a folder; InputError for one without the other."""
+    images, masks = ({path.stem: path for path in sorted(folder.glob(f"[!.]*.{suffix}"))} for suffix in ("jpg", "png"))
+    if lonely := sorted((images | masks)[stem] for stem in images.keys() ^ masks.keys()):
         what = "an image without a mask" if lonely[0].suffix == ".jpg" else "a mask without an image"
         raise InputError(f"{lonely[0]}: {what} ({len(lonely)} such); expected a .jpg and a .png of the same name")
-    return {image.relative_to(root).as_posix(): masks[stem].relative_to(root).as_posix() for stem, image in images.items()}
+    return {image: masks[stem] for stem, image in images.items()}
 
 
-def _blank(path: Path) -> bool:
+def _is_blank(mask: Path) -> bool:
     try:
-        return read(path).max() < 128
-    except InputError:  # said again, or skipped, when the image is used
+        return read(mask).max() < 128
+    except InputError:  # reported, or skipped, when the image is used
         return False

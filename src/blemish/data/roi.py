@@ -1,4 +1,4 @@
-"""Regions of interest: which pixels of an image are looked at, from one mask for all images or a folder with a mask for each."""
+"""Regions of interest: one mask for all images, or a folder with a mask for each."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +16,15 @@ Part = tuple[int, int, int, int]  # (x, y, w, h) in pixels
 
 
 class Roi:
-    """What a mask marks, as `interpret` has it, is looked at, scaled to each image by the nearest pixel.
+    """A region of interest, scaled to the size of each image by nearest neighbour.
 
-    source: a mask as a file or an array, or a folder of masks, each with its image's path relative to `root` or, lying in the folder
-    itself, with its image's name, whatever their endings. InputError for a mask that marks no pixel, and for anything else.
+    source: a mask (file or array, see `masks.interpret`), or a folder of masks. A mask in a folder has its image's path relative to
+    `root`, or its image's name if it is at the top of the folder; suffixes do not matter. InputError for anything else, or an empty mask.
     """
 
     def __init__(self, source: str | Path | np.ndarray, root: str | Path = "."):
         self.root, self.folder, self.mask = Path(root), None, None
+        self.digests: dict[Path | None, str] = {}
         if isinstance(source, np.ndarray):
             self.name = "an array"
             try:
@@ -32,34 +33,33 @@ class Roi:
                 raise InputError(f"data.roi: {error}") from None
         else:
             self.name = path = Path(source).expanduser()
-            self.folder = path if path.is_dir() else None
             if not path.exists():
                 raise InputError(f"data.roi={source}: no such file or folder; expected a mask, or a folder with a mask for each image")
+            self.folder = path if path.is_dir() else None
             self.mask = None if self.folder else read_mask(path)
         if self.mask is not None:
-            self.mask = white(self.mask, f"data.roi: {self.name}")
+            self.mask = _not_empty(self.mask, f"data.roi: {self.name}")
         found = find_images(self.folder, results=True) if self.folder else []
         self.files = {path.relative_to(self.folder).with_suffix(""): path for path in reversed(found)}
-        self.digests: dict[Path | None, str] = {}
 
     def inside(
         self, path: Path | None, height: int, width: int, part: Part | None = None, load: Callable[[Path], np.ndarray] = read_mask
     ) -> np.ndarray:
-        """(H, W) bool of an image (height, width), or (h, w) of a part of it. InputError for an image that has no mask."""
-        mask = self.mask if self.folder is None else self._own(path, load)
+        """The ROI (H, W) bool of an image (height, width), or (h, w) of a part of it; InputError for an image without a mask."""
+        mask = self.mask if self.folder is None else self._mask_of(path, load)
         x, y, w, h = part or (0, 0, width, height)
         if mask.shape == (height, width):
             return mask[y : y + h, x : x + w]
         return mask[np.ix_(nearest(mask.shape[0], height)[y : y + h], nearest(mask.shape[1], width)[x : x + w])]
 
-    def _own(self, path: Path | None, load: Callable[[Path], np.ndarray]) -> np.ndarray:
+    def _mask_of(self, path: Path | None, load: Callable[[Path], np.ndarray]) -> np.ndarray:
         if path is None:
-            raise InputError(f"data.roi={self.folder}: a folder of masks, which an array has no path for; expected one mask for all")
+            raise InputError(f"data.roi={self.folder}: arrays have no path to find a mask by; expected one mask for all, not a folder")
         file = self.file(path)
         try:
-            return white(load(file), str(file))
+            return _not_empty(load(file), str(file))
         except InputError as error:
-            raise InputError(f"{path}: the mask of its roi cannot be used; {error}") from None
+            raise InputError(f"{path}: the mask of its ROI cannot be used: {error}") from None
 
     def file(self, path: Path) -> Path:
         """The mask file of an image."""
@@ -69,13 +69,11 @@ class Roi:
         bare = relative.with_suffix("")
         found = self.files.get(bare) or self.files.get(Path(bare.name))
         if found is None:
-            raise InputError(
-                f"{path}: no mask of its roi; expected {self.folder / bare}.png or {self.folder / bare.name}.png, or another data.roi"
-            )
+            raise InputError(f"{path}: no mask of its ROI; expected {self.folder / bare}.png or {self.folder / bare.name}.png")
         return found
 
     def digest(self, path: Path | None = None) -> str:
-        """16 hex digits that stand for the mask of an image, or for all masks."""
+        """16 hex digits that identify the mask of an image, or all masks."""
         file = self.file(path) if self.folder and path else None
         if file not in self.digests:
             masks = [self.mask.tobytes(), str(self.mask.shape).encode()] if self.folder is None else []
@@ -88,8 +86,7 @@ class Roi:
         Image.fromarray(self.mask).save(path, pnginfo=picture_info())
 
 
-def white(mask: np.ndarray, name: str) -> np.ndarray:
-    """A mask of 0 and 1 as bool; InputError if it marks no pixel."""
+def _not_empty(mask: np.ndarray, name: str) -> np.ndarray:
     if not mask.any():
-        raise InputError(f"{name} is a mask without a white pixel; expected white where images are to be looked at")
+        raise InputError(f"{name} is a mask without a white pixel; expected white on the ROI")
     return mask.astype(bool)

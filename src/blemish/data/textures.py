@@ -1,11 +1,11 @@
-"""Surfaces made on the spot: crops of photographs that scikit-image ships, with drawn defects and their exact masks; no download."""
+"""Textures made on first use: crops of photographs in scikit-image, with drawn defects and their exact masks; no download."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,19 +14,19 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from skimage import draw
+from skimage.draw import line
 
 from blemish.data.dataset import threaded
 from blemish.data.mvtec import MVTec
 from blemish.edge.checks import LARGEST_SEED, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, read
+from blemish.files import remove_stale
 
 TEXTURES = ("brick", "grass", "gravel")  # 512×512 grey photographs, CC0, inside the scikit-image wheel
-VERSION = 1  # of the drawing below; a change gets another folder
+VERSION = 1  # of the drawing below, part of the folder's name
 TRAIN_SHARE = 0.625  # columns of the photograph that training crops come from; test crops come from the rest
 CROPS = {"train": 80, "test": 20, "defect": 8}
-STALE = 86400  # seconds after which what was never finished is removed
 SMALLEST, LARGEST = 32, 192  # pixels of a crop: room for a defect, and for the crop in the test columns
 
 
@@ -34,9 +34,8 @@ SMALLEST, LARGEST = 32, 192  # pixels of a crop: room for a defect, and for the 
 class Textures(MVTec):
     """One photographed texture in MVTec AD's layout: 80 training crops, 20 normal test crops, 8 of each of six drawn defects.
 
-    crop_size: side of the crops in pixels. texture_seed: draws crops and defects; it is not the seed of the run, so that runs
-    with several seeds meet the same images. Training crops overlap one another, so that a hold-out of them is nearer to
-    training than the test crops are: expect somewhat more false alarms than promised. InputError for a crop size that does not fit.
+    crop_size: side of the crops in pixels. texture_seed: of crops and defects; runs with other seeds use the same images. Training crops
+    overlap, so that a hold-out of them is nearer to training than the test crops are: expect somewhat more false alarms than promised.
     """
 
     name = "textures"
@@ -63,52 +62,55 @@ class Textures(MVTec):
 
 
 def key(crop_size: int, seed: int) -> str:
-    """Name of the folder for these settings; another drawing, size or seed never meets the files of this one."""
+    """The name of the folder for these settings, which no other drawing, size or seed has."""
     settings = {"version": VERSION, "size": crop_size, "seed": seed, "share": TRAIN_SHARE, "crops": CROPS, "defects": list(DEFECTS)}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
     return f"{VERSION}-{crop_size}-{seed}-{digest}"
 
 
 def make(root: Path, name: str, crop_size: int, seed: int) -> None:
-    """Write <root>/<name> in MVTec AD's layout unless it is there; it appears whole or not at all, whoever else makes it."""
+    """Write <root>/<name> in MVTec AD's layout unless it is there, atomically; several processes may do so at the same time."""
     final = root / name
-    if whole(final):
+    if is_complete(final):
         return
-    try:
-        if final.is_dir():  # a cache that something has tidied up
-            final.rename(tempfile.mkdtemp(prefix=f".old-{name}-", dir=root))
-        root.mkdir(parents=True, exist_ok=True)
-        for old in root.glob(f".*{name}-*"):  # of processes that were killed
-            if time.time() - old.stat().st_mtime > STALE:
-                shutil.rmtree(old, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    except OSError as error:
-        raise InputError(f"{root}: cannot be written ({error.strerror}); expected data.root=<a folder that can be>") from error
-    try:
+    with new_folder(final, "data.root=<folder>", is_complete) as folder:
         images = build(name, crop_size, seed)
-        for folder in {(aside / path).parent for path in images}:
-            folder.mkdir(parents=True, exist_ok=True)
-        threaded(lambda path: Image.fromarray(images[path]).save(aside / path), list(images))
-        aside.chmod(0o755)  # mkdtemp's 0700 would lock others out of a shared cache
-        aside.rename(final)
+        for parent in {(folder / path).parent for path in images}:
+            parent.mkdir(parents=True, exist_ok=True)
+        threaded(lambda path: Image.fromarray(images[path]).save(folder / path), list(images))
+
+
+@contextlib.contextmanager
+def new_folder(final: Path, setting: str, is_complete: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well, and is removed otherwise.
+
+    is_complete: tells a folder that another process has made, which is kept, from one to be replaced; without it no folder is replaced.
+    InputError, with the setting to change, if the folder cannot be written.
+    """
+    temporary = final.with_name(f".{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(final.parent)  # of processes that were killed
+        temporary.mkdir()
+        yield temporary
+        if is_complete and final.is_dir() and not is_complete(final):
+            shutil.rmtree(final)
+        temporary.rename(final)
     except OSError as error:
-        if not whole(final):  # else another process was first: its files are the same
-            raise InputError(f"{final}: cannot be written ({error.strerror}); expected data.root=<a folder that can be>") from error
+        if not (is_complete and is_complete(final)):
+            raise InputError(f"{final}: cannot be written ({error.strerror}); choose another place with {setting}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def whole(folder: Path) -> bool:
-    """Whether every file that `make` writes is there."""
-    return (
-        len(find_images(folder, results=True)) == CROPS["train"] + CROPS["test"] + 2 * len(DEFECTS) * CROPS["defect"]
-        if folder.is_dir()
-        else False
-    )
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has every file that `make` writes."""
+    files = CROPS["train"] + CROPS["test"] + 2 * len(DEFECTS) * CROPS["defect"]
+    return folder.is_dir() and len(find_images(folder, results=True)) == files
 
 
 def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:
-    """All files of a texture, relative path to uint8 (crop_size, crop_size); masks are 255 exactly where a defect was drawn."""
+    """The images of a texture by relative path, uint8 (crop_size, crop_size); masks are 255 exactly where a defect was drawn."""
     rng = np.random.default_rng([seed, TEXTURES.index(name)])
     photographs = {other: photograph(other) for other in TEXTURES}
     train, test = regions(photographs[name])
@@ -116,8 +118,7 @@ def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:
     images = {f"train/good/{i:03}.png": cropped(train, crop_size, rng) for i in range(CROPS["train"])}
     images |= {f"test/good/{i:03}.png": cropped(test, crop_size, rng) for i in range(CROPS["test"])}
     for defect, drawn in DEFECTS.items():
-        # from faint to plain, the order of the files
-        for i, strength in enumerate(np.linspace(0.3, 1.0, CROPS["defect"])):
+        for i, strength in enumerate(np.linspace(0.3, 1.0, CROPS["defect"])):  # from faint to plain
             image, mask = blemished(cropped(test, crop_size, rng), drawn, strength, foreign, rng)
             images[f"test/{defect}/{i:03}.png"] = image
             images[f"ground_truth/{defect}/{i:03}_mask.png"] = mask.astype(np.uint8) * 255
@@ -129,7 +130,7 @@ def photograph(name: str) -> np.ndarray:
 
 
 def regions(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of a photograph that training crops come from, and those of the test: no pixel is in both."""
+    """The columns of a photograph for training crops and those for test crops, without a common pixel."""
     edge = round(TRAIN_SHARE * image.shape[1])
     return image[:, :edge], image[:, edge:]
 
@@ -141,18 +142,17 @@ def cropped(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarra
     return image[y : y + size, x : x + size][::flip_y, ::flip_x].copy()
 
 
-# A defect is drawn as (what it looks like (h, w) float, how much of it covers each pixel (h, w) in [0, 1]).
-Drawn = tuple[np.ndarray, np.ndarray]
+Drawn = tuple[np.ndarray, np.ndarray]  # a defect's look (h, w) float, and its coverage of each pixel (h, w) in [0, 1]
 Draw = Callable[[np.ndarray, float, Sequence[np.ndarray], np.random.Generator], Drawn]
 
 
 def blemished(
     image: np.ndarray, drawn: Draw, strength: float, foreign: Sequence[np.ndarray], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A uint8 image (h, w) with one defect, and the bool mask of the pixels it covers; all others stay as they were."""
+    """A uint8 image (h, w) with one defect, and the bool mask (h, w) of the pixels it covers; no other pixel changes."""
     clean = image.astype(float)
     look, cover = drawn(clean, strength, foreign, rng)
-    mask = cover > 0.1  # a paler rim is not drawn at all: the mask is exact
+    mask = cover > 0.1  # a fainter rim is not drawn, so that the mask is exact
     mixed = np.clip(np.rint(clean + cover * (look - clean)), 0, 255).astype(np.uint8)
     return np.where(mask, mixed, image), mask
 
@@ -193,12 +193,12 @@ def hole(image: np.ndarray, strength: float, foreign: Sequence[np.ndarray], rng:
 
 
 def smear(image: np.ndarray, strength: float, foreign: Sequence[np.ndarray], rng: np.random.Generator) -> Drawn:
-    """A place where the surface was wiped: blurred along one direction, under a dull film."""
+    """A wiped place: blurred along one direction, under a dull film."""
     size = len(image)
     length = round((0.05 + 0.13 * strength) * size)
     kernel = np.zeros((2 * length + 1,) * 2)
     dy, dx = _direction(rng) * length
-    rows, columns = draw.line(round(length - dy), round(length - dx), round(length + dy), round(length + dx))
+    rows, columns = line(round(length - dy), round(length - dx), round(length + dy), round(length + dx))
     kernel[rows, columns] = 1
     wiped = ndimage.convolve(image, kernel / kernel.sum(), mode="reflect")
     look = image + (0.5 + 0.5 * strength) * (wiped - image) + 6 + 8 * strength + 2 * _noise(size, 0.006, rng)
@@ -230,14 +230,7 @@ def missing(image: np.ndarray, strength: float, foreign: Sequence[np.ndarray], r
     return image + (0.45 + 0.55 * strength) * (bare - image), np.clip(inside + 0.5, 0, 1)
 
 
-DEFECTS: dict[str, Draw] = {
-    "foreign": foreign,
-    "hole": hole,
-    "missing": missing,
-    "scratch": scratch,
-    "smear": smear,
-    "stain": stain,
-}
+DEFECTS: dict[str, Draw] = {draw.__name__: draw for draw in (foreign, hole, missing, scratch, smear, stain)}
 
 
 def _direction(rng: np.random.Generator) -> np.ndarray:
@@ -252,7 +245,7 @@ def _noise(size: int, scale: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _blob(size: int, radius: float, rough: float, rng: np.random.Generator) -> np.ndarray:
-    """A connected, irregular bool shape; `radius` is a share of the side, `rough` how far its rim leaves a circle, as a share."""
+    """A connected, irregular shape (size, size) bool; `radius` is a share of the side, `rough` the deviation from a circle as a share."""
     centre = rng.uniform(0.25, 0.75, 2) * size
     y, x = np.mgrid[:size, :size] - centre[:, None, None]
     angle, stretch = rng.uniform(0, np.pi), rng.uniform(0.7, 1.4)
@@ -264,13 +257,13 @@ def _blob(size: int, radius: float, rough: float, rng: np.random.Generator) -> n
 
 
 def _feathered(shape: np.ndarray, width: float) -> np.ndarray:
-    """Coverage that falls to 0 within `width` pixels on either side of a shape's rim."""
+    """The coverage (h, w) of a shape with a rim of `width` pixels on either side of its border."""
     signed = ndimage.distance_transform_edt(shape) - ndimage.distance_transform_edt(~shape)
     return np.clip(0.5 + signed / (2 * width), 0, 1)
 
 
 def _from_curve(size: int, length: float, bend: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Signed distance in pixels of every pixel to a parabola's arc of about `length` pixels, and where on it, 0 to 1, is nearest."""
+    """The signed distance (size, size) of each pixel to a parabola's arc of about `length` pixels, and its nearest point there, 0 to 1."""
     centre = rng.uniform(0.35, 0.65, 2) * size
     along = _direction(rng)
     across = np.array([-along[1], along[0]])

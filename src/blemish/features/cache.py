@@ -28,7 +28,6 @@ from blemish.data.images import compact, mask_to_network, restored
 from blemish.data.manifest import Sample
 from blemish.data.module import ImageData
 from blemish.data.roi import Roi
-from blemish.edge.reading import size_of
 from blemish.features.extractor import Features
 from blemish.files import fsync
 from blemish.types import NO_TRUTH, NORMAL, Batch
@@ -242,21 +241,21 @@ class StoredData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.loader("test")
 
-    def loader(self, split: str, shuffle: bool = False, dealt: bool = True) -> DataLoader:
+    def loader(self, split: str, shuffle: bool = False, sharded: bool = True) -> DataLoader:
         """The loader of a split, see `ImageData.loader`, with stored maps, stored images or both in its batches."""
         with_maps, with_images = self.inputs_for(split)
         maps, images = self.maps if with_maps else [], self.images if with_images else []
         if not (maps or images):
-            return self.data.loader(split, shuffle, dealt)
+            return self.data.loader(split, shuffle, sharded)
         samples = [sample for sample in self.data.samples if sample.split == split]
         try:
             self.fill(samples, maps, images)
         except OSError as error:
             log.warning("store.root=%s: %s; maps are computed and not stored", self.store.root, error)
             self.maps, self.images = [], []
-            return self.data.loader(split, shuffle, dealt)
+            return self.data.loader(split, shuffle, sharded)
         stored = Stored(self.data.images(samples), [kind.found for kind in maps], [kind.found for kind in images], with_images)
-        return self.data.batches(stored, shuffle, lambda batch: batch, 0, dealt)  # reading pages needs no worker processes
+        return self.data.batches(stored, shuffle, lambda batch: batch, 0, sharded)  # reading pages needs no worker processes
 
     def fill(self, samples: list[Sample], maps: list[Shards], images: list[Shards]) -> None:
         """Compute and write what is missing of `samples`; OSError if it cannot be written."""
@@ -269,7 +268,7 @@ class StoredData(LightningDataModule):
         order = torch.randperm(len(missing), generator=torch.Generator().manual_seed(os.getpid()))
         missing, size = [missing[i] for i in order], self.data.batch_size
         rows = self.data.images([by_key[key] for key in missing])
-        batches = iter(self.data.batches(rows, False, collate, self.data.workers, dealt=False))
+        batches = iter(self.data.batches(rows, False, collate, self.data.workers, sharded=False))
         steps = range(0, len(missing), size)
         for start in track(steps, "storing maps", console=Console(stderr=True), disable=not self.progress):
             with self.charge("decode"):
@@ -323,6 +322,5 @@ class Stored(Dataset):
         rows = self.rows
         if not (sample.mask or sample.boxes or rows.roi or rows.geometry.resize == "letterbox"):
             return torch.full((self.side, self.side), 0 if sample.label == NORMAL else NO_TRUTH, dtype=torch.uint8)
-        load = rows.recent.mask
-        size = load(rows.root / sample.mask).shape[:2] if sample.mask else size_of(rows.root / sample.path)[::-1]
-        return mask_to_network(torch.from_numpy(rows.truth_of(sample, size, load)), rows.geometry)
+        size = rows.source.size(rows.root / sample.path)[::-1]
+        return mask_to_network(torch.from_numpy(rows.mask(sample, size)), rows.geometry)

@@ -156,8 +156,7 @@ def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders:
 def described(cfg: DictConfig) -> ImageData:
     """Return the data module of a config, before an image is read."""
     data = build(cfg.data)
-    data.tiled(cfg.tiling, cfg.overlap)
-    data.paced(cfg.epoch_size)
+    data.set_loading(cfg.tiling, cfg.overlap, cfg.epoch_size)
     return data
 
 

@@ -63,7 +63,7 @@ def calibration_of(past: Path, samples: list[Sample]) -> list[DataLoader]:
     cfg.data.manifest = str(past / "manifest.csv")
     known = {(sample.digest, sample.tile) for sample in samples}
     data = build(cfg.data)
-    data.tiled(cfg.tiling, cfg.overlap)
+    data.set_loading(cfg.tiling, cfg.overlap, None)
     try:
         data.samples = [s for s in data.listed() if s.split == "calibrate" and (s.digest, s.tile) not in known]
     except InputError as error:
