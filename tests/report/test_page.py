@@ -309,14 +309,8 @@ def browser():
     options = selenium.ChromeOptions()
     options.binary_location = chromium
     # nothing may be looked up; root has no sandbox, containers have little shared memory
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-dev-shm-usage",
-        "disable-gpu",
-        "hide-scrollbars",
-        "host-resolver-rules=MAP * ~NOTFOUND",
-    ):
+    flags = ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars", "host-resolver-rules=MAP * ~NOTFOUND")
+    for flag in flags:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
@@ -361,8 +355,12 @@ def wait(browser, until):
     WebDriverWait(browser, 20).until(lambda _: until())
 
 
-def heading(browser, column):
-    return browser.find_elements("css selector", "#board thead th")[column]
+def find(browser, selector):
+    return browser.find_element("css selector", selector)
+
+
+def find_all(browser, selector):
+    return browser.find_elements("css selector", selector)
 
 
 @pytest.mark.slow
@@ -370,17 +368,18 @@ def test_sorts_by_click_and_by_key(opened):
     def figures(column):
         return [float(re.search(r"[\d.]+", row[column])[0]) for row in rows(opened, "screw · protocol paper")]
 
-    assert heading(opened, 1).get_attribute("aria-sort") == "descending"
+    headings = find_all(opened, "#board thead th")
+    assert headings[1].get_attribute("aria-sort") == "descending"
     assert figures(1) == sorted(figures(1), reverse=True)
     assert [row[0][0] for row in rows(opened, "screw · protocol paper")] == ["1", "2", "3"]
-    heading(opened, 1).find_element("tag name", "button").click()
-    assert heading(opened, 1).get_attribute("aria-sort") == "ascending"
+    find(headings[1], "button").click()
+    assert headings[1].get_attribute("aria-sort") == "ascending"
     assert figures(1) == sorted(figures(1))
-    heading(opened, 7).find_element("tag name", "button").send_keys("\ue007")  # enter: by the seconds of the fit, the fastest first
-    assert heading(opened, 7).get_attribute("aria-sort") == "ascending"
-    assert heading(opened, 1).get_attribute("aria-sort") == "none"
+    find(headings[7], "button").send_keys("\ue007")  # enter: by the seconds of the fit, the fastest first
+    assert headings[7].get_attribute("aria-sort") == "ascending"
+    assert headings[1].get_attribute("aria-sort") == "none"
     assert figures(7) == sorted(figures(7))
-    heading(opened, 0).find_element("tag name", "button").send_keys(" ")
+    find(headings[0], "button").send_keys(" ")
     assert [re.sub(r"^\d+", "", row[0]) for row in rows(opened, "bottle")] == ["padim", "patchcore", "reverse_distillation"]
 
 
@@ -407,13 +406,13 @@ def test_filters_by_text_and_by_choice(opened):
     opened.find_element("id", "text").send_keys("PATCH core")
     assert opened.find_element("id", "count").text == "3 of 9 settings"
     assert visible(opened) == 4  # with the mean
-    assert len(opened.find_elements("css selector", "#heat tbody tr")) == 1
+    assert len(find_all(opened, "#heat tbody tr")) == 1
     opened.find_element("id", "clear").click()
-    opened.find_element("css selector", "#selects select[aria-label=protocol] option[value=clean]").click()
+    find(opened, "#selects select[aria-label=protocol] option[value=clean]").click()
     assert opened.find_element("id", "count").text == "1 of 9 settings"
     assert [row[0] for row in rows(opened, "protocol clean")] == ["1padim"]
     opened.find_element("id", "clear").click()
-    opened.find_element("css selector", "#selects select[aria-label=category] option[value=bottle]").click()
+    find(opened, "#selects select[aria-label=category] option[value=bottle]").click()
     assert visible(opened) == 3
     opened.find_element("id", "text").send_keys("nothing is called so")
     assert visible(opened) == 0
@@ -439,16 +438,16 @@ def test_the_matrix_has_a_number_in_every_cell_and_a_mean_over_what_all_have(ope
 @pytest.mark.slow
 def test_opens_an_image_with_every_method_and_closes_it(opened):
     dialog = opened.find_element("id", "viewer")
-    opened.find_element("css selector", "#cards button").click()
+    find(opened, "#cards button").click()
     assert dialog.is_displayed()
-    names = [of.text for of in opened.find_elements("css selector", "#panels figcaption b")]
+    names = [of.text for of in find_all(opened, "#panels figcaption b")]
     assert names[:2] == ["input", "ground truth"]
     assert {"patchcore", "reverse_distillation"} <= set(names)
     pictures = "return [...document.querySelectorAll('#panels img')].map(of => of.naturalWidth)"
     wait(opened, lambda: all(width > 50 for width in opened.execute_script(pictures)))  # they are being decoded
     sources = "return [...document.querySelectorAll('#panels img')].map(of => of.src)"
     before, title = opened.execute_script(sources), opened.find_element("id", "viewer-title").text
-    opened.find_element("css selector", "input[name=panel][value=map]").click()
+    find(opened, "input[name=panel][value=map]").click()
     after = opened.execute_script(sources)
     assert before[:2] == after[:2]
     assert not set(before[2:]) & set(after[2:])
@@ -458,7 +457,7 @@ def test_opens_an_image_with_every_method_and_closes_it(opened):
     assert opened.find_element("id", "viewer-title").text == title
     opened.find_element("id", "close").send_keys("\ue00c")  # escape
     assert not dialog.is_displayed()
-    opened.find_element("css selector", "#cards button").click()
+    find(opened, "#cards button").click()
     opened.find_element("id", "close").click()
     assert not dialog.is_displayed()
 
@@ -466,36 +465,36 @@ def test_opens_an_image_with_every_method_and_closes_it(opened):
 @pytest.mark.slow
 def test_curves_are_chosen_and_drawn(opened):
     def lines():
-        return len(opened.find_elements("css selector", "#curves-chart .curve"))
+        return len(find_all(opened, "#curves-chart .curve"))
 
-    opened.find_element("css selector", "#curves-controls select[aria-label=curve] option[value=pixel_pro]").click()
-    dashes = [of.get_attribute("stroke-dasharray") for of in opened.find_elements("css selector", "#curves-chart .curve")]
+    find(opened, "#curves-controls select[aria-label=curve] option[value=pixel_pro]").click()
+    dashes = [of.get_attribute("stroke-dasharray") for of in find_all(opened, "#curves-chart .curve")]
     assert len(set(dashes)) == len(dashes) == 3  # of the seed that left curves.json
-    opened.find_element("css selector", "#curves-key input").click()
+    find(opened, "#curves-key input").click()
     assert lines() == 2
-    opened.find_element("css selector", "#curves-controls select[aria-label=curve] option[value=image_roc]").click()
+    find(opened, "#curves-controls select[aria-label=curve] option[value=image_roc]").click()
     assert lines() == 4
-    marks = opened.find_elements("css selector", "#cost-chart .mark")
+    marks = find_all(opened, "#cost-chart .mark")
     assert len({of.get_attribute("d") for of in marks}) == len(marks) == 3 or len(marks) == 2
 
 
 def body(browser, details):
     """Wait for what a record shows when it is opened: the browser tells of the opening only after the click has returned."""
-    wait(browser, lambda: details.find_elements("css selector", ".body"))
+    wait(browser, lambda: find_all(details, ".body"))
 
 
 @pytest.mark.slow
 def test_records_say_how_every_run_ended(opened):
-    texts = [of.text for of in opened.find_elements("css selector", "#records > div > details > summary")]
+    texts = [of.text for of in find_all(opened, "#records > div > details > summary")]
     assert sorted(text.split()[0] for text in texts) == ["FAILED:", "RUNNING", "UNREADABLE:"]
-    failed = next(of for of in opened.find_elements("css selector", "#records > div > details") if "FAILED" in of.text)
+    failed = next(of for of in find_all(opened, "#records > div > details") if "FAILED" in of.text)
     failed.find_element("tag name", "summary").click()
     body(opened, failed)
     assert HOSTILE in failed.text
     assert "_target_: blemish.methods.vae.Method" in failed.text
-    shelf = opened.find_element("css selector", "#records > details")
+    shelf = find(opened, "#records > details")
     shelf.find_element("tag name", "summary").click()
-    run = shelf.find_element("css selector", "details")
+    run = find(shelf, "details")
     run.find_element("tag name", "summary").click()
     body(opened, run)
     opened.execute_script("arguments[0].scrollIntoView()", run)
@@ -511,7 +510,7 @@ def test_fits_a_phone_and_a_wide_screen(opened, tmp_path, width, height, scheme)
     opened.execute_script("document.querySelectorAll('details').forEach(of => { of.open = true; })")
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width
     opened.get_screenshot_as_file(str(tmp_path / "page.png"))
-    opened.find_element("css selector", "#cards button").click()
+    find(opened, "#cards button").click()
     assert opened.execute_script("const of = document.querySelector('#viewer'); return of.scrollWidth - of.clientWidth") <= 0
     opened.get_screenshot_as_file(str(tmp_path / "image.png"))
     for name in ("page", "image"):

@@ -49,30 +49,34 @@ def runs(tiny, tmp_path_factory):
 
 
 def recorded(folder: Path, method: str, category: str, seed: int, value: float, **metadata) -> None:
-    """A folder as a run of these metadata leaves it, without one."""
+    """A folder as a run with this metadata leaves it."""
     folder.mkdir(parents=True)
-    setting = {"method": method, "dataset": "mvtec", "category": category, "seed": seed, "unit": "image", "backbone": "resnet18"}
-    setting |= {"weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper", "manifest_digest": "d", "started": f"{seed}"}
-    machine = {"cpu": "Tester 3000", "cores_usable": 4, "packages": {"torch": "9.9"}, "git": None, "gpus": []}
-    record = {"status": "finished", **setting, "peak_memory_mb": {"host": 100 + seed, "gpu": None}, "environment": machine, **metadata}
-    (folder / "record.json").write_text(json.dumps(record))
-    metrics = {**dict.fromkeys(METRICS, value), "fit_seconds": 10 * seed, "test_seconds": 5}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
     config = {"backbone": "resnet18", "weights": "pretrained", "image_size": 256, "crop": 224, "protocol": "paper"}
+    setting = {"method": method, "dataset": "mvtec", "category": category, "unit": "image", **config, "seed": seed}
+    machine = {"cpu": "Tester 3000", "cores_usable": 4, "packages": {"torch": "9.9"}, "git": None, "gpus": []}
+    record = {"status": "finished", **setting, "manifest_digest": "d", "started": f"{seed}", "environment": machine}
+    record |= {"peak_memory_mb": {"host": 100 + seed, "gpu": None}, **metadata}
+    metrics = {**dict.fromkeys(METRICS, value), "fit_seconds": 10 * seed, "test_seconds": 5}
+    (folder / "record.json").write_text(json.dumps(record))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "config.yaml").write_text(yaml.dump(config))
+
+
+def change_metrics(folder: Path, **values) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | values))
+
+
+def contents(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
 def several(tmp_path):
     """Two methods: padim on two categories with two seeds, spade on one with one; and four runs that must not count."""
-    values = {
-        ("padim", "a|b", 0): 0.9,
-        ("padim", "a|b", 1): 0.8,
-        ("padim", "wood", 0): 0.7,
-        ("padim", "wood", 1): 0.7,
-        ("spade", "wood", 0): 0.75,
-    }
-    for (method, category, seed), value in values.items():
+    values = {("padim", "a|b", 0): 0.9, ("padim", "a|b", 1): 0.8, ("padim", "wood", 0): 0.7, ("padim", "wood", 1): 0.7}
+    for (method, category, seed), value in {**values, ("spade", "wood", 0): 0.75}.items():
         recorded(tmp_path / f"{method}-{category[0]}-{seed}", method, category, seed, value)
     recorded(tmp_path / "failed", "spade", "a|b", 0, 0.99, status="failed")
     recorded(tmp_path / "running", "spade", "a|b", 1, 0.99, status="running")
@@ -82,35 +86,24 @@ def several(tmp_path):
     return tmp_path
 
 
-def test_one_row_per_run_and_one_per_setting(runs):
-    rows = collect(runs[0])
+def test_real_runs_make_a_csv_and_the_text_between_the_markers(runs, tmp_path):
+    folder, metrics = runs
+    rows = collect(folder)
     assert [row["seed"] for row in rows] == [0, 1]
-    assert [row["image_auroc"] for row in rows] == [m["image_auroc"] for m in runs[1]]
-    (row,) = pooled(rows)
-    assert row["seeds"] == [0, 1]
-    assert len(row["runs"]) == 2
-
-
-def test_writes_csv_and_between_the_markers(runs, tmp_path):
+    assert [row["image_auroc"] for row in rows] == [m["image_auroc"] for m in metrics]
+    (group,) = pooled(rows)
+    assert (group["seeds"], group["runs"]) == ([0, 1], rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
-    assert write(runs[0], tmp_path / "measured.csv", readme)[0] == 2
+    assert write(folder, tmp_path / "measured.csv", readme)[0] == 2
     text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    assert re.fullmatch(r"before\n.*after\n", text, re.DOTALL)
     assert "stale" not in text
-    mean = sum(m["pixel_auroc"] for m in runs[1]) / 2
-    assert f"{mean:.3f} ±" in text
-    with (tmp_path / "measured.csv").open() as file:
-        assert [float(row["aupro"]) for row in csv.DictReader(file)] == [m["aupro"] for m in runs[1]]
+    assert f"{np.mean([m['pixel_auroc'] for m in metrics]):.3f} ±" in text
+    assert [float(row["aupro"]) for row in contents(tmp_path / "measured.csv")] == [m["aupro"] for m in metrics]
     readme.write_text("no markers")
     with pytest.raises(InputError, match="runs: begin"):
-        write(runs[0], tmp_path / "measured.csv", readme)
-
-
-def contents(path: Path) -> list[dict]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+        write(folder, tmp_path / "measured.csv", readme)
 
 
 def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
@@ -129,16 +122,22 @@ def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
     for runs in (several, output):
         write(runs, output, None)
         assert output.read_bytes() == text, "no row twice, and no value other"
-    metrics = json.loads((several / "new" / "metrics.json").read_text())
-    (several / "new" / "metrics.json").write_text(json.dumps({**metrics, "aupro": 0.1}))
+    change_metrics(several / "new", aupro=0.1)
     write(several, output, None)
     assert [row["aupro"] for row in contents(output) if row["method"] == "dfm"] == ["0.1"], "what the folder says now counts"
 
 
-def test_a_csv_in_place_of_the_folder(several, tmp_path):
+def test_a_csv_is_as_good_as_the_folder(several, tmp_path):
     write(several, tmp_path / "m.csv", None, tmp_path / "runs.md", by="category")
+    assert read_rows(tmp_path / "m.csv") == [{**row, "folder": None, "git": None} for row in collect(several)]  # without a commit
     write(tmp_path / "m.csv", None, None, tmp_path / "csv.md", by="category")
     assert (tmp_path / "csv.md").read_text() == (tmp_path / "runs.md").read_text()
+    pages = tmp_path / "of_runs.md", tmp_path / "of_csv.md"
+    for source, page in zip((several, tmp_path / "m.csv"), pages, strict=True):
+        page.write_text("<!-- runs: begin -->\n<!-- runs: end -->\n")
+        write(source, tmp_path / "n.csv", None, docs=page)
+        assert "| padim | mvtec a\\|b |" in page.read_text()
+    assert pages[0].read_text() == pages[1].read_text()
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
@@ -178,21 +177,6 @@ def test_the_terminal_shows_all_of_it(several, by, width):
                 assert cell.partition(" ± ")[0] in said
 
 
-def test_a_csv_has_the_runs_again(several, tmp_path):
-    write(several, tmp_path / "m.csv", None)
-    rows = [{**row, "folder": None, "git": None} for row in collect(several)]  # without a commit
-    assert read_rows(tmp_path / "m.csv") == rows
-    pages = tmp_path / "of_runs.md", tmp_path / "of_csv.md"
-    for source, page in zip((several, tmp_path / "m.csv"), pages, strict=True):
-        page.write_text("<!-- runs: begin -->\n<!-- runs: end -->\n")
-        write(source, tmp_path / "n.csv", None, docs=page)
-        assert "| padim | mvtec a\\|b |" in page.read_text()
-    assert pages[0].read_text() == pages[1].read_text()
-    (tmp_path / "m.csv").write_text("path,label\nx,1\n")
-    with pytest.raises(InputError, match=r"m\.csv.*'method'"):
-        read_rows(tmp_path / "m.csv")
-
-
 @pytest.fixture
 def efforts(tmp_path):
     """On one category: methods without training, trained in full and cut, each with a worse run before a better one."""
@@ -206,8 +190,7 @@ def efforts(tmp_path):
         "g": ("riad", 0.1, {"epochs": 300}),
     }.items():
         recorded(tmp_path / name, method, "wood", 0, value, **metadata)
-    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text()) | dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
-    (tmp_path / "a" / "metrics.json").write_text(json.dumps(metrics))
+    change_metrics(tmp_path / "a", pixel_auroc=None, pixel_ap=None, aupro=None)
     return collect(tmp_path)
 
 
@@ -229,35 +212,33 @@ def test_highlights_are_the_best_of_each_method(efforts):
     assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
 
 
-def test_how_an_image_is_shown_makes_rows_of_their_own(tmp_path):
-    shown = {
-        "256 → 224": {},
-        "256 → 224, tiles of 512": {"tiling": 512},
-        "256 → 224, letterbox, roi": {"resize": "letterbox", "roi": "d"},
-    }
-    for number, metadata in enumerate(shown.values()):
-        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **metadata)
-    groups = pooled(collect(tmp_path))
-    assert {label(group)[2]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(shown, (0.5, 0.6, 0.7), strict=True))
-
-
-def test_epochs_of_so_many_images_make_rows_of_their_own(tmp_path):
-    names = {
-        "vae, 5 epochs": {},
-        "vae, 5 epochs of 320 images": {"epoch_size": 320},
-        "vae, 5 epochs of 320 tiles": {"epoch_size": 320, "tiling": 32},
-    }
-    for number, metadata in enumerate(names.values()):
-        recorded(tmp_path / f"{number}", "vae", "wood", 0, 0.5 + number / 10, epochs=5, **metadata)
-    groups = pooled(collect(tmp_path))
-    assert {label(group)[0]: group["runs"][0]["image_auroc"] for group in groups} == dict(zip(names, (0.5, 0.6, 0.7), strict=True))
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("padim", [{}, {"tiling": 512}, {"resize": "letterbox", "roi": "d"}]),
+        ("vae", [{"epochs": 5}, {"epochs": 5, "epoch_size": 320}, {"epochs": 5, "epoch_size": 320, "tiling": 32}]),
+    ],
+)
+def test_settings_make_rows_of_their_own(tmp_path, method, settings):
+    for number, metadata in enumerate(settings):
+        recorded(tmp_path / f"{number}", method, "wood", 0, 0.5 + number / 10, **metadata)
+    words = {group["runs"][0]["image_auroc"]: label(group)[2 if method == "padim" else 0] for group in pooled(collect(tmp_path))}
+    assert words == dict(
+        zip(
+            (0.5, 0.6, 0.7),
+            {
+                "padim": ("256 → 224", "256 → 224, tiles of 512", "256 → 224, letterbox, roi"),
+                "vae": ("vae, 5 epochs", "vae, 5 epochs of 320 images", "vae, 5 epochs of 320 tiles"),
+            }[method],
+            strict=True,
+        )
+    )
 
 
 def test_nothing_measured_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no finished run"):
-        collect(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
-        collect(tmp_path / "nowhere")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=f"runs={folder}"):
+            collect(folder)
 
 
 def test_only_finished_runs_count(several, caplog):
@@ -290,16 +271,9 @@ def test_a_category_without_a_seed_is_said(several):
 
 
 def test_published_figures_stand_below_with_the_difference(several, tmp_path):
-    table = {
-        "variant": "v_1",
-        "dataset": "MVTec AD",
-        "data": "mvtec",
-        "metric": "image_auroc",
-        "origin": "paper",
-        "own": True,
-        "source": "Table 1",
-    }
-    table |= {"backbone": "resnet18", "setting": {"backbone": "resnet18", "crop": None}, "per_category": {"wood": 0.72}, "mean": 0.72}
+    table = {"variant": "v_1", "dataset": "MVTec AD", "data": "mvtec", "metric": "image_auroc", "origin": "paper", "own": True}
+    table |= {"source": "Table 1", "backbone": "resnet18", "setting": {"backbone": "resnet18", "crop": None}}
+    table |= {"per_category": {"wood": 0.72}, "mean": 0.72}
     (several / "paper").mkdir()
     (several / "paper" / "padim.yaml").write_text(yaml.dump({"paper": "padim", "name": "PaDiM", "method": "padim", "tables": [table]}))
     write(several, tmp_path / "m.csv", None, tmp_path / "m.md", tmp_path / "m.tex", "category", "image_auroc", several / "paper")
@@ -307,8 +281,7 @@ def test_published_figures_stand_below_with_the_difference(several, tmp_path):
     assert "| published [1] | resnet18 | – | – | – | – | 0.720 | 0.720 (1) |" in text
     assert "| difference | – | – | – | – | – | −0.020 | −0.020 (1) |" in text
     assert "[1] PaDiM, v_1, Table 1 (paper). Ours: crop 224 for None." in text
-    with (tmp_path / "m.csv").open() as file:
-        found = [(row["method"], row["category"], row["paper"], row["paper_differs"]) for row in csv.DictReader(file)]
+    found = [(row["method"], row["category"], row["paper"], row["paper_differs"]) for row in contents(tmp_path / "m.csv")]
     assert ("padim", "wood", "0.72", "crop 224 for None") in found
     assert ("spade", "wood", "", "") in found
     write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "image_auroc", several / "paper")
@@ -319,27 +292,24 @@ def test_published_figures_stand_below_with_the_difference(several, tmp_path):
 
 @pytest.mark.slow
 def test_tool(several, tmp_path):
-    tool = CONFIGS.parent / "tools" / "table.py"
-    options = [f"runs={several}", "output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper"]
-    done = subprocess.run([sys.executable, tool, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
-    *said, last = done.stdout.splitlines()
-    assert last == f"5 runs in {several}, written to m.csv, m.md, m.tex"
-    assert "torn: left out" in said[0]
-    assert any("published [1]" in line for line in said)
-    page = (tmp_path / "m.md").read_text()
-    assert "| published [1] | resnet18 | 256 -> crop 224 | – | – | – | 0.903 |" in page  # R18-Rd100, wood
-    assert "PaDiM, R18-Rd100, Defard et al. 2020" in page
-    assert r"\textbf{0.750}" in (tmp_path / "m.tex").read_text()
-
-
-@pytest.mark.slow
-def test_tool_writes_nothing_unasked(several, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     tool = [sys.executable, CONFIGS.parent / "tools" / "table.py", f"runs={several}"]
-    done = subprocess.run(tool, cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True)
-    assert "padim" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"5 runs in {several}"
-    assert not list((tmp_path / "elsewhere").iterdir())
+
+    def printed(*options):
+        return subprocess.run([*tool, *options], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True).stdout.splitlines()
+
+    lines = printed()
+    assert any("padim" in line for line in lines)
+    assert lines[-1] == f"5 runs in {several}"
+    assert not list((tmp_path / "elsewhere").iterdir()), "nothing is written unasked"
+    first, *lines, last = printed("output=m.csv", "by=category", "metric=aupro", "markdown=m.md", "latex=m.tex", "published=results/paper")
+    assert last == f"5 runs in {several}, written to m.csv, m.md, m.tex"
+    assert "torn: left out" in first
+    assert any("published [1]" in line for line in lines)
+    page = (tmp_path / "elsewhere" / "m.md").read_text()
+    assert "| published [1] | resnet18 | 256 -> crop 224 | – | – | – | 0.903 |" in page  # R18-Rd100, wood
+    assert "PaDiM, R18-Rd100, Defard et al. 2020" in page
+    assert r"\textbf{0.750}" in (tmp_path / "elsewhere" / "m.tex").read_text()
 
 
 def test_wrong_choices_name_the_right_ones(several, tmp_path):
@@ -395,12 +365,6 @@ def test_markdown_cells_stay_in_their_column():
     assert in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
 
 
-def test_spread():
-    assert spread([0.5]) == "0.500"
-    assert spread([0.4, 0.6]) == "0.500 ± 0.141"
-    assert spread([0.4, None]) == "–"
-    assert spread([]) == "–"
-
-
-def test_signed():
+def test_cells():
+    assert [spread(values) for values in ([0.5], [0.4, 0.6], [0.4, None], [])] == ["0.500", "0.500 ± 0.141", "–", "–"]
     assert [signed(value) for value in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "+0.000"]
