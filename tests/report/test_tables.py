@@ -16,25 +16,7 @@ from rich.console import Console
 from support import CONFIGS, tiny_run
 
 from blemish.edge.errors import InputError
-from blemish.report.tables import (
-    Grid,
-    by_category,
-    by_effort,
-    by_run,
-    collect,
-    highlights,
-    in_latex,
-    in_markdown,
-    label,
-    latex,
-    markdown,
-    pooled,
-    read_rows,
-    show,
-    signed,
-    spread,
-    write,
-)
+from blemish.report import tables
 from blemish.run.record import METRICS
 from blemish.run.train import train
 
@@ -88,14 +70,14 @@ def several(tmp_path):
 
 def test_real_runs_make_a_csv_and_the_text_between_the_markers(runs, tmp_path):
     folder, metrics = runs
-    rows = collect(folder)
+    rows = tables.collect(folder)
     assert [row["seed"] for row in rows] == [0, 1]
     assert [row["image_auroc"] for row in rows] == [m["image_auroc"] for m in metrics]
-    (group,) = pooled(rows)
+    (group,) = tables.pooled(rows)
     assert (group["seeds"], group["runs"]) == ([0, 1], rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
-    assert write(folder, tmp_path / "measured.csv", readme)[0] == 2
+    assert tables.write(folder, tmp_path / "measured.csv", readme)[0] == 2
     text = readme.read_text()
     assert re.fullmatch(r"before\n.*after\n", text, re.DOTALL)
     assert "stale" not in text
@@ -103,16 +85,16 @@ def test_real_runs_make_a_csv_and_the_text_between_the_markers(runs, tmp_path):
     assert [float(row["aupro"]) for row in contents(tmp_path / "measured.csv")] == [m["aupro"] for m in metrics]
     readme.write_text("no markers")
     with pytest.raises(InputError, match="runs: begin"):
-        write(folder, tmp_path / "measured.csv", readme)
+        tables.write(folder, tmp_path / "measured.csv", readme)
 
 
 def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
     output, page = tmp_path / "m.csv", tmp_path / "m.md"
-    write(several, output, None)
+    tables.write(several, output, None)
     before = contents(output)
     shutil.rmtree(several / "padim-w-0")
     recorded(several / "new", "dfm", "wood", 0, 0.6)
-    found, grids = write(several, output, None, page)
+    found, grids = tables.write(several, output, None, page)
     assert found == 5
     after = contents(output)
     assert all(row in after for row in before)
@@ -120,22 +102,24 @@ def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
     assert [row[5] for row in grids[0].rows if row[:2] == ["padim", "mvtec wood"]] == ["0,1"]
     text = output.read_bytes()
     for runs in (several, output):
-        write(runs, output, None)
+        tables.write(runs, output, None)
         assert output.read_bytes() == text, "no row twice, and no value other"
     change_metrics(several / "new", aupro=0.1)
-    write(several, output, None)
+    tables.write(several, output, None)
     assert [row["aupro"] for row in contents(output) if row["method"] == "dfm"] == ["0.1"], "what the folder says now counts"
 
 
 def test_a_csv_is_as_good_as_the_folder(several, tmp_path):
-    write(several, tmp_path / "m.csv", None, tmp_path / "runs.md", by="category")
-    assert read_rows(tmp_path / "m.csv") == [{**row, "folder": None, "git": None} for row in collect(several)]  # without a commit
-    write(tmp_path / "m.csv", None, None, tmp_path / "csv.md", by="category")
+    tables.write(several, tmp_path / "m.csv", None, tmp_path / "runs.md", by="category")
+    assert tables.read_rows(tmp_path / "m.csv") == [
+        {**row, "folder": None, "git": None} for row in tables.collect(several)
+    ]  # without a commit
+    tables.write(tmp_path / "m.csv", None, None, tmp_path / "csv.md", by="category")
     assert (tmp_path / "csv.md").read_text() == (tmp_path / "runs.md").read_text()
     pages = tmp_path / "of_runs.md", tmp_path / "of_csv.md"
     for source, page in zip((several, tmp_path / "m.csv"), pages, strict=True):
         page.write_text("<!-- runs: begin -->\n<!-- runs: end -->\n")
-        write(source, tmp_path / "n.csv", None, docs=page)
+        tables.write(source, tmp_path / "n.csv", None, docs=page)
         assert "| padim | mvtec a\\|b |" in page.read_text()
     assert pages[0].read_text() == pages[1].read_text()
 
@@ -143,12 +127,12 @@ def test_a_csv_is_as_good_as_the_folder(several, tmp_path):
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
 def test_another_file_is_not_replaced(text, several, tmp_path):
     output = tmp_path / "m.csv"
-    write(several, output, None)
+    tables.write(several, output, None)
     header, row, *_ = output.read_text().splitlines()
     text = text.format(header=header, row=row, wrong=row.replace("0.9", "much"))
     output.write_text(text)
     with pytest.raises(InputError, match=re.escape(str(output))):
-        write(several, output, None)
+        tables.write(several, output, None)
     assert output.read_text() == text
 
 
@@ -156,7 +140,7 @@ def test_a_readme_needs_the_rows_that_it_has(several, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(text := "<!-- runs: begin -->\nrows\n<!-- runs: end -->")
     with pytest.raises(InputError, match="output="):
-        write(several, None, readme)
+        tables.write(several, None, readme)
     assert readme.read_text() == text
 
 
@@ -165,8 +149,8 @@ def test_a_readme_needs_the_rows_that_it_has(several, tmp_path):
 def test_the_terminal_shows_all_of_it(several, by, width):
     recorded(several / "long", "reverse_distillation", "wood", 0, 0.5, epochs=200, variant="a name of many words", aupro=None)
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    for grid in write(several, None, None, by=by)[1]:
-        show(console, grid, by == "category")
+    for grid in tables.write(several, None, None, by=by)[1]:
+        tables.show(console, grid, by == "category")
         said = console.file.getvalue()
         assert "…" not in said
         assert "reverse_distillation," in said
@@ -191,64 +175,57 @@ def efforts(tmp_path):
     }.items():
         recorded(tmp_path / name, method, "wood", 0, value, **metadata)
     change_metrics(tmp_path / "a", pixel_auroc=None, pixel_ap=None, aupro=None)
-    return collect(tmp_path)
+    return tables.collect(tmp_path)
 
 
 def test_rows_by_effort_have_the_best_first(efforts):
-    names = [[row[0] for row in grid.rows] for grid in by_effort(efforts)]
+    names = [[row[0] for row in grid.rows] for grid in tables.by_effort(efforts)]
     assert names == [
         ["padim, recipe", "padim", "dfkde"],
         ["vae, 200 epochs", "riad, 300 epochs"],
         ["vae, cut, 4 epochs", "lake, cut, 4 epochs"],
     ]
-    assert all(grid.title for grid in by_effort(efforts))
+    assert all(grid.title for grid in tables.by_effort(efforts))
 
 
 def test_highlights_are_the_best_of_each_method(efforts):
-    assert [row[0] for row in highlights(efforts, 3).rows] == ["padim, recipe", "vae, 200 epochs", "riad, 300 epochs"]
-    grid = highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
+    assert [row[0] for row in tables.highlights(efforts, 3).rows] == ["padim, recipe", "vae, 200 epochs", "riad, 300 epochs"]
+    grid = tables.highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
     assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 200 epochs", "riad, 300 epochs", "lake, cut, 4 epochs", "dfkde"}
     assert grid.columns == ["method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
     assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("padim", [{}, {"tiling": 512}, {"resize": "letterbox", "roi": "d"}]),
-        ("vae", [{"epochs": 5}, {"epochs": 5, "epoch_size": 320}, {"epochs": 5, "epoch_size": 320, "tiling": 32}]),
-    ],
-)
-def test_settings_make_rows_of_their_own(tmp_path, method, settings):
-    for number, metadata in enumerate(settings):
-        recorded(tmp_path / f"{number}", method, "wood", 0, 0.5 + number / 10, **metadata)
-    words = {group["runs"][0]["image_auroc"]: label(group)[2 if method == "padim" else 0] for group in pooled(collect(tmp_path))}
-    assert words == dict(
-        zip(
-            (0.5, 0.6, 0.7),
-            {
-                "padim": ("256 → 224", "256 → 224, tiles of 512", "256 → 224, letterbox, roi"),
-                "vae": ("vae, 5 epochs", "vae, 5 epochs of 320 images", "vae, 5 epochs of 320 tiles"),
-            }[method],
-            strict=True,
-        )
-    )
+SIZES = {"256 → 224": {}, "256 → 224, tiles of 512": {"tiling": 512}, "256 → 224, letterbox, roi": {"resize": "letterbox", "roi": "d"}}
+EPOCHS = {
+    "padim, 5 epochs": {},
+    "padim, 5 epochs of 9 images": {"epoch_size": 9},
+    "padim, 5 epochs of 9 tiles": {"epoch_size": 9, "tiling": 32},
+}
+
+
+@pytest.mark.parametrize(("column", "settings"), [(2, SIZES), (0, {name: {"epochs": 5, **of} for name, of in EPOCHS.items()})])
+def test_settings_make_rows_of_their_own(tmp_path, column, settings):
+    for number, metadata in enumerate(settings.values()):
+        recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **metadata)
+    groups = tables.pooled(tables.collect(tmp_path))
+    assert {tables.label(group)[column]: group["runs"][0]["aupro"] for group in groups} == dict(zip(settings, (0.5, 0.6, 0.7), strict=True))
 
 
 def test_nothing_measured_is_an_error(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=f"runs={folder}"):
-            collect(folder)
+            tables.collect(folder)
 
 
 def test_only_finished_runs_count(several, caplog):
-    assert len(collect(several)) == 5
+    assert len(tables.collect(several)) == 5
     assert "torn: left out" in caplog.text
-    assert "0.99" not in markdown(by_category(collect(several), "image_auroc")[0], bold=True)
+    assert "0.99" not in tables.markdown(tables.by_category(tables.collect(several), "image_auroc")[0], bold=True)
 
 
 def test_matrix_of_methods_and_categories(several):
-    (grid,) = by_category(collect(several), "aupro")
+    (grid,) = tables.by_category(tables.collect(several), "aupro")
     assert grid.columns[5:8] == ["a|b", "wood", "mean (categories)"]
     assert [row[0] for row in grid.rows] == ["padim", "spade"]
     per_seed = np.array([[0.9, 0.7], [0.8, 0.7]]).mean(axis=1)
@@ -258,7 +235,7 @@ def test_matrix_of_methods_and_categories(several):
     assert grid.rows[0][8:] == ["5", "5", "100"]  # medians of the cost over seeds and categories
     assert grid.best == {(1, 6)}  # alone in a|b, and spade's mean is over fewer categories
     assert "Tester 3000, 4 cores, torch 9.9" in grid.notes[0]
-    text = markdown(grid, bold=True)
+    text = tables.markdown(grid, bold=True)
     assert "| a\\|b |" in text
     assert "**0.750**" in text
     assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {12}
@@ -266,7 +243,7 @@ def test_matrix_of_methods_and_categories(several):
 
 def test_a_category_without_a_seed_is_said(several):
     shutil.rmtree(several / "padim-w-1")
-    (grid,) = by_category(collect(several), "aupro")
+    (grid,) = tables.by_category(tables.collect(several), "aupro")
     assert grid.rows[0][4:8] == ["0,1 (not everywhere)", f"0.850 ± {np.std([0.9, 0.8], ddof=1):.3f}", "0.700", "0.800 (2)"]
 
 
@@ -276,7 +253,7 @@ def test_published_figures_stand_below_with_the_difference(several, tmp_path):
     table |= {"per_category": {"wood": 0.72}, "mean": 0.72}
     (several / "paper").mkdir()
     (several / "paper" / "padim.yaml").write_text(yaml.dump({"paper": "padim", "name": "PaDiM", "method": "padim", "tables": [table]}))
-    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", tmp_path / "m.tex", "category", "image_auroc", several / "paper")
+    tables.write(several, tmp_path / "m.csv", None, tmp_path / "m.md", tmp_path / "m.tex", "category", "image_auroc", several / "paper")
     text = (tmp_path / "m.md").read_text()
     assert "| published [1] | resnet18 | – | – | – | – | 0.720 | 0.720 (1) |" in text
     assert "| difference | – | – | – | – | – | −0.020 | −0.020 (1) |" in text
@@ -284,9 +261,9 @@ def test_published_figures_stand_below_with_the_difference(several, tmp_path):
     found = [(row["method"], row["category"], row["paper"], row["paper_differs"]) for row in contents(tmp_path / "m.csv")]
     assert ("padim", "wood", "0.72", "crop 224 for None") in found
     assert ("spade", "wood", "", "") in found
-    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "image_auroc", several / "paper")
+    tables.write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "image_auroc", several / "paper")
     assert "| 0.720 [1] | −0.020 |" in (tmp_path / "m.md").read_text()
-    write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "aupro", several / "paper")
+    tables.write(several, tmp_path / "m.csv", None, tmp_path / "m.md", None, "run", "aupro", several / "paper")
     assert "[1]" not in (tmp_path / "m.md").read_text()
 
 
@@ -314,23 +291,23 @@ def test_tool(several, tmp_path):
 
 def test_wrong_choices_name_the_right_ones(several, tmp_path):
     with pytest.raises(InputError, match="by=method: expected run or category"):
-        write(several, tmp_path / "m.csv", None, by="method")
+        tables.write(several, tmp_path / "m.csv", None, by="method")
     with pytest.raises(InputError, match="metric=auroc: expected .*image_auroc"):
-        write(several, tmp_path / "m.csv", None, metric="auroc")
+        tables.write(several, tmp_path / "m.csv", None, metric="auroc")
 
 
 def test_by_run_marks_the_best_on_the_same_data(several):
-    grid = by_run(collect(several), "image_auroc")
+    grid = tables.by_run(tables.collect(several), "image_auroc")
     assert grid.best == {(1, column) for column in range(6, 12)}  # spade on wood, where padim is as well, and worse
-    assert "**" not in markdown(grid, bold=False)
+    assert "**" not in tables.markdown(grid, bold=False)
 
 
 NASTY = "[a&b] 50% $x$ #1 _u_ {c} ~t ^h \\n <i> |p| ± → – −"
 
 
 def test_latex_is_escaped_and_whole():
-    grid = Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
-    text = latex(grid)
+    grid = tables.Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
+    text = tables.latex(grid)
     for name in ("table", "tabular"):
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
     assert r"\begin{tabular}{lr}" in text
@@ -340,7 +317,7 @@ def test_latex_is_escaped_and_whole():
     assert "[1] second" in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [1, 1, 1]
-    bare = in_latex(NASTY)
+    bare = tables.in_latex(NASTY)
     for sign in "&%$#_{}":
         assert f"\\{sign}" in bare
     # nothing that LaTeX reads as a command is left but what was put there
@@ -354,17 +331,17 @@ def test_latex_is_escaped_and_whole():
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
 def test_latex_compiles(several, tmp_path):
-    grid = by_category(collect(several), "aupro")[0]._replace(title=NASTY)
-    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + latex(grid) + "\\end{document}\n"
+    grid = tables.by_category(tables.collect(several), "aupro")[0]._replace(title=NASTY)
+    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + tables.latex(grid) + "\\end{document}\n"
     (tmp_path / "t.tex").write_text(page)
     subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_markdown_cells_stay_in_their_column():
-    assert in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
-    assert in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
+    assert tables.in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
+    assert tables.in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
 
 
 def test_cells():
-    assert [spread(values) for values in ([0.5], [0.4, 0.6], [0.4, None], [])] == ["0.500", "0.500 ± 0.141", "–", "–"]
-    assert [signed(value) for value in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "+0.000"]
+    assert [tables.spread(values) for values in ([0.5], [0.4, 0.6], [0.4, None], [])] == ["0.500", "0.500 ± 0.141", "–", "–"]
+    assert [tables.signed(value) for value in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "+0.000"]
