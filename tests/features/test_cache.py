@@ -274,7 +274,7 @@ def test_batches_are_those_of_the_data_module(tiny, tmp_path, inputs):
 @pytest.mark.parametrize("size", [7, 40])  # of 18 images
 def test_an_epoch_of_so_many_images_is_that_of_the_data_module(tiny, tmp_path, size):
     data = data_of(tiny)
-    data.paced(size)
+    data.set_loading(None, 0, size)
     other = stored(tmp_path, data)
     assert_batches_equal(data, other, images=False)
     assert sum(len(batch.path) for batch in other.train_dataloader()) == size
