@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from support import CONFIGS, composed
 from blemish.edge.errors import InputError
 from blemish.features.extractor import stage_indices
 from blemish.report.published import published, read
-from blemish.report.reproduce import cells_of, commands, missing_weights, program, reproduce
+from blemish.report.reproduce import cells_of, commands, missing_weights, reproduce
 from blemish.run.config import build, module_of
 from blemish.run.record import METRICS
 from blemish.run.train import train
@@ -29,23 +29,28 @@ TABLES = read(CONFIGS.parent / "results" / "paper")
 plain = partial(OmegaConf.to_container, resolve=True)
 
 
+@cache
+def paper(name: str):
+    return composed(f"paper={name}", config="reproduce")
+
+
 def test_every_method_with_published_figures_has_a_composition():
     methods = {table["method"] for table in TABLES if table["method"]}
-    assert {module_of(composed(f"paper={name}", config="reproduce").model) for name in PAPERS} == methods
+    assert {module_of(paper(name).model) for name in PAPERS} == methods
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_composition(name):
-    cfg = composed(f"paper={name}", config="reproduce")
+    cfg = paper(name)
     assert (CONFIGS.parent / "results" / "paper" / f"{cfg.paper}.yaml").is_file()
     assert cfg.protocol == "paper"
     assert not cfg.save.checkpoint  # forty-five models would fill a disk
-    config, dataset = plain(cfg), module_of(cfg.data)
+    config = plain(cfg)
     assert config["data"]["protocol"] == "paper"
     build(cfg.data)
     # the setting of the table it is compared with, unless the source states none or ours is another network
     screw = {**config, "image_size": cfg.image_sizes.get("screw", cfg.image_size)}
-    run = {"method": module_of(cfg.model), "dataset": dataset, "config": screw}
+    run = {"method": module_of(cfg.model), "dataset": module_of(cfg.data), "config": screw}
     asked = [(metric, category) for metric in ("pixel_auroc", "image_auroc") for category in ("screw", None)]
     figures = [figure for metric, c in asked if (figure := published(TABLES, {**run, "category": c}, metric))]
     assert figures
@@ -85,6 +90,7 @@ def mvtec(tiny, tmp_path_factory) -> Path:
 def quick(root: Path, output: Path, *more: str) -> list[str]:
     """Overrides of a reproduction that takes seconds."""
     small = ["backbone=test_resnet", "weights=random", "image_size=64", "crop=null", "trainer=cpu", "trainer.enable_progress_bar=false"]
+    small.append("save.curves=false")
     return ["paper=padim_resnet18", "logger=none", *small, f"data.root='{root}'", f"output='{output}'", *more]
 
 
@@ -92,6 +98,18 @@ def run(typed: list[str], **calls) -> int:
     cfg = composed(*typed, config="reproduce")
     calls = {"plain": plain, "scan": lambda c: build(c.data).scan(), "train": train, **calls}
     return reproduce(cfg, "padim_resnet18", typed, **calls)
+
+
+def finished_run(cfg, **figures) -> None:
+    """Leave a finished run of a config with these figures."""
+    machine = {"cpu": "c", "cores_usable": 1, "packages": {"torch": "9"}, "git": None, "gpus": []}
+    record = {"status": "finished", "environment": machine, "peak_memory_mb": {"host": 1}, "manifest_digest": "", "started": ""}
+    metrics = {**dict.fromkeys(METRICS), "fit_seconds": 1, "test_seconds": 1, **figures}
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "record.json").write_text(json.dumps({**record, "seed": cfg.seed}))
 
 
 def lines_of(output: Path) -> dict:
@@ -143,7 +161,7 @@ def test_a_cell_that_fails_does_not_end_the_others(mvtec, tmp_path, capsys):
         asked.append(cfg.seed)
         if cfg.seed == 0:
             raise RuntimeError("out of luck")
-        train(cfg)
+        finished_run(cfg, image_auroc=0.5)
 
     assert run(quick(mvtec, tmp_path, "categories=[screw]", "seeds=[0,1]"), train=fails_once) == 1
     assert asked == [0, 1]
@@ -155,19 +173,12 @@ def test_verdicts_and_the_mean_over_all_categories(tmp_path, monkeypatch):
     """Cells that have the paper's own figures, scattered over the seeds, but for two categories."""
     monkeypatch.setattr("blemish.report.reproduce.missing_weights", lambda backbone, weights: None)
     (table,) = (t for t in TABLES if t["variant"] == "R18-Rd100" and t["metric"] == "pixel_auroc" and t.get("data") == "mvtec")
-    machine = {"cpu": "c", "cores_usable": 1, "packages": {"torch": "9"}, "git": None, "gpus": []}
-    record = {"status": "finished", "environment": machine, "peak_memory_mb": {"host": 1}, "manifest_digest": "", "started": ""}
 
-    def write(cfg):
-        folder = Path(cfg.run_dir)
-        folder.mkdir(parents=True)
+    def train(cfg):
         moved = {"tile": 0.05, "wood": -0.05}.get(cfg.data.category, 0) + 0.001 * (cfg.seed - 1)
-        figures = {"pixel_auroc": table["per_category"][cfg.data.category] + moved, "fit_seconds": 1, "test_seconds": 1}
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        (folder / "metrics.json").write_text(json.dumps({**dict.fromkeys(METRICS), **figures}))
-        (folder / "record.json").write_text(json.dumps({**record, "seed": cfg.seed}))
+        finished_run(cfg, pixel_auroc=table["per_category"][cfg.data.category] + moved)
 
-    assert run(["paper=padim_resnet18", f"output='{tmp_path}'"], train=write, scan=lambda c: None) == 0
+    assert run(["paper=padim_resnet18", f"output='{tmp_path}'"], train=train, scan=lambda c: None) == 0
     lines = lines_of(tmp_path)
     verdicts = {category: row["verdict"] for (metric, category), row in lines.items() if metric == "pixel_auroc"}
     assert (verdicts.pop("tile"), verdicts.pop("wood")) == ("above", "below")
@@ -181,11 +192,6 @@ def test_verdicts_and_the_mean_over_all_categories(tmp_path, monkeypatch):
     assert lines["aupro", "mean"]["verdict"] == "needs all categories"  # these cells have none
 
 
-def test_commands_are_those_of_the_program_that_prints_them(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/blemish", "reproduce"])
-    assert program("train") == ["blemish", "train"]
-
-
 def test_wrong_words_name_the_right_ones(tmp_path):
     for text, right in (("seed=1", "seeds="), ("data.category=screw", "categories="), ("run_dir=x", "output=")):
         with pytest.raises(InputError, match=right):
@@ -194,14 +200,14 @@ def test_wrong_words_name_the_right_ones(tmp_path):
         run(["paper=padim_resnet18", f"output='{tmp_path}'", "seeds=[]"])
 
 
-def test_sizes_by_category():
+def test_sizes_by_category(monkeypatch):
     cfg = composed("paper=cflow", "categories=[screw,cable,transistor]", config="reproduce")
-    sizes = [cell.plain["data"]["image_size"] for cell in cells_of(cfg, [], TABLES, Path("out"), plain)]
-    assert sizes == [512, 256, 128]
-    commanded = commands("cflow", [], cells_of(cfg, [], TABLES, Path("out"), plain), Path("out"))
-    assert [text for command in commanded for text in shlex.split(command) if text.startswith("image_size")] == [
-        f"image_size={size}" for size in sizes
-    ]
+    cells = cells_of(cfg, [], TABLES, Path("out"), plain)
+    assert [cell.plain["data"]["image_size"] for cell in cells] == [512, 256, 128]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/blemish", "reproduce"])
+    commanded = [shlex.split(command) for command in commands("cflow", [], cells, Path("out"))]
+    assert [command[:2] for command in commanded] == [["blemish", "train"]] * 3 + [["blemish", "reproduce"]]
+    assert [command[4] for command in commanded[:3]] == ["image_size=512", "image_size=256", "image_size=128"]
     assert {cell.plain["image_size"] for cell in cells_of(cfg, ["image_size=256"], TABLES, Path("out"), plain)} == {256}
 
 
