@@ -1,3 +1,7 @@
+"""Pictures of a run: colours, contours, strips and curves."""
+
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,33 +49,27 @@ def test_any_scale_and_values_that_are_no_numbers(scale):
 
 def test_overlay_leaves_the_low_end_alone_and_outlines_what_is_above_the_threshold():
     image, mask, values = scene()
-    plain = np.asarray(draw.overlay(image, np.zeros_like(values), SCALE, None))
-    assert (plain == image).all()
+    assert (np.asarray(draw.overlay(image, np.zeros_like(values), SCALE, None)) == image).all()
     without = draw.overlay(image, values, SCALE, None)
     assert count(without, draw.ALARM) == count(without, draw.TRUTH) == 0
-    above = draw.overlay(image, values, SCALE, 20.0)
-    assert (np.asarray(above) == np.asarray(without)).all()
-    alarm = draw.overlay(image, values, SCALE, 4.0, None, (256, 256))
-    both = draw.overlay(image, values, SCALE, 4.0, mask, (256, 256))
-    line = (np.asarray(alarm) == draw.ALARM).all(-1)
-    y, x = np.nonzero(line)
+    assert (np.asarray(draw.overlay(image, values, SCALE, 20.0)) == np.asarray(without)).all()
+    y, x = np.nonzero((np.asarray(draw.overlay(image, values, SCALE, 4.0, None, (256, 256))) == draw.ALARM).all(-1))
     radius = np.hypot(y + 0.5 - 128, x + 0.5 - 128) / 4
     assert len(y) > 100
-    assert radius.min() > 64 / 5 - 2
-    assert radius.max() < 64 / 5 + 2
-    assert count(both, draw.ALARM) > 100
+    assert np.abs(radius - 64 / 5).max() < 2
+    assert count(draw.overlay(image, values, SCALE, 4.0, mask, (256, 256)), draw.ALARM) > 100
 
 
 def test_the_truth_is_dashed_and_the_alarm_solid():
     image, mask, values = scene()
-    counts = {}
-    for name, (level, truth) in {"alarm": (4.0, None), "truth": (None, mask)}.items():
+    counts = []
+    for level, truth, ink in ((4.0, None, draw.ALARM), (None, mask, draw.TRUTH)):
         picture = np.asarray(draw.overlay(image, values, SCALE, level, truth, (512, 512))).astype(int)
-        line = (np.abs(picture - (draw.ALARM if name == "alarm" else draw.TRUTH)) < 60).all(-1)
+        line = (np.abs(picture - ink) < 60).all(-1)
         angle = np.round(np.degrees(np.arctan2(*(np.argwhere(line) - 255.5).T)))
-        counts[name] = len(set(angle.tolist()) - {-180.0})
-    assert counts["alarm"] == 360
-    assert 100 < counts["truth"] < 300
+        counts.append(len(set(angle.tolist()) - {-180.0}))
+    assert counts[0] == 360
+    assert 100 < counts[1] < 300
 
 
 def test_a_region_at_the_edge_is_closed():
@@ -92,7 +90,7 @@ def test_dashes_cover_half_of_the_line():
     assert max(lengths) <= 5.001
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (64, 64), (100, 128), (224, 224), (256, 256), (300, 40), (40, 300), (1024, 700), (3000, 30)])
+@pytest.mark.parametrize("shape", [(8, 8), (100, 128), (256, 256), (300, 40), (40, 300), (1024, 700), (3000, 30)])
 @pytest.mark.parametrize("kind", ["all", "no map", "no truth"])
 def test_a_strip_for_every_size(shape, kind):
     image, mask, values = scene(*shape)
@@ -123,11 +121,12 @@ def test_the_panels_show_what_was_given():
     assert (second[mask == 0] == 20).all()
     assert (second[mask == NO_TRUTH] == 128).all()
     assert (third == draw.colour(values, SCALE)).all()
+    again = draw.strip(image, mask, values, SCALE, None, "a.png", image // 2)
+    assert (np.asarray(again)[top:, lefts[1] : lefts[1] + 256][:256] == image // 2).all()
 
 
 def test_the_colour_bar_names_its_ends_and_the_threshold():
-    words = [text for _, text in draw.bar_numbers((-0.5, 12345.678), 1e-7)]
-    assert words == ["−0.5", "1e−07", "1.235e+04"]
+    assert [text for _, text in draw.bar_numbers((-0.5, 12345.678), 1e-7)] == ["−0.5", "1e−07", "1.235e+04"]
     assert len(draw.bar_numbers(SCALE, None)) == len(draw.bar_numbers(SCALE, 11.0)) == 2
 
 
@@ -147,18 +146,13 @@ def test_captions(label, score, threshold, words):
 
 @given(st.text(max_size=200), st.integers(20, 400))
 @settings(max_examples=50, deadline=None)
-def test_titles_fit_whatever_they_say(text, width):
+def test_titles_fit_and_keep_both_ends(text, width):
     face = draw.font(13)
     words = draw.elided(text, face, width)
     assert face.getlength(words) <= width
     assert "\n" not in words
-
-
-def test_long_titles_keep_both_ends():
-    words = draw.elided("beginning/" + "x" * 500 + "/end.png", draw.font(13), 300)
-    assert words.startswith("beginning/x")
-    assert words.endswith("x/end.png")
-    assert "…" in words
+    words = draw.elided("beginning/" + "x" * 300 + "/end.png", face, 300)
+    assert re.fullmatch("beginning/x+…x+/end.png", words)
 
 
 @given(
@@ -202,11 +196,3 @@ def test_curves_of_odd_scores(tmp_path, score):
     figure.savefig(tmp_path / "curves.png")
     assert (np.diff(draw.bins(score)) > 0).all()
     assert draw.bins(score)[0] <= score.min() <= score.max() <= draw.bins(score)[-1]
-
-
-def test_a_reconstruction_stands_behind_the_input():
-    image = np.zeros((40, 60, 3), np.uint8)
-    values = np.zeros((40, 60))
-    plain, more = (draw.strip(image, None, values, (0.0, 1.0), None, "a.png", again) for again in (None, image + 200))
-    assert more.width > plain.width
-    assert (np.asarray(more) == 200).all(2).sum() >= 40 * 60
