@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from blemish.data.images import prepare
 from blemish.detector import OnePassDetector
@@ -20,7 +21,6 @@ from blemish.edge.geometry import Geometry
 from blemish.edge.reading import find_images, read
 from blemish.features.extractor import Features
 from blemish.methods.spade import SPADE, describe
-from blemish.metrics.metrics import auroc
 from blemish.ops.neighbours import nearest
 from blemish.run.config import build
 
@@ -65,7 +65,7 @@ def rank(model: OnePassDetector, train: list, good: list, bad: list, size: int) 
     score = near if isinstance(model, SPADE) else lambda model, maps: model.score(maps, (size, size)).score
     scores = [torch.cat([score(model, chosen(batch)) for batch in part]) for part in (good, bad)]
     label = torch.cat([torch.full((len(score),), value) for value, score in enumerate(scores)])
-    return auroc(torch.cat(scores), label)
+    return roc_auc_score(label, torch.cat(scores))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
-from blemish.metrics.metrics import GOOD
+from blemish.metrics.image import GOOD
 from blemish.metrics.ranking import FPR_LIMIT
 from blemish.types import ANOMALOUS, IGNORED, NO_TRUTH, NORMAL, UNKNOWN
 

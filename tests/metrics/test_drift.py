@@ -77,8 +77,8 @@ def test_p_values_of_an_exchangeable_stream_are_uniform_and_independent():
 
 @pytest.mark.parametrize("draw", ["normal", "lognormal", "ties"])
 def test_false_alarms_stay_below_the_rate(draw):
-    """200 normal streams of 200 images after 20 calibration images: at most a share of 0.1, and the binomial's luck, ever alarms."""
-    rate, alarms, streams = 0.1, 0, 200
+    """100 normal streams of 200 images after 20 calibration images: at most a share of 0.1, and the binomial's luck, ever alarms."""
+    rate, alarms, streams = 0.1, 0, 100
     for seed in range(streams):
         rng = np.random.default_rng([11, seed])
         scores = rng.integers(0, 4, 220).astype(float) if draw == "ties" else getattr(rng, draw)(size=220)

@@ -1,4 +1,4 @@
-"""Figures against scikit-learn and a brute-force AUPRO, then what must not change them, then the contract."""
+"""Image and pixel metrics against scikit-learn and a brute-force AUPRO, then what must not change them, then the contract."""
 
 import pickle
 from collections import deque
@@ -13,8 +13,9 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from torchmetrics.classification import BinaryAUROC
 
 from blemish.edge.errors import InputError
-from blemish.metrics import metrics
-from blemish.metrics.metrics import ImageMetrics, PixelMetrics, auroc, average_precision, f1_max, region_sizes
+from blemish.metrics import pixel
+from blemish.metrics.image import ImageMetrics
+from blemish.metrics.pixel import PixelMetrics
 from blemish.types import IGNORED
 
 METRICS = ("pixel_auroc", "pixel_ap", "aupro", "pixel_f1_max")
@@ -58,11 +59,13 @@ def brute_aupro(maps, masks, limit=0.3):
     return area / limit
 
 
-def sklearn_figures(score, label):
+def reference(kind, score, label):
+    """The metrics of `kind` "image" or "pixel" by scikit-learn, without AUPRO."""
     precision, recall, threshold = precision_recall_curve(label, score)
     f1 = np.divide(2 * precision * recall, precision + recall, out=np.zeros_like(recall), where=precision + recall > 0)[:-1]
     best = threshold[np.flatnonzero(f1 >= f1.max() - 1e-12)].max()
-    return roc_auc_score(label, score), average_precision_score(label, score), f1.max(), best
+    values = roc_auc_score(label, score), average_precision_score(label, score), f1.max(), best
+    return dict(zip((f"{kind}_{name}" for name in ("auroc", "ap", "f1_max", "f1_max_threshold")), values, strict=True))
 
 
 def images(seed, count=12, side=24, levels=None, types=("crack", "hole"), ignored=0.0, shift=1.0):
@@ -90,9 +93,11 @@ def seen(batches, limit=10**9):
     return result
 
 
-def subset(maps, masks, groups, names):
-    keep = [k for k, name in enumerate(groups) if name in names]
-    return maps.numpy()[keep], masks.numpy()[keep]
+def of_images(score, label):
+    """The pooled image metrics."""
+    result = ImageMetrics()
+    result.update(score, label, ["dent"] * len(label))
+    return result.compute()["pooled"]
 
 
 # ---- reference ----
@@ -105,26 +110,20 @@ def test_image_figures_are_scikit_learns(data):
     score = data.draw(arrays(np.float64, n, elements=st.sampled_from([-3.0, -0.0, 0.0, 1e-30, 0.5, 7.0, 1e9]) | st.floats(-1e6, 1e6)))
     label = np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
     label[:2] = 0, 1
-    area, ap, f1, threshold = sklearn_figures(score, label)
-    score, label = torch.from_numpy(score), torch.from_numpy(label)
-    assert auroc(score, label) == pytest.approx(area, abs=1e-12)
-    assert average_precision(score, label) == pytest.approx(ap, abs=1e-12)
-    assert f1_max(score, label)[0] == pytest.approx(f1, abs=1e-12)
-    assert f1_max(score, label)[1] == threshold
+    assert of_images(torch.from_numpy(score), torch.from_numpy(label)) == pytest.approx(reference("image", score, label), abs=1e-12)
 
 
 @pytest.mark.parametrize("levels", [None, 3])
 @pytest.mark.parametrize("ignored", [0.0, 0.2])
 def test_pixel_figures_are_scikit_learns_and_the_definitions(levels, ignored):
-    maps, masks, groups = images(seed=1, levels=levels, ignored=ignored)
+    maps, masks, groups = images(seed=1, count=9, side=16, levels=levels, ignored=ignored)
     table = seen([(maps, masks, groups)]).compute()
     assert set(table) == {"pooled", "crack", "hole"}
     for row, names in {"pooled": set(groups), "crack": {"crack", "good"}, "hole": {"hole", "good"}}.items():
-        some_maps, some_masks = subset(maps, masks, groups, names)
-        score, label = some_maps[some_masks != 255], some_masks[some_masks != 255]
-        area, ap, f1, threshold = sklearn_figures(score, label)
-        expected = {"pixel_auroc": area, "pixel_ap": ap, "pixel_f1_max": f1, "aupro": brute_aupro(some_maps, some_masks)}
-        assert table[row] == pytest.approx(expected | {"pixel_f1_max_threshold": threshold}, abs=1e-12)
+        keep = [k for k, name in enumerate(groups) if name in names]
+        score, label = maps.numpy()[keep], masks.numpy()[keep]
+        expected = reference("pixel", score[label != 255], label[label != 255]) | {"aupro": brute_aupro(score, label)}
+        assert table[row] == pytest.approx(expected, abs=1e-12)
 
 
 def test_figures_are_those_of_the_pixels_that_are_looked_at():
@@ -133,11 +132,9 @@ def test_figures_are_those_of_the_pixels_that_are_looked_at():
     masks[:, torch.from_numpy(~region)] = IGNORED
     maps[:, torch.from_numpy(~region)] = 1e30
     table = seen([(maps, masks, groups)]).compute()["pooled"]
-    score, label = maps.numpy()[masks < 2], masks.numpy()[masks < 2]
-    area, ap, f1, threshold = sklearn_figures(score, label)
     cut = np.where(masks == IGNORED, 255, masks)
-    expected = {"pixel_auroc": area, "pixel_ap": ap, "pixel_f1_max": f1, "pixel_f1_max_threshold": threshold}
-    assert table == pytest.approx(expected | {"aupro": brute_aupro(maps.numpy(), cut)}, abs=1e-12)
+    expected = reference("pixel", maps.numpy()[masks < 2], masks.numpy()[masks < 2]) | {"aupro": brute_aupro(maps.numpy(), cut)}
+    assert table == pytest.approx(expected, abs=1e-12)
     # cut out and put side by side, they are the same pixels
     masks[masks == IGNORED] = 255
     maps[masks == 255] = torch.nan
@@ -155,33 +152,14 @@ def test_aupro_of_small_masks_is_the_definition(data):
     assert table["pooled"]["aupro"] == pytest.approx(brute_aupro(maps, masks), abs=1e-12)
 
 
-def test_regions_touching_at_a_corner_are_one():
-    mask = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 1]], bool)
-    assert region_sizes(mask).tolist() == [2, 1, 2, 1]
-
-
-def test_aupro_weighs_regions_not_pixels():
-    # one region of 8 pixels above all normal pixels, one of 1 below them all
-    maps, masks = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)
-    masks[0, 0, :], maps[0, 0, :] = 1, 1.0
-    masks[0, 4, 4], maps[0, 4, 4] = 1, -1.0
-    assert seen([(maps, masks, ["dent"])]).compute()["pooled"]["aupro"] == pytest.approx(0.5, abs=1e-12)
-
-
-def test_perfect_maps_score_exactly_one():
-    _, masks, groups = images(seed=2)
-    pooled = seen([(masks.float() * 300 - 20, masks, groups)]).compute()["pooled"]
-    assert [pooled[key] for key in METRICS] == [1.0] * 4
-    assert pooled["pixel_f1_max_threshold"] == 280.0
-
-
 def test_distances_beyond_one_are_not_squashed():
     # torchmetrics' default puts a batch that leaves [0, 1] through a sigmoid: far distances all become 1 and tie
     score, label = torch.tensor([100.0, 110.0, 120.0, 130.0]), torch.tensor([0, 0, 1, 1])
     raw = BinaryAUROC(normalization=None)
     raw.update(score[::2], label[::2])
     raw.update(score[1::2], label[1::2])
-    assert raw.compute() == auroc(score, label) == average_precision(score, label) == 1.0
+    found = of_images(score, label)
+    assert raw.compute() == found["image_auroc"] == found["image_ap"] == 1.0
 
 
 # ---- invariants ----
@@ -191,21 +169,13 @@ def test_zero_has_no_sign():
     maps = torch.tensor([[[0.0, -0.0, 0.0, -0.0]]])
     masks = torch.tensor([[[0, 1, 1, 0]]], dtype=torch.uint8)
     assert seen([(maps, masks, ["dent"])]).compute()["pooled"]["pixel_auroc"] == 0.5
-    assert auroc(torch.tensor([-0.0, 0.0]), torch.tensor([1, 0])) == 0.5
-
-
-@pytest.mark.parametrize("limit", [10**9, 500])
-def test_ranks_alone_count(limit):
-    maps, masks, groups = images(seed=3, levels=4)
-    table = seen([(maps, masks, groups)], limit).compute()
-    for row, figures in seen([(maps * 8 - 1000, masks, groups)], limit).compute().items():
-        assert {k: figures[k] for k in METRICS} == pytest.approx({k: table[row][k] for k in METRICS}, abs=1e-12)
+    assert of_images(torch.tensor([-0.0, 0.0]), torch.tensor([1, 0]))["image_auroc"] == 0.5
 
 
 @pytest.mark.parametrize("limit", [10**9, 700])
 @pytest.mark.parametrize("bins", [2**16, 50])
 def test_batches_order_and_processes_do_not_matter(limit, bins, monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", bins)
+    monkeypatch.setattr(pixel, "BINS", bins)
     maps, masks, groups = images(seed=4, ignored=0.1)
     whole = seen([(maps, masks, groups)], limit)
     single = [(maps[k : k + 1], masks[k : k + 1], groups[k : k + 1]) for k in np.random.default_rng(0).permutation(len(maps))]
@@ -224,15 +194,8 @@ def test_batches_order_and_processes_do_not_matter(limit, bins, monkeypatch):
         assert idle.compute() == expected  # to the last bit
 
 
-def test_merge_of_kept_pixels_and_histograms():
-    parts = [images(seed) for seed in range(4)]
-    exact, folded = seen(parts[:2]), seen(parts[2:], limit=100)
-    exact.merge(folded)
-    assert exact.compute()["pooled"] == pytest.approx(seen(parts, limit=100).compute()["pooled"], abs=1e-12)
-
-
 def test_merge_of_histograms_with_different_bins(monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", 200)
+    monkeypatch.setattr(pixel, "BINS", 200)
     narrow, wide = images(seed=14, levels=20), images(seed=15, count=24)
     expected = seen([narrow, wide], limit=100).compute()["pooled"]
     for first, second in ((narrow, wide), (wide, narrow)):
@@ -251,13 +214,6 @@ def test_any_device_float_and_layout(device, dtype):
     assert seen([(strange, masks.to(device), groups)]).compute() == expected
 
 
-def test_maps_of_different_sizes():
-    batches = [images(seed=6, side=16, count=3), images(seed=7, side=24, count=6)]
-    masks = [m for batch in batches for m in batch[1].numpy()]
-    maps = [m for batch in batches for m in batch[0].numpy()]
-    assert seen(batches).compute()["pooled"]["aupro"] == pytest.approx(brute_aupro(maps, masks), abs=1e-12)
-
-
 # ---- histograms ----
 
 
@@ -266,11 +222,11 @@ def test_maps_of_different_sizes():
 def test_bounds_of_the_histograms_hold(seed, bins, levels, shift):
     maps, masks, groups = images(seed, count=6, side=12, levels=levels, ignored=0.1, shift=shift)
     exact = seen([(maps, masks, groups)]).compute()
-    before, metrics.BINS = metrics.BINS, bins
+    before, pixel.BINS = pixel.BINS, bins
     try:
         coarse = seen([(maps, masks, groups)], limit=0)
     finally:
-        metrics.BINS = before
+        pixel.BINS = before
     for row, bounds in coarse.bounds().items():
         for key in METRICS:
             if exact[row][key] is None:
@@ -278,14 +234,6 @@ def test_bounds_of_the_histograms_hold(seed, bins, levels, shift):
             else:
                 assert abs(coarse.compute()[row][key] - exact[row][key]) <= bounds[key] + 1e-12, (row, key)
         assert bounds["pixel_f1_max"] is None or coarse.compute()[row]["pixel_f1_max"] <= exact[row]["pixel_f1_max"] + 1e-12
-
-
-def test_oracle_threshold_of_a_histogram_reaches_its_f1(monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", 60)
-    maps, masks, groups = images(seed=8)
-    pooled = seen([(maps, masks, groups)], limit=0).compute()["pooled"]
-    flagged, defect = maps >= pooled["pixel_f1_max_threshold"], masks == 1
-    assert pooled["pixel_f1_max"] == pytest.approx(float(2 * (flagged & defect).sum() / (flagged.sum() + defect.sum())), abs=1e-6)
 
 
 def test_histograms_are_close_and_small():
@@ -303,23 +251,6 @@ def test_histograms_are_close_and_small():
     assert 0 < bounds["pooled"]["aupro"] < 2e-4
     for row in truth:
         assert all(abs(truth[row][key] - result[row][key]) <= bounds[row][key] for key in METRICS)
-
-
-def test_a_histogram_of_few_values_is_exact():
-    maps, masks, groups = images(seed=9, levels=5)
-    coarse = seen([(maps, masks, groups)], limit=10)
-    assert coarse.compute()["pooled"] == pytest.approx(seen([(maps, masks, groups)]).compute()["pooled"], abs=1e-12)
-    assert coarse.bounds()["pooled"] == dict.fromkeys(METRICS, 0.0)
-
-
-def test_histograms_take_every_finite_score(monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", 4)
-    top = torch.finfo(torch.float32).max
-    maps = torch.tensor([[[-top, -1.0, -1e-40, 0.0, 1e-40, 1.0, 3.0, top]]])
-    masks = torch.tensor([[[0, 1, 0, 1, 0, 0, 1, 1]]], dtype=torch.uint8)
-    pooled = seen([(maps, masks, ["dent"])], limit=0)
-    assert all(np.isfinite(list(pooled.compute()["pooled"].values())))
-    assert pooled.bounds()["pooled"]["pixel_auroc"] <= 1
 
 
 # ---- curves ----
@@ -372,9 +303,8 @@ def test_an_absent_class_has_no_figure():
         assert clean.compute() == {"pooled": dict.fromkeys(keys), "dent": dict.fromkeys(keys)}
         assert clean.bounds()["dent"] == dict.fromkeys(METRICS)
         assert seen([(maps, masks + 1, ["dent"])], limit).compute()["pooled"] == dict.fromkeys(keys)
-    assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([0, 0])) is None
-    assert average_precision(torch.tensor([]), torch.tensor([])) is None
-    assert f1_max(torch.tensor([1.0]), torch.tensor([1])) is None
+    for label in ([0, 0], [1, 1], [-1, 1]):
+        assert set(of_images(torch.tensor([1.0, 2.0]), torch.tensor(label)).values()) == {None}
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -387,28 +317,12 @@ def test_scores_that_are_no_numbers_are_refused(bad):
         ImageMetrics().update(torch.tensor([bad, 0.0]), torch.tensor([0, 1]), ["good", "dent"])
 
 
-@pytest.mark.parametrize(
-    ("maps", "masks", "groups", "message"),
-    [
-        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 5, dtype=torch.uint8), ["a", "b"], "map.*mask"),
-        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), ["a", "b"], "uint8"),
-        (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), ["a"], "group: 1 .* 2 "),
-        (torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), ["pooled"], "group: 'pooled'"),
-        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), 128, dtype=torch.uint8), ["a"], r"mask.*\[128\].*0, 1, 254 .*255"),
-    ],
-)
-def test_what_cannot_be_used_is_refused(maps, masks, groups, message):
-    with pytest.raises(InputError, match=message):
-        PixelMetrics(10**6).update(maps, masks, groups)
-
-
-def test_labels_and_limit_are_checked():
-    with pytest.raises(InputError, match="found 2"):
-        auroc(torch.zeros(2), torch.tensor([0, 2]))
-    with pytest.raises(InputError, match=r"\(N,\)"):
-        auroc(torch.zeros(2), torch.tensor([0, 1, 1]))
-    with pytest.raises(InputError, match="limit.*-1"):
-        PixelMetrics(-1)
+def test_a_defect_type_cannot_be_called_as_the_row_of_all_images():
+    maps, masks, _ = images(seed=13, count=1)
+    with pytest.raises(InputError, match="group: 'pooled'"):
+        PixelMetrics(10**6).update(maps, masks, ["pooled"])
+    with pytest.raises(InputError, match="group: 'pooled'"):
+        ImageMetrics().update(torch.zeros(1), torch.zeros(1), ["pooled"])
 
 
 def test_image_metrics_rows_merge_and_curves():
@@ -425,9 +339,7 @@ def test_image_metrics_rows_merge_and_curves():
     assert first.compute() == whole.compute()
     for row, names in {"pooled": {"good", "crack", "hole"}, "hole": {"good", "hole"}}.items():
         keep = torch.tensor([name in names for name in group]) & (label >= 0)
-        area, ap, f1, threshold = sklearn_figures(score[keep].numpy(), label[keep].numpy())
-        expected = {"image_auroc": area, "image_ap": ap, "image_f1_max": f1, "image_f1_max_threshold": threshold}
-        assert whole.compute()[row] == pytest.approx(expected, abs=1e-12)
+        assert whole.compute()[row] == pytest.approx(reference("image", score[keep].numpy(), label[keep].numpy()), abs=1e-12)
     curves = whole.curves()
     assert auc(*curves["roc"].T) == pytest.approx(whole.compute()["pooled"]["image_auroc"], abs=1e-12)
     assert set(ImageMetrics().compute()["pooled"].values()) == {None}

@@ -1,4 +1,4 @@
-"""Whether scores still come as they did: a conformal test martingale against the calibration scores, and a summary in fixed space.
+"""Drift of scores: a conformal test martingale against the calibration scores, and a summary in fixed space.
 
 Vovk, Nouretdinov and Gammerman, Testing exchangeability on-line, ICML 2003; Vovk et al., Retrain or not retrain: conformal test
 martingales for change-point detection, COPA 2021; Ville, Étude critique de la notion de collectif, 1939.
@@ -14,24 +14,24 @@ import numpy as np
 from blemish.edge.errors import InputError
 
 POWERS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of bets ε·p^(ε−1) on high scores, and on low ones with 1 − p; the smaller the bolder
-KEPT = 50_000  # scores that a new one is ranked among, at most
-SAMPLE = 4096  # scores whose quantiles stand for those of all
+KEPT = 50_000  # largest number of scores that a new one is ranked among
+SAMPLE = 4096  # scores from which quantiles are estimated
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-TINY = 2.0**-60  # stands for a p-value of 0, which has probability 2⁻⁵³
+TINY = 2.0**-60  # in place of a p-value of 0, which has probability 2⁻⁵³
 
 
 @dataclass
 class Drift:
-    """A test of the hypothesis that calibration and production scores are exchangeable, which may be looked at after every score.
+    """A sequential test of the hypothesis that calibration and production scores are exchangeable, valid after every score.
 
     `take(score)` ranks the score among all before it, calibration scores included: with u uniform in [0, 1),
     p = (#{s > score} + u·(1 + #{s = score})) / (n + 1), of all n scores s before. Under the hypothesis these p are independent and uniform,
     whatever the scores' distribution. The wealth is that of a gambler who begins with 1 and bets on p at fair odds: a martingale, which
     reaches 1 / rate with a probability of at most `rate`, however long the stream is.
 
-    He keeps a reserve r_t = 1 / (1 + ln(1 + t)) and gives r_{t−1} − r_t of it at step t to the bets of POWERS, in equal parts, where it
-    stays: a change late in the stream still finds money, at the price of a delay that grows as the logarithm of what went before.
-    Above `kept` scores one of them, the new one included, is forgotten at random, which leaves the p-values independent and uniform.
+    A reserve r_t = 1 / (1 + ln(1 + t)) is kept, and r_{t−1} − r_t of it is divided among the bets of POWERS at step t: this leaves
+    money for a late change, whose delay grows as the logarithm of the number of scores before it.
+    Above `kept` scores one of them, the new one included, is dropped at random, which leaves the p-values independent and uniform.
     """
 
     scores: list[float]  # sorted: what the next score is ranked among; the calibration scores at first
@@ -46,11 +46,11 @@ class Drift:
         self.scores = sorted(self.scores)
 
     def take(self, score: float) -> float:
-        """Count a score in; returns its p-value. InputError unless it is finite."""
+        """Add a score and return its p-value; InputError unless it is finite."""
         if not math.isfinite(score):
             raise InputError(f"monitor: a score of {score}; a finite one expected")
         self.count += 1
-        random = np.random.default_rng([self.seed, self.count])  # of its own for each score, so that a restart changes nothing
+        random = np.random.default_rng([self.seed, self.count])  # one for each score, so that a restart changes nothing
         first, last = bisect.bisect_left(self.scores, score), bisect.bisect_right(self.scores, score)
         n = len(self.scores)
         p = (n - last + random.random() * (last - first + 1)) / (n + 1)
@@ -67,12 +67,12 @@ class Drift:
 
 
 def reserve(count: int) -> float:
-    """The share of the first wealth that is not at stake after `count` scores."""
+    """The share of the initial wealth that is not at stake after `count` scores."""
     return 1 / (1 + math.log1p(count))
 
 
 def bet(logs: Sequence[float], p: float, stake: float) -> list[float]:
-    """The logarithms of the bets' wealth after a p-value, when a `stake` was divided among them before: ∫ ε·p^(ε−1) dp = 1."""
+    """The logarithms of the bets' wealth after a p-value, with a `stake` divided among them before it: ∫ ε·p^(ε−1) dp = 1."""
     more = math.log(stake / len(logs))
     low, high = math.log(max(p, TINY)), math.log(max(1 - p, TINY))
     gains = [math.log(power) + (power - 1) * side for side in (low, high) for power in POWERS]
@@ -83,7 +83,7 @@ def bet(logs: Sequence[float], p: float, stake: float) -> list[float]:
 class Summary:
     """Count, mean, deviation, extremes and quantiles of a stream of scores, in fixed space.
 
-    Quantiles are those of a uniform sample of `size` scores, of all up to that many (Vitter, Random sampling with a reservoir, 1985).
+    Quantiles are those of a uniform sample of at most `size` scores (Vitter, Random sampling with a reservoir, 1985).
     """
 
     seed: int
@@ -111,17 +111,10 @@ class Summary:
             self.sample[place] = score
 
     def metadata(self) -> dict[str, float | int | dict[str, float]]:
-        """What there is to tell, deviation with n − 1."""
+        """The statistics by name, the deviation with n − 1."""
         if not self.count:
             return {"count": 0, "not_finite": self.not_finite}
         quantiles = {f"{q:g}": float(value) for q, value in zip(QUANTILES, np.quantile(self.sample, QUANTILES), strict=True)}
         deviation = math.sqrt(self.scatter / (self.count - 1)) if self.count > 1 else 0.0
-        ends = {"min": self.low, "max": self.high}
-        return {
-            "count": self.count,
-            "mean": self.mean,
-            "deviation": deviation,
-            **ends,
-            "quantiles": quantiles,
-            "not_finite": self.not_finite,
-        }
+        moments = {"count": self.count, "mean": self.mean, "deviation": deviation}
+        return moments | {"min": self.low, "max": self.high, "quantiles": quantiles, "not_finite": self.not_finite}

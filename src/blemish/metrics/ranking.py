@@ -1,5 +1,6 @@
-"""Sorted scores counted, and a ranking reduced to the scores that positives have: figures, error bounds and curves are sums over them."""
+"""A ranking reduced to the distinct scores of the positives: metrics, their error bounds and curves are sums over these steps."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ FPR_LIMIT = 0.3  # AUPRO integrates up to here (Bergmann et al., The MVTec Anoma
 
 
 class Tally(NamedTuple):
-    """Pixels by value: K ascending distinct values, how many pixels have each and what they weigh together."""
+    """Pixels by value: K ascending distinct values, the number of pixels with each and their total weight."""
 
     value: np.ndarray  # (K,) int32
     count: np.ndarray  # (K,) int64
@@ -19,7 +20,7 @@ NOTHING = Tally(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0))
 
 
 def ordered(score: np.ndarray) -> np.ndarray:
-    """float32 → int32 that compare as the scores do, −0.0 and +0.0 being one; `unordered` is the way back."""
+    """float32 → int32 in the same order, −0.0 and +0.0 being equal; `unordered` is the inverse."""
     bits = (score + np.float32(0)).view(np.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -30,7 +31,7 @@ def unordered(value: np.ndarray) -> np.ndarray:
 
 
 def count_sorted(value: np.ndarray, weight: np.ndarray | None = None) -> Tally:
-    """Tally of ascending values (N,) int32, weight (N,) or nothing."""
+    """Tally of ascending values (N,) int32 with weights (N,), none by default."""
     if len(value) == 0:
         return NOTHING
     start = np.append(0, 1 + np.flatnonzero(value[1:] != value[:-1]))
@@ -59,18 +60,18 @@ def sort_parts(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 class Steps(NamedTuple):
-    """The K distinct scores of the positives, descending, and the negatives met on the way down; both classes are present."""
+    """The K distinct scores of the positives, descending, with the negatives above and at each; both classes are present."""
 
     score: np.ndarray  # (K,)
     positive: np.ndarray  # (K,) int64 positives with this score
     weight: np.ndarray  # (K,) float64 sum of 1 / (pixels of the region) over these positives
     above: np.ndarray  # (K,) int64 negatives with a higher score
-    tied: np.ndarray  # (K,) int64 negatives with this very score
+    tied: np.ndarray  # (K,) int64 negatives with this score
     negatives: int
 
 
 class Ranks(NamedTuple):
-    """Sorted negatives; `through[i]` of them lie in the first i entries (None: one each)."""
+    """Sorted negatives, of which `through[i]` are in the first i entries (None: one each)."""
 
     value: np.ndarray  # (N,) ascending
     through: np.ndarray | None = None  # (N + 1,) int64
@@ -79,7 +80,7 @@ class Ranks(NamedTuple):
         return len(self.value) if self.through is None else int(self.through[-1])
 
     def below(self, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many negatives are smaller than each of `value` (K,), and how many are not larger."""
+        """The numbers of negatives that are smaller than each `value` (K,), and that are not larger."""
         first = np.searchsorted(self.value, value)
         last = first.copy()
         met = np.flatnonzero(self.value[np.minimum(first, len(self.value) - 1)] == value) if len(self.value) else first[:0]
@@ -88,7 +89,7 @@ class Ranks(NamedTuple):
 
 
 def walk(value: np.ndarray, positive: np.ndarray, weight: np.ndarray, negatives: list[Ranks]) -> Steps | None:
-    """Steps of positives with the ascending distinct `value` (K,) through all `negatives`; None where a class is absent."""
+    """Steps of positives with ascending distinct `value` (K,) through all `negatives`; None where a class is absent."""
     total = sum(ranks.total() for ranks in negatives)
     if total == 0 or len(value) == 0:
         return None
@@ -101,7 +102,7 @@ def walk(value: np.ndarray, positive: np.ndarray, weight: np.ndarray, negatives:
 
 
 def climb(rise: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[float, float]:
-    """Integral over [0, 1] of a curve that climbs by `rise` linearly from `start` to `end`, over the whole rise, and its error bound.
+    """Integral over [0, 1] of a curve with a linear `rise` from each `start` to its `end`, divided by the total rise, and its error bound.
 
     The bound covers every monotone curve through the same corners: each rise at its `start` at best, at its `end` at worst.
     """
@@ -141,7 +142,7 @@ def average_precision(steps: Steps) -> tuple[float, float]:
 
 
 def f1_max(steps: Steps) -> tuple[float, float]:
-    """Largest F1 of all thresholds, and the bound on what one inside a step could add."""
+    """Largest F1 of all thresholds, and a bound on the gain of a threshold inside a step."""
     found = np.cumsum(steps.positive)
     f1, best = (2 * found / (found[-1] + found + false) for false in (steps.above + steps.tied, steps.above))
     return float(f1.max()), float(best.max() - f1.max())
@@ -153,8 +154,15 @@ def f1_threshold(steps: Steps) -> float:
     return float(steps.score[(found / (found[-1] + found + steps.above + steps.tied)).argmax()])
 
 
+def values(steps: Steps | None, metrics: dict[str, Callable], threshold: str) -> dict[str, float | None]:
+    """The metrics by name, and the oracle threshold of F1-max under the name `threshold`; None where a class is absent."""
+    if steps is None:
+        return dict.fromkeys((*metrics, threshold))
+    return {key: metric(steps)[0] for key, metric in metrics.items()} | {threshold: f1_threshold(steps)}
+
+
 def thin(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
-    """At most `points` of the vertices, ends included, spread evenly along the curve and along x → (K, 2)."""
+    """At most `points` of the vertices (K, 2), ends included, spread evenly along the curve and along x."""
     travel = np.cumsum(np.abs(np.diff(x, prepend=x[0])) + np.abs(np.diff(y, prepend=y[0])))
     place = travel / max(travel[-1], 1e-12) + (x - x[0]) / max(x[-1] - x[0], 1e-12)
     keep = np.arange(len(x)) if len(x) <= points else np.searchsorted(place, np.linspace(0, place[-1], points - 1))
@@ -163,7 +171,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
 
 
 def corners(rise: np.ndarray, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (2K + 2,) of the curve of the cumulated share of `rise` over the FPR."""
+    """Vertices (2K + 2,) of the curve of the cumulative share of `rise` over the FPR."""
     height = np.cumsum(rise)
     height = height / height[-1]
     x = np.stack([steps.above, steps.above + steps.tied], axis=1).ravel() / steps.negatives
@@ -171,25 +179,27 @@ def corners(rise: np.ndarray, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0], x, [1]]), np.concatenate([[0], y, [1]])
 
 
-def roc(steps: Steps | None, points: int) -> np.ndarray:
-    """(K, 2) of (FPR, TPR), no rows where a class is absent."""
-    return np.empty((0, 2)) if steps is None else thin(*corners(steps.positive, steps), points)
+def roc(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+    """FPR and TPR."""
+    return corners(steps.positive, steps)
 
 
-def pro(steps: Steps | None, points: int) -> np.ndarray:
-    """(K, 2) of (FPR, mean overlap of the regions) up to FPR_LIMIT, no rows where a class is absent."""
-    if steps is None:
-        return np.empty((0, 2))
+def pro(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+    """FPR up to FPR_LIMIT and mean overlap of the regions."""
     x, y = corners(steps.weight, steps)
     inside = int(np.searchsorted(x, FPR_LIMIT, side="right"))
     last = y[inside - 1] + (y[inside] - y[inside - 1]) * (FPR_LIMIT - x[inside - 1]) / (x[inside] - x[inside - 1])
-    return thin(np.append(x[:inside], FPR_LIMIT), np.append(y[:inside], last), points)
+    return np.append(x[:inside], FPR_LIMIT), np.append(y[:inside], last)
 
 
-def pr(steps: Steps | None, points: int) -> np.ndarray:
-    """(K, 2) of (recall, precision), to be drawn as steps; no rows where a class is absent."""
-    if steps is None:
-        return np.empty((0, 2))
+def pr(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision, to be drawn as steps."""
     found = np.cumsum(steps.positive)
     precision = found / (found + steps.above + steps.tied)
-    return thin(np.append(0, found / found[-1]), np.append(precision[0], precision), points)
+    return np.append(0, found / found[-1]), np.append(precision[0], precision)
+
+
+def curves(steps: Steps | None, names: Iterable[str], points: int) -> dict[str, np.ndarray]:
+    """The curves "roc", "pr" or "pro" by name, (K, 2) with K ≤ points, K = 0 where a class is absent."""
+    all_curves = {"roc": roc, "pr": pr, "pro": pro}
+    return {name: np.empty((0, 2)) if steps is None else thin(*all_curves[name](steps), points) for name in names}

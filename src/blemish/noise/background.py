@@ -1,4 +1,4 @@
-"""What an image looks like when every patch is redrawn from its most similar patches elsewhere; and the channels that are modelled."""
+"""The background model, which redraws every patch from its most similar patches elsewhere, and the channels that are modelled."""
 
 from collections.abc import Iterator
 
@@ -19,9 +19,9 @@ def signed_root(features: Tensor) -> Tensor:
 
 
 def whiten(features: Tensor, channels: int) -> Tensor:
-    """(B, c, H, W) -> (B, min(channels, ⌊c/2⌋), H, W): each image's own principal components of largest variance, each with variance one.
+    """The largest principal components (B, min(channels, ⌊c/2⌋), H, W) of each image's features (B, c, H, W), with variance one.
 
-    Components beyond the rank of the features are all zero rather than absent, so that the shape never waits for the data.
+    Components beyond the rank of the features are zero, so that the shape does not depend on the data.
     """
     b, c, h, w = features.shape
     k = min(channels, c // 2)
@@ -35,7 +35,7 @@ def whiten(features: Tensor, channels: int) -> Tensor:
 
 
 def weights(distance: Tensor, h: float | Tensor) -> Tensor:
-    """exp(−msd/h²) of each patch's neighbours (Q, n), normalised to 1; all equal when every one of them underflows."""
+    """exp(−msd/h²) of each patch's neighbours (Q, n), normalised to 1; all equal where all underflow."""
     raw = torch.exp(-distance / h**2)
     total = raw.sum(1, keepdim=True)
     return torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), 1 / distance.shape[1])
@@ -52,11 +52,11 @@ def nearest_distance(image: Tensor, patch: int, box: tuple[int, int]) -> Tensor:
 def model(
     image: Tensor, patch: int, neighbors: int, h: float, relative: bool, box: tuple[int, int], search: str, tile: int, seed: int
 ) -> Tensor:
-    """The background (C, H, W) of one image: at every pixel the plain mean of the estimates of all patches that cover it.
+    """The background (C, H, W) of one image: at every pixel the mean of the estimates of all patches that cover it.
 
-    h is in the image's units, or if `relative` a multiple of the image's `nearest_distance`; box is the range of excluded offsets. search
-    `exact` looks through the whole image; `trees` is fast and looks, in an image with a side above `tile`, through windows of that side
-    that share patch − 1 pixels, so that memory is bounded. Either finds n neighbours only where `patches.enough` holds.
+    h is in the image's units, or if `relative` a multiple of the image's `nearest_distance`; box is the range of excluded offsets. `exact`
+    searches the full image; `trees` is fast and searches, in an image with a side above `tile`, windows of that side that share patch − 1
+    pixels, so that memory is bounded. Either finds n neighbours only where `patches.enough` holds.
     """
     h = h * nearest_distance(image, patch, box) if relative else h
     total, cover = torch.zeros_like(image), torch.zeros_like(image[:1])
@@ -65,8 +65,8 @@ def model(
         for row, estimate in estimates(view, patch, neighbors, h, box, search, seed):
             rows = len(estimate) // (width - patch + 1) + patch - 1  # the pixel rows that this band of patches covers
             part = (slice(None), slice(top + row, top + row + rows), slice(left, left + width))
-            total[part] += F.fold(estimate.T[None], (rows, width), patch)[0]
-            cover[part] += F.fold(torch.ones_like(estimate[:, : patch * patch]).T[None], (rows, width), patch)[0]
+            total[part] += F.fold(estimate.T, (rows, width), patch)
+            cover[part] += F.fold(torch.ones_like(estimate[:, : patch * patch]).T, (rows, width), patch)
     return total / cover
 
 
@@ -105,7 +105,7 @@ def estimates(
 
 
 def redraw(image: Tensor, found: Neighbours, patch: int, h: float | Tensor) -> Tensor:
-    """The estimates (Q, C·p²) of patches from their neighbours, in pieces, without a table of all patches."""
+    """The estimates (Q, C·p²) of patches from their neighbours, without a table of all patches."""
     rows = max(1, patches.workspace(image.device) // (found.index.shape[1] * image.shape[0] * patch**2))
     mix = weights(found.distance, h)  # (Q, n)
     pieces = zip(found.index.split(rows), mix.split(rows), strict=True)
@@ -115,9 +115,8 @@ def redraw(image: Tensor, found: Neighbours, patch: int, h: float | Tensor) -> T
 def residual(
     image: Tensor, patch: int, neighbors: int, h: float, relative: bool, box: tuple[int, int], search: str, tile: int, seed: int
 ) -> Tensor:
-    """u − model (B, C, H, W), image by image; what is no more than float32 rounding of the image's values is exactly 0.
-
-    Without that an image that repeats itself perfectly would have its rounding errors gaussianised and searched for anomalies.
+    """u − model (B, C, H, W), image by image; exactly 0 within the rounding of float32, or the rounding errors of an image that repeats
+    itself perfectly would be searched for anomalies.
     """
     r = torch.stack([u - model(u, patch, neighbors, h, relative, box, search, tile, seed) for u in image])
     return torch.where(r.abs() > 1e-5 * image.abs().amax((1, 2, 3), keepdim=True), r, 0)

@@ -1,14 +1,16 @@
-"""How often noise alone would look as strange: discs on Gaussian noise, the number of false alarms, and the list of detections."""
+"""The number of false alarms of discs on Gaussian noise, and the list of detections."""
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from scipy.fft import next_fast_len
 from torch import Tensor
 
-# name, log10 NFA up to which a detection is at least that strong, RGB; nothing but colours and names depends on it
+# name, largest log10 NFA of a detection of this strength, RGB; only colours and names depend on it
 STRENGTHS = (
     ("weak", -2.0, (1.0, 1.0, 1.0)),
     ("mild", -3.0, (0.0, 1.0, 1.0)),
@@ -19,7 +21,7 @@ TAIL = (0.05, 0.005)  # shares of the deviations between which their tail is mea
 
 
 class Alarms(NamedTuple):
-    """At every pixel the least likely of all tests that saw it."""
+    """At every pixel the least likely of all tests that cover it."""
 
     log10_nfa: Tensor  # (B, H, W) float32
     radius: Tensor  # (B, H, W) int64 radius of that disc, in pixels of its scale; 0 for none
@@ -40,7 +42,7 @@ class Detection(NamedTuple):
 
 
 def number_of_tests(channels: int, radii: int, height: int, width: int, scales: int, bound: str = "tests") -> float:
-    """C·R·H·W for one scale. For a pyramid 4/3 of it, as it has Σ 4^−s as many pixels, so that ε bounds the mean number of false tests.
+    """C·R·H·W for one scale, and 4/3 of it for a pyramid, which has Σ 4^−s as many pixels: ε bounds the mean number of false tests.
 
     A false test of scale s is 4^s pixels of the full-resolution map: with bound `map` the factor is the number of scales, and ε bounds the
     mean number of those pixels as well.
@@ -59,7 +61,7 @@ def disc(radius: int, device: torch.device) -> Tensor:
 def filter_discs(x: Tensor, radii: tuple[int, ...], margin: int) -> list[Tensor]:
     """(..., H, W) filtered with each disc by FFT, with `margin` zeros before the image is wrapped; the shape stays."""
     h, w = x.shape[-2:]
-    size = (fast_size(h + margin), fast_size(w + margin)) if margin else (h, w)
+    size = (next_fast_len(h + margin, True), next_fast_len(w + margin, True)) if margin else (h, w)
     spectrum = torch.fft.rfft2(x, s=size)
     filtered = []
     for radius in radii:
@@ -71,33 +73,21 @@ def filter_discs(x: Tensor, radii: tuple[int, ...], margin: int) -> list[Tensor]
     return filtered
 
 
-def fast_size(size: int) -> int:
-    """The next length without prime factors above 5."""
-    while True:
-        rest = size
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return size
-        size += 1
-
-
 def log10_tail(t: Tensor) -> Tensor:
     """log10 P(|N| ≥ t) of a standard normal N for t ≥ 0, finite however small the probability."""
     return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
 
 
 def log10_weibull_tail(t: Tensor) -> Tensor:
-    """log10 P(T ≥ t) at every pixel of deviations t (B, C, H, W) ≥ 0, by the law of the largest of each channel's own deviations.
+    """log10 P(T ≥ t) at every pixel of deviations t (B, C, H, W) ≥ 0, by a Weibull law fitted to the tail of each channel.
 
-    log(−log P) is taken for linear in log t, as it is of a Weibull law (Laplace has slope 1, Gauss comes near 2), by least squares on the
-    quantiles of TAIL. What lies beyond them has no part in the law that it is judged by.
+    log(−log P) is linear in log t (with slope 1 for Laplace, nearly 2 for Gauss), by least squares on the quantiles of TAIL. What lies
+    beyond them has no part in the law by which it is judged.
     """
     ordered = t.flatten(2).sort(2, descending=True).values  # (B, C, P)
     count = ordered.shape[2]
-    steps = [math.exp(math.log(TAIL[0]) + step / 19 * math.log(TAIL[1] / TAIL[0])) for step in range(20)]
-    ranks = [max(1, round(share * count)) for share in steps]
+    shares = [math.exp(math.log(TAIL[0]) + step / 19 * math.log(TAIL[1] / TAIL[0])) for step in range(20)]
+    ranks = [max(1, round(share * count)) for share in shares]
     y = t.new_tensor([math.log(-math.log((rank - 0.5) / count)) for rank in ranks])  # (20,)
     x = ordered[..., [rank - 1 for rank in ranks]].clamp_min(1e-30).log()  # (B, C, 20)
     middle = x.mean(2, keepdim=True)
@@ -110,12 +100,12 @@ def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: in
     """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are Gaussian where there is no anomaly.
 
     NFA = tests · P(|N| ≥ |m|/σ), m the mean over a disc and σ² its variance over the image; the least over discs and channels. Outside the
-    image the residual counts as zero, and σ² is that of a whole disc: a disc that leaves the image is then compared with more noise than it
-    holds, so the border can lose a detection but not add a false one (reflecting the residual would: the border's means vary more).
-    `margin` pixels at every side are not tested at all.
+    image the residual is zero, and σ² is that of a complete disc: a disc that leaves the image is compared with more noise than it
+    contains, so the border can lose a detection but not add a false one (reflecting the residual would, as means vary more there).
+    `margin` pixels at every side are not tested.
 
-    `measured` takes the larger of that probability and the one by `log10_weibull_tail`: the values that a texture leaves depend on one
-    another, and their means have heavier tails than Gauss. Alarms can only become fewer.
+    `measured` takes the larger of that probability and `log10_weibull_tail`: residuals of a texture are dependent, and their means have
+    heavier tails than Gauss. Alarms can only become fewer.
     """
     height, width = noise.shape[2:]
     x = noise[:, :, margin : height - margin, margin : width - margin].double()
@@ -129,12 +119,11 @@ def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: in
         p = p.amin(1)
         which = torch.where(p < lowest, radius, which)
         lowest = torch.minimum(lowest, p)
-    border = (margin,) * 4
-    return F.pad(lowest, border).float() + math.log10(tests), F.pad(which, border)
+    return F.pad(lowest, (margin,) * 4).float() + math.log10(tests), F.pad(which, (margin,) * 4)
 
 
 def reference_false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float) -> tuple[Tensor, Tensor]:
-    """`false_alarms` as the authors' program has it, oddities included, to compare with its results.
+    """`false_alarms` as in the authors' program, oddities included, to compare with its results.
 
     Circular discs, NFA clamped at 1, then the natural logarithm of C added to the log10 value; values displaced up and left by one pixel,
     two along an odd side; a border of the largest radius left at 0 with radius 0. The program itself passes tests = H·W.
@@ -157,7 +146,7 @@ def reference_false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float) 
 
 
 def least(alarms: list[tuple[Tensor, Tensor]]) -> Alarms:
-    """The strongest of the scales, finest first, all brought to the same pixels beforehand."""
+    """The strongest alarm of all scales, finest first, on the same pixels."""
     nfa, radius = (torch.stack(a) for a in zip(*alarms, strict=True))  # (S, B, H, W)
     lowest, scale = nfa.min(0)
     return Alarms(lowest, radius.gather(0, scale[None])[0], scale)
@@ -167,14 +156,13 @@ def detections(alarms: Alarms, epsilon: float) -> list[list[Detection]]:
     """For every image its connected components (8 neighbours) of NFA ≤ ε, strongest first. Runs on the host, after the forward."""
     found = []
     for nfa, radius, scale in zip(*(a.detach().cpu().numpy() for a in alarms), strict=True):
-        label, count = ndimage.label(nfa <= math.log10(epsilon), structure=[[1] * 3] * 3)
-        boxes = ndimage.find_objects(label)
-        peaks = ndimage.minimum_position(nfa, label, range(1, count + 1)) if count else []
-        area = ndimage.sum_labels(label > 0, label, range(1, count + 1)) if count else []
-        each = [
-            Detection(x.start, y.start, x.stop, y.stop, int(a), int(radius[peak]), int(scale[peak]), float(nfa[peak]))
-            for (y, x), a, peak in zip(boxes, area, peaks, strict=True)
-        ]
+        label, _ = ndimage.label(nfa <= math.log10(epsilon), structure=np.ones((3, 3)))
+        each = []
+        for number, (y, x) in enumerate(ndimage.find_objects(label), 1):
+            inside = label[y, x] == number
+            peak = np.where(inside, nfa[y, x], np.inf).argmin()
+            of_peak = (int(radius[y, x].flat[peak]), int(scale[y, x].flat[peak]), float(nfa[y, x].flat[peak]))
+            each.append(Detection(x.start, y.start, x.stop, y.stop, int(inside.sum()), *of_peak))
         found.append(sorted(each, key=lambda d: d.log10_nfa))
     return found
 
@@ -194,7 +182,7 @@ def colours(log10_nfa: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def overlay(image: Tensor, log10_nfa: Tensor, opacity: float = 0.6) -> Tensor:
-    """Images (..., 3, H, W) in [0, 1], turned grey, under their detections (log10 NFA (..., H, W)) in the colours of their strength."""
+    """Images (..., 3, H, W) in [0, 1] in grey, with their detections (log10 NFA (..., H, W)) in the colours of their strength."""
     rgb, mask = colours(log10_nfa)
     grey = image.mean(-3, keepdim=True).expand_as(image)
     return torch.where(mask.unsqueeze(-3), (1 - opacity) * grey + opacity * rgb, grey)

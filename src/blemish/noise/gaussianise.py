@@ -1,31 +1,28 @@
-"""Giving a residual the normal law that the count of false alarms assumes."""
+"""Transform of a residual to the normal law that the number of false alarms assumes."""
 
 import math
 
 import torch
 from torch import Tensor
 
-EXPONENTS = tuple(k / 10 for k in range(5, 15))
+EXPONENTS = [k / 10 for k in range(5, 15)]
 BINS = 20
 
 
 def gaussianise(residual: Tensor) -> Tensor:
-    """(B, C, H, W) -> the same, every channel of every image transformed to roughly N(0, 1); an all-zero channel stays as it is.
+    """Transform every channel of every image (B, C, H, W) to roughly N(0, 1); an all-zero channel stays as it is.
 
-    x = sign(r)|r|^α for α in .5 .. 1.4 is taken for Laplace or for Gauss, whichever of the 20 laws is nearest to the non-zero residuals in
-    the squared differences of cumulative histograms. Both are centred at 0; zeros stay out of the fit and remain zero.
+    x = sign(r)|r|^α for α in .5 .. 1.4 is fitted by a Laplace and by a Gauss law centred at 0; of the 20 laws the one with the smallest
+    squared differences of cumulative histograms is taken. Zeros stay out of the fit and remain zero.
     """
     r = residual.double()
     used = r != 0
     count = used.sum((2, 3))  # (B, C)
     sign, log = r.sign(), r.abs().log()
     spread = torch.stack([deviation(sign * torch.exp(a * log), used, count) for a in EXPONENTS], 2)  # (B, C, 10)
-    scores = misfits(r, count, spread)  # (B, C, 20)
-    # the first of equals wins, so Laplace before Gauss
-    choice = scores.argmin(2, keepdim=True)
+    choice = misfits(r, count, spread).argmin(2, keepdim=True)  # (B, C, 1), the first of equals, so Laplace before Gauss
     law = choice % len(EXPONENTS)
-    exponent = torch.arange(5, 15, device=r.device, dtype=r.dtype)[law] / 10
-    x = sign * torch.exp(exponent[..., None] * log) / spread.gather(2, law)[..., None]
+    x = sign * torch.exp(r.new_tensor(EXPONENTS)[law][..., None] * log) / spread.gather(2, law)[..., None]
     y = torch.where(choice[..., None] < len(EXPONENTS), laplace_to_normal(x * math.sqrt(2)), x)
     return torch.where(x.isfinite(), y, 0).to(residual.dtype)
 
@@ -37,25 +34,24 @@ def deviation(x: Tensor, used: Tensor, count: Tensor) -> Tensor:
 
 
 def misfits(r: Tensor, count: Tensor, spread: Tensor) -> Tensor:
-    """Σ over 20 bins of (cumulative histogram of F(Z) − k/20)² for the ten Laplace laws, then the ten of Gauss: (B, C, 20).
+    """Σ over 20 bins of (cumulative histogram of F(Z) − k/20)² for the ten Laplace laws, then the ten Gauss laws: (B, C, 20).
 
     F and the powers are monotone, so a bin's edge is a threshold on the residual itself, and one sort serves all laws.
     """
     level = torch.arange(1, BINS, device=r.device, dtype=r.dtype) / BINS  # the last bin is always complete
     laplace = -(level - 0.5).sign() * torch.log1p(-2 * (level - 0.5).abs()) * math.sqrt(0.5)
     edges = torch.stack([laplace, torch.special.ndtri(level)])  # (2, 19) quantiles at unit variance
-    exponent = torch.arange(5, 15, device=r.device, dtype=r.dtype)[:, None] / 10
+    exponent = r.new_tensor(EXPONENTS)[:, None]
     threshold = edges.sign()[:, None] * (edges.abs()[:, None] * spread[:, :, None, :, None]) ** (1 / exponent)  # (B, C, 2, 10, 19)
-    ordered = r.flatten(2).sort(2).values.contiguous()
-    below = torch.searchsorted(ordered, threshold.flatten(2).contiguous()).view(threshold.shape)
-    zeros = r.shape[2] * r.shape[3] - count
-    below = below - torch.where(threshold > 0, zeros[:, :, None, None, None], 0)
-    return ((below / count[:, :, None, None, None] - level) ** 2).sum(4).flatten(2)
+    below = torch.searchsorted(r.flatten(2).sort(2).values.contiguous(), threshold.flatten(2).contiguous()).view(threshold.shape)
+    count = count[:, :, None, None, None]
+    below = below - torch.where(threshold > 0, r[0, 0].numel() - count, 0)  # without the zeros
+    return ((below / count - level) ** 2).sum(4).flatten(2)
 
 
 def laplace_to_normal(x: Tensor) -> Tensor:
-    """Φ⁻¹(F(x)) for the Laplace law with scale 1, through the smaller of the two tails, so that it keeps its digits far out.
+    """Φ⁻¹(F(x)) for the Laplace law with scale 1, through the smaller of the two tails for precision.
 
-    A tail that underflows (|x| > 706) is held there: the strongest residual of all must not turn into none.
+    Beyond |x| > 706, where the tail underflows, x is clamped: the strongest residual must not become zero.
     """
     return -x.sign() * torch.special.ndtri(0.5 * torch.exp(-x.abs().clamp_max(706)))

@@ -1,8 +1,8 @@
-"""For every patch of one image the most similar patches elsewhere in it: the exact search, and a fast one with trees.
+"""The most similar patches elsewhere in the image, for each of its patches: an exact search, and a fast one with trees.
 
 Patches are numbered in raster order of their top-left corners: patch y·w + x of the (h, w) = (H − p + 1, W − p + 1) grid. Distances are
-mean squared differences over all p²·C values (the paper's msd). A patch never meets itself or what overlaps it: offsets within `box`,
-(−8, 8) along both axes, are left out. All shapes follow from the image's shape alone, so nothing waits for the device.
+mean squared differences over all p²·C values (the paper's msd). Offsets within `box`, (−8, 8) along both axes, are excluded: a patch
+never meets itself or its surroundings. All shapes follow from the image's shape, so nothing waits for the device.
 """
 
 import math
@@ -29,25 +29,19 @@ def grid(height: int, width: int, patch: int) -> tuple[int, int]:
 
 
 def enough(height: int, width: int, patch: int, neighbors: int, exclusion: int) -> bool:
-    """Whether the worst-placed patch, the one in the middle, still has `neighbors` patches outside its exclusion box."""
+    """Whether the patch in the middle, the worst placed, has `neighbors` patches outside its exclusion box."""
     h, w = grid(height, width, patch)
-    if h < 1 or w < 1:
-        return False
-
-    def barred(cells: int) -> int:
-        middle = cells // 2
-        return min(middle, exclusion) + min(cells - 1 - middle, exclusion) + 1
-
-    return h * w - barred(h) * barred(w) >= neighbors
+    barred = [min(cells // 2, exclusion) + min(cells - 1 - cells // 2, exclusion) + 1 for cells in (h, w)]
+    return min(h, w) >= 1 and h * w - barred[0] * barred[1] >= neighbors
 
 
 def leaf_size(box: tuple[int, int]) -> int:
-    """Smallest leaf of a search tree: at most two thirds of it can lie in the exclusion box, which leaves groups enough for the n best."""
+    """Smallest leaf of a search tree: at most two thirds of it lie in the exclusion box, which leaves enough groups for the n best."""
     return max(256, 3 * (box[1] - box[0] + 1) ** 2 // 2)
 
 
 def workspace(device: torch.device) -> int:
-    """Numbers a temporary may hold: on a CPU what still fits its cache, which also keeps the allocator from returning pages each time."""
+    """Numbers a temporary may hold; on a CPU what fits its cache, where the allocator also keeps the pages."""
     return 2**21 if device.type == "cpu" else 2**26
 
 
@@ -57,7 +51,7 @@ def vectors(image: Tensor, patch: int) -> Tensor:
 
 
 def vectors_at(image: Tensor, index: Tensor, patch: int) -> Tensor:
-    """(C, H, W) and patch numbers (...,) -> those patches (..., C·p²), without the table of all of them."""
+    """(C, H, W) and patch numbers (...,) -> those patches (..., C·p²), without a table of all."""
     c, width = image.shape[0], image.shape[2]
     w = width - patch + 1
     corner = torch.div(index, w, rounding_mode="floor") * width + index % w
@@ -69,25 +63,19 @@ def vectors_at(image: Tensor, index: Tensor, patch: int) -> Tensor:
 
 
 def boxed(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], box: tuple[int, int]) -> Tensor:
-    """Whether patches at `other` (y, x) lie in the exclusion box of those at `own` (y, x), all broadcast against each other."""
-    return torch.maximum(off(other[0] - own[0], box), off(other[1] - own[1], box)) <= 0
+    """Whether patches at `other` (y, x) lie in the exclusion box of those at `own` (y, x), broadcast against each other."""
+    # distances from the middle of the box, doubled
+    y, x = ((2 * (there - here)).sub_(box[0] + box[1]).abs_().sub_(box[1] - box[0]) for here, there in zip(own, other, strict=True))
+    return torch.maximum(y, x) <= 0
 
 
 def place(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
-    """(y, x) of patch numbers, as short integers that keep the comparison of all with all cheap; enough for sides up to 16,383 px."""
+    """(y, x) of patch numbers, as short integers for cheap comparisons; enough for sides up to 16,383 px."""
     return torch.div(index, w, rounding_mode="floor").to(torch.int16), (index % w).to(torch.int16)
 
 
-def off(offset: Tensor, box: tuple[int, int]) -> Tensor:
-    """How far an offset lies beyond the range box[0] .. box[1], doubled; not above 0 inside."""
-    return (2 * offset).sub_(box[0] + box[1]).abs_().sub_(box[1] - box[0])
-
-
 def exact(image: Tensor, query: Tensor, patch: int, neighbors: int, box: tuple[int, int]) -> Neighbours:
-    """The definition: query patches (Q,) against all patches of the image (C, H, W), as tiled matrix products.
-
-    `box` is the range of excluded offsets, (−8, 8) for the symmetric box of half-side 8. Memory does not grow with the image.
-    """
+    """The exact neighbours of query patches (Q,) among all patches of the image (C, H, W), by tiled matrix products in bounded memory."""
     h, w = grid(*image.shape[1:], patch)
     centred = image - image.mean()  # |P|² + |Q|² − 2P·Q loses digits to a large mean
     rows = 1024
@@ -114,13 +102,11 @@ def exact(image: Tensor, query: Tensor, patch: int, neighbors: int, box: tuple[i
 def trees(
     table: Tensor, shape: tuple[int, int], channels: int, neighbors: int, box: tuple[int, int], count: int, rounds: int, seed: int
 ) -> Neighbours:
-    """An approximate search of all patches, table (P, C·p²) on a grid of `shape` (h, w): random trees, then rounds of propagation.
+    """An approximate search of all patches, a centred table (P, C·p²) on a grid of `shape` (h, w): random trees, then propagation.
 
-    The table should be centred, as products lose digits to a large mean.
-
-    A tree halves the patches again and again at the median of a random direction of large variance, so all its leaves have one size;
-    inside a leaf every patch meets every other by a matrix product. Propagation then asks whether the neighbours of the patches next to
-    this one, moved along with it, are nearer than what was found.
+    A tree halves the patches again and again at the median of a random direction of large variance, so that its leaves have one size;
+    within a leaf each patch is compared with all others by a matrix product. Propagation then tries the neighbours of the adjacent
+    patches, moved along.
     """
     p = math.isqrt(table.shape[1] // channels)
     size = len(table)
@@ -141,7 +127,7 @@ def trees(
 
 
 def low_frequencies(patch: int, channels: int, device: torch.device) -> Tensor:
-    """The lowest cosines of a patch, channel by channel, as columns (C·p², K): nearly all of a natural patch's energy in a few numbers."""
+    """The lowest cosines of a patch for each channel, as columns (C·p², K), which hold nearly all of a natural patch's energy."""
     side = torch.arange(patch, device=device)
     waves = torch.cos(math.pi * (side[:, None] + 0.5) * side / patch)
     waves = waves / waves.norm(dim=0)  # (p, p) pixel by frequency
@@ -151,9 +137,9 @@ def low_frequencies(patch: int, channels: int, device: torch.device) -> Tensor:
 
 
 def plant(keys: Tensor, levels: int, starts: Tensor) -> Tensor:
-    """Patches (P, K) sorted into a tree's leaves (2^levels, L) of one size; the number P fills the places that are left over.
+    """Patches (P, K) sorted into a tree's leaves (2^levels, L) of one size; the number P fills the vacant places.
 
-    starts (levels, K) are the random directions that one step of the power method turns towards each node's own large variances.
+    starts (levels, K) are random directions, which one step of the power method turns towards each node's large variances.
     """
     size = len(keys)
     length = -(-size // 2**levels)
@@ -165,7 +151,7 @@ def plant(keys: Tensor, levels: int, starts: Tensor) -> Tensor:
         x = x - x.mean(1, keepdim=True)
         direction = ((x @ start)[:, None] @ x)[:, 0]  # (nodes, K)
         height = (x @ direction[:, :, None])[..., 0]
-        # empty places go to both sides in turn, or the last leaf would hold nothing else
+        # vacant places go to both sides in turn, or the last leaf would have nothing else
         vacant = order == size
         height = torch.where(vacant, torch.where(vacant.cumsum(1) % 2 == 0, math.inf, -math.inf), height)
         order = order.gather(1, height.argsort(1)).view(2 * len(order), -1)
@@ -173,10 +159,10 @@ def plant(keys: Tensor, levels: int, starts: Tensor) -> Tensor:
 
 
 def search_leaves(table: Tensor, norm: Tensor, w: int, leaves: Tensor, keep: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The `keep` nearest patches inside each patch's leaf: patch numbers (P, keep) and squared distances (P, keep), −1 and inf for none.
+    """The `keep` nearest patches within each patch's leaf: patch numbers (P, keep) and squared distances (P, keep), −1 and inf for none.
 
-    Distance and column share one int32 (a positive float keeps its order as an integer), so a minimum over a group brings its place along;
-    two of the n best in one group cost the worse of the two, a hundred times cheaper than a full sort, and other trees bring it back.
+    Distance and column share one int32 (positive floats are ordered as integers), so that a minimum over a group includes its place. Of
+    two among the n best in one group the worse is lost, but this is a hundred times cheaper than a full sort, and other trees find it.
     """
     size, length = len(table), leaves.shape[1]
     low = 2 ** (length - 1).bit_length() - 1

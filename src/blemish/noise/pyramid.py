@@ -1,4 +1,4 @@
-"""Halving an image again and again, and bringing a coarse map back to the pixels it was made from."""
+"""The pyramid of an image's halvings, and the way back from a coarse map to the image's pixels."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ HALF_WIDTH = 6  # its taps are cut at 4σ
 
 
 def mirror(size: int, margin: int, device: torch.device) -> Tensor:
-    """Indices (size + 2·margin,) of a half-sample symmetric border, mirrored again where the margin is wider than the image."""
+    """Indices (size + 2·margin,) of a half-sample symmetric border of any width."""
     i = torch.arange(-margin, size + margin, device=device) % (2 * size)
     return torch.where(i < size, i, 2 * size - 1 - i)
 
@@ -44,21 +44,15 @@ def mirrored(level: int) -> int:
 
 
 def grow(coarse: Tensor, height: int, width: int, level: int) -> Tensor:
-    """(..., h, w) of pyramid level `level` -> (..., height, width): each pixel takes the coarse pixel whose centre is nearest.
-
-    Coarse pixel (i, j) was sampled at (2^level·i, 2^level·j): it stands for the pixels around that point, not for a block beginning there.
-    """
-
-    def nearest(size: int, cells: int) -> Tensor:
-        step = 2**level
-        return torch.div(torch.arange(size, device=coarse.device) + step // 2, step, rounding_mode="floor").clamp_max(cells - 1)
-
-    return coarse.index_select(-2, nearest(height, coarse.shape[-2])).index_select(-1, nearest(width, coarse.shape[-1]))
+    """(..., h, w) of a pyramid level -> (..., height, width): each pixel takes the nearest of the points (2^level·i, 2^level·j)."""
+    for dim, size in ((-2, height), (-1, width)):
+        at = (torch.arange(size, device=coarse.device) + 2**level // 2) // 2**level
+        coarse = coarse.index_select(dim, at.clamp_max(coarse.shape[dim] - 1))
+    return coarse
 
 
 def from_cells(cells: Tensor, height: int, width: int) -> Tensor:
-    """(..., h, w) cells of a network's grid -> (..., height, width): each pixel takes the cell it lies in."""
-    (h, w), device = cells.shape[-2:], cells.device
-    y = torch.div(torch.arange(height, device=device) * h, height, rounding_mode="floor")
-    x = torch.div(torch.arange(width, device=device) * w, width, rounding_mode="floor")
-    return cells.index_select(-2, y).index_select(-1, x)
+    """(..., h, w) cells of a network's grid -> (..., height, width): each pixel takes the cell that contains it."""
+    for dim, size in ((-2, height), (-1, width)):
+        cells = cells.index_select(dim, torch.arange(size, device=cells.device) * cells.shape[dim] // size)
+    return cells

@@ -24,7 +24,7 @@ from blemish.draw import choose, file_names, simplified
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.files import plain, read_json, write_text
-from blemish.metrics.metrics import ImageMetrics
+from blemish.metrics.image import ImageMetrics
 from blemish.report.tables import DAMAGED, averages, pooled, row_from, run_key
 from blemish.run.record import FINISHED, METRICS, PLACE, SETTING, now, read_record
 from blemish.types import ANOMALOUS, NORMAL

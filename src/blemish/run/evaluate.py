@@ -21,7 +21,8 @@ from blemish.draw import choose, file_names, simplified
 from blemish.edge.calibration import Threshold, conformal_threshold, p_values
 from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
-from blemish.metrics.metrics import IMAGE_METRICS, PIXEL_METRICS, POOLED, ImageMetrics, PixelMetrics
+from blemish.metrics.image import IMAGE_METRICS, POOLED, ImageMetrics
+from blemish.metrics.pixel import PIXEL_METRICS, PixelMetrics
 from blemish.run.timing import StageTimes
 from blemish.types import ANOMALOUS, IGNORED, NORMAL, UNKNOWN, Batch, Prediction
 
