@@ -83,7 +83,7 @@ def test_errors_name_what_is_wrong(root):
         ("MT_Break/Imgs/exp1_num_7.png", r"MT_Break/Imgs/exp1_num_7\.jpg: an image without a mask"),
         ("MT_Blowhole", r"MT_Blowhole/Imgs: no such folder \(1 of 6 .*\nmtd expects"),
     ):
-        (root / gone).rename(root / f"{len(gone)}")
+        (root / gone).rename(root / f"moved {gone.replace('/', ' ')}")
         with pytest.raises(InputError, match=message):
             data_of(root).setup()
 

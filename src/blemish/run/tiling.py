@@ -155,7 +155,7 @@ class Stitch(Callback):
     """Shows a callback whole images in place of their tiles: score the largest, map blended, the truth in the image's own pixels.
 
     Map and truth of an image with a side above `tiles.SIDE` are reduced to the largest values of blocks. Batches must come as
-    `ImageData._tile_loader` makes them. The images themselves are left out, `datamodule.image(key)` has them.
+    `ImageData.loader` makes them. The images themselves are left out, `datamodule.image(key)` has them.
     """
 
     def __init__(self, callback: Callback, tile: int, overlap: int):
