@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -53,6 +54,7 @@ class Files(NamedTuple):
         return str(path)
 
 
+@dataclass(eq=False)
 class Images(Dataset):
     """A `Row` for each sample; the images of a batch are decoded by several threads.
 
@@ -60,21 +62,18 @@ class Images(Dataset):
     memory up to KEPT bytes: decoding takes longer than a training step on a GPU.
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        root: Path,
-        window: dict,
-        geometry: Geometry,
-        roi: Roi | None = None,
-        values: ValueCheck | None = None,
-        source: Callable[[Path], np.ndarray] | None = None,
-    ):
-        self.samples, self.root, self.window, self.geometry, self.roi = samples, root, window, geometry, roi
-        self.values = values or ValueCheck({}, {})
-        self.source = source or Files({root / sample.path: sample.digest for sample in samples})
+    samples: list[Sample]
+    root: Path
+    window: dict
+    geometry: Geometry
+    roi: Roi | None = None
+    values: ValueCheck = field(default_factory=lambda: ValueCheck({}, {}))
+    source: Callable[[Path], np.ndarray] | None = None
+    tile: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.source = self.source or Files({self.root / sample.path: sample.digest for sample in self.samples})
         self.recent = Recent(RECENT)
-        self.tile: int | None = None
         self.decoded: set[int] = set()  # rows that were asked for
         self.kept: dict[int, tuple] = {}  # by row: the stamp of its file, and the row with its image `compact`
         self.room = KEPT
@@ -171,42 +170,34 @@ def _bytes_of(kept: tuple) -> int:
     return kept[1].nbytes + kept[3].nbytes
 
 
+@dataclass(eq=False, kw_only=True)
 class Tiles(Images):
     """A `Row` for each tile of the samples, which are whole images; sides shorter than `tile` are continued by mirroring.
 
     fit: leaves out tiles outside the ROI. InputError for an image without a pixel in its ROI.
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        root: Path,
-        window: dict,
-        geometry: Geometry,
-        roi: Roi | None,
-        values: ValueCheck,
-        source: Callable[[Path], np.ndarray],
-        tile: int,
-        overlap: int,
-        fit: bool,
-    ):
-        super().__init__(samples, root, window, geometry, roi, values, source)
-        self.tile, self.parents = tile, {sample.path: sample for sample in samples}
-        sizes = threaded(lambda sample: self.source.size(root / sample.path), samples)
-        self.sizes = {sample.path: size for sample, size in zip(samples, sizes, strict=True)}  # (width, height)
-        tiles = [self._checked(tiles_of(sample, self.sizes[sample.path], tile, overlap), fit) for sample in samples]
-        self.counts, self.pixels = [len(some) for some in tiles], [math.prod(self.sizes[sample.path]) for sample in samples]
+    overlap: int
+    fit: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole, self.parents = self.samples, {sample.path: sample for sample in self.samples}
+        sizes = threaded(lambda sample: self.source.size(self.root / sample.path), whole)
+        self.sizes = {sample.path: size for sample, size in zip(whole, sizes, strict=True)}  # (width, height)
+        tiles = [self._checked(tiles_of(sample, size, self.tile, self.overlap)) for sample, size in zip(whole, sizes, strict=True)]
+        self.counts, self.pixels = [len(some) for some in tiles], [math.prod(size) for size in sizes]  # of each image
         self.samples = [one for some in tiles for one in some]
         self.recent = Recent(4 * MIXED, 2)  # the images among which `shuffled` mixes, and at least one with its mask
 
-    def _checked(self, tiles: list[Sample], fit: bool) -> list[Sample]:
+    def _checked(self, tiles: list[Sample]) -> list[Sample]:
         inside = self.inside(tiles[0].path)
         if inside is None:
             return tiles
         with named(self.root / tiles[0].path):
             check_not_all_ignored(~inside)
         parts = [parse_tile(tile.tile) for tile in tiles]
-        return [tile for tile, (x, y, w, h) in zip(tiles, parts, strict=True) if not fit or inside[y : y + h, x : x + w].any()]
+        return [tile for tile, (x, y, w, h) in zip(tiles, parts, strict=True) if not self.fit or inside[y : y + h, x : x + w].any()]
 
     def shuffled(self, generator: torch.Generator) -> list[int]:
         """A random order of the tiles in which few enough images are mixed to stay decoded."""

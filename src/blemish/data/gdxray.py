@@ -15,7 +15,7 @@ from blemish.data.manifest import Sample
 from blemish.data.masks import read_mask
 from blemish.data.module import ImageData
 from blemish.data.samplers import seeded_share
-from blemish.edge.checks import check_choice, check_number, check_whole, nearest
+from blemish.edge.checks import check_choice, check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import grid
 from blemish.edge.reading import size_of
@@ -30,17 +30,17 @@ Tile = tuple[int, int, int, int]  # x, y, w, h in pixels
 
 
 class Row(NamedTuple):
-    """One box of a ground_truth.txt, which may reach beyond the image."""
+    """One box of a ground_truth.txt."""
 
     line: int
-    box: Box
+    box: Box  # may reach beyond the image
 
 
 class Defect(NamedTuple):
-    """One defect: its bounding box, and its pixels (y2 − y1, x2 − x1) bool in it."""
+    """The pixels of one defect in its bounding box."""
 
     box: Box
-    pixels: np.ndarray
+    pixels: np.ndarray  # (y2 − y1, x2 − x1) bool
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -68,6 +68,7 @@ class GDXray(ImageData):
 <root>/Welds/W0001/W0001_0001.png …      masks in <root>/Welds/W0002/W0002_0001.png …
 and so on in {", ".join(GROUPS.values())}; data.category is a series, or several joined by +
 """
+    needs_category = True
 
     unit: str
     tile: int
@@ -95,17 +96,10 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
         return sorted(path.name for path in folders if path.is_dir() and path.name not in MASKS.values())
 
     def folder(self) -> Path:
-        if not self.root.is_dir():
-            raise self.missing(f"{self.root}: no such folder")
-        choices = self.categories()
-        found = f"found {', '.join(choices) or 'none'}"
-        if not self.series:
-            raise self.missing(f"data.category=null: expected a series in {self.root}; {found}")
-        for series in self.series:
-            if owner := next((owner for owner, masks in MASKS.items() if masks == series), None):
-                raise InputError(f"data.category={self.category}: {series} holds the masks of {owner}; expected data.category={owner}")
-            if series not in choices:
-                raise self.missing(f"{self.root}: no series {series!r}; {nearest(series, choices)}{found}")
+        for owner, masks in MASKS.items():
+            if masks in self.series:
+                raise InputError(f"data.category={self.category}: {masks} holds the masks of {owner}; expected data.category={owner}")
+        self.check_categories(self.series)
         return self.root
 
     def scan(self) -> list[Sample]:
@@ -156,19 +150,18 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
         return list(grid(*size, self.side, self.side - self.stride))
 
     def explain(self, split: str, samples: Sequence[Sample]) -> str:
-        splits = {sample.split for sample in samples}
-        if split != "train" or self.manifest or splits == {"skipped"}:
+        splits = {sample.split for sample in samples} - {"skipped"}
+        if split != "train" or self.manifest or not splits:
             return super().explain(split, samples)
-        if splits <= {"unlabelled", "skipped"}:
+        if splits == {"unlabelled"}:
+            expected = f"an annotated series, alone or joined to it (data.category={self.category}+<series>)"
             return (
-                f"without a {TRUTH} no image of {self.category} is known to be normal; expected an annotated series, alone or joined to it "
-                f"(data.category={self.category}+<series>); images of this series can be predicted with a fitted run"
+                f"no image of {self.category} is known to be normal without a {TRUTH}; expected {expected}, or a prediction by a fitted run"
             )
         if self.train_range:
-            return f"no normal {self.unit} in the frames {self.train_frames}; expected another data.train_frames, or null"
-        if self.unit == "image":
-            return "every image shows a defect; expected data.unit=tile, which trains on the tiles without one, or another series"
-        return f"every tile of {self.side} pixels in the training frames has a defect; expected a smaller data.tile"
+            return f"no normal {self.unit} in the frames {self.train_frames}; expected other data.train_frames, or null"
+        smaller = "data.unit=tile, which trains on the tiles without one" if self.unit == "image" else f"data.tile below {self.side}"
+        return f"every {self.unit} in training has a defect; expected {smaller}, or another series"
 
 
 def frame_range(text: str | None) -> tuple[int, int] | None:

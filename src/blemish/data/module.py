@@ -115,17 +115,19 @@ class ImageData(LightningDataModule):
 
     def folder(self) -> Path:
         """root/category; InputError for a missing root or an unknown category."""
+        self.check_categories([self.category] if self.category else [])
+        return self.root / (self.category or "")
+
+    def check_categories(self, names: Sequence[str]) -> None:
         if not self.root.is_dir():
             raise self.missing(f"{self.root}: no such folder")
-        if self.category is None and not self.needs_category:
-            return self.root
-        choices = self.categories()
+        choices = self.categories() if names or self.needs_category else []
         found = f"found {', '.join(choices) or 'none'}"
-        if self.category is None:
-            raise self.missing(f"data.category=null: expected a category in {self.root}; {found}")
-        if self.category not in choices:
-            raise self.missing(f"{self.root}: no category {self.category!r}; {nearest(self.category, choices)}{found}")
-        return self.root / self.category
+        if self.needs_category and not names:
+            raise self.missing(f"data.category=null: expected one in {self.root}; {found}")
+        for name in names:
+            if name not in choices:
+                raise self.missing(f"{self.root}: no category {name!r}; {nearest(name, choices)}{found}")
 
     def missing(self, found: str) -> InputError:
         """An error about absent data: what was found, the layout, where the data is published."""
@@ -147,13 +149,11 @@ class ImageData(LightningDataModule):
         samples = self.samples or self.listed()
         for split in ("train", "test"):
             if not any(sample.split == split for sample in samples):
-                raise self.missing(
-                    f"{self.manifest or self.root / (self.category or '')}: no {split} image; {self.explain(split, samples)}"
-                )
+                raise self.missing(f"{self.manifest or self.folder()}: no {split} image; {self.explain(split, samples)}")
         fixed = bool(self.ranges)  # by the run that is tested again or updated
         if not fixed:
-            paths = sorted({self.root / sample.path for sample in samples if sample.split == "train"})
-            self.ranges = fit_ranges(paths, self.values_in_roi)
+            paths = sorted({sample.path for sample in samples if sample.split == "train"})
+            self.ranges = fit_ranges([self.root / path for path in paths], self.values_in_roi)
         named = {"dtype": DTYPE, "auto": window_in(self.ranges)}
         self.window = named[self.window] if isinstance(self.window, str) else self.window
         self.values = ValueCheck(self.ranges, self.window, "" if fixed else "data.window")
@@ -226,7 +226,8 @@ class ImageData(LightningDataModule):
     def tiles(self, samples: list[Sample], fit: bool = False) -> Tiles:
         """The tiles of the samples; `fit` leaves out those outside the ROI."""
         geometry = Geometry(self.geometry.side)
-        return Tiles(samples, self.root, self.window, geometry, self.roi, self.values, self.source, self.tile, self.overlap, fit)
+        how = {"tile": self.tile, "overlap": self.overlap, "fit": fit}
+        return Tiles(samples, self.root, self.window, geometry, self.roi, self.values, self.source, **how)
 
     def loader(self, split: str, shuffle: bool = False, sharded: bool = True) -> DataLoader:
         """Batches of a split, in the order of the manifest or shuffled with the seed in each epoch.

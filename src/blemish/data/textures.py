@@ -7,10 +7,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -20,7 +20,7 @@ from blemish.data.dataset import threaded
 from blemish.data.mvtec import MVTec
 from blemish.edge.checks import LARGEST_SEED, check_whole
 from blemish.edge.errors import InputError
-from blemish.edge.reading import find_images, read
+from blemish.edge.reading import find_images
 from blemish.files import remove_stale
 
 TEXTURES = ("brick", "grass", "gravel")  # 512×512 grey photographs, CC0, inside the scikit-image wheel
@@ -113,7 +113,8 @@ def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:
     """The images of a texture by relative path, uint8 (crop_size, crop_size); masks are 255 exactly where a defect was drawn."""
     rng = np.random.default_rng([seed, TEXTURES.index(name)])
     photographs = {other: photograph(other) for other in TEXTURES}
-    train, test = regions(photographs[name])
+    # columns of the photograph for training crops and for test crops
+    train, test = np.split(photographs[name], [round(TRAIN_SHARE * photographs[name].shape[1])], axis=1)
     foreign = [image for other, image in photographs.items() if other != name]
     images = {f"train/good/{i:03}.png": cropped(train, crop_size, rng) for i in range(CROPS["train"])}
     images |= {f"test/good/{i:03}.png": cropped(test, crop_size, rng) for i in range(CROPS["test"])}
@@ -126,13 +127,7 @@ def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def photograph(name: str) -> np.ndarray:
-    return read(Path(str(files("skimage.data") / f"{name}.png")))
-
-
-def regions(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of a photograph for training crops and those for test crops, without a common pixel."""
-    edge = round(TRAIN_SHARE * image.shape[1])
-    return image[:, :edge], image[:, edge:]
+    return getattr(skimage.data, name)()
 
 
 def cropped(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
