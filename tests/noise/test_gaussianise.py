@@ -36,29 +36,17 @@ def by_definition(r):
 @pytest.mark.parametrize("draw", ["normal", "laplace", "uniform", "skewed", "half zero"])
 def test_definition_on_other_laws(draw):
     rng = np.random.default_rng(3)
+    size = (2, 2, 40, 50)
     r = {
-        "normal": rng.normal(0, 3, (40, 50)),
-        "laplace": rng.laplace(0, 9, (40, 50)),
-        "uniform": rng.uniform(-1, 1, (40, 50)),
-        "skewed": rng.gamma(2, 2, (40, 50)) - 3,
-        "half zero": rng.standard_t(3, (40, 50)) * rng.integers(0, 2, (40, 50)),
-    }[draw]
-    ours = gaussianise(torch.tensor(r)[None, None])[0, 0].numpy()
-    np.testing.assert_allclose(ours, by_definition(r), atol=1e-8)
-
-
-def test_result_is_normal():
-    drawn = np.random.default_rng(0).laplace(0, 1, (1, 1, 128, 128))
-    noise = np.sign(drawn) * np.abs(drawn) ** 1.25
-    assert stats.kstest(gaussianise(torch.tensor(noise)).numpy().ravel(), "norm").statistic < 0.02
-
-
-def test_channels_and_images_are_apart():
-    r = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) ** 3
-    whole = gaussianise(r)
-    for b in range(2):
-        for c in range(3):
-            assert torch.equal(gaussianise(r[b : b + 1, c : c + 1])[0, 0], whole[b, c])
+        "normal": lambda: rng.normal(0, 3, size),
+        "laplace": lambda: rng.laplace(0, 9, size),
+        "uniform": lambda: rng.uniform(-1, 1, size),
+        "skewed": lambda: rng.gamma(2, 2, size) - 3,
+        "half zero": lambda: rng.standard_t(3, size) * rng.integers(0, 2, size),
+    }[draw]()
+    for ours, image in zip(gaussianise(torch.tensor(r)).numpy(), r, strict=True):
+        for channel, residual in zip(ours, image, strict=True):
+            np.testing.assert_allclose(channel, by_definition(residual), atol=1e-8)
 
 
 def test_empty_and_constant_channels_stay_finite():

@@ -115,8 +115,6 @@ def redraw(image: Tensor, found: Neighbours, patch: int, h: float | Tensor) -> T
 def residual(
     image: Tensor, patch: int, neighbors: int, h: float, relative: bool, box: tuple[int, int], search: str, tile: int, seed: int
 ) -> Tensor:
-    """u − model (B, C, H, W), image by image; exactly 0 within the rounding of float32, or the rounding errors of an image that repeats
-    itself perfectly would be searched for anomalies.
-    """
+    """u − model (B, C, H, W), image by image; exactly 0 within float32 rounding, which is all that a perfectly periodic image leaves."""
     r = torch.stack([u - model(u, patch, neighbors, h, relative, box, search, tile, seed) for u in image])
     return torch.where(r.abs() > 1e-5 * image.abs().amax((1, 2, 3), keepdim=True), r, 0)
