@@ -1,4 +1,4 @@
-"""Run a paper's own protocol and compare with its tables: python tools/reproduce.py paper=padim [categories=[screw]] [data.root=…]"""
+"""Run a paper's own protocol and compare it with its tables: python tools/reproduce.py paper=padim [categories=[screw]] [data.root=…]"""
 
 from blemish.cli import tool
 

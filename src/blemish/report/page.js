@@ -75,7 +75,7 @@ function names(settings) {
   return found;
 }
 
-// ---- what the filters let through
+// ---- filters
 
 const state = { text: "", dataset: "", category: "", protocol: "", unit: "", metric: data.figures[0], group: null, curve: null, list: "disputed", time: "image_seconds" };
 const FILTERS = ["dataset", "category", "protocol", "unit"];
@@ -127,7 +127,7 @@ function heading(text, label, numeric, sort) {
 function mark(headings, chosen, direction) {
   headings.forEach((cell, index) => cell.setAttribute("aria-sort", index !== chosen ? "none" : direction > 0 ? "ascending" : "descending"));
 }
-// what is missing comes last in either direction
+// missing values come last in either direction
 function compare(a, b, direction) {
   const gone = value => value === null || value === undefined || value === "–";
   if (gone(a) || gone(b)) return gone(a) - gone(b);
@@ -143,14 +143,14 @@ const warnings = [];
 if (finished < data.runs.length) {
   const states = {};
   for (const run of data.runs) if (run.record.status !== "finished") states[run.record.status] = (states[run.record.status] || 0) + 1;
-  const told = Object.entries(states).map(([status, n]) => `${n} ${status === "running" ? "running or killed" : status}`).join(", ");
-  warnings.push(h("p", {}, `${count(data.runs.length - finished, "run")} did not end as it should (${told}) and enter no figure: `, h("a", { href: "#runs" }, "see the runs"), "."));
+  const listing = Object.entries(states).map(([status, n]) => `${n} ${status === "running" ? "running or killed" : status}`).join(", ");
+  warnings.push(h("p", {}, `${count(data.runs.length - finished, "run")} did not finish (${listing}) and are not part of any figure: `, h("a", { href: "#runs" }, "see the runs"), "."));
 }
 const counted = new Set(data.settings.flatMap(setting => setting.runs));
 const replaced = data.runs.filter((run, index) => run.record.status === "finished" && !counted.has(index)).length;
-if (replaced) warnings.push(h("p", {}, `${count(replaced, "run")} of a setting and seed that was run again later: the later counts.`));
+if (replaced) warnings.push(h("p", {}, `${count(replaced, "run")} of a setting and seed that was run again: the later run counts.`));
 if (data.left_out.images) {
-  warnings.push(h("p", {}, `${data.left_out.images} of ${count(data.left_out.of, "image")} of the galleries are not on this page, to keep its size in bounds; max_mb sets them.`));
+  warnings.push(h("p", {}, `${data.left_out.images} of ${count(data.left_out.of, "image")} of the galleries are not on this page, to keep its size within max_mb.`));
 }
 if (data.left_out.unread) warnings.push(h("p", {}, `${count(data.left_out.unread, "picture")} of the runs could not be read.`));
 fill($("warnings"), warnings).hidden = !warnings.length;
@@ -187,7 +187,7 @@ const ALL_COLUMNS = [
   ["Seeds", of => of.seeds.length, of => of.seeds.join(", "), null], ["Protocol", tell.protocol, tell.protocol, null], ["Variant", of => of.variant, of => of.variant ?? "–", null],
   ["Epochs", of => of.epochs, epochs, null], ["Pixels", of => of.image_size, pixels, null], ["Backbone", network, network, null],
 ];
-// what is the same in every row is said once, above the table
+// columns with the same text in every row are printed once, above the table
 const same = column => column[3] === null && column[2] !== null && column[0] !== "Seeds" && new Set([...data.settings, ...data.means].map(column[2])).size === 1;
 const COLUMNS = ALL_COLUMNS.filter(column => !data.settings.length || !same(column));
 const NUMERIC = index => COLUMNS[index][3] !== null || ["Epochs", "Pixels"].includes(COLUMNS[index][0]);
@@ -210,7 +210,7 @@ function arrange() {
   }
   number();
 }
-// the widths that the columns want, kept: the browser need not measure every cell again after each sort
+// fix the natural widths of the columns, so that the browser need not measure every cell again after each sort
 function settle() {
   const table = $("board"), cells = [...table.tHead.rows[0].cells];
   table.style.tableLayout = table.style.width = "";
@@ -267,14 +267,14 @@ function boardRow(setting, best, label) {
   return { setting, rank, node: h("tr", { "data-setting": setting.id }, first, cells) };
 }
 function remarks(group) {
-  const told = [count(group.all.length, "setting")];
-  if (group.mean && group.partial) told.push(`${count(group.partial, "other")} without every category not shown here`);
-  if (group.test_sets > 1) told.push(`${group.test_sets} different sets of test images: their figures are not of the same images`);
-  if (group.truths && group.truths.length > 1) told.push(`truth: ${group.truths.join("; ")}`);
-  return told.join(" · ");
+  const described = [count(group.all.length, "setting")];
+  if (group.mean && group.partial) described.push(`${count(group.partial, "other")} without every category not shown here`);
+  if (group.test_sets > 1) described.push(`${group.test_sets} different sets of test images: their figures are not of the same images`);
+  if (group.truths && group.truths.length > 1) described.push(`truth: ${group.truths.join("; ")}`);
+  return described.join(" · ");
 }
 
-// ---- which groups a section can show, and the one that it shows
+// ---- the groups that a section can show, and the one that it shows
 
 function open(accepts) {
   return groups.filter(group => accepts(group) && group.all.some(visible));
@@ -355,7 +355,7 @@ function drawMatrix() {
   const note = $("matrix-note");
   note.replaceChildren(`${words(state.metric)}, mean over seeds. `);
   if (all.length) note.append(`${figure(low)} `, h("span", { class: "ramp" }), ` ${figure(high)}, the darker the higher. `);
-  note.append("– is where nothing was measured. ");
+  note.append("– where nothing was measured. ");
   const whole = common.length === columns.length ? `all ${columns.length} columns` : `the ${common.length} of ${columns.length} columns that every method shown has`;
   if (withMean) note.append(`The mean is over ${whole}.`);
   else if (columns.length > 1) note.append("No mean: fewer than two columns are measured for every method shown.");
@@ -411,7 +411,7 @@ function drawCost() {
   $("cost-chart").replaceChildren(); $("cost-key").replaceChildren();
   const settings = group ? group.all.filter(visible) : [];
   const points = settings.map(setting => ({ setting, x: time(setting), y: value(setting, state.metric) })).filter(of => of.x > 0 && of.y !== null);
-  if (!points.length) { $("cost-note").textContent = "Nothing here has both this figure and this time."; return; }
+  if (!points.length) { $("cost-note").textContent = "No setting has both this figure and this time."; return; }
 
   const lx = points.map(of => Math.log10(of.x)), y = points.map(of => of.y);
   let [x0, x1] = [Math.min(...lx), Math.max(...lx)], [y0, y1] = [Math.min(...y), Math.max(...y)];
@@ -475,7 +475,7 @@ function drawCurves() {
   const has = group => !group.mean && group.all.some(setting => setting.runs.some(run => Object.keys(data.runs[run].curves).length));
   const group = chosen(has);
   $("curves-controls").replaceChildren(); $("curves-chart").replaceChildren(); $("curves-key").replaceChildren(); $("curves-note").textContent = "";
-  if (!group) { $("curves-note").textContent = "No run that passes the filters has left its curves or scores."; return; }
+  if (!group) { $("curves-note").textContent = "No run that passes the filters has curves or scores."; return; }
   const kinds = Object.keys(KINDS).filter(kind => group.all.some(setting => setting.runs.some(run => data.runs[run].curves[kind])));
   if (!kinds.includes(state.curve)) state.curve = kinds[0];
   const [name, xTitle, yTitle, reach] = KINDS[state.curve];
@@ -529,7 +529,7 @@ function drawCurves() {
     return h("label", { class: "row" }, box, sample, h("span", {}, label.get(setting)), h("em", {}, shown(setting, name)));
   }));
   const without = group.all.filter(visible).length - settings.length;
-  $("curves-note").textContent = "A line per seed, the letter on the first. Lines are simplified to what can be seen; figures come from the whole curves. " +
+  $("curves-note").textContent = "A line per seed, the letter on the first. Lines are simplified within the visible resolution; the figures are those of the complete curves. " +
     (without ? `${count(without, "setting")} without this curve${state.curve.startsWith("pixel") ? ": no maps, or a run that left no curves.json" : ""}.` : "");
 }
 // a point on the polyline: at a share of its length as it is seen, within the axis
@@ -586,7 +586,7 @@ function drawViewer() {
   const image = viewer.list[viewer.index];
   $("viewer-title").textContent = image.key;
   $("viewer-about").textContent = `${kindOf(image)} · ${viewer.group.title} · mean place ${percent(image.mean)}, standard deviation ${percent(image.spread)} over ${count(Object.keys(image.cells).length, "setting")}` +
-    " · colours run from the low to the high end of each run's own scale, lines: cyan where it raised an alarm, dashed around the truth";
+    " · colours span each run's own scale; lines: cyan around alarms, dashed around the truth";
   $("viewer-controls").replaceChildren(radios("panel", "What is shown of each method", [["overlay", "overlay"], ["map", "map alone"]], viewer.panel, key => {
     viewer.panel = key; drawViewer(); document.querySelector(`input[name="panel"][value="${key}"]`).focus();
   }));
@@ -601,15 +601,15 @@ function drawViewer() {
     ...["input", "truth"].filter(name => shared[name]).map(name => h("figure", {}, h("img", { src: data.media[shared[name]], alt: name === "input" ? "the image" : "the true defects" }), h("figcaption", {}, h("b", {}, name === "input" ? "input" : "ground truth")))),
     ...drawn.map(setting => {
       const panels = image.panels[setting.id], uri = data.media[panels.strip || panels[viewer.panel]];
-      return h("figure", {}, uri ? h("img", { src: uri, alt: `${viewer.panel} of ${label.get(setting)}` }) : h("div", { class: "absent" }, "no map"), told(setting, image, label));
+      return h("figure", {}, uri ? h("img", { src: uri, alt: `${viewer.panel} of ${label.get(setting)}` }) : h("div", { class: "absent" }, "no map"), described(setting, image, label));
     }),
-    ...without.map(setting => h("figure", { class: "without" }, told(setting, image, label))));
+    ...without.map(setting => h("figure", { class: "without" }, described(setting, image, label))));
   $("viewer-without").hidden = !without.length;
-  $("viewer-without").textContent = `${count(without.length, "setting")} drew no picture of this image, and stand${without.length === 1 ? "s" : ""} last.`;
+  $("viewer-without").textContent = `${count(without.length, "setting")} drew no picture of this image, and come${without.length === 1 ? "s" : ""} last.`;
   $("previous").disabled = viewer.index === 0;
   $("next").disabled = viewer.index === viewer.list.length - 1;
 }
-function told(setting, image, label) {
+function described(setting, image, label) {
   const cell = image.cells[setting.id], right = cell.alarm === (image.label === 1);
   const decision = cell.alarm === null ? "" : right ? ` · ✓ ${cell.alarm ? "alarm" : "passed"}` : ` · ✗ ${cell.alarm ? "false alarm" : "missed"}`;
   return h("figcaption", {}, h("b", {}, label.get(setting)),
@@ -647,7 +647,7 @@ for (const of of records) {
   shelves.set(key, [...(shelves.get(key) || []), of]);
 }
 for (const [method, own] of [...shelves].sort((a, b) => listed.compare(a[0], b[0]))) {
-  // what did not finish lies open, all else under its method
+  // unfinished runs are listed openly, all others under their method
   const node = method === "" ? h("div") : h("details", { class: "shelf" }, h("summary", {}, h("b", {}, method), ` – ${count(own.length, "finished run")}`));
   node.append(...own.map(of => of.node));
   shelves.set(method, { node, own });
