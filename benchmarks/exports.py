@@ -17,8 +17,7 @@ from blemish.deploy.export import ENDINGS, export_run
 from blemish.edge.errors import InputError
 from blemish.files import write_json
 from blemish.report.tables import between
-from blemish.run.checkpoint import load
-from blemish.run.config import build, composed, names
+from blemish.run.config import composed, names
 from blemish.run.record import environment
 from blemish.run.train import train
 
@@ -49,7 +48,7 @@ def tried(method: str, run: Path, format: str, *overrides: str) -> dict:
     path = run / f"model{ENDINGS[format]}"
     try:
         cfg = composed(f"run='{run}'", f"format={format}", f"output='{path}'", *overrides, config="export")
-        _, parity = export_run(cfg, load, build)
+        _, parity = export_run(cfg)
     except InputError as error:
         return {"refused": str(error)}
     maps = None if parity.map_difference is None else parity.map_difference / parity.map_scale

@@ -16,7 +16,6 @@ from blemish.edge import runtime
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 from blemish.run.checkpoint import load
-from blemish.run.config import build
 from blemish.run.predict import predict
 from blemish.run.record import read_record
 from blemish.run.test import test as retest
@@ -170,7 +169,7 @@ def test_a_folder_of_masks(tiny, roi, run, tmp_path):
     with pytest.raises(InputError, match=r"000\.png: no mask of its ROI; expected .*regions.000\.png"):
         predicted(folder, tiny / "square", tmp_path / "none")
     with pytest.raises(InputError, match="a mask for each image, which no export holds"):
-        export_run(composed(f"run='{folder}'", f"output='{tmp_path / 'model.onnx'}'", config="export"), load, build)
+        export_run(composed(f"run='{folder}'", f"output='{tmp_path / 'model.onnx'}'", config="export"))
     with pytest.raises(InputError, match="expected one mask for all images"):
         AnomalyDetector.load(folder, device="cpu")
 
@@ -274,7 +273,7 @@ def both(shapes, roi, tmp_path_factory):
 def test_an_export_without_the_map_is_refused(both, shapes, tmp_path):
     more = ["format=torch_export", "maps=false", f"images='{shapes / 'square'}'"]
     with pytest.raises(InputError, match="maps=false: the score is the largest value of the map"):
-        export_run(composed(f"run='{both}'", f"output='{tmp_path / 'm.pt2'}'", *more, config="export"), load, build)
+        export_run(composed(f"run='{both}'", f"output='{tmp_path / 'm.pt2'}'", *more, config="export"))
 
 
 @pytest.mark.parametrize("more", [("input=uint8",), slow(("input=float",)), slow(("source=[37,91]",))])
@@ -284,7 +283,7 @@ def test_exports_hold_region_and_letterbox(both, shapes, tmp_path, more):
         if "source" not in more[0] or read(path).shape == (37, 91):
             save(source / path.name, read(path))
     more = (*more, f"images='{source}'")
-    path, parity = export_run(composed(f"run='{run}'", f"output='{tmp_path / 'model.onnx'}'", *more, config="export"), load, build)
+    path, parity = export_run(composed(f"run='{run}'", f"output='{tmp_path / 'model.onnx'}'", *more, config="export"))
     assert parity.flipped == 0
     found, _ = predicted(run, source, tmp_path / "out")
     model = runtime.Model(path, threads=1)

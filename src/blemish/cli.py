@@ -67,9 +67,8 @@ def data(cfg: Any) -> None:
 def export(cfg: Any) -> None:
     """write a run as one file without blemish: blemish export run=results/runs/… format=onnx|torch_export|openvino"""
     from blemish.deploy.export import export_run
-    from blemish.run import checkpoint, config
 
-    path, parity = export_run(cfg, checkpoint.load, config.build)
+    path, parity = export_run(cfg)
     say(f"{path}: {parity}")
 
 
@@ -78,9 +77,8 @@ def bench(cfg: Any) -> None:
     from rich.console import Console
 
     from blemish.deploy import bench
-    from blemish.run import checkpoint, config
 
-    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg, checkpoint.load, config.build)))
+    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg)))
 
 
 def table(cfg: Any) -> None:

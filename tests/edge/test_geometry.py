@@ -186,12 +186,6 @@ def test_a_region_comes_back_from_its_text(height, width, seed):
     assert runtime.inside_of(2 * height, 3 * width, {"roi": metadata})[1::2, 1::3].tolist() == mask.tolist()
 
 
-def test_facts_of_earlier_versions_mean_stretch():
-    metadata = {"image_size": 64, "crop": 48}
-    assert runtime.geometry_of(metadata) == Geometry(64, 48, "stretch")
-    assert runtime.inside_of(9, 9, metadata) is None
-
-
 # ---- what is not inside ----
 
 

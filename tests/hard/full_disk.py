@@ -18,7 +18,6 @@ from blemish.api import AnomalyDetector
 from blemish.deploy.export import export_run
 from blemish.edge.errors import InputError
 from blemish.report import tables
-from blemish.run.checkpoint import load
 from blemish.run.config import build
 from blemish.run.predict import predict
 from blemish.run.record import FINISHED, read_record
@@ -157,7 +156,7 @@ def test_predictions(disk, finished, tiny):
 def test_an_export(disk, finished):
     def work(output: Path):
         options = ["format=torch_export", f"output='{output}'", f"run='{finished}'", "n=2"]
-        return export_run(composed(*options, config="export"), load, build)
+        return export_run(composed(*options, config="export"))
 
     first = disk.place / "first" / "model.pt2"
     work(first)

@@ -1,14 +1,14 @@
-"""How long a run takes from file to decision: every stage of it, by torch and by the engines that exports are for."""
+"""How long a run takes from file to decision: each of its stages, by torch and by the engines that exports are for."""
 
-import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from blemish.data.images import prepare, to_image
-from blemish.deploy.export import ExportModule, chosen, example, geometry_metadata, loaded, splits, to_onnx, traced
+from blemish.deploy.export import ExportModule, chosen, example, geometry_metadata, loaded, onnx_of, splits, traced
 from blemish.detector import Detector
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
@@ -28,12 +28,13 @@ from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 from blemish.files import Outputs, write_json
 from blemish.report.tables import between
+from blemish.run.checkpoint import load
 from blemish.run.record import environment, read_record
 from blemish.run.results import Preprocessing, preprocessing_of
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("engine", "batch", "stage", "median", "p95", "p99", "calls")
+ENGINES = ("torch", "onnxruntime", "openvino")
 
 
 class Row(NamedTuple):
@@ -49,111 +50,87 @@ class Row(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """One way to compute a method. What there is to be waited for is done when a call returns."""
+    """One way to compute a method; a call returns when its result is there."""
 
     resize: Callable[[np.ndarray], Any]  # a decoded image to what `stack` takes
     stack: Callable[[list], Any]  # several of them to a batch
     backbone: Callable[[Any], Any] | None  # batch to maps; None for a method that has none
     score: Callable[[Any], Sequence] | None  # maps to (score, map) or (score,)
-    whole: Callable[[Any], Sequence]  # batch to (score, map) or (score,)
+    full: Callable[[Any], Sequence]  # batch to (score, map) or (score,)
     enlarge: Callable[[Any, int, int], Any]  # a map (h, w) to the pixels of its image
-    batch: int | None  # the batch size, None for any
+    batch: int | None = None  # the batch size, None for any
 
 
-class Plan(NamedTuple):
-    """How calls are repeated, see configs/bench.yaml."""
+class Part(nn.Module):
+    """The first part of an export, images to the maps of its backbone, or the second, those maps to its outputs."""
 
-    warmup: int
-    repeats: int
-    seconds: float
-
-
-class Backbone(nn.Module):
-    """A graph's first part: images to the maps of its method's backbone."""
-
-    def __init__(self, graph: ExportModule):
+    def __init__(self, full: ExportModule, is_first: bool):
         super().__init__()
-        self.complete = graph  # torch.fx has a `graph` of its own
+        self.full, self.is_first = full, is_first
 
     @property
-    def model(self) -> Detector:  # registered once, with the graph: torch.export keeps one name of a parameter
-        return self.complete.model
+    def model(self) -> Detector:
+        return self.full.model
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        return list(self.model.features(self.complete.unit(image)))
-
-
-class Score(nn.Module):
-    """A graph's second part: those maps to (score, map) or (score,)."""
-
-    def __init__(self, graph: ExportModule):
-        super().__init__()
-        self.model, self.size, self.maps = graph.model, graph.size, graph.maps
-
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
-        score, map = self.model.score(maps, self.size)
-        return (score, map) if self.maps and map is not None else (score,)
+    def forward(self, x: Any) -> Sequence[Tensor]:
+        if self.is_first:
+            return list(self.model.features(self.full.unit(x)))
+        return self.full.outputs(*self.model.score(x, self.full.size))
 
 
-def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
-    """Measure a run folder as configs/bench.yaml says, and write what was found; `load` and `build` as for `export_run`."""
-    run = Path(cfg.run)
-    if isinstance(cfg.engines, str):
-        raise InputError(f"engines={cfg.engines}: expected a list, engines=[{cfg.engines}]")
-    if unknown := set(cfg.engines) - {"torch", "onnxruntime", "openvino"}:
-        raise InputError(f"engines={list(cfg.engines)}: no {', '.join(sorted(unknown))}; expected torch, onnxruntime, openvino")
+def bench_run(cfg: Any) -> list[Row]:
+    """Measure a run folder as configs/bench.yaml says, and write what was found."""
+    if isinstance(cfg.engines, str) or set(cfg.engines) - set(ENGINES):
+        raise InputError(f"engines={cfg.engines}: expected a list of {', '.join(ENGINES)}")
     check_whole("", 1, batch=cfg.batch, threads=cfg.threads, repeats=cfg.repeats, n=cfg.n, opset=cfg.opset)
     check_whole("", 0, warmup=cfg.warmup)
     check_number("", "(0, inf)", seconds=cfg.seconds)
     check_switch("", maps=cfg.maps)
     check_size(size=cfg.size)
     check_choice("", ("cpu", "gpu", "cuda", "auto"), device=cfg.device)
-    output, outputs = Path(cfg.output) if cfg.output else run / "bench.json", Outputs()
+    run, outputs = Path(cfg.run), Outputs()
+    output = Path(cfg.output) if cfg.output else run / "bench.json"
     outputs.check([output], "output=FILE")
     saved, model = load(run, cfg.device)
     preprocessing = preprocessing_of(saved)
     if preprocessing.tile:
-        raise InputError(
-            f"run={run}: it scores an image by its tiles (tiling={preprocessing.tile}), here are stages of whole ones; expected another"
-        )
-    images = chosen(cfg.images, run, partial(build, saved.data), cfg.n)
+        raise InputError(f"run={run}: has tiling={preprocessing.tile}, and each tile its stages; expected a run that scores whole images")
+    images = chosen(cfg.images, run, saved.data, cfg.n)
     arrays = [loaded(*image) for image in images]
     side = preprocessing.geometry.side
     size = (side, side) if side else tuple(cfg.size or arrays[0].shape[:2])
     arrays = [array for array in arrays if preprocessing.geometry.size or array.shape[:2] == size]
-    plan, batches = Plan(cfg.warmup, cfg.repeats, cfg.seconds), sorted({1, cfg.batch})
-    rows, versions = [], {"torch": torch.__version__}
-    with limited(cfg.threads), tempfile.TemporaryDirectory() as folder:
-        rows.append(row("any", 1, "decode", timed(read, [path for path, _ in images], plan)))
+    versions = {"torch": torch.__version__}
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(cfg.threads)
+        stack.enter_context(threadpool_limits(cfg.threads))  # of numpy's products
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rows = [row("any", 1, "decode", timed(read, [path for path, _ in images], cfg))]
         for name in cfg.engines:
-            if name == "torch":
-                engine = torch_engine(model, preprocessing)
-            elif find_spec(name):
-                input = "uint8" if arrays[0].dtype == np.uint8 else "float"
-                try:
-                    engine = graph_engine(
-                        name, load(run, "cpu")[1], preprocessing, size, input, cfg.maps, cfg.threads, cfg.opset, Path(folder)
-                    )
-                except InputError as error:
-                    log.warning("%s is left out: %s", name, error)
-                    continue
-                versions[name] = version(name)
-            else:
+            if not find_spec(name):
                 log.warning("%s is left out, as it is not installed", name)
                 continue
-            for batch in batches:
+            try:
+                if name == "torch":
+                    engine = torch_engine(model, preprocessing, size)
+                else:
+                    input = "uint8" if arrays[0].dtype == np.uint8 else "float"
+                    engine = graph_engine(name, load(run, "cpu")[1], preprocessing, size, input, cfg, folder)
+            except InputError as error:
+                log.warning("%s is left out: %s", name, error)
+                continue
+            versions[name] = version(name)
+            for batch in sorted({1, cfg.batch}):
                 if engine.batch in (None, batch):
-                    rows += measured(name, engine, arrays, batch, cfg.maps, plan)
+                    rows += measured(name, engine, arrays, batch, cfg)
     metadata = {
         "run": str(run),
         "method": (read_record(run) or {}).get("method"),
         "backbone": saved.get("backbone"),
         "size": size,
         "images": [arrays[0].shape, len(images)],
-        "maps": cfg.maps,
-        "threads": cfg.threads,
-        "device": cfg.device,
-        **plan._asdict(),
+        **{key: cfg[key] for key in ("maps", "threads", "device", "warmup", "repeats", "seconds")},
         "versions": versions,
         "environment": environment(),
     }
@@ -163,131 +140,97 @@ def bench_run(cfg: Any, load: Callable, build: Callable) -> list[Row]:
     return rows
 
 
-@contextlib.contextmanager
-def limited(threads: int) -> Iterator[None]:
-    """So many threads for torch and for numpy's products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with threadpool_limits(threads):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def torch_engine(model: Detector, preprocessing: Preprocessing) -> Engine:
+def torch_engine(model: Detector, preprocessing: Preprocessing, size: tuple[int, int]) -> Engine:
     """The run as `predict` computes it: maps are made whether they are asked for or not."""
 
-    def synchronised(work: Callable) -> Callable:
+    def call(work: Callable) -> Callable:
         @torch.inference_mode()
-        def call(*given: Any) -> Any:
-            found = work(*given)
+        def synchronised(x: Any) -> Any:
+            found = work(x.to(model.device) if isinstance(x, Tensor) else x)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             return found
 
-        return call
+        return synchronised
 
-    size = None
-
-    def whole(batch: Tensor) -> Sequence:
-        return tuple(value for value in model(batch.to(model.device)) if value is not None)
-
-    def backbone(batch: Tensor) -> Any:
-        nonlocal size
-        size = tuple(batch.shape[-2:])
-        return model.features(batch.to(model.device))
-
-    def score(maps: Any) -> Sequence:
-        return tuple(value for value in model.score(maps, size) if value is not None)
+    def outputs(prediction: tuple) -> list:
+        return [value for value in prediction if value is not None]
 
     return Engine(
         resize=lambda array: prepare(array, preprocessing.window, preprocessing.geometry),
         stack=torch.stack,
-        backbone=synchronised(backbone) if splits(model) else None,
-        score=synchronised(score) if splits(model) else None,
-        whole=synchronised(whole),
+        backbone=call(model.features) if splits(model) else None,
+        score=call(lambda maps: outputs(model.score(maps, size))) if splits(model) else None,
+        full=call(lambda batch: outputs(model(batch))),
         enlarge=lambda map, height, width: to_image(map.cpu(), height, width, preprocessing.geometry),
-        batch=None,
     )
 
 
 def graph_engine(
-    name: str,
-    model: Detector,
-    preprocessing: Preprocessing,
-    size: tuple[int, int],
-    input: str,
-    maps: bool,
-    threads: int,
-    opset: int,
-    folder: Path,
+    name: str, model: Detector, preprocessing: Preprocessing, size: tuple[int, int], input: str, cfg: Any, folder: Path
 ) -> Engine:
-    """The run's export, whole and in two parts, run as `blemish.edge.runtime` runs it."""
-    whole, images = ExportModule(model, size, input, None, preprocessing, maps).eval(), example(input, size)
-    parts: dict[str, tuple[nn.Module, Any]] = {"full_pass": (whole, images)}
+    """The run's export, complete and in two parts, run as `blemish.edge.runtime` runs it; `cfg` has maps, threads and opset."""
+    full, images = ExportModule(model, size, input, None, preprocessing, cfg.maps).eval(), example(input, size)
+    parts: dict[str, tuple[nn.Module, Any]] = {"full": (full, images)}
     if splits(model):
+        first = Part(full, is_first=True)
         with torch.no_grad():
-            parts |= {"backbone": (Backbone(whole), images), "score": (Score(whole), Backbone(whole)(images))}
+            parts |= {"backbone": (first, images), "score": (Part(full, is_first=False), first(images))}
     calls, batches = {}, []
-    for part, (module, given) in parts.items():
-        program, batch = traced(module, given)
-        to_onnx(program, folder / f"{part}.onnx", opset, names=None)
-        _, calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(folder / f"{part}.onnx", threads)
+    for part, (module, inputs) in parts.items():
+        program, batch = traced(module, inputs)
+        path = folder / f"{part}.onnx"
+        path.write_bytes(onnx_of(program, cfg.opset, names=(None, None)).SerializeToString())
+        calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(path, cfg.threads)[1]
         batches.append(batch)
-    window, apart = {dtype: list(ends) for dtype, ends in preprocessing.window.items()}, calls.get("score")
-    metadata = {"input": input, "source": None, "size": list(size), "window": window, **geometry_metadata(preprocessing.geometry)}
+    metadata = {"input": input, "source": None, "size": list(size), **geometry_metadata(preprocessing)}
     return Engine(
         resize=lambda array: runtime.prepared(array, metadata),
         stack=np.stack,
         backbone=calls.get("backbone"),
-        score=apart and (lambda maps: apart(*maps)),
-        whole=calls["full_pass"],
+        score=(lambda maps: calls["score"](*maps)) if "score" in calls else None,
+        full=calls["full"],
         enlarge=partial(edge.to_image, geometry=preprocessing.geometry),
         batch=1 if 1 in batches else None,
     )
 
 
-def measured(name: str, engine: Engine, arrays: Sequence[np.ndarray], batch: int, maps: bool, plan: Plan) -> list[Row]:
+def measured(name: str, engine: Engine, arrays: Sequence[np.ndarray], batch: int, cfg: Any) -> list[Row]:
     """The rows of one engine with so many images a call, which take turns."""
     turn = cycle(arrays)
-    drawn = [[next(turn) for _ in range(batch)] for _ in arrays]
+    drawn = [list(islice(turn, batch)) for _ in arrays]
 
     def resize(some: Sequence[np.ndarray]) -> Any:
         return engine.stack([engine.resize(array) for array in some])
 
-    def enlarge(made: tuple[Any, Sequence[np.ndarray]]) -> None:
-        for map, array in zip(*made, strict=True):
+    def enlarge(maps: Sequence, some: Sequence[np.ndarray]) -> None:
+        for map, array in zip(maps, some, strict=True):
             engine.enlarge(map, *array.shape[:2])
 
     ready = [resize(some) for some in drawn]
-    found = [engine.whole(some) for some in ready]
-    stages: dict[str, tuple[Callable, Sequence]] = {"resize": (resize, drawn)}
+    found = [engine.full(one) for one in ready]
+    stages: dict[str, tuple[Callable, Sequence]] = {"resize": (resize, drawn), "score": (engine.full, ready)}
     if engine.backbone:
         stages["backbone"] = engine.backbone, ready
-        stages["score"] = engine.score, [engine.backbone(some) for some in ready]
-    else:
-        stages["score"] = engine.whole, ready
-    mapped = maps and len(found[0]) > 1
-    if mapped:
-        stages["map"] = enlarge, [(made[1], some) for made, some in zip(found, drawn, strict=True)]
-    stages["image to score"] = lambda some: engine.whole(resize(some)), drawn
-    if mapped:
-        stages["image to map"] = lambda some: enlarge((engine.whole(resize(some))[1], some)), drawn
-    return [row(name, batch, stage, timed(work, given, plan)) for stage, (work, given) in stages.items()]
+        stages["score"] = engine.score, [engine.backbone(one) for one in ready]
+    stages["image to score"] = lambda some: engine.full(resize(some)), drawn
+    if cfg.maps and len(found[0]) > 1:
+        stages["map"] = lambda pair: enlarge(*pair), [(one[1], some) for one, some in zip(found, drawn, strict=True)]
+        stages["image to map"] = lambda some: enlarge(engine.full(resize(some))[1], some), drawn
+    order = ("resize", "backbone", "score", "map", "image to score", "image to map")
+    return [row(name, batch, stage, timed(*stages[stage], cfg)) for stage in order if stage in stages]
 
 
-def timed(work: Callable[[Any], Any], given: Sequence, plan: Plan) -> list[float]:
-    """Milliseconds of each of the calls that count, of what is given by turns."""
-    found, begun, turn = [], time.perf_counter(), cycle(given)
-    for i in range(plan.warmup + plan.repeats):
-        one = next(turn)
+def timed(work: Callable[[Any], Any], inputs: Sequence, cfg: Any) -> list[float]:
+    """Milliseconds of each call that counts, with the inputs taking turns; `cfg` has warmup, repeats and seconds."""
+    found, begun = [], time.perf_counter()
+    for i, x in zip(range(cfg.warmup + cfg.repeats), cycle(inputs), strict=False):
         start = time.perf_counter()
-        work(one)
+        work(x)
         end = time.perf_counter()
-        if i >= plan.warmup:
+        if i >= cfg.warmup:
             found.append(1e3 * (end - start))
-        if found and end - begun > plan.seconds:
+        if found and end - begun > cfg.seconds:
             break
     return found
 
@@ -296,20 +239,24 @@ def row(engine: str, batch: int, stage: str, values: Sequence[float]) -> Row:
     return Row(engine, batch, stage, *(float(np.percentile(values, q)) for q in (50, 95, 99)), len(values))
 
 
+def cells(r: Row) -> list[str]:
+    return [r.engine, str(r.batch), r.stage, *(f"{value:.2f}" for value in (r.median, r.p95, r.p99)), str(r.calls)]
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """What a person wants to see; `map` is the way to the image's own pixels."""
-    grid = Table(*COLUMNS, title="milliseconds a call")
+    """The rows for the terminal."""
+    grid = Table(*Row._fields, title="milliseconds a call")
     for r in rows:
-        grid.add_row(r.engine, str(r.batch), r.stage, *(f"{value:.2f}" for value in (r.median, r.p95, r.p99)), str(r.calls))
+        grid.add_row(*cells(r))
     return grid
 
 
 def page(rows: Sequence[Row], metadata: dict) -> str:
-    """The table in Markdown, and below it what it was measured on."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
-    lines += [f"| {r.engine} | {r.batch} | {r.stage} | {r.median:.2f} | {r.p95:.2f} | {r.p99:.2f} | {r.calls} |" for r in rows]
+    """The rows in Markdown, and below them what they were measured on."""
+    lines = [Row._fields, ["---", "---:", "---", *["---:"] * 4], *map(cells, rows)]
     (height, width), (shape, count) = metadata["size"], metadata["images"]
     versions = ", ".join(f"{name} {value}" for name, value in metadata["versions"].items())
-    seen = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
-    seen += f"maps={str(metadata['maps']).lower()}; {metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
-    return "\n".join([*lines, "", f"Milliseconds a call: {seen}; {metadata['warmup']} calls before those that count."]) + "\n"
+    measured = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
+    measured += f"maps={str(metadata['maps']).lower()}; {metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
+    note = f"Milliseconds a call: {measured}; {metadata['warmup']} calls before those that count."
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note]) + "\n"

@@ -93,7 +93,8 @@ def ignore_mask_in_network(height: int, width: int, geometry: Geometry, inside: 
 
 def fill_masked(array: np.ndarray, inside: np.ndarray, window: Mapping) -> np.ndarray:
     """An image (H, W) or (H, W, 3) with mid-grey of its window wherever it is not `inside` (H, W)."""
-    lo, hi = {"uint16": UINT16, **window, "uint8": (0, 255)}.get(array.dtype.name, (0.0, 0.0))  # `to_network` refuses what has no range
+    is_bytes = array.dtype == np.uint8
+    lo, hi = (0, 255) if is_bytes else {"uint16": UINT16, **window}.get(array.dtype.name, (0.0, 0.0))  # what has no range is refused later
     grey = lo + (hi - lo) * GREY / 255
     grey = array.dtype.type(round(grey) if array.dtype.kind == "u" else grey)
     return np.where(inside if array.ndim == 2 else inside[..., None], array, grey)

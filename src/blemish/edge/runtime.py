@@ -1,26 +1,28 @@
-"""Exported detectors at work with numpy and onnxruntime: no torch, so that the folder of this file may travel by itself.
+"""Exported detectors at work with numpy and onnxruntime or openvino: no torch, and nothing outside the folder of this file.
 
     model = Model("model.onnx")
     for result in model.predict(["part.png", array]):
         result.score, result.p_value, result.decision, result.map
 
-Files are read by `reading`, which needs Pillow, and for TIFF tifffile; arrays need neither. `.xml` files are run by openvino.
+Files are read by `reading`, which needs Pillow, and for TIFF tifffile; arrays need neither.
 """
 
 import base64
-import bisect
 import hashlib
 import json
 import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .calibration import p_values
 from .errors import InputError, named
 from .geometry import (
     Blend,
@@ -31,16 +33,17 @@ from .geometry import (
     ignore_mask_in_network,
     mask_to_network,
     mirrored,
-    nearest,
+    resize_nearest,
     to_image,
     to_network,
 )
 from .ranges import Range, doubt, range_of
 
-KEY = "blemish"  # of the metadata among a file's metadata
+KEY = "blemish"  # of the metadata among a file's own metadata
 FORMAT = "blemish artefact 3"
-SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # among the metadata, and before it is known
-SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino"}
+SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # in the metadata, and before it is known
+ENGINES = {".onnx": "onnxruntime", ".xml": "openvino"}
+OUTSIDE = "nothing of the image is inside the ROI of this detector; expected an image that has a part of it"
 
 Run = Callable[..., Sequence[np.ndarray]]
 
@@ -49,175 +52,141 @@ class Result(NamedTuple):
     """The result of one image."""
 
     score: float  # larger is more anomalous
-    p_value: float | None  # (1 + normal images held out that score at least as high) / (1 + all of them); None without any
+    p_value: float | None  # (1 + held-out normal images that score at least as high) / (1 + all of them); None without any
     decision: bool | None  # anomalous: score > threshold; None without a threshold
-    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input, or by tiles in the image's own; None without one
+    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input, by tiles in the image's own; None without one
 
 
 class Model:
-    """An exported detector; `metadata` is what was written into it: method, threshold, calibration, preprocessing, parity and the like.
+    """An exported detector; `metadata` is what was written into the file: method, threshold, calibration, preprocessing, parity and so on.
 
-    `threads` is how many the engine may use, all of the machine's if None. InputError for a file that is no artefact of blemish.
+    `threads` for the engine, all of the machine if None. InputError for a file that is damaged or no export of blemish.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        self.metadata, self.run = opened(Path(path), threads)
-        if self.metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: format {self.metadata.get('format')!r}; expected {FORMAT!r}, export the run again with this version")
-        self.threshold, self.calibration = self.metadata["threshold"], sorted(self.metadata["calibration"])
+        text, self.run = self.load(Path(path), threads)
+        self.metadata = metadata_of(text, path)
+        self.threshold, self.calibration = self.metadata["threshold"], self.metadata["calibration"]
+
+    def load(self, path: Path, threads: int | None) -> tuple[str | None, Run]:
+        """The text of the metadata in a file, and the function that runs its graph."""
+        check_file(path)
+        try:
+            return (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
+        except ImportError as error:
+            raise InputError(f"{path}: needs {ENGINES[path.suffix]} ({error}); pip install {ENGINES[path.suffix]}") from error
+        except Exception as error:  # each engine has errors of its own for a file it cannot read
+            raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]})") from error
 
     def predict(self, images: Any, batch_size: int = 1) -> list[Result]:
-        """Results of one image or of many, in their order.
+        """Results of one image or of several, in their order.
 
         An image is a file, or an array (H, W) or (H, W, 3) of uint8, uint16 or float32 in the file's own units, of any size unless
         `source` of the metadata fixes it. InputError for what cannot be used.
         """
         if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
-        size = batch_size if self.metadata["batch"] is None else self.metadata["batch"]
-        found: list[Result] = []
-        waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
-        for image in images:
-            array = pixels(image)
-            with named(image):
-                check_values(array, self.metadata)
-                if self.metadata["tiling"]:
-                    found.append(self.by_tiles(array, size))
-                    continue
-                waiting.append((prepared(array, self.metadata), self.ignore_mask(*array.shape[:2])))
-            if len(waiting) == size:
-                found += self._scored(waiting)
-                waiting = []
-        return found + (self._scored(waiting) if waiting else [])
+        size = self.metadata["batch"] or batch_size
+        if self.metadata["tiling"]:
+            return [self._by_tiles(image, size) for image in images]
+        results, inputs = [], map(self._prepared, images)
+        while chunk := list(islice(inputs, size)):
+            batch, ignore_masks = zip(*chunk, strict=True)
+            for (score, found), ignore_mask in zip(self._scored(batch), ignore_masks, strict=True):
+                results.append(self.result(*apply_ignore_mask(score, found, ignore_mask)))
+        return results
 
-    def _scored(self, waiting: list[tuple[np.ndarray, np.ndarray | None]]) -> list[Result]:
-        images, ignore_mask = zip(*waiting, strict=True)
-        return self.score(np.stack(images), ignore_mask)
-
-    def prepare(self, image: Any) -> np.ndarray:
-        """What the graph takes of one image, see `prepared`."""
+    def _prepared(self, image: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """An image as the graph takes it, and the ignored pixels of that."""
         array = pixels(image)
-        check_values(array, self.metadata)
-        return prepared(array, self.metadata)
+        with named(image):
+            check_values(array, self.metadata)
+            inside = inside_of(*array.shape[:2], self.metadata)
+            ignore_mask = ignore_mask_in_network(*array.shape[:2], geometry_of(self.metadata), inside)
+            if ignore_mask is not None and ignore_mask.all():
+                raise InputError(OUTSIDE)
+            return prepared(array, self.metadata), ignore_mask
 
-    def ignore_mask(self, height: int, width: int) -> np.ndarray | None:
-        """What `ignore_mask_in_network` says of an image (height, width); InputError if nothing of it is looked at."""
-        ignore_mask = ignore_mask_in_network(height, width, geometry_of(self.metadata), inside_of(height, width, self.metadata))
-        if ignore_mask is not None and ignore_mask.all():
-            raise InputError(f"an image of {width}×{height} pixels: nothing of it is inside the roi of this detector")
-        return ignore_mask
+    def _scored(self, batch: Sequence[np.ndarray]) -> list[tuple[float, np.ndarray | None]]:
+        scores, *maps = self.run(np.stack(batch))
+        return list(zip(map(float, scores), maps[0] if maps else [None] * len(scores), strict=True))
 
-    def score(self, batch: np.ndarray, ignore_mask: Sequence[np.ndarray | None] | None = None) -> list[Result]:
-        """Results of images that `prepare` made, (B, …), with what `ignore_mask` says of each."""
-        scores, *maps = self.run(batch)
-        found = [(float(score), maps[0][i] if maps else None) for i, score in enumerate(scores)]
-        return [
-            self.judged(*apply_ignore_mask(score, map, where))
-            for (score, map), where in zip(found, ignore_mask or [None] * len(found), strict=True)
-        ]
+    def _by_tiles(self, image: Any, batch_size: int) -> Result:
+        """The result of one image from its tiles: their largest score, and their maps blended in the image's own pixels."""
+        array, geometry = pixels(image), geometry_of(self.metadata)
+        (height, width), side, overlap = array.shape[:2], self.metadata["tiling"]["side"], self.metadata["tiling"]["overlap"]
+        with named(image):
+            check_values(array, self.metadata)
+            inside = inside_of(height, width, self.metadata)
+            array = array if inside is None else fill_masked(array, inside, self.metadata["window"])
+            best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
+            tiles = iter(grid(width, height, side, overlap))
+            while chunk := list(islice(tiles, batch_size)):
+                batch = [to_input(mirrored(array[y : y + h, x : x + w], side), self.metadata) for x, y, w, h in chunk]
+                for (x, y, w, h), (score, found) in zip(chunk, self._scored(batch), strict=True):
+                    seen = None if inside is None else mirrored(inside[y : y + h, x : x + w], side)
+                    ignore_mask = None if seen is None else mask_to_network(~seen, geometry, True)
+                    score, found = apply_ignore_mask(score, found, ignore_mask)
+                    best = max(best, score)
+                    if found is not None:
+                        blend.add(to_image(found, side, side, geometry), x, y)
+            if inside is not None and best == -np.inf:
+                raise InputError(OUTSIDE)
+        return self.result(best, filled(np.concatenate(rows), inside) if rows else None)
 
-    def by_tiles(self, image: np.ndarray, batch_size: int) -> Result:
-        """The result of one image from its tiles, so many at a time: their largest score, their maps blended in the image's own pixels."""
-        side, overlap, geometry = self.metadata["tiling"]["side"], self.metadata["tiling"]["overlap"], geometry_of(self.metadata)
-        check_shape(image)
-        height, width = image.shape[:2]
-        inside = inside_of(height, width, self.metadata)
-        image = image if inside is None else fill_masked(image, inside, self.metadata["window"])
-        best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
-        places = list(grid(width, height, side, overlap))
-        for begin in range(0, len(places), batch_size):
-            some = places[begin : begin + batch_size]
-            parts = [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in some]
-            scores, *maps = self.run(np.stack([given(mirrored(image[part], side), self.metadata) for part in parts]))
-            for i, (x, y, _, _) in enumerate(some):
-                ignore_mask = None if inside is None else mask_to_network(~mirrored(inside[parts[i]], side), geometry, True)
-                score, map = apply_ignore_mask(float(scores[i]), maps[0][i] if maps else None, ignore_mask)
-                best = max(best, score)
-                if map is not None:
-                    blend.add(to_image(map, side, side, geometry), x, y)
-        if inside is not None and best == -np.inf:
-            raise InputError(f"an image of {width}×{height} pixels: nothing of it is inside the roi of this detector")
-        map = np.concatenate(rows) if rows else None
-        return self.judged(best, map if map is None or inside is None else np.where(inside, map, map[inside].min()))
-
-    def judged(self, score: float, map: np.ndarray | None) -> Result:
-        decision = None if self.threshold is None else score > self.threshold
-        count = len(self.calibration)
-        p = (1 + count - bisect.bisect_left(self.calibration, score)) / (count + 1) if count else None
-        return Result(score, p, decision, map)
+    def result(self, score: float, map: np.ndarray | None) -> Result:
+        """The result of a score, with its p-value and decision."""
+        p = float(p_values(score, self.calibration)) if self.calibration else None
+        return Result(score, p, None if self.threshold is None else score > self.threshold, map)
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
-        """A map in the pixels of its image, (height, width): what was not looked at takes the least value of the rest."""
+        """A map in the pixels of its image, (height, width); outside the ROI it has the minimum of the rest."""
         if self.metadata["tiling"]:
             return map
-        own, inside = to_image(map, height, width, geometry_of(self.metadata)), inside_of(height, width, self.metadata)
-        return own if inside is None else np.where(inside, own, own[inside].min())
+        return filled(to_image(map, height, width, geometry_of(self.metadata)), inside_of(height, width, self.metadata))
 
 
-def opened(path: Path, threads: int | None) -> tuple[dict, Run]:
-    """The metadata in a file, and what runs its graph."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected an export of blemish ({', '.join(SUFFIXES)})")
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: expected a file that ends with {' or '.join(SUFFIXES)}")
-    intact(path)
+def check_file(path: Path) -> None:
+    """InputError unless the bytes of an export are those that were written: of others, engines make a crash, or a score that is wrong."""
+    if path.suffix not in ENGINES:
+        raise InputError(f"{path}: expected a file that ends with {' or '.join(ENGINES)}")
     try:
-        text, run = (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
-    except ImportError as error:
-        raise InputError(f"{path}: needs {SUFFIXES[path.suffix]} ({error}); pip install {SUFFIXES[path.suffix]}") from error
-    except Exception as error:  # each engine has errors of its own for a file it cannot read
-        raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish") from error
-    return metadata_of(text, path), run
+        _, written, digest = seal(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected an export of blemish") from error
+    if written != digest:
+        raise InputError(f"{path}: damaged, or no export of this version of blemish; copy the file again, or export the run again")
 
 
-def seal(path: Path) -> tuple[int | None, str, str]:
-    """Where in an export its seal is (None without one), what it says, and what it should say: the digest of all bytes but its own.
-
-    An .xml file's .bin is part of it.
-    """
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    content, *others = (file.read_bytes() for file in files)
+def seal(path: Path) -> tuple[int, str, str]:
+    """Where in an export its seal is, what it says, and what it should say: the digest of all other bytes, of an .xml with its .bin."""
+    content, *others = (file.read_bytes() for file in ([path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]))
     found = SEAL.search(content)
     first, last = found.span(1) if found else (0, 0)
     digest = hashlib.blake2b(digest_size=16)
     for part in (memoryview(content)[:first], memoryview(content)[last:], *others):
         digest.update(part)
-    return (first, found[1].decode(), digest.hexdigest()) if found else (None, "", digest.hexdigest())
-
-
-def intact(path: Path) -> None:
-    """InputError unless the bytes of an export are those that were written: of others, engines make a crash, or a score that is wrong."""
-    try:
-        place, written, expected = seal(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected an export of blemish") from error
-    if place is None:
-        raise InputError(f"{path}: bears no seal of blemish; expected a file made by `blemish export` of this version, and whole")
-    if written != expected:
-        raise InputError(f"{path}: damaged, its bytes are not those that were exported; copy the file anew or export the run again")
+    return first, content[first:last].decode(), digest.hexdigest()
 
 
 def metadata_of(text: str | None, path: Path) -> dict:
-    """The metadata in the text that an export left; InputError if it is none."""
-    try:
+    """The metadata in the text that an export holds; InputError if it is none, or of another version."""
+    with suppress(ValueError, TypeError, KeyError):
         metadata = json.loads(text or "")
-        if isinstance(metadata, dict) and "format" in metadata:
+        if metadata["format"] == FORMAT:
             return metadata
-    except json.JSONDecodeError:
-        pass
-    raise InputError(f"{path}: says nothing of blemish in its metadata; expected a file made by `blemish export`")
+    raise InputError(f"{path}: no metadata of a {FORMAT!r}; export the run again with this version of blemish")
 
 
 def by_onnxruntime(path: Path, threads: int | None) -> tuple[str | None, Run]:
-    """The text under KEY in an ONNX file, and what runs it: arrays in, arrays out."""
+    """The text under KEY in an ONNX file, and the function that runs it: arrays in, arrays out."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
+    options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    return session.get_modelmeta().custom_metadata_map.get(KEY), lambda *given: session.run(None, dict(zip(names, given, strict=True)))
+    names = [value.name for value in session.get_inputs()]
+    return session.get_modelmeta().custom_metadata_map.get(KEY), lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
 @cache
@@ -234,19 +203,21 @@ def openvino_core() -> Any:
 
 def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
     """The same of an OpenVINO file, or of an ONNX file, which has no text there."""
-    core = openvino_core()
-    model = core.read_model(str(path))
+    model = openvino_core().read_model(str(path))
     # without the hint, processors that have bfloat16 compute in it
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
-    compiled = core.compile_model(model, "CPU", options)
+    compiled = openvino_core().compile_model(model, "CPU", options)
     text = model.get_rt_info([KEY, "metadata"]).value if model.has_rt_info([KEY, "metadata"]) else None
-    return text, lambda *given: [np.array(value) for value in compiled(list(given)).values()]
+    return text, lambda *inputs: [np.array(value) for value in compiled(list(inputs)).values()]
 
 
 def pixels(image: str | Path | np.ndarray) -> np.ndarray:
-    """The array of a file, or the array itself."""
+    """The array of a file, or the array itself; InputError unless it may be an image."""
     if not isinstance(image, str | Path):
-        return np.asarray(image)
+        array = np.asarray(image)
+        if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
+            raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+        return array
     try:
         from .reading import read
     except ImportError as error:
@@ -254,53 +225,46 @@ def pixels(image: str | Path | np.ndarray) -> np.ndarray:
     return read(image)
 
 
-def prepared(array: np.ndarray, metadata: dict) -> np.ndarray:
-    """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], as the metadata say under `input`."""
-    check_shape(array)
-    inside = inside_of(*array.shape[:2], metadata)
-    return given(array if inside is None else fill_masked(array, inside, metadata["window"]), metadata)
-
-
 def check_values(array: np.ndarray, metadata: dict) -> None:
     """InputError for a dtype that neither training had nor the window names, and a warning for values that training did not have."""
-    ranges, window, dtype = metadata.get("ranges") or {}, metadata["window"], array.dtype.name
-    if not ranges or array.ndim not in (2, 3):
+    ranges, window, dtype = metadata["ranges"], metadata["window"], array.dtype.name
+    if not ranges:
         return
     if dtype not in ranges and dtype not in window:
         raise InputError(
-            f"an image of {dtype}, but training had {', '.join(ranges)} alone; expected images converted as those were, or the export of a "
+            f"an image of {dtype}, but training had only {', '.join(ranges)}; expected images converted as those were, or the export of a "
             f"run with data.window=[lo,hi] for {dtype}"
         )
     expected = Range(*ranges[dtype]) if dtype in ranges else range_of(*window[dtype])
     inside = inside_of(*array.shape[:2], metadata)
     if doubt(array if inside is None else array[inside], expected):
-        warnings.warn(  # the same text each time: told once
+        warnings.warn(  # the same text each time, so that it is shown once
             f"images of other values than the {dtype} from {expected.lo:g} to {expected.hi:g} of the training: their scores mean little; "
             "convert them back, or train on such images",
-            stacklevel=4,
+            stacklevel=2,
         )
 
 
-def check_shape(array: np.ndarray) -> None:
-    """InputError unless this may be an image."""
-    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
-        raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
+def prepared(array: np.ndarray, metadata: dict) -> np.ndarray:
+    """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], see `input` of the metadata."""
+    inside = inside_of(*array.shape[:2], metadata)
+    return to_input(array if inside is None else fill_masked(array, inside, metadata["window"]), metadata)
 
 
-def given(array: np.ndarray, metadata: dict) -> np.ndarray:
-    """An image, or a tile of one, as a graph takes it, wherever it is looked at."""
+def to_input(array: np.ndarray, metadata: dict) -> np.ndarray:
+    """As `prepared`, of an image without a ROI or of a tile."""
     if metadata["source"]:
         if array.dtype != np.uint8 or list(array.shape[:2]) != metadata["source"]:
-            raise InputError(f"an image {array.dtype} {array.shape[:2]}; this export takes uint8 of (H, W) = {metadata['source']} alone")
+            raise InputError(f"an image {array.dtype} {array.shape[:2]}; expected uint8 of (H, W) = {metadata['source']}, as exported")
         return coloured(array)
-    placed = to_network(array, metadata["window"], geometry_of(metadata))  # uint8, or float32 in [0, 1]
-    if list(placed.shape[:2]) != metadata["size"]:
-        raise InputError(f"an image of (H, W) = {placed.shape[:2]}; this export takes {metadata['size']} alone")
+    resized = to_network(array, metadata["window"], geometry_of(metadata))  # uint8, or float32 in [0, 1]
+    if list(resized.shape[:2]) != metadata["size"]:
+        raise InputError(f"an image of (H, W) = {resized.shape[:2]}; expected {metadata['size']}, as exported")
     if metadata["input"] == "uint8":
-        if placed.dtype != np.uint8:
+        if resized.dtype != np.uint8:
             raise InputError(f"an image of {array.dtype}; this export takes uint8, export with input=float for deep images")
-        return coloured(placed)
-    unit = placed / np.float32(255) if placed.dtype == np.uint8 else placed
+        return coloured(resized)
+    unit = resized / np.float32(255) if resized.dtype == np.uint8 else resized
     return np.ascontiguousarray(coloured(unit).transpose(2, 0, 1))
 
 
@@ -310,16 +274,18 @@ def coloured(array: np.ndarray) -> np.ndarray:
 
 
 def geometry_of(metadata: dict) -> Geometry:
-    return Geometry(metadata["image_size"], metadata["crop"], metadata.get("resize", "stretch"))
+    return Geometry(metadata["image_size"], metadata["crop"], metadata["resize"])
 
 
 def inside_of(height: int, width: int, metadata: dict) -> np.ndarray | None:
-    """Which pixels of an image (height, width) are looked at, by the roi in the metadata; None for all."""
+    """The pixels of an image (height, width) that are inside the ROI of the metadata; None for all."""
     roi = metadata.get("roi")
-    if roi is None:
-        return None
-    mask = unpacked(roi["bits"], roi["height"], roi["width"])
-    return mask[np.ix_(nearest(len(mask), height), nearest(mask.shape[1], width))]
+    return roi and resize_nearest(unpacked(roi["bits"], roi["height"], roi["width"]), height, width)
+
+
+def filled(map: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+    """A map (H, W) with the minimum of what is `inside` outside of it."""
+    return map if inside is None else np.where(inside, map, map[inside].min())
 
 
 def packed(mask: np.ndarray) -> dict:
@@ -330,6 +296,6 @@ def packed(mask: np.ndarray) -> dict:
 
 @lru_cache(maxsize=4)
 def unpacked(bits: str, height: int, width: int) -> np.ndarray:
-    """The mask (H, W) bool that was packed."""
+    """The mask (H, W) bool that was `packed`."""
     flat = np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8)
     return np.unpackbits(flat, count=height * width).reshape(height, width).astype(bool)
