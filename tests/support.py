@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blemish.detector import OnePassDetector, TrainedDetector
+from blemish.detector import Detector, OnePassDetector, TrainedDetector
 from blemish.run.config import composed
 from blemish.run.train import expected_warnings
 from blemish.types import NORMAL, Batch
@@ -28,14 +28,27 @@ def slow(*values: object):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def class_of(method: str) -> type[Detector]:
+    return get_class(OmegaConf.load(CONFIGS / "model" / f"{method}.yaml").model._target_)
+
+
+def make(method: str, side: int = 64, **changes) -> Detector:
+    """A method by the arguments in its yaml and `changes` of them, with timm's test network, for images of `side` pixels."""
+    cfg = OmegaConf.load(CONFIGS / "model" / f"{method}.yaml")
+    cfg = OmegaConf.merge(cfg, {"backbone": "test_resnet", "weights": "random", "image_size": side, "crop": None, "seed": 0})
+    arguments = OmegaConf.to_container(cfg.model, resolve=True)
+    del arguments["_target_"]
+    return class_of(method)(**arguments | changes)
+
+
 def methods_of(base: type) -> list[str]:
     """The methods whose class is a `base`."""
-    return [name for name in METHODS if issubclass(get_class(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model._target_), base)]
+    return [name for name in METHODS if issubclass(class_of(name), base)]
 
 
 def quick(method: str) -> list[str]:
     """The overrides that make a method learn 24 small images in seconds."""
-    return list(get_class(OmegaConf.load(CONFIGS / "model" / f"{method}.yaml").model._target_).quick)
+    return list(class_of(method).quick)
 
 
 def tiny_overrides(root: Path) -> list[str]:

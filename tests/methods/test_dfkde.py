@@ -5,14 +5,13 @@ import pytest
 import torch
 from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
-from support import fitted
+from support import fitted, make
 
 from blemish.edge.errors import InputError
-from blemish.methods.dfkde import DFKDE
 
 
-def dfkde(components=16, bandwidth="scott"):
-    return DFKDE("test_resnet", [4], "random", components, bandwidth, seed=0)
+def dfkde(**changes):
+    return make("dfkde", **changes)
 
 
 def images(n, seed=0, side=64):
@@ -34,7 +33,7 @@ def plain_dfkde(model, train, test, components, bandwidth):
 @pytest.mark.parametrize("bandwidth", ["scott", "silverman", 0.7])
 @pytest.mark.parametrize("components", [3, 16])
 def test_is_the_plain_chain(components, bandwidth):
-    model = fitted(dfkde(components, bandwidth), images(40))
+    model = fitted(dfkde(components=components, bandwidth=bandwidth), images(40))
     expected = plain_dfkde(model, images(40), images(5, seed=1), components, bandwidth)
     score, map = model(images(5, seed=1))
     assert map is None

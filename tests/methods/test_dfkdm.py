@@ -6,10 +6,8 @@ import torch
 from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
-from support import fitted, tiny_run
+from support import fitted, make, tiny_run
 
-from blemish.edge.errors import InputError
-from blemish.methods.dfkdm import DFKDM
 from blemish.run.evaluate import SCORES
 from blemish.run.train import train
 
@@ -27,7 +25,7 @@ def log_density(density, rows, queries):
 
 @pytest.mark.parametrize("density", ["kde", "gaussian"])
 def test_is_the_density_of_the_components(density):
-    model = fitted(DFKDM("test_resnet", [4], "random", 6, density, "scott", seed=0), images(40))
+    model = fitted(make("dfkdm", components=6, density=density), images(40))
     x, q = (model.features(pictures)[0].double().mean((2, 3)).numpy() for pictures in (images(40), images(5, seed=1)))
     reduce = PCA(6, svd_solver="full").fit(x)
     expected = -log_density(density, reduce.transform(x), reduce.transform(q))
@@ -35,11 +33,6 @@ def test_is_the_density_of_the_components(density):
     # scaling all features by one length moves every log density of the kernel density by the same amount
     shift = len(model.variance) * float(model.length.log()) if density == "kde" else 0.0
     np.testing.assert_allclose(score + shift, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_another_density_is_refused():
-    with pytest.raises(InputError, match="density"):
-        DFKDM("test_resnet", [4], "random", 16, "mixture", "scott", seed=0)
 
 
 def test_folders_of_scenes_give_f1(tiny, tmp_path):

@@ -5,14 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from support import fitted, images
-
-from blemish.edge.errors import InputError
-from blemish.methods.dfm import DFM
+from support import fitted, images, make
 
 
-def dfm(score="fre", stages=(2,), pool=2, keep=0.9):
-    return DFM("test_resnet", list(stages), "random", pool, keep, score, seed=0)
+def dfm(**changes):
+    return make("dfm", **{"stages": [2], "pool": 2, "keep": 0.9, **changes})
 
 
 def pooled(model, pictures, pool=2):
@@ -47,7 +44,7 @@ def test_the_cells_of_the_map_make_up_the_score():
 
 
 def test_likelihood_is_the_gaussian_of_the_components():
-    model = fitted(dfm("nll"), images(30))
+    model = fitted(dfm(score="nll"), images(30))
     reduce = reduced(model, images(30))
     z = reduce.transform(pooled(model, images(4, seed=1)).flatten(1).numpy())
     expected = 0.5 * (z**2 / reduce.explained_variance_ + np.log(2 * np.pi * reduce.explained_variance_)).sum(1)
@@ -72,13 +69,6 @@ def test_grid(side, pool, cells):
 
 
 def test_stages_are_joined():
-    model = fitted(dfm(stages=(2, 3)), images(10))
+    model = fitted(dfm(stages=[2, 3]), images(10))
     assert model.embed(model.features(images(1))).shape[1] == sum(model.backbone.channels)
     assert model(images(2, seed=1)).map.shape == (2, 64, 64)
-
-
-def test_another_image_size_or_score_is_refused():
-    with pytest.raises(InputError, match="image_size"):
-        fitted(dfm(), images(8))(images(1, side=96))
-    with pytest.raises(InputError, match="score"):
-        dfm("likelihood")

@@ -1,27 +1,20 @@
-"""DFR: regional features, latent width, autoencoder and map against plain versions, and that it learns."""
+"""DFR: regional features, latent width, autoencoder and map against plain versions."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score
-from support import batch, images
-from support import trained_by_lightning as trained
+from support import batch, images, make
 from torch import nn
 
 from blemish.edge.errors import InputError
 from blemish.methods.dfr import DFR, autoencoder, regional
 from blemish.types import Batch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:ImageResult .* in eval mode",  # the frozen teacher
-    "ignore:.*does not have many workers",  # eight small images
-)
 
-
-def dfr(stages=(1, 2), region=4, latent=0.9, batch_norm=True, learning_rate=1e-3, seed=0) -> DFR:
-    return DFR("test_resnet", list(stages), "random", region, latent, batch_norm, learning_rate, seed)
+def dfr(**changes) -> DFR:
+    return make("dfr", **{"stages": [1, 2], **changes})
 
 
 def prepared(model: DFR, pictures: torch.Tensor) -> DFR:
@@ -102,45 +95,8 @@ def test_a_state_brings_its_own_width():
 
 
 def test_layers_by_name_and_stored_maps():
-    model = prepared(dfr(stages=("layer1.0", "layer2", "layer3")), images(8))
+    model = prepared(dfr(stages=["layer1.0", "layer2", "layer3"]), images(8))
     maps = model.features(images(2))
     empty = Batch(torch.empty(2, 0, 64, 64), torch.zeros(2).long(), torch.zeros(2, 64, 64).byte(), ["a", "b"], maps)
     torch.testing.assert_close(model.loss(empty), model.loss(batch(images(2))))
     assert model(images(1)).map.shape == (1, 64, 64)
-
-
-def test_first_weights_come_from_the_seed():
-    one, two, other = (prepared(dfr(latent=3, seed=seed), images(5)).autoencoder.linear0.weight for seed in (0, 0, 1))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-
-
-def smooth(n: int, seed: int) -> torch.Tensor:
-    return F.interpolate(images(n, seed, 16), 64, mode="bilinear")
-
-
-def test_it_learns():
-    normal, test = smooth(24, 0), smooth(16, 1)
-    test[8:, :, 20:36, 20:36] = 0.4 * images(8, 2, 16)  # dark fine noise on coarse
-    label = [0] * 8 + [1] * 8
-    untrained = prepared(dfr(), normal)
-    model, _ = trained(dfr(learning_rate=5e-3), normal, epochs=25, size=4)
-    with torch.no_grad():
-        assert model.loss(batch(smooth(4, 3))) < 0.2 * untrained.loss(batch(smooth(4, 3)))
-        before, after = (roc_auc_score(label, m(test).score) for m in (untrained, model))
-    assert after >= 0.95
-    assert after > before + 0.05
-
-
-@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}])
-def test_trainer_options(options):
-    model, trainer = trained(dfr(), images(8), epochs=2, size=4, **options)
-    score, map = model(images(2, seed=1))
-    assert torch.isfinite(trainer.callback_metrics["loss"])
-    assert score.dtype == map.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("key", "value"), [("region", 0), ("latent", 0), ("latent", 1.5), ("latent", 0.0)])
-def test_what_cannot_be_is_refused(key, value):
-    with pytest.raises(InputError, match=key):
-        dfr(**{key: value})

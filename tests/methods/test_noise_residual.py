@@ -6,25 +6,20 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from support import composed, tiny_run
+from support import composed, make, tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from blemish.detector import Detector
 from blemish.edge.errors import InputError
 from blemish.methods import noise_residual
-from blemish.methods.noise_residual import NoiseResidual
 from blemish.run.checkpoint import load
 from blemish.run.predict import predict
 from blemish.run.train import train
 
-RECIPE = Path(__file__).parents[2] / "configs" / "model" / "noise_residual.yaml"
 
-
-def detector(**changes) -> NoiseResidual:
-    arguments = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["model"]
-    del arguments["_target_"]
-    return NoiseResidual(**{**arguments, "backbone": "test_resnet", "weights": "random", "seed": 0, **changes}).eval()
+def detector(**changes) -> Detector:
+    return make("noise_residual", **changes).eval()
 
 
 def texture(height: int, width: int) -> torch.Tensor:
@@ -59,18 +54,18 @@ class OnDeviceOnly(FakeTensorMode):
         {"mode": "reference"},
         {"mode": "measured"},
         {"source": "features", "stage": 1, "scales": 2},
-        {"tile": 88},
+        {"tile": 48},
     ],
     ids=str,
 )
 def test_the_whole_forward_stays_on_the_device(changes):
-    model = detector(**changes)
+    model, size = detector(**changes), (96, 104) if "source" in changes else (56, 64)
     with OnDeviceOnly() as mode:
         state = {name: mode.from_tensor(value).to("cuda") for name, value in (*model.named_parameters(), *model.named_buffers())}
-        image = torch.empty(2, 3, 96, 104, device="cuda")
+        image = torch.empty(2, 3, *size, device="cuda")
         score, map = functional_call(model, state, image)
     assert (score.device.type, map.device.type) == ("cuda", "cuda")
-    assert (score.shape, map.shape) == ((2,), (2, 96, 104))
+    assert (score.shape, map.shape) == ((2,), (2, *size))
 
 
 @pytest.mark.parametrize(
@@ -87,18 +82,18 @@ def test_the_proof_would_notice_a_breach(breach):
     "changes", [{}, {"channels": 1}, {"source": "features"}, {"search": "exact", "scales": 1}, {"mode": "measured"}], ids=str
 )
 def test_a_stain_is_detected_where_it_is(changes):
-    model = detector(**changes)
-    image = stained(96, 112, 40, 60)
+    model, (height, width) = detector(**changes), (96, 112) if "source" in changes else (64, 80)
+    y, x = height // 2 - 6, width // 2 - 6
+    image = stained(height, width, y, x)
     score, map = model(image)
-    assert map.shape == (1, 96, 112)
+    assert map.shape == (1, height, width)
     assert score.item() == map.max().item()
-    peak_y, peak_x = divmod(int(map[0].argmax()), 112)
-    assert abs(peak_y - 46) <= 10
-    assert abs(peak_x - 66) <= 10
+    peak_y, peak_x = divmod(int(map[0].argmax()), width)
+    assert max(abs(peak_y - y - 6), abs(peak_x - x - 6)) <= 10
     if model.measured:
         return  # with its discs the stain is more than the 0.5 % of such a small image that tails are not measured on
     first = model.detect(image)[0]
-    assert model(texture(96, 112)).score < score
+    assert model(texture(height, width)).score < score
     if model.backbone is None:
         assert first[0].log10_nfa == pytest.approx(-score.item(), abs=1e-5)
         assert first[0].x1 <= peak_x < first[0].x2
@@ -133,17 +128,6 @@ def test_too_small_says_so():
 
 def test_a_flat_image_has_no_alarm():
     assert detector()(torch.full((1, 3, 64, 64), 0.4)).score < 0
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}, {"bound": "all"}],
-    ids=str,
-)
-def test_wrong_choices_are_refused(changes):
-    (key,) = changes
-    with pytest.raises(InputError, match=f"{key}="):
-        detector(**changes)
 
 
 class Blur(Detector):

@@ -5,17 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from support import images, remembered
+from support import images, make, remembered
 
 from blemish.detector import RowBuffer, RunningCovariance
-from blemish.edge.errors import InputError
-from blemish.methods.padim import PaDiM
 
 EPSILON = 0.01
 
 
-def padim(n_features=20, align="bilinear"):
-    return PaDiM("test_resnet", [1, 2, 3], "random", n_features, EPSILON, sigma=4.0, align=align, seed=0)
+def padim(**changes):
+    return make("padim", **{"n_features": 20, "epsilon": EPSILON, **changes})
 
 
 @torch.no_grad()
@@ -76,25 +74,9 @@ def test_never_holds_more_than_the_smaller_form(n):
     assert sum(getattr(state, name).numel() for name in state._defaults) <= held + positions * d + 1
 
 
-def test_does_not_depend_on_the_batches():
-    a, b = (fitted(padim(), images(50), batch)[0] for batch in (50, 7))
-    torch.testing.assert_close(a(images(2, 1)).map, b(images(2, 1)).map, rtol=1e-3, atol=1e-3)
-
-
 def test_all_channels_if_fewer_than_asked():
     model = padim(n_features=10_000)
     assert len(model.drawn) == sum(model.backbone.channels)
-
-
-def test_an_unknown_resizing_is_refused():
-    with pytest.raises(InputError, match=r"model\.align="):
-        padim(align="cubic")
-
-
-def test_another_image_size_is_refused():
-    model, _ = fitted(padim(), images(12))
-    with pytest.raises(InputError, match="image_size"):
-        model(images(1, side=96))
 
 
 @pytest.mark.parametrize(("n", "name", "side"), [(30, "cholesky", 20), (15, "lower", 15)])

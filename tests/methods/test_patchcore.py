@@ -5,16 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from support import fitted, images
+from support import fitted, images, make
 
 from blemish.edge.errors import InputError
 from blemish.methods import patchcore
-from blemish.methods.patchcore import PatchCore, embed, forecast
+from blemish.methods.patchcore import embed, forecast
 from blemish.ops.coreset import project
 
 
-def detector(ratio=0.05, embed_dim=None, projection=1000, reweight=True, seed=0, stages=(2, 3), sigma=4.0):
-    return PatchCore("test_resnet", stages, "random", embed_dim, ratio, projection, reweight, sigma, seed)
+def detector(ratio=0.05, **changes):
+    return make("patchcore", coreset_ratio=ratio, **{"embed_dim": None, "projection": 1000, **changes})
 
 
 def mean_3x3(map):
@@ -136,10 +136,9 @@ def test_more_centres_cover_better():
     assert fitted(detector(1.0), images(2)).radius[-1] == 0
 
 
-def test_does_not_depend_on_the_batches_but_on_the_seed():
-    a, b, c = (fitted(detector(projection=8, seed=seed), images(8), batch).bank for seed, batch in ((0, 8), (0, 3), (1, 8)))
-    torch.testing.assert_close(a, b)
-    assert not torch.equal(a, c)
+def test_the_coreset_depends_on_the_seed():
+    a, b = (fitted(detector(projection=8, seed=seed), images(8)).bank for seed in (0, 1))
+    assert not torch.equal(a, b)
 
 
 def test_normal_patches_of_a_full_bank_are_at_distance_zero():
@@ -168,19 +167,3 @@ def test_forecast_covers_what_a_fit_takes():
     """The large tensors of a fit, counted by hand: patches, their projection, its centred copy, four columns of 8 bytes."""
     assert forecast(10, 100, 300, 128) >= 10 * 100 * (4 * (300 + 128 + 128) + 4 * 8)
     assert forecast(10, 100, 50, 128) < forecast(10, 100, 51, 128) <= 1.1 * 10 * 100 * (8 * 51 + 64)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"ratio": 0.0}, "coreset_ratio=0.0"),
-        ({"ratio": 1.5}, "coreset_ratio=1.5"),
-        ({"embed_dim": 0}, "embed_dim=0"),
-        ({"reweight": 1}, "reweight=1"),
-        ({"reweight": -2}, "reweight=-2"),
-        ({"projection": 0}, "projection=0"),
-    ],
-)
-def test_refuses_what_means_nothing(changed, message):
-    with pytest.raises(InputError, match=message):
-        detector(**changed)

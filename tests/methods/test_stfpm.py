@@ -1,4 +1,4 @@
-"""STFPM against its equations written plainly, and what its student learns."""
+"""STFPM against its equations written plainly, and its student."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import batch, bricks, images, trained
+from support import batch, images, make
 from torch import nn
 
-from blemish.edge.errors import InputError
 from blemish.features.extractor import create
-from blemish.methods.stfpm import STFPM, matching_error
-
-
-def stfpm(backbone="test_resnet", stages=(1, 2, 3), seed=0):
-    return STFPM(backbone, list(stages), "random", learning_rate=0.4, momentum=0.9, weight_decay=1e-4, seed=seed)
+from blemish.methods.stfpm import matching_error
 
 
 def plain_errors(model, pictures):
@@ -35,14 +30,14 @@ def plain_errors(model, pictures):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_loss_is_the_papers(training):
-    model = stfpm().train(training)
+    model = make("stfpm").train(training)
     expected = sum(error.mean((1, 2)).mean() for error in plain_errors(model, images(4)))  # eq. 2, eq. 3, mean over the batch
     assert model.loss(batch(images(4))).item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
 def test_map_is_the_product_of_the_upsampled_stages():
-    model, pictures = stfpm().eval(), images(3, seed=1)
+    model, pictures = make("stfpm").eval(), images(3, seed=1)
     expected = 1
     for error in plain_errors(model, pictures):
         expected = expected * F.interpolate(torch.from_numpy(error)[:, None], (64, 64), mode="bilinear", align_corners=False)[:, 0]
@@ -64,7 +59,7 @@ def test_error_knows_directions_only(seed, a, b):
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "tf_efficientnet_lite0"])
 def test_student_is_the_teachers_network_with_weights_of_its_own(backbone):
-    model = stfpm(backbone)
+    model = make("stfpm", backbone=backbone)
     assert all(parameter.requires_grad for parameter in model.student.parameters())
     assert any(isinstance(part, nn.BatchNorm2d) for part in model.student.modules())
     taught, learnt = model.features(images(2)), model.student(images(2))
@@ -74,55 +69,3 @@ def test_student_is_the_teachers_network_with_weights_of_its_own(backbone):
     sum(error.mean() for error in errors).backward()
     assert all(parameter.grad is not None for parameter in model.student.parameters())
     assert not any(m.requires_grad for m in taught)
-
-
-def test_weights_come_from_the_seed():
-    one, same, other = (stfpm(seed=seed).student.state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(one[key], same[key]) for key in one)
-    assert not torch.equal(next(iter(one.values())), next(iter(other.values())))
-
-
-def test_stored_maps_teach_the_same():
-    model, pictures = stfpm().eval(), images(3)
-    maps = [m.half() for m in model.features(pictures)]
-    torch.testing.assert_close(model.loss(batch(pictures, maps)), model.loss(batch(pictures)), rtol=1e-3, atol=1e-4)
-    assert model.inputs_for("train") == (True, True)
-    assert model.inputs_for("test") == (False, True)
-
-
-@torch.no_grad()
-def test_any_size():
-    model = stfpm().eval()
-    for size in ((64, 64), (65, 97), (33, 40)):
-        score, map = model(torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)))
-        assert map.shape == (1, *size)
-        assert score.isfinite().all()
-
-
-def test_layers_by_name_are_refused():
-    with pytest.raises(InputError, match="stages"):
-        stfpm(stages=["layer1"])
-
-
-def test_bfloat16_comes_near():
-    model, pictures = stfpm().eval(), images(2)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = model.loss(batch(pictures))
-    assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, model.loss(batch(pictures)), rtol=0.05, atol=0)
-
-
-def test_learns_normal_images_and_sees_a_defect():
-    model, losses = trained(stfpm(), bricks(16, seed=0), steps=40, rate=0.4)
-    assert losses[-1] < 0.3 * losses[0]
-    normal, defect = bricks(8, seed=1), bricks(8, seed=2)
-    defect[:, :, 20:36, 30:46] = torch.arange(16) % 4 // 2  # columns of black and white
-    with torch.no_grad():
-        of_normal, of_defect = model(normal), model(defect)
-        untrained = stfpm().eval()
-        before = (untrained(defect).score[:, None] > untrained(normal).score).float().mean()
-    after = (of_defect.score[:, None] > of_normal.score).float().mean()  # AUROC without ties
-    assert after >= 0.95
-    assert after > before + 0.1
-    inside = of_defect.map[:, 20:36, 30:46].mean()
-    assert inside > 5 * of_normal.map.mean()
