@@ -101,9 +101,10 @@ def read(folder: Path, name: str) -> Run:
     record, metrics, row = read_record(folder) or {"status": FINISHED}, read_json(folder / "metrics.json") or {}, None
     if record["status"] == FINISHED:
         try:
-            row = row_from(record, metrics, folder)
-            row["image_seconds"] = row["test_seconds"] and row["test_seconds"] / metrics["images"]
-            row["machine"] = ", ".join(filter(None, (row["cpu"] or "unknown processor", f"{row['cores']} cores", row["gpu"])))
+            found = row_from(record, metrics, folder)
+            found["image_seconds"] = found["test_seconds"] and found["test_seconds"] / metrics["images"]
+            found["machine"] = ", ".join(filter(None, (found["cpu"] or "unknown processor", f"{found['cores']} cores", found["gpu"])))
+            row = found
         except DAMAGED as error:
             record |= {"status": "unreadable", "error": f"record.json or metrics.json is damaged ({type(error).__name__}: {error})"}
     try:
