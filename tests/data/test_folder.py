@@ -1,28 +1,26 @@
-from pathlib import Path
+"""Folders of one's own: splits, defect types, and the mask of each image."""
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from support import CONFIGS, save
 
 from blemish.data.folder import Folder
 from blemish.edge.errors import InputError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
 PLAIN = {"image_size": 32, "crop": None, "resize": "stretch", "batch_size": 4, "workers": 0, "seed": 0, "protocol": "paper"}
 
 
 def folder(root, **changes):
-    """As configs/data/folder.yaml has it, but for the values it takes from the run."""
-    values = yaml.safe_load(CONFIG.read_text())
+    """As configs/data/folder.yaml has it, except the values it takes from the run."""
+    values = yaml.safe_load((CONFIGS / "data" / "folder.yaml").read_text())
     assert values.pop("_target_") == "blemish.data.folder.Folder"
     return Folder(**{**values, **PLAIN, "root": root, **changes})
 
 
-def make(root, *names, value=0, size=(16, 20)):
+def make(root, *names, value=0):
     for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full(size, value, np.uint8)).save(root / name)
+        save(root / name, np.full((16, 20), value, np.uint8))
 
 
 @pytest.fixture
@@ -174,11 +172,10 @@ def test_layouts_that_cannot_be(root, changes, says):
     assert says in str(error.value) and str(root) in str(error.value)
 
 
-def test_values(tmp_path):
-    with pytest.raises(InputError, match=r"data\.test_share=1"):
-        folder(tmp_path, test_share=1)
-    with pytest.raises(InputError, match=r"data\.normal"):
-        folder(tmp_path, normal=[])
+@pytest.mark.parametrize(("key", "value"), [("test_share", 1), ("normal", [])])
+def test_values(tmp_path, key, value):
+    with pytest.raises(InputError, match=rf"data\.{key}"):
+        folder(tmp_path, **{key: value})
 
 
 def test_normal_images_alone_are_enough_to_train(root, caplog):

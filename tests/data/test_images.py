@@ -53,21 +53,18 @@ def saved(path, image, **options):
 @pytest.mark.parametrize("kind", ["png", "bmp", "tif", "gif", "webp"])
 @pytest.mark.parametrize("array", [GREY, RGB], ids=["grey", "rgb"])
 def test_lossless_eight_bits(tmp_path, kind, array):
-    if kind == "gif" and array.ndim == 3:
-        array = array // 128 * 255  # eight colours fit a palette
+    array = array // 128 * 255 if kind == "gif" and array.ndim == 3 else array  # eight colours fit a palette
     found = read(saved(tmp_path / f"a.{kind}", array, **({"lossless": True} if kind == "webp" else {})))
-    assert found.dtype == np.uint8
-    assert np.array_equal(found if found.ndim == array.ndim else found[..., 0], array)
+    assert found.dtype == np.uint8 and np.array_equal(found if found.ndim == array.ndim else found[..., 0], array)
 
 
 def test_jpeg_grey_colour_and_cmyk(tmp_path):
     smooth = np.add.outer(np.arange(H), np.arange(W)).astype(np.uint8) * 3
     colour = np.dstack([smooth, smooth[::-1], 255 - smooth])
     assert np.abs(read(saved(tmp_path / "g.jpg", smooth, quality=95)).astype(int) - smooth).max() < 12
-    rgb = read(saved(tmp_path / "c.jpg", colour, quality=95, subsampling=0))
-    assert rgb.shape == (H, W, 3) and np.abs(rgb.astype(int) - colour).mean() < 4
-    cmyk = read(saved(tmp_path / "k.jpg", Image.fromarray(colour).convert("CMYK"), quality=95, subsampling=0))
-    assert cmyk.shape == (H, W, 3) and np.abs(cmyk.astype(int) - colour).mean() < 8
+    for image, most in ((colour, 4), (Image.fromarray(colour).convert("CMYK"), 8)):
+        found = read(saved(tmp_path / "c.jpg", image, quality=95, subsampling=0))
+        assert found.shape == (H, W, 3) and np.abs(found.astype(int) - colour).mean() < most
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
@@ -124,12 +121,9 @@ def test_tiff_of_other_kinds(tmp_path):
     assert np.array_equal(read(path), 65535 - RAMP)
     tifffile.imwrite(path, np.dstack([RGB, GREY]).astype(np.uint16) * 256, photometric="rgb", extrasamples=["unassalpha"])
     assert np.array_equal(read(path), RGB.astype(np.uint16) * 256)
-    saved(path, RAMP, compression="tiff_lzw")
-    assert np.array_equal(read(path), RAMP)
-    saved(path, RGB, compression="tiff_lzw")
-    assert np.array_equal(read(path), RGB)
-    saved(path, Image.fromarray(GREY > 127))
-    assert np.array_equal(read(path), (GREY > 127) * np.uint8(255))
+    for array in (RAMP, RGB):
+        assert np.array_equal(read(saved(path, array, compression="tiff_lzw")), array)
+    assert np.array_equal(read(saved(path, GREY > 127)), (GREY > 127) * np.uint8(255))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -170,16 +164,18 @@ def test_photograph_with_a_preview_is_one_image(tmp_path):
 
 
 def test_palette_alpha_and_one_bit(tmp_path):
-    few = RGB // 128 * 255
-    palette = Image.fromarray(few).quantize(8)
-    expected = np.array(palette.convert("RGB"))
-    assert np.array_equal(read(saved(tmp_path / "p.png", palette)), expected)
-    assert np.array_equal(read(saved(tmp_path / "t.png", palette, transparency=b"\x00\x80")), expected)
-    assert np.array_equal(read(saved(tmp_path / "t.gif", palette, transparency=0)), expected)
+    palette = Image.fromarray(RGB // 128 * 255).quantize(8)
+    colours = np.array(palette.convert("RGB"))
     alpha = np.random.default_rng(2).integers(0, 256, (H, W), dtype=np.uint8)
-    assert np.array_equal(read(saved(tmp_path / "a.png", np.dstack([RGB, alpha]))), RGB)
-    assert np.array_equal(read(saved(tmp_path / "la.png", np.dstack([GREY, alpha]))), GREY)
-    assert np.array_equal(read(saved(tmp_path / "1.png", Image.fromarray(GREY > 127))), (GREY > 127) * np.uint8(255))
+    for name, image, expected, options in (
+        ("p.png", palette, colours, {}),
+        ("t.png", palette, colours, {"transparency": b"\x00\x80"}),
+        ("t.gif", palette, colours, {"transparency": 0}),
+        ("a.png", np.dstack([RGB, alpha]), RGB, {}),
+        ("la.png", np.dstack([GREY, alpha]), GREY, {}),
+        ("1.png", GREY > 127, (GREY > 127) * np.uint8(255), {}),
+    ):
+        assert np.array_equal(read(saved(tmp_path / name, image, **options)), expected), name
 
 
 def test_integers_of_32_bits_and_16_bit_pgm(tmp_path):
@@ -204,27 +200,21 @@ def test_content_not_the_ending_decides(tmp_path):
 def broken():
     """The bytes of files that cannot be used, and what the error says."""
 
-    def bytes_of(image, kind, **options):
+    def written(image, kind="TIFF", **options):
         buffer = BytesIO()
-        Image.fromarray(image).save(buffer, kind, **options)
+        if kind == "TIFF":
+            tifffile.imwrite(buffer, image, **options)
+        else:
+            Image.fromarray(image).save(buffer, kind, **options)
         return bytearray(buffer.getvalue())
 
     big = np.random.default_rng(3).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    corrupt = bytes_of(big, "PNG")
-    corrupt[len(corrupt) // 2] ^= 0xFF
-    corrupt16 = bytearray(png(big.astype(np.uint16) * 251, 2))
-    corrupt16[len(corrupt16) // 2] ^= 0xFF
-    jpeg = bytes_of(big, "JPEG")
-    tiff = BytesIO()
-    tifffile.imwrite(tiff, big.astype(np.uint16), photometric="rgb")
-    values = np.ones((9, 9), np.float32)
-    values[3, 4] = np.nan
-    pages, gif = BytesIO(), BytesIO()
-    tifffile.imwrite(pages, np.zeros((3, 20, 20), np.uint16), photometric="minisblack")
-    Image.fromarray(GREY).save(gif, "GIF", save_all=True, append_images=[Image.fromarray(255 - GREY)])
-    nan, complexes = BytesIO(), BytesIO()
-    tifffile.imwrite(nan, values)
-    tifffile.imwrite(complexes, np.zeros((20, 20), np.complex64))
+    corrupt, corrupt16, jpeg = written(big, "PNG"), bytearray(png(big.astype(np.uint16) * 251, 2)), written(big, "JPEG")
+    for data in (corrupt, corrupt16):
+        data[len(data) // 2] ^= 0xFF
+    nan = np.ones((9, 9), np.float32)
+    nan[3, 4] = np.nan
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
     return {
         "empty": (b"", "empty"),
         "text": (b"hello, this is no image", "not an image of a known kind"),
@@ -232,17 +222,14 @@ def broken():
         "corrupt PNG of 16 bits": (corrupt16, "damaged"),
         "truncated PNG": (corrupt[: len(corrupt) // 2], "damaged"),
         "truncated JPEG": (jpeg[: len(jpeg) // 2], "damaged"),
-        "truncated TIFF": (tiff.getvalue()[:-5000], "damaged"),
-        "1×1": (bytes_of(GREY[:1, :1], "PNG"), "1×1 pixels; expected at least 8×8"),
-        "thin": (bytes_of(GREY[:, :7], "PNG"), "7×24 pixels"),
-        "NaN": (nan.getvalue(), "NaN"),
-        "pages": (pages.getvalue(), "3 pages; expected one"),
-        "frames": (gif.getvalue(), "2 frames; expected one"),
-        "complex": (complexes.getvalue(), "complex"),
-        "huge": (
-            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b""),
-            "pixels",
-        ),
+        "truncated TIFF": (written(big.astype(np.uint16), photometric="rgb")[:-5000], "damaged"),
+        "1×1": (written(GREY[:1, :1], "PNG"), "1×1 pixels; expected at least 8×8"),
+        "thin": (written(GREY[:, :7], "PNG"), "7×24 pixels"),
+        "NaN": (written(nan), "NaN"),
+        "pages": (written(np.zeros((3, 20, 20), np.uint16), photometric="minisblack"), "3 pages; expected one"),
+        "frames": (written(GREY, "GIF", save_all=True, append_images=[Image.fromarray(255 - GREY)]), "2 frames; expected one"),
+        "complex": (written(np.zeros((20, 20), np.complex64)), "complex"),
+        "huge": (b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""), "pixels"),
     }
 
 

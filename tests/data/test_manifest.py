@@ -1,3 +1,5 @@
+"""Manifests: written, read again, and refused with file and line."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,7 +85,7 @@ def test_digest_knows_no_order_but_every_field(rows, index, field):
     assert len(manifest_digest(ROWS)) == 16
 
 
-def test_keys_boxes_and_regions():
+def test_keys_boxes_and_tiles():
     assert [row.key for row in ROWS[1:3]] == ['test/a "b", c/1.png', "big.tif#0,0,64,64"]
     assert parse_boxes(ROWS[2].boxes) == [(1, 2, 3, 4), (10, 20, 30, 40)]
     assert parse_boxes("") == [] and parse_boxes("1 2 3 4;") == [(1, 2, 3, 4)]

@@ -1,4 +1,4 @@
-"""Masks of what is looked at, and the batches that a data set makes with them."""
+"""Regions of interest, and the batches that a data set makes with them."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_a_folder_has_a_mask_for_each_image(tmp_path):
         roi.inside(None, 9, 9)
 
 
-def test_what_is_no_region(tmp_path):
+def test_what_is_no_roi(tmp_path):
     with pytest.raises(InputError, match=r"data\.roi=.*none\.png: no such file or folder"):
         Roi(tmp_path / "none.png")
     with pytest.raises(InputError, match=r"black\.png is a mask without a white pixel"):
@@ -69,19 +69,19 @@ def data_of(tiny, *overrides):
     return data
 
 
-def test_batches_are_painted_and_masked(tiny, tmp_path):
+def test_batches_are_grey_and_ignored_outside(tiny, tmp_path):
     inside = disc(64, 64)
     save(tmp_path / "roi.png", inside.astype(np.uint8))
-    with_region, without = (data_of(tiny, *more) for more in ([f"data.roi='{tmp_path}/roi.png'"], []))
+    with_roi, without = (data_of(tiny, *more) for more in ([f"data.roi='{tmp_path}/roi.png'"], []))
     for split in ("train", "calibrate", "test"):
         plain = rows_of(without, split)
-        for key, (image, mask) in rows_of(with_region, split).items():
+        for key, (image, mask) in rows_of(with_roi, split).items():
             assert torch.equal(image[:, inside], plain[key][0][:, inside]) and (image[:, ~inside] == np.float32(GREY / 255)).all()
             assert torch.equal(mask[inside], plain[key][1][inside]) and (mask[~inside] == IGNORED).all()
-    assert with_region.digest == without.digest
+    assert with_roi.digest == without.digest
 
 
-def test_processes_that_load_know_the_region(tiny, tmp_path):
+def test_worker_processes_have_the_roi(tiny, tmp_path):
     save(tmp_path / "roi.png", disc(64, 64).astype(np.uint8))
     options = [f"data.roi='{tmp_path}/roi.png'", "resize=letterbox", "image_size=32"]
     here, there = (rows_of(data_of(tiny, *options, f"workers={workers}"), "test") for workers in (0, 1))
@@ -137,7 +137,7 @@ def test_images_without_a_mask_stop_or_are_skipped(tiny, tmp_path):
     assert len(rows_of(data, "test")) == 10
 
 
-def test_the_range_of_deep_images_is_that_of_the_region(tmp_path):
+def test_the_range_of_deep_images_is_that_of_the_roi(tmp_path):
     rng = np.random.default_rng(0)
     for folder in ("normal", "normal_test"):
         for i in range(4):
@@ -147,14 +147,8 @@ def test_the_range_of_deep_images_is_that_of_the_region(tmp_path):
     roi = np.zeros((40, 40), np.uint8)
     roi[:, :20] = 255
     save(tmp_path / "roi.png", roi)
-    options = [
-        "data=folder",
-        f"data.root='{tmp_path}'",
-        "data.normal_test=normal_test",
-        "image_size=32",
-        f"data.roi='{tmp_path}/roi.png'",
-    ]
-    data = build(composed(*options).data)
+    options = [f"data.root='{tmp_path}'", "data.normal_test=normal_test", "image_size=32", f"data.roi='{tmp_path}/roi.png'"]
+    data = build(composed("data=folder", *options).data)
     data.setup()
     lo, hi = data.window["uint16"]
     assert 1000 <= lo < hi < 2000
