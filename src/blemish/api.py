@@ -322,8 +322,9 @@ def window_in(cfg: DictConfig) -> dict[str, tuple[float, float]]:
 
 def given(cfg: DictConfig, train: Sequence[Image], val: Sequence[Image], roi: Roi | None = None) -> ArrayData:
     """The data module of a detector's config; InputError for a setting that no data can be read by."""
-    settings = (cfg.image_size, cfg.crop, cfg.batch_size, cfg.workers, cfg.seed, cfg.data.calibration, window_in(cfg), cfg.resize)
-    data = ArrayData(train, val, *settings, roi and roi.mask)
+    settings = {name: cfg[name] for name in ("image_size", "crop", "resize", "batch_size", "workers", "seed")}
+    own = {"calibration": cfg.data.calibration, "window": window_in(cfg), "roi": roi and roi.mask}
+    data = ArrayData(train=train, val=val, **settings, **own)
     data.set_loading(cfg.tiling, cfg.overlap, cfg.get("epoch_size"))
     return data
 

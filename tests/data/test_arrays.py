@@ -19,7 +19,7 @@ WINDOW = window_of(None)
 
 def module(train, val=(), **changes) -> ArrayData:
     settings = {"image_size": 16, "crop": None, "batch_size": 4, "workers": 0, "seed": 0, "calibration": 0.25, "window": WINDOW}
-    return ArrayData(train, list(val), **{**settings, **changes})
+    return ArrayData(train=train, val=list(val), **{**settings, **changes})
 
 
 def noise(count: int, shape=(20, 24)) -> list[np.ndarray]:

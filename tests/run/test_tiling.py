@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from support import composed, quick, tiny_run
+from support import DATA, composed, quick, tiny_run
 from torch.nn import functional as F
 
 from blemish.api import AnomalyDetector
@@ -233,7 +233,7 @@ def test_order_and_batches():
 @pytest.mark.parametrize(("tile", "overlap"), [(4, 0), (64, 64), (64, -1), ("512", 64), (64.5, 0), (True, 0)])
 def test_refuses_what_cannot_be_tiled(tile, overlap):
     with pytest.raises(InputError, match="tiling=|overlap="):
-        ArrayData([], [], None, None, 1, 0, 0, 0.1, {}).set_loading(tile, overlap, None)
+        ArrayData(train=[], val=[], **DATA).set_loading(tile, overlap, None)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,6 +1,7 @@
 """Normal images given as files or arrays, in place of a data set on disk."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,35 +47,29 @@ class Given(NamedTuple):
         return str(image) if isinstance(image, Path) else f"image {int(path.name)}"
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ArrayData(ImageData):
     """Normal images to train on and, in `val`, to calibrate with; without `val` a share `calibration` of the former is held out.
 
-    The other arguments are those of `ImageData`; `window` is (lo, hi) by dtype, `roi` a mask (H, W). InputError for a file in both.
+    The window is (lo, hi) by dtype, the ROI a mask (H, W). InputError for a file in both.
     """
 
     name, published, layout = "given", "", ""
 
-    def __init__(
-        self,
-        train: Sequence[Image],
-        val: Sequence[Image],
-        image_size: int | None,
-        crop: int | None,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        calibration: float,
-        window: Window,
-        resize: str = "stretch",
-        roi: np.ndarray | None = None,
-    ):
-        super().__init__(".", None, image_size, crop, batch_size, workers, seed, "clean", calibration, "dtype", "stop", None, resize, roi)
-        both = {one.resolve() for one in train if isinstance(one, Path)} & {one.resolve() for one in val if isinstance(one, Path)}
-        if both:
+    root: str = "."
+    category: None = None
+    protocol: str = "clean"
+    on_error: str = "stop"
+    train: Sequence[Image]
+    val: Sequence[Image]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        train, val = ({one.resolve() for one in images if isinstance(one, Path)} for images in (self.train, self.val))
+        if both := train & val:
             raise InputError(f"{min(both)}: in both train and val; expected it in one of them")
-        self.window = dict(window)
-        splits = ["train"] * len(train) + ["calibrate"] * len(val)
-        images = {f"{i:08}": image for i, image in enumerate([*train, *val])}  # keys that sort in the order given
+        splits = ["train"] * len(self.train) + ["calibrate"] * len(self.val)
+        images = {f"{i:08}": image for i, image in enumerate([*self.train, *self.val])}  # keys that sort in the order given
         self.source = Given(images, self.window)
         self.samples = self._held_out([Sample(key, split, NORMAL, "good") for key, split in zip(images, splits, strict=True)])
 
