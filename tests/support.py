@@ -1,5 +1,7 @@
 """Configs composed as the tools do it, images made on the spot, and methods fitted without a trainer."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,18 @@ def stripes(n: int, seed: int, side: int = 32) -> Tensor:
     phase = 6.28 * torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return (0.5 + 0.25 * torch.sin(0.5 * x + 0.3 * y + phase)).repeat(1, 3, 1, 1)
+
+
+@contextlib.contextmanager
+def coarse_products() -> Iterator[None]:
+    """A block in which matrix products of float32 are rounded to bfloat16 where the code allows it."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def draw_squares(image: np.ndarray, mask: np.ndarray, generator: np.random.Generator) -> None:

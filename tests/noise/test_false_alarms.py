@@ -144,14 +144,6 @@ def test_measured_tails_keep_the_bound_on_what_textures_leave():
     assert (plain <= 0).sum() > 60
 
 
-def test_scales_compete():
-    fine, coarse = torch.tensor([[[-1.0, -5.0]]]), torch.tensor([[[-3.0, -4.0]]])
-    alarms = fa.least([(fine, torch.tensor([[[2, 4]]])), (coarse, torch.tensor([[[4, 2]]]))])
-    assert alarms.log10_nfa.tolist() == [[[-3, -5]]]
-    assert alarms.radius.tolist() == [[[4, 4]]]
-    assert alarms.scale.tolist() == [[[1, 0]]]
-
-
 def test_detections_are_components():
     nfa = torch.zeros(2, 8, 10)
     nfa[0, 1:3, 2:5], nfa[0, 1, 3] = -3.0, -9.0

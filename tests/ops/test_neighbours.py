@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import coarse_products
 
 from blemish.edge.errors import InputError
 from blemish.ops import neighbours
@@ -23,6 +24,13 @@ def brute_force(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[np.nda
     distance = np.stack([np.sqrt(((m - row) ** 2).sum(1)) for row in q])
     index = np.argsort(distance, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distance, index, 1), index
+
+
+def assert_nearest(query: torch.Tensor, bank: torch.Tensor, k: int) -> None:
+    distance, index = neighbours.nearest(query, bank, k)
+    expected, where = brute_force(query, bank, k)
+    assert (index.numpy() == where).all()
+    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
 
 
 def cloud(count: int, dims: int, seed: int) -> torch.Tensor:
@@ -49,26 +57,16 @@ def test_cancellation_far_from_the_origin(apart):
     q, m = 3000 + 0.01 * cloud(50, 64, 0), 3000 + 0.01 * cloud(400, 64, 1)
     m[200:] += apart
     m[7] = q[3]
-    distance, index = neighbours.nearest(q, m, 4)
-    expected, where = brute_force(q, m, 4)
-    assert (distance[3, 0], index[3, 0]) == (0, 7)
-    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
-    assert (index.numpy() == where).all()
+    assert_nearest(q, m, 4)
 
 
 @BOTH
 @pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("copies", [2, 40])  # fewer and more than the spare candidates
-def test_copies_go_to_the_lowest_index(copies):
+@pytest.mark.parametrize("away", [0, 0.1])
+def test_copies_go_to_the_lowest_index(copies, away):
     m = cloud(30, 16, 0).repeat(copies, 1)
-    distance, index = neighbours.nearest(m[:30], m, 2)
-    assert (distance == 0).all()
-    assert index[:, 0].tolist() == list(range(30))
-    assert index[:, 1].tolist() == list(range(30, 60))
-    expected, where = brute_force(m[:30] + 0.1, m, 5)
-    distance, index = neighbours.nearest(m[:30] + 0.1, m, 5)
-    assert (index.numpy() == where).all()
-    assert np.allclose(distance, expected, rtol=1e-6)
+    assert_nearest(m[:30] + away, m, 5)
 
 
 @BOTH
@@ -78,9 +76,7 @@ def test_tiles_do_not_change_the_answer(monkeypatch):
     m[600:] = m[:100]
     whole = neighbours.nearest(q, m, 5)
     monkeypatch.setattr(neighbours, "TILE", 3000)
-    tiled = neighbours.nearest(q, m, 5)
-    assert torch.equal(whole[0], tiled[0])
-    assert torch.equal(whole[1], tiled[1])
+    assert all(map(torch.equal, whole, neighbours.nearest(q, m, 5)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,25 +84,15 @@ def test_tiles_do_not_change_the_answer(monkeypatch):
 def test_ties_on_a_lattice(queries, rows, dims, seed):
     g = torch.Generator().manual_seed(seed)
     q, m = (torch.randint(0, 3, (n, dims), generator=g).float() for n in (queries, rows))
-    k = 1 + seed % rows
-    distance, index = neighbours.nearest(q, m, k)
-    expected, where = brute_force(q, m, k)
-    assert (index.numpy() == where).all()
-    assert np.allclose(distance, expected, rtol=1e-6, atol=0)
+    assert_nearest(q, m, 1 + seed % rows)
 
 
 def test_coarse_products_do_not_reach_the_answer():
     q, m = cloud(30, 32, 0), cloud(300, 32, 1)
     expected = neighbours.nearest(q, m, 3)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = neighbours.nearest(q, m, 3)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    with coarse_products():
+        found = neighbours.nearest(q, m, 3)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_newer_switches_of_precision_are_understood(monkeypatch):
