@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +21,53 @@ from blemish.api import AnomalyDetector
 from blemish.deploy.export import Program, export_run
 from blemish.edge.errors import InputError
 from blemish.edge.runtime import Model
+from blemish.files import write_json
+from blemish.methods.autoencoder import Autoencoder
 from blemish.report import page as report
 from blemish.report import tables
 from blemish.run.checkpoint import load
 from blemish.run.config import read_config
 from blemish.run.predict import predict
+from blemish.run.resume import state_in
 from blemish.run.train import train
 
 LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20"]
 
 
-def cuts(whole: bytes, count: int) -> list[int]:
-    """Places to cut at: the first bytes, the last ones, and a spread between."""
-    spread = np.linspace(0, len(whole) - 1, count).astype(int)
-    return sorted({0, 1, 2, 30, len(whole) - 1, len(whole) - 2, len(whole) - 23, *spread.tolist()} & set(range(len(whole))))
+def cuts(sound: bytes, count: int) -> list[bytes]:
+    """The content of a file cut at the first bytes, the last ones, and a spread between."""
+    size = len(sound)
+    places = {0, 1, 2, 30, size - 1, size - 2, size - 23, *np.linspace(0, size - 1, count).astype(int).tolist()}
+    return [sound[:place] for place in sorted(places & set(range(size)))]
 
 
-def flips(whole: bytes, count: int) -> list[bytes]:
+def flips(sound: bytes, count: int) -> list[bytes]:
     """Copies with one bit flipped, spread over the file."""
     rng, copies = np.random.default_rng(0), []
-    for place in (len(whole) * (np.arange(count) + rng.random(count)) / count).astype(int):
-        copy = bytearray(whole)
+    for place in (len(sound) * (np.arange(count) + rng.random(count)) / count).astype(int):
+        copy = bytearray(sound)
         copy[place] ^= 1 << rng.integers(8)
         copies.append(bytes(copy))
     return copies
+
+
+def check_damages(path: Path, use: Callable[[], object], cut: int, flip: int) -> None:
+    """A file that was cut is refused by its path; one with a flipped bit, too, or gives what the sound one gives, which few do."""
+    sound, expected, refused = path.read_bytes(), use(), 0
+    for damaged in cuts(sound, cut):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            use()
+    for damaged in flips(sound, flip):
+        path.write_bytes(damaged)
+        try:
+            assert use() == expected
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 0.66 * flip
+    path.write_bytes(sound)
+    assert use() == expected
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +89,10 @@ def image(tiny) -> np.ndarray:
     return np.array(Image.open(tiny / "square" / "000.png"))
 
 
-def same(model, other) -> bool:
-    state, found = model.state_dict(), other.state_dict()
-    return state.keys() == found.keys() and all(torch.equal(state[key], found[key]) for key in state)
-
-
 def test_a_checkpoint_of_a_run(run):
-    path, model = run / "model.ckpt", load(run, "cpu")[1]
-    whole = path.read_bytes()
-    for place in cuts(whole, 40):
-        path.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"run/model\.ckpt: not a complete checkpoint"):
-            load(run, "cpu")
-    refused = 0
-    for damaged in flips(whole, 150):
-        path.write_bytes(damaged)
-        try:
-            assert same(load(run, "cpu")[1], model)
-        except InputError as error:
-            assert str(path) in str(error)
-            refused += 1
-    assert refused > 100
-    path.write_bytes(whole)
-    assert same(load(run, "cpu")[1], model)
+    check_damages(
+        run / "model.ckpt", lambda: {key: value.numpy().tobytes() for key, value in load(run, "cpu")[1].state_dict().items()}, 40, 150
+    )
 
 
 class Evil:
@@ -101,83 +106,78 @@ class Evil:
 @pytest.mark.parametrize("kind", ["pickle", "archive"])
 def test_a_checkpoint_runs_no_code(kind, run, tmp_path):
     trap, path = tmp_path / "owned", run / "model.ckpt"
+    evil = pickle.dumps({"state_dict": Evil(trap)})
     if kind == "pickle":
-        path.write_bytes(pickle.dumps({"state_dict": Evil(trap)}))
+        path.write_bytes(evil)
     else:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
-        data = next(name for name in parts if name.endswith("data.pkl"))
-        parts[data] = pickle.dumps({"state_dict": Evil(trap)})
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in parts.items():
-                archive.writestr(name, content)
-    with pytest.raises(InputError, match=r"run/model\.ckpt: not a complete checkpoint"):
+                archive.writestr(name, evil if name.endswith("data.pkl") else content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
         load(run, "cpu")
     assert not trap.exists()
 
 
-def test_the_state_of_a_training(tiny, tmp_path):
+def test_the_state_of_a_training(tiny, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    options = ["model=autoencoder", "trainer.max_epochs=2", "model.latent=16", "save.curves=false", "save.pictures=0"]
-    from blemish.methods.autoencoder import Autoencoder
+    options = ["model=autoencoder", "trainer.max_epochs=2", "model.latent=16"]
 
-    after_training = Autoencoder.after_training
-    Autoencoder.after_training = lambda *_: (_ for _ in ()).throw(RuntimeError("cut off"))
-    try:
-        with pytest.raises(RuntimeError, match="cut off"):
-            train(tiny_run(tiny, run, *options))
-    finally:
-        Autoencoder.after_training = after_training
+    def cut_off(*_):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="cut off"):
+        patched.setattr(Autoencoder, "after_training", cut_off)
+        train(tiny_run(tiny, run, *options))
     state = run / "last.ckpt"
-    whole = state.read_bytes()
-    for place in cuts(whole, 6):
-        state.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"run/last\.ckpt: not the complete state of a training .* remove it"):
-            train(composed(f"resume='{run}'"))
+    for damaged in cuts(state.read_bytes(), 6):
+        state.write_bytes(damaged)
+        with pytest.raises(InputError, match=re.escape(str(state))):
+            state_in(run)
+    with pytest.raises(InputError, match=r"run/last\.ckpt: .* remove it"):
+        train(composed(f"resume='{run}'"))
     state.unlink()
     found = train(composed(f"resume='{run}'"))
     assert found["image_auroc"] == train(tiny_run(tiny, tmp_path / "fresh", *options))["image_auroc"]
 
 
 def test_a_config(run, image):
-    path, model = run / "config.yaml", load(run, "cpu")[1]
-    whole = path.read_bytes()
-    expected = model(torch.from_numpy(image / np.float32(255)).expand(3, -1, -1)[None]).score
+    path, pixels = run / "config.yaml", torch.from_numpy(image / np.float32(255)).expand(3, -1, -1)[None]
+    sound, expected = path.read_bytes(), load(run, "cpu")[1](pixels).score
     equal = 0
-    for place in cuts(whole, 60):
-        path.write_bytes(whole[:place])
+    for damaged in cuts(sound, 60):
+        path.write_bytes(damaged)
         try:
             cfg, found = load(run, "cpu")
         except InputError as error:
             assert str(path) in str(error), error
             continue
-        assert torch.equal(found(torch.from_numpy(image / np.float32(255)).expand(3, -1, -1)[None]).score, expected)
+        assert torch.equal(found(pixels).score, expected)
         assert {"data", "batch_size", "seed", "alpha"} <= cfg.keys()
         equal += 1
     assert equal <= 3, "the last byte alone is not missed"
-    for damaged in flips(whole, 60):
+    for damaged in flips(sound, 60):
         path.write_bytes(damaged)
         try:
-            cfg, found = load(run, "cpu")
+            load(run, "cpu")
         except InputError as error:
             assert str(path) in str(error) or str(run / "model.ckpt") in str(error), error
     path.write_bytes(b"\xff\xfe\x00 no text")
-    with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
+    with pytest.raises(InputError, match=re.escape(str(path))):
         read_config(run)
 
 
 @pytest.mark.parametrize("name", ["record.json", "metrics.json", "scores.csv", "config.yaml", "manifest.csv"])
 def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, caplog):
     path = run / name
-    whole = path.read_bytes()
+    sound = path.read_bytes()
     shutil.copytree(run, tmp_path / "sound")
     table = (run.parent, None, None, None, None, "run", "image_auroc", None)
     options = [f"run='{run}'", f"input='{tiny / 'square' / '000.png'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
-    damages = (
-        [whole[:place] for place in cuts(whole, 12)] + flips(whole, 25) + [b"[1, 2]", b"null", b"{}", b'{"status": "finished"}', b"\xff\0"]
-    )
+    damages = cuts(sound, 12) + flips(sound, 25) + [b"[1, 2]", b"null", b"{}", b'{"status": "finished"}', b"\xff\0"]
     for key in (b'"seed":', b'"method":', b'"weights":'):  # a value that is lost or of another kind
-        damages += [whole.replace(key, other) for other in (b'"lost":', key + b' [1], "lost":')]
+        damages += [sound.replace(key, other) for other in (b'"lost":', key + b' [1], "lost":')]
     for number, damaged in enumerate(damages):
         path.write_bytes(damaged)
         caplog.clear()
@@ -196,20 +196,8 @@ def test_what_tables_reports_and_predictions_read(name, run, tiny, tmp_path, cap
 def test_a_saved_detector(finished, image, tmp_path):
     detector, path = AnomalyDetector.load(finished, device="cpu"), tmp_path / "detector.ckpt"
     detector.save(path)
-    whole, expected = path.read_bytes(), detector.predict(image).score
-    for place in cuts(whole, 30):
-        path.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"detector\.ckpt: "):
-            AnomalyDetector.load(path, device="cpu")
-    refused = 0
-    for damaged in flips(whole, 80):
-        path.write_bytes(damaged)
-        try:
-            assert AnomalyDetector.load(path, device="cpu").predict(image).score == expected
-        except InputError as error:
-            assert str(path) in str(error)
-            refused += 1
-    assert refused > 60
+    assert AnomalyDetector.load(path, device="cpu").predict(image).score == detector.predict(image).score
+    check_damages(path, lambda: AnomalyDetector.load(path, device="cpu").predict(image).score, 30, 80)
 
 
 @pytest.mark.slow
@@ -222,15 +210,15 @@ def test_an_exported_file(finished, image, tmp_path, capfd, format, name, engine
     expected = Model(path).predict(image)[0].score
     capfd.readouterr()
     for file in sorted(tmp_path.glob("model.*")):  # with OpenVINO, the weights have a file of their own
-        whole = file.read_bytes()
-        for damaged in [*(whole[:place] for place in cuts(whole, 25)), *flips(whole, 200), whole + b"\n"]:
+        sound = file.read_bytes()
+        for damaged in [*cuts(sound, 25), *flips(sound, 200), sound + b"\n"]:
             file.write_bytes(damaged)
-            with pytest.raises(InputError, match=rf"{re.escape(str(path))}: (damaged)"):
+            with pytest.raises(InputError, match=re.escape(str(path))):
                 Model(path)
         file.unlink()
         with pytest.raises(InputError, match=re.escape(str(file))):
             Model(path)
-        file.write_bytes(whole)
+        file.write_bytes(sound)
     assert capfd.readouterr().out == ""  # no engine has seen them: ONNX Runtime prints there what it makes of some
     assert Model(path).predict(image)[0].score == expected
 
@@ -239,20 +227,7 @@ def test_an_exported_file(finished, image, tmp_path, capfd, format, name, engine
 def test_an_exported_program(finished, image, tmp_path):
     options = ["format=torch_export", f"output='{tmp_path / 'model.pt2'}'", "n=2"]
     path, _ = export_run(composed(f"run='{finished}'", *options, config="export"))
-    whole, expected = path.read_bytes(), Program(path).predict(image)[0].score
-    for place in cuts(whole, 8):
-        path.write_bytes(whole[:place])
-        with pytest.raises(InputError, match=r"model\.pt2: "):
-            Program(path)
-    refused = 0
-    for damaged in flips(whole, 30):
-        path.write_bytes(damaged)
-        try:
-            assert Program(path).predict(image)[0].score == expected  # a bit of the archive's padding
-        except InputError as error:
-            assert str(path) in str(error)
-            refused += 1
-    assert refused > 20
+    check_damages(path, lambda: Program(path).predict(image)[0].score, 8, 30)
 
 
 READER = """
@@ -263,16 +238,15 @@ while not Path(sys.argv[2]).exists():
 """
 
 
-def test_json_of_a_run_is_never_half(run):
-    """What is written aside and renamed: readers at work see one of the contents, whole."""
-    from blemish.files import write_json
-
-    path = run / "metrics.json"
-    reader = subprocess.Popen([sys.executable, "-c", READER, str(path), str(run / "stop")])
+def test_json_of_a_run_is_never_half(tmp_path):
+    """Readers of a file that is replaced again and again see one of its contents, complete."""
+    path = tmp_path / "metrics.json"
+    write_json(path, {})
+    reader = subprocess.Popen([sys.executable, "-c", READER, str(path), str(tmp_path / "stop")])
     try:
         for number in range(300):
             write_json(path, {"values": list(range(number % 7 * 1000)), "number": number})
     finally:
-        (run / "stop").touch()
+        (tmp_path / "stop").touch()
         assert reader.wait(60) == 0
     assert json.loads(path.read_text())["number"] == 299

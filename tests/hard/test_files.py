@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from omegaconf import OmegaConf
 from PIL import Image
 from support import CONFIGS, composed, tiny_overrides, tiny_run
 
@@ -19,6 +20,7 @@ from blemish.data.dataset import Images
 from blemish.data.manifest import read_manifest
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, read
+from blemish.methods.autoencoder import Autoencoder
 from blemish.run.config import build
 from blemish.run.predict import predict
 from blemish.run.record import read_record
@@ -39,6 +41,10 @@ def data_of(root: Path, *overrides: str):
     found = build(tiny_run(root, root, *overrides).data)
     found.setup()
     return found
+
+
+def predicted(run: Path, images: Path, output: Path):
+    return predict(composed(f"run='{run}'", f"input='{images}'", f"output='{output}'", "device=cpu", config="predict"))
 
 
 def scores(folder: Path) -> list[dict]:
@@ -65,8 +71,7 @@ def test_ten_thousand_files(tiny, tmp_path):
     samples = read_manifest(tmp_path / "run" / "manifest.csv")
     assert len(samples) == len({sample.path for sample in samples}) == 10_030
     peak = read_record(tmp_path / "run")["peak_memory_mb"]["host"]
-    options = [f"run='{tmp_path / 'run'}'", f"input='{many / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
-    assert len(predict(composed(*options, config="predict")).rows) == 10_000
+    assert len(predicted(tmp_path / "run", many / "square", tmp_path / "out").rows) == 10_000
     rows = scores(tmp_path / "out")
     assert [row["path"] for row in rows] == [str(path) for path in find_images(many / "square")]
     assert len({row["score"] for row in rows}) <= 3 * len(copies), "copies of one file score alike"
@@ -109,33 +114,15 @@ def test_odd_names_from_beginning_to_end(tiny, tmp_path):
     assert (place / "table.csv").is_file()
 
 
-PLACES = [
-    "/tmp/a b",
-    "/tmp/ä",
-    "a=b",
-    "a,b",
-    "[a]",
-    "{a}",
-    "it's",
-    '"a',
-    "2024",
-    "2024_05",
-    "1e5",
-    "true",
-    "a(b)",
-    "C:\\x",
-    "#1",
-    "a: b",
-    "~/x",
-]
+PLACES = ["/tmp/a b", "/tmp/ä", "~/x", "a=b", "a,b", "[a]", "{a}", "a(b)", "a: b", "it's", '"a', "#1", "C:\\x"]
+PLACES += ["2024", "2024_05", "1e5", "true"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("key", ["run_dir", "data.root"])
 def test_a_path_is_what_was_typed(key, place):
     cfg = composed("data=folder", path_as_typed(f"{key}={place}", several=False))
-    found = cfg.run_dir if key == "run_dir" else cfg.data.root
-    assert found == place.replace("\\\\", "\\")
+    assert OmegaConf.select(cfg, key) == place
     quoted = f"{key}='{place}'"
     assert "'" in place or path_as_typed(quoted, several=False) == quoted, "what is quoted is left"
 
@@ -167,8 +154,7 @@ def test_a_name_that_is_not_text(data, tmp_path):
     train(tiny_run(data, run, *LEAN, "save.pictures=-1"))
     assert b"square/caf\xe9.png" in [os.fsencode(row["path"]) for row in scores(run)]
     assert any(sample.path == f"square/{name}" for sample in read_manifest(run / "manifest.csv"))
-    options = [f"run='{run}'", f"input='{data / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
-    assert len(predict(composed(*options, config="predict")).rows) == 6
+    assert len(predicted(run, data / "square", tmp_path / "out").rows) == 6
 
 
 # ---- links
@@ -224,16 +210,13 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("store", ["off", "on"])
 def test_an_image_that_changes_during_a_run_ends_it(change, store, data, tmp_path, monkeypatch):
     victim, load, count = data / "square" / "003.png", Images.__getitem__, []
-    whole = victim.read_bytes()
+    sound = victim.read_bytes()
+    changes = {"replaced": lambda: replaced(victim), "removed": victim.unlink, "cut": lambda: victim.write_bytes(sound[: len(sound) // 2])}
 
     def changed(self, index):
         if not count:
             count.append(index)
-            {
-                "replaced": lambda: replaced(victim),
-                "removed": victim.unlink,
-                "cut": lambda: victim.write_bytes(whole[: len(whole) // 2]),
-            }[change]()
+            changes[change]()
         return load(self, index)
 
     monkeypatch.setattr(Images, "__getitem__", changed)
@@ -244,7 +227,7 @@ def test_an_image_that_changes_during_a_run_ends_it(change, store, data, tmp_pat
     assert said in read_record(tmp_path / "run")["error"]["message"]
     assert not (tmp_path / "run" / "metrics.json").exists()
     monkeypatch.undo()
-    victim.write_bytes(whole)
+    victim.write_bytes(sound)
     again = train(tiny_run(data, tmp_path / "run", *LEAN, *options))
     fresh = train(tiny_run(data, tmp_path / "fresh", *LEAN, *(text.replace("store'", "other'") for text in options)))
     assert again["image_auroc"] == fresh["image_auroc"]
@@ -253,17 +236,13 @@ def test_an_image_that_changes_during_a_run_ends_it(change, store, data, tmp_pat
 
 
 def test_a_training_image_that_changes_between_epochs(data, tmp_path, monkeypatch):
-    victim = data / "normal" / "003.png"
-    from blemish.methods.autoencoder import Autoencoder
+    victim = data / next(sample.path for sample in data_of(data).samples if sample.split == "train")
 
     def at_end(self):
         if self.current_epoch == 1:
             replaced(victim)
 
     monkeypatch.setattr(Autoencoder, "on_train_epoch_end", at_end)
-    split = data_of(data)
-    if next(sample.split for sample in split.samples if sample.path == "normal/003.png") != "train":
-        victim = data / next(sample.path for sample in split.samples if sample.split == "train")
     with pytest.raises(InputError, match=rf"{victim.name}: changed while it was in use"):
         train(tiny_run(data, tmp_path / "run", "model=autoencoder", "trainer.max_epochs=4"))
     assert read_record(tmp_path / "run")["status"] == "failed"
@@ -288,8 +267,7 @@ def test_pixels_that_are_no_numbers(tiny, tmp_path):
     listed = {sample.path for sample in read_manifest(tmp_path / "skipping" / "manifest.csv") if sample.split == "skipped"}
     assert listed == {"square/001.tif", "square/004.tif", "normal/007.tif"}
     assert len(scores(tmp_path / "skipping")) == 10
-    options = [f"run='{tmp_path / 'skipping'}'", f"input='{root / 'square'}'", f"output='{tmp_path / 'out'}'", "device=cpu"]
-    done = predict(composed(*options, config="predict"))
+    done = predicted(tmp_path / "skipping", root / "square", tmp_path / "out")
     assert [path.name for path, _ in done.failed] == ["001.tif", "004.tif"] and len(done.rows) == 4
 
 
@@ -320,8 +298,7 @@ def test_images_of_one_value(method, kind, tmp_path):
 
 
 def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
-    import resource
-
+    resource = pytest.importorskip("resource", reason="memory is measured by getrusage")
     claims = {}
     small = tmp_path / "small.bmp"
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(small)
