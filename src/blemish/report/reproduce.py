@@ -4,6 +4,7 @@ import copy
 import logging
 import shlex
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,20 +39,8 @@ class Cell(NamedTuple):
     plain: dict  # the same, resolved
 
 
-class Line(NamedTuple):
-    """A line of comparison.csv: our figure and the published one."""
-
-    metric: str
-    category: str
-    seeds: str
-    ours: float | None
-    deviation: float | None  # over the seeds
-    paper: float | None
-    difference: float | None
-    margin: float | None
-    verdict: str
-    table: str
-    differs: str
+# a line of comparison.csv: our figure (None without a run) and the published one (None without a table); deviation: over the seeds
+Line = namedtuple("Line", "metric category seeds ours deviation paper difference margin verdict table differs")
 
 
 def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: Callable, train: Callable) -> int:
@@ -224,26 +213,24 @@ def write_results(console: Console, paths: Sequence[Path], lines: Sequence[Line]
     write_csv(paths[0], Line._fields, lines)
     rule = (
         f"Verdict: as published where |ours − published| ≤ {tolerance:g} + 2 standard errors of our mean over the seeds (none with a "
-        "single seed); above or below otherwise; no judgement where our setting is not the table's."
+        f"single seed); above or below otherwise; no judgement where our setting is not the table's.{'' if rows else ' Nothing was run.'}"
     )
-    texts = []
-    for metric in dict.fromkeys(line.metric for line in lines):
-        grid = grid_of(metric, name, [line for line in lines if line.metric == metric], rule if rows else f"{rule} Nothing was run.")
-        texts.append(markdown(grid, bold=False))
+    metrics = dict.fromkeys(line.metric for line in lines)
+    grids = [grid_of(f"{name}: {metric.replace('_', ' ')}", [line for line in lines if line.metric == metric], rule) for metric in metrics]
+    for grid in grids:
         show(console, grid, bold=False)
-    write_text(paths[1], "\n".join(texts) + (f"\n{machines(rows)}\n" if rows else ""))
+    text = "\n".join(markdown(grid, bold=False) for grid in grids)
+    write_text(paths[1], text + (f"\n{machines(rows)}\n" if rows else ""))
     console.print(f"{len(rows)} finished runs: {', '.join(map(str, paths))}")
 
 
-def grid_of(metric: str, name: str, lines: Sequence[Line], rule: str) -> Grid:
+def grid_of(title: str, lines: Sequence[Line], rule: str) -> Grid:
     """The lines of one metric, with the published tables and the differences of our setting as notes."""
     notes, rows = [], []
     for line in lines:
         ours = spread([line.ours]) + (f" ± {line.deviation:.3f}" if line.deviation is not None else "")
         note = f"{line.table}. Ours: {line.differs or 'the same setting'}."
         paper = "–" if line.paper is None else f"{line.paper:.3f} {cited(note, notes)}"
-        rows.append(
-            [line.category, line.verdict, line.seeds or "–", ours, paper, "–" if line.difference is None else signed(line.difference)]
-        )
-    columns = ["category", "verdict", "seeds", "ours", "published", "difference"]
-    return Grid(f"{name}: {metric.replace('_', ' ')}", columns, 3, rows, set(), [rule, *notes])
+        gap = "–" if line.difference is None else signed(line.difference)
+        rows.append([line.category, line.verdict, line.seeds or "–", ours, paper, gap])
+    return Grid(title, ["category", "verdict", "seeds", "ours", "published", "difference"], 3, rows, set(), [rule, *notes])

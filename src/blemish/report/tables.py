@@ -102,15 +102,11 @@ def read_rows(path: str | Path) -> list[dict]:
             rows = list(reader)
         if any(None in row or None in row.values() for row in rows):
             raise ValueError("a row has more or fewer cells than the first")
-        return [{**{name: read_cell(name, text) for name, text in row.items()}, "folder": None} for row in rows]
+        for row in rows:
+            row |= {name: int(row[name]) if row[name].isdecimal() else float(row[name]) for name in NUMBERS if row[name]}
+        return [{**{name: value if value != "" else None for name, value in row.items()}, "folder": None} for row in rows]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV of tools/table.py ({error}); choose another file") from error
-
-
-def read_cell(name: str, text: str) -> str | int | float | None:
-    if text == "" or name not in NUMBERS:
-        return text or None
-    return int(text) if text.isdecimal() else float(text)
 
 
 def config_of(folder: Path) -> dict:
@@ -382,23 +378,9 @@ def in_markdown(text: str) -> str:
     return "".join("\\" + sign if sign in "\\`*|" else sign for sign in text)
 
 
-TEX = {
-    "\\": r"\textbackslash{}",
-    **{sign: "\\" + sign for sign in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # at the start of a row it would be an option of the line break
-    "]": "{]}",
-    "±": r"$\pm$",
-    "→": r"$\to$",
-    "−": "$-$",
-    "×": r"$\times$",
-    "–": "--",
-    "≤": r"$\le$",
-}
+TEX = {sign: "\\" + sign for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "→": r"$\to$", "−": "$-$", "×": r"$\times$"}
+TEX |= {"–": "--", "≤": r"$\le$", "[": "{[}", "]": "{]}"}  # a bare bracket at the start of a row is an option of the line break
 
 
 def in_latex(text: str) -> str:
@@ -425,26 +407,20 @@ def latex(grid: Grid) -> str:
 
 
 def write(
-    folder: str | Path,
-    output: str | Path | None,
-    readme: str | Path | None,
-    page: str | Path | None = None,
-    tex: str | Path | None = None,
-    by: str = "run",
-    metric: str = "image_auroc",
-    papers: str | Path | None = None,
-    docs: str | Path | None = None,
+    folder: str | Path,  # of run folders; or a CSV of them
+    output: str | Path | None,  # CSV of all runs
+    readme: str | Path | None,  # Markdown file that gets `highlights` between its markers
+    page: str | Path | None = None,  # file for the table in Markdown
+    tex: str | Path | None = None,  # file for the table in LaTeX
+    by: str = "run",  # or "category"
+    metric: str = "image_auroc",  # of a matrix, and of the comparison with published figures
+    papers: str | Path | None = None,  # folder of the published tables to compare with; the CSV then has the columns PAPER
+    docs: str | Path | None = None,  # Markdown file that gets the tables of `by_effort` between its markers
 ) -> tuple[int, list[Grid]]:
-    """Collect the runs below `folder`, or in that CSV, and write the files that are given; returns the number of runs and their tables.
+    """Collect runs and write the files that are given; returns the number of runs and their tables.
 
-    Args:
-        output: CSV of all runs. Rows of other runs that it already has are kept, and are part of every table.
-        readme, docs: Markdown files that get the rows of `highlights`, and all rows by `by_effort`, between their markers. InputError
-            without a CSV, since the rows between the markers may be of runs whose folders are gone.
-        page, tex: files for the table in Markdown and LaTeX.
-        by: "run" or "category".
-        metric: that of a matrix, and the one compared with published figures.
-        papers: folder of the published tables, to compare with them; the CSV then has the columns PAPER as well.
+    Rows of other runs in an existing `output` are kept and are part of every table; so `readme` and `docs`, whose rows may be of runs
+    that are gone, need a CSV: InputError without.
     """
     check_choice("", ("run", "category"), by=by)
     check_choice("", METRICS, metric=metric)
