@@ -1,14 +1,13 @@
-"""What the pages say is there: their links, commands, settings and figures, and the example of a method of one's own."""
+"""The docs agree with the project: links, commands, settings and figures, and the example of a new method."""
 
-import csv
 import inspect
 import re
 import shlex
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import yaml
@@ -17,10 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from support import CONFIGS, bricks, fitted
 
-from blemish.report.tables import read_rows, write
+from blemish.report.tables import pooled, read_rows, spread, write
 
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"
+MEASURED = ROOT / "results" / "measured.csv"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 METHODS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 OF_A_METHOD = ["Picture", "How it works", "When to choose it", "Differences from the paper", "Settings", "Run"]
@@ -49,13 +49,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    """Targets of the links and pictures of a page, those of other sites left out."""
+    """The targets of a page's links and pictures inside the project."""
     found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
     return [link for link in found if not re.match(r"[a-z]+:", link)]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of all lines of tables but their rules."""
+    """The cells of all table lines except the rules below headings."""
     lines = [line.strip() for line in text.splitlines() if line.startswith("|") and not re.fullmatch(r"[|\s:-]+", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -113,7 +113,7 @@ def test_the_settings_of_a_method(method):
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """The calls of tools in a page's blocks and texts, without comments, a continued line as one."""
+    """The calls of tools in a page's code blocks and text, without comments, continued lines joined."""
     for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("python tools/"):
@@ -123,7 +123,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 @cache
 def one_of(override: str) -> str | None:
-    """The override with the first of the values of a sweep; None for a range, an option of Hydra, or a placeholder for more overrides."""
+    """The override with the first value of a sweep; None for a range, a Hydra option, or a placeholder."""
     if re.fullmatch(r"…|--?\w+|\[.*\]|[\w.]+=…", override):
         return None
     parsed = OverridesParser.create().parse_override(override.replace("…", "x"))
@@ -146,7 +146,7 @@ def test_commands_are_found():
 def test_commands_compose(tool):
     assert (ROOT / tool).is_file()
     config = Path(tool).stem
-    together = defaultdict(dict)  # the commands of a method's page choose the same groups: one composition has the overrides of all
+    together = defaultdict(dict)  # the commands on a method's page choose the same groups, so one composition takes the overrides of all
     for command, page in COMMANDS:
         parts = shlex.split(command)[2:]
         if command.split()[1] != tool or any(f"model={method}" in parts for method in IN_THE_EXAMPLE):
@@ -163,32 +163,16 @@ def test_commands_compose(tool):
                 raise AssertionError(f"{page}: {command}\n{error}") from error
 
 
-def measured(category: str = "screw") -> dict[tuple[str, bool], set[tuple[str, ...]]]:
-    """Image and pixel AUROC as printed, mean over the seeds, of each setting of a method; whether it is a recipe."""
-    with (ROOT / "results" / "measured.csv").open(encoding="utf-8") as file:
-        runs = [run for run in csv.DictReader(file) if run["category"] == category]
-    settings = defaultdict(list)
-    for run in runs:
-        settings[tuple(run[key] for key in ("method", "variant", "epochs", "backbone", "image_size", "crop", "protocol"))].append(run)
-    found = defaultdict(set)
-    for setting, members in settings.items():
-        columns = ([run[key] for run in members] for key in ("image_auroc", "pixel_auroc"))
-        means = tuple(f"{fmean(map(float, column)):.3f}" if all(column) else "–" for column in columns)
-        found[setting[0], setting[1] != ""].add(means)
-    return found
-
-
 def test_the_tables_are_what_was_measured(tmp_path):
-    for page in ("README.md", "docs/results.md"):
-        (tmp_path / Path(page).name).write_bytes((ROOT / page).read_bytes())
-    table = ROOT / "results" / "measured.csv"
-    write(table, tmp_path / "m.csv", tmp_path / "README.md", docs=tmp_path / "results.md")
-    for page in ("README.md", "docs/results.md"):
-        assert (tmp_path / Path(page).name).read_bytes() == (ROOT / page).read_bytes(), f"{page}: python tools/table.py makes another table"
+    pages = [ROOT / "README.md", DOCS / "results.md"]
+    copies = [Path(shutil.copy(page, tmp_path)) for page in pages]
+    write(MEASURED, tmp_path / "m.csv", copies[0], docs=copies[1])
+    for page, copy in zip(pages, copies, strict=True):
+        assert copy.read_bytes() == page.read_bytes(), f"{name(page)}: python tools/table.py makes another table"
 
 
 def test_not_cut_means_the_epochs_of_the_method():
-    for row in read_rows(ROOT / "results" / "measured.csv"):
+    for row in read_rows(MEASURED):
         if row["epochs"] and row["variant"] is None:
             recipe = yaml.safe_load((CONFIGS / "model" / f"{row['method']}.yaml").read_text(encoding="utf-8"))
             assert row["epochs"] == recipe["trainer"]["max_epochs"], row["method"]
@@ -205,7 +189,10 @@ def test_the_readme_fits_on_a_screen():
 def test_the_figures_of_the_index():
     table = rows(section(DOCS / "methods" / "index.md", "The table"))
     assert table[0][-2:] == ["screw, own settings", "screw, recipe"]
-    figures = measured()
+    figures = defaultdict(set)  # (method, whether it is a recipe) → image and pixel AUROC as printed, mean over the seeds
+    for group in pooled(row for row in read_rows(MEASURED) if row["category"] == "screw"):
+        means = (spread([run[key] for run in group["runs"]]).partition(" ")[0] for key in ("image_auroc", "pixel_auroc"))
+        figures[group["method"], group["variant"] is not None].add(tuple(means))
     for cells in table[1:]:
         method = re.match(r"\[`(\w+)`\]", cells[0])[1]
         for recipe, cell in enumerate(cells[-2:]):
