@@ -35,19 +35,11 @@ GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it
 GROUND[[0, 1]] = [[20, 20, 20], [255, 255, 255]]
 BLUE, RED = "#0072b2", "#c04a00"  # images or normal, pixels or anomalous: different in hue and in lightness
 STYLE = {"image": {"color": BLUE, "linestyle": "-"}, "pixel": {"color": RED, "linestyle": (0, (4, 1.5))}}
-# curve: title, x axis, its end, y axis, figure in the legend and its name, place of the legend
+# curve: title, x axis, its end, y axis, figure in the legend, place of the legend
 PANELS = {
-    "roc": ("ROC", "false positive rate", 1.0, "true positive rate", "auroc", "AUROC", "lower right"),
-    "pr": ("Precision and recall", "recall", 1.0, "precision", "ap", "AP", "best"),
-    "pro": (
-        "Per-region overlap",
-        "false positive rate of pixels",
-        FPR_LIMIT,
-        "mean share of a region found",
-        "aupro",
-        "AUPRO",
-        "lower right",
-    ),
+    "roc": ("ROC", "false positive rate", 1.0, "true positive rate", "auroc", "lower right"),
+    "pr": ("Precision and recall", "recall", 1.0, "precision", "ap", "best"),
+    "pro": ("Per-region overlap", "false positive rate of pixels", FPR_LIMIT, "mean share of a region found", "aupro", "lower right"),
 }
 
 
@@ -282,7 +274,7 @@ def curves(
 
 
 def _curve(axes: Axes, name: str, lines: Mapping[str, Lines], figures: Mapping[str, float | None]) -> None:
-    title, x, right, y, figure, unit, where = PANELS[name]
+    title, x, right, y, figure, where = PANELS[name]
     axes.set(title=title, xlabel=x, ylabel=y, xlim=(-0.02 * right, 1.02 * right), ylim=(-0.02, 1.02))
     axes.set_box_aspect(1)
     axes.grid(color="0.9", linewidth=0.8)
@@ -291,7 +283,7 @@ def _curve(axes: Axes, name: str, lines: Mapping[str, Lines], figures: Mapping[s
         axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
     for kind, of in lines.items():
         value = figures.get(figure if name == "pro" else f"{kind}_{figure}")
-        value = f"{unit} –" if value is None else f"{unit} {value:.4f}"
+        value = f"{figure.upper()} {'–' if value is None else f'{value:.4f}'}"
         if len(of[name]):
             axes.plot(*of[name].T, label=None if name == "pro" else f"{kind}s: {value}", **STYLE[kind])
         if name == "pro":
@@ -342,30 +334,27 @@ def bins(score: ndarray) -> ndarray:
 def simplified(line: ndarray, most: int, tolerance: float = 0.0005) -> ndarray:
     """The vertices (K, 2) of a line thinned to `most`, its ends among them, so that the others are as near to it as can be.
 
-    The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973).
+    The vertex farthest from the line so far is added until all are within `tolerance` of the line's extent (Douglas and Peucker, 1973;
+    scikit-image's approximate_polygon has no limit on the number of vertices).
     """
     if len(line) <= 2:
         return line
     extent = np.ptp(line, axis=0)
-    unit = line / np.where(extent > 0, extent, 1)
+    unit, kept, gaps = line / np.where(extent > 0, extent, 1), {0, len(line) - 1}, []
 
-    def farthest(first: int, last: int) -> tuple[float, int, int, int]:
-        offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
-        if len(offset) == 0:
-            return 0.0, first, first, last
-        along = (offset @ chord / max(chord @ chord, 1e-30)).clip(0, 1)
-        distance = np.hypot(*(offset - along[:, None] * chord).T)
-        index = int(distance.argmax())
-        return -float(distance[index]), first, first + 1 + index, last
+    def push(first: int, last: int) -> None:
+        if last - first > 1:
+            offset, chord = unit[first + 1 : last] - unit[first], unit[last] - unit[first]
+            along = (offset @ chord / max(chord @ chord, 1e-30)).clip(0, 1)
+            distance = np.hypot(*(offset - along[:, None] * chord).T)
+            heapq.heappush(gaps, (-distance.max(), first, first + 1 + int(distance.argmax()), last))
 
-    kept, gaps = {0, len(line) - 1}, [farthest(0, len(line) - 1)]
-    while gaps and len(kept) < most:
-        distance, first, vertex, last = heapq.heappop(gaps)
-        if -distance <= tolerance:
-            break
+    push(0, len(line) - 1)
+    while gaps and len(kept) < most and -gaps[0][0] > tolerance:
+        _, first, vertex, last = heapq.heappop(gaps)
         kept.add(vertex)
-        heapq.heappush(gaps, farthest(first, vertex))
-        heapq.heappush(gaps, farthest(vertex, last))
+        push(first, vertex)
+        push(vertex, last)
     return line[sorted(kept)]
 
 
