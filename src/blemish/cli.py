@@ -112,13 +112,13 @@ def reproduce(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from blemish.report import reproduce
-    from blemish.run import config, sweep
+    from blemish.run import config
 
     name, typed = HydraConfig.get().runtime.choices.get("paper"), HydraConfig.get().overrides.task
     if not name:
         refuse(f"paper: none given; choose {', '.join(config.names('paper'))}")
     config.check_config(cfg)
-    sys.exit(reproduce.reproduce(cfg, name, typed, config.plain, lambda cell: config.build(cell.data).scan(), sweep.train_apart))
+    sys.exit(reproduce.reproduce(cfg, name, typed))
 
 
 COMMANDS = {work.__name__: work for work in (train, test, predict, data, export, bench, table, report, reproduce)}

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,12 @@ from blemish.edge.errors import InputError
 from blemish.features.extractor import stage_indices
 from blemish.report.published import published, read
 from blemish.report.reproduce import cells_of, commands, missing_weights, reproduce
-from blemish.run.config import build, module_of
+from blemish.run.config import build, module_of, plain
 from blemish.run.record import METRICS
 from blemish.run.train import train
 
 PAPERS = sorted(path.stem for path in (CONFIGS / "paper").glob("*.yaml"))
 TABLES = read(CONFIGS.parent / "results" / "paper")
-plain = partial(OmegaConf.to_container, resolve=True)
 
 
 @cache
@@ -95,9 +94,7 @@ def quick(root: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(typed: list[str], **calls) -> int:
-    cfg = composed(*typed, config="reproduce")
-    calls = {"plain": plain, "scan": lambda c: build(c.data).scan(), "train": train, **calls}
-    return reproduce(cfg, "padim_resnet18", typed, **calls)
+    return reproduce(composed(*typed, config="reproduce"), "padim_resnet18", typed, **{"train": train, **calls})
 
 
 def finished_run(cfg, **figures) -> None:
@@ -202,13 +199,13 @@ def test_wrong_words_name_the_right_ones(tmp_path):
 
 def test_sizes_by_category(monkeypatch):
     cfg = composed("paper=cflow", "categories=[screw,cable,transistor]", config="reproduce")
-    cells = cells_of(cfg, [], TABLES, Path("out"), plain)
+    cells = cells_of(cfg, [], TABLES, Path("out"))
     assert [cell.plain["data"]["image_size"] for cell in cells] == [512, 256, 128]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/blemish", "reproduce"])
     commanded = [shlex.split(command) for command in commands("cflow", [], cells, Path("out"))]
     assert [command[:2] for command in commanded] == [["blemish", "train"]] * 3 + [["blemish", "reproduce"]]
     assert [command[4] for command in commanded[:3]] == ["image_size=512", "image_size=256", "image_size=128"]
-    assert {cell.plain["image_size"] for cell in cells_of(cfg, ["image_size=256"], TABLES, Path("out"), plain)} == {256}
+    assert {cell.plain["image_size"] for cell in cells_of(cfg, ["image_size=256"], TABLES, Path("out"))} == {256}
 
 
 def test_weights_that_cannot_be_loaded(monkeypatch, tmp_path):

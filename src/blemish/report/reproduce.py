@@ -19,7 +19,9 @@ from blemish.files import Outputs, replacing, write_csv, write_text
 from blemish.report import published as papers
 from blemish.report.published import Figure, looked_up, margin, published, verdict
 from blemish.report.tables import Grid, cited, config_of, machines, markdown, row_of, show, signed, spread
+from blemish.run.config import build, module_of, plain
 from blemish.run.record import METRICS
+from blemish.run.sweep import train_apart
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +45,15 @@ class Cell(NamedTuple):
 Line = namedtuple("Line", "metric category seeds ours deviation paper difference margin verdict table differs")
 
 
-def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: Callable, train: Callable) -> int:
+def scan(cfg: Any) -> None:
+    """InputError where the images of a config are missing."""
+    build(cfg.data).scan()
+
+
+def reproduce(cfg: Any, name: str, typed: Sequence[str], train: Callable = train_apart, scan: Callable = scan) -> int:
     """Run the cells that can be run, compare all that are finished, write comparison.csv and comparison.md; returns the exit status.
 
-    A cell that fails is reported and the others go on.
-
-    Args:
-        cfg, name: the composed config, and the name of the composition.
-        typed: the overrides of the command line.
-        plain, scan, train: plain(cfg) is the resolved dict; scan(cfg) raises InputError where images are missing; train(cfg) runs a cell.
+    A cell that fails is reported and the others go on. name: of the composition. typed: the overrides of the command line.
     """
     for text in typed:
         key = text.lstrip("+~").partition("=")[0]
@@ -68,7 +70,7 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
     tables, output = papers.read(cfg.published), Path(cfg.output or f"results/reproduce/{name}")
     comparison = [output / "comparison.csv", output / "comparison.md"]
     Outputs().check(comparison)  # before days of training
-    cells = cells_of(cfg, typed, tables, output, plain)
+    cells = cells_of(cfg, typed, tables, output)
     todo = [cell for cell in cells if not finished(cell)]
     images, weights = missing(todo, scan)
     lacking = [cell for cell in todo if weights or cell.category in images]
@@ -94,21 +96,16 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], plain: Callable, scan: 
     return 0 if rows and not failed else 1
 
 
-def cells_of(cfg: Any, typed: Sequence[str], tables: Sequence[Mapping], output: Path, plain: Callable) -> list[Cell]:
+def cells_of(cfg: Any, typed: Sequence[str], tables: Sequence[Mapping], output: Path) -> list[Cell]:
     """Each category with each seed, with the config of its run; an image_size on the command line is that of all."""
     sizes = {} if any(text.startswith("image_size=") for text in typed) else cfg.image_sizes or {}
     cells = []
-    for category in cfg.categories or all_categories(tables, part_of(cfg.data)) or [cfg.data.category]:
+    for category in cfg.categories or all_categories(tables, module_of(cfg.data)) or [cfg.data.category]:
         for seed in cfg.seeds:
             folder, own = output / f"{category or 'all'}-s{seed}", copy.deepcopy(cfg)
             own.data.category, own.seed, own.image_size, own.run_dir = category, seed, sizes.get(category, cfg.image_size), str(folder)
             cells.append(Cell(category, seed, folder, own, plain(own)))
     return cells
-
-
-def part_of(part: Mapping) -> str:
-    """The module of a part's class, by which published tables and records name it."""
-    return part["_target_"].split(".")[-2]
 
 
 def all_categories(tables: Sequence[Mapping], data: str) -> list[str]:
@@ -153,7 +150,7 @@ def missing_weights(backbone: str, weights: str) -> str | None:
 def commands(name: str, typed: Sequence[str], cells: Sequence[Cell], output: Path) -> list[str]:
     """The sweeps that run cells, one for each image size, and the command that then compares them."""
     kept = [text for text in typed if text.lstrip("+~").partition("=")[0] not in (*OWN, "data.root", "image_size", "resume")]
-    root = next((text for text in typed if text.startswith("data.root=")), f"data.root=/path/to/{part_of(cells[0].plain['data'])}")
+    root = next((text for text in typed if text.startswith("data.root=")), f"data.root=/path/to/{module_of(cells[0].cfg.data)}")
     lines = []
     for size in dict.fromkeys(cell.plain["image_size"] for cell in cells):
         group = [cell for cell in cells if cell.plain["image_size"] == size]
@@ -175,7 +172,7 @@ def compared(cells: Sequence[Cell], rows: Mapping, tables: Sequence[Mapping], to
     """A line for each published or measured metric and each category, and one for the mean over all categories where there are several."""
     lines, configs = [], {cell.category: cell.plain for cell in reversed(cells)}
     first = cells[0].plain
-    run = {"method": part_of(first["model"]), "dataset": part_of(first["data"])}
+    run = {"method": module_of(cells[0].cfg.model), "dataset": module_of(cells[0].cfg.data)}
     known = all_categories(tables, run["dataset"])
     complete = known and set(known) <= set(configs)
     categories = list(dict.fromkeys(cell.category for cell in cells))
