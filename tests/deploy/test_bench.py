@@ -43,19 +43,20 @@ def arrays(run) -> list[np.ndarray]:
 
 @pytest.mark.slow  # three graphs go through the ONNX exporter
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_engines_compute_the_run_complete_and_in_parts(run, arrays, name, tmp_path):
+def test_engines_compute_the_run_complete_and_in_parts(run, arrays, name):
     for module in ("onnx", "onnxscript", name):
         pytest.importorskip(module, reason=f"no {module} here: pip install blemish[export]")
     saved, model = load(run, "cpu")
     preprocessing = preprocessing_of(saved)
     plain = torch_engine(model, preprocessing, (48, 48))
-    other = graph_engine(name, load(run, "cpu")[1], preprocessing, (48, 48), "uint8", config(run), tmp_path)
-    expected = plain.full(plain.stack([plain.resize(array) for array in arrays]))
+    other = graph_engine(name, load(run, "cpu")[1], preprocessing, (48, 48), "uint8", config(run))
+    expected = plain.calls["full"](plain.stack([plain.resize(array) for array in arrays]))
     batch = other.stack([other.resize(array) for array in arrays])
     unit = torch.from_numpy(batch).permute(0, 3, 1, 2) / 255
-    for found in (other.full(batch), other.score(other.backbone(batch)), plain.score(plain.backbone(unit))):
-        for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for calls, x in ((other.calls, batch), (plain.calls, unit)):
+        for a, b, c in zip(calls["full"](x), calls["score"](calls["backbone"](x)), expected, strict=True):
+            np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(b, c, rtol=1e-4, atol=1e-5)
     own = other.enlarge(np.asarray(expected[1][0]), 70, 90)
     np.testing.assert_allclose(own, plain.enlarge(expected[1][0], 70, 90), rtol=1e-4, atol=1e-5)
 
@@ -91,7 +92,7 @@ def test_stages_are_those_that_a_method_has(run, arrays):
     engine = torch_engine(load(run, "cpu")[1], preprocessing_of(load(run, "cpu")[0]), (48, 48))
     rows = measured("torch", engine, arrays, 1, plan(0, 1, maps=False))
     assert [r.stage for r in rows] == ["resize", "backbone", "score", "image to score"]
-    engine = Engine(lambda a: a, np.stack, None, None, lambda batch: (batch.sum((1, 2, 3)),), lambda m, h, w: m)
+    engine = Engine(lambda a: a, np.stack, {"full": lambda batch: (batch.sum((1, 2, 3)),)}, lambda m, h, w: m)
     rows = measured("e", engine, [np.zeros((8, 8, 3))], 2, plan(0, 2))
     assert [(r.batch, r.stage) for r in rows] == [(2, "resize"), (2, "score"), (2, "image to score")]
 

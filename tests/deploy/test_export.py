@@ -133,9 +133,9 @@ def module_of(model, side: int, maps: bool) -> ExportModule:
 
 def test_what_cannot_be_a_graph_says_why():
     with pytest.raises(InputError, match="noise_residual cannot be exported"):
-        module_of(build(composed("model=noise_residual").model), 64, maps=False)
+        export.check_exportable(build(composed("model=noise_residual").model), maps=False)
     with pytest.raises(InputError, match="maps=false"):
-        module_of(made("spade")[0], 64, maps=True)
+        export.check_exportable(made("spade")[0], maps=True)
 
 
 @pytest.mark.parametrize("format", ["onnx", *(slow(name) for name in ENDINGS if name != "onnx")])

@@ -138,7 +138,7 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, dat
     }
     metadata |= {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
     metadata["roi"] = None if inside is None else runtime.packed(inside)
-    found = runtime.prepared(array, metadata)
+    found = runtime.to_input(edge.fill_masked(array, inside, WINDOW), metadata)
     assert found.dtype == np.float32
     if dtype == "uint8":
         assert np.array_equal(found, expected)

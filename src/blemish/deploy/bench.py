@@ -19,13 +19,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from blemish.data.images import prepare, to_image
-from blemish.deploy.export import ExportModule, chosen, example, geometry_metadata, loaded, onnx_of, splits, traced
+from blemish.deploy.export import ExportModule, check_exportable, chosen, example, geometry_metadata, loaded, onnx_of, traced
 from blemish.detector import Detector
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
+from blemish.features.extractor import Features
 from blemish.files import Outputs, write_json
 from blemish.report.tables import between
 from blemish.run.checkpoint import load
@@ -54,15 +55,13 @@ class Engine(NamedTuple):
 
     resize: Callable[[np.ndarray], Any]  # a decoded image to what `stack` takes
     stack: Callable[[list], Any]  # several of them to a batch
-    backbone: Callable[[Any], Any] | None  # batch to maps; None for a method that has none
-    score: Callable[[Any], Sequence] | None  # maps to (score, map) or (score,)
-    full: Callable[[Any], Sequence]  # batch to (score, map) or (score,)
+    calls: dict[str, Callable]  # full: batch to (score, map) or (score,); for a method that splits: backbone, batch to maps; score of them
     enlarge: Callable[[Any, int, int], Any]  # a map (h, w) to the pixels of its image
     batch: int | None = None  # the batch size, None for any
 
 
 class Part(nn.Module):
-    """The first part of an export, images to the maps of its backbone, or the second, those maps to its outputs."""
+    """The first part of a module, images to the maps of its backbone, or the second, those maps to its outputs."""
 
     def __init__(self, full: ExportModule, is_first: bool):
         super().__init__()
@@ -94,7 +93,7 @@ def bench_run(cfg: Any) -> list[Row]:
     saved, model = load(run, cfg.device)
     preprocessing = preprocessing_of(saved)
     if preprocessing.tile:
-        raise InputError(f"run={run}: has tiling={preprocessing.tile}, and each tile its stages; expected a run that scores whole images")
+        raise InputError(f"run={run}: has tiling={preprocessing.tile}, and each tile its stages; expected a run that scores full images")
     images = chosen(cfg.images, run, saved.data, cfg.n)
     arrays = [loaded(*image) for image in images]
     side = preprocessing.geometry.side
@@ -105,7 +104,6 @@ def bench_run(cfg: Any) -> list[Row]:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(cfg.threads)
         stack.enter_context(threadpool_limits(cfg.threads))  # of numpy's products
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rows = [row("any", 1, "decode", timed(read, [path for path, _ in images], cfg))]
         for name in cfg.engines:
             if not find_spec(name):
@@ -116,7 +114,7 @@ def bench_run(cfg: Any) -> list[Row]:
                     engine = torch_engine(model, preprocessing, size)
                 else:
                     input = "uint8" if arrays[0].dtype == np.uint8 else "float"
-                    engine = graph_engine(name, load(run, "cpu")[1], preprocessing, size, input, cfg, folder)
+                    engine = graph_engine(name, load(run, "cpu")[1], preprocessing, size, input, cfg)
             except InputError as error:
                 log.warning("%s is left out: %s", name, error)
                 continue
@@ -140,64 +138,54 @@ def bench_run(cfg: Any) -> list[Row]:
     return rows
 
 
+def parts_of(full: ExportModule) -> dict[str, nn.Module]:
+    """The modules to measure: the complete one, and its parts where the method is `score` of the maps of its backbone and nothing else."""
+    if isinstance(getattr(full.model, "backbone", None), Features) and type(full.model).forward is Detector.forward:
+        return {"full": full, "backbone": Part(full, is_first=True), "score": Part(full, is_first=False)}
+    return {"full": full}
+
+
 def torch_engine(model: Detector, preprocessing: Preprocessing, size: tuple[int, int]) -> Engine:
     """The run as `predict` computes it: maps are made whether they are asked for or not."""
 
-    def call(work: Callable) -> Callable:
-        @torch.inference_mode()
-        def synchronised(x: Any) -> Any:
-            found = work(x.to(model.device) if isinstance(x, Tensor) else x)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            return found
+    @torch.inference_mode()
+    def call(module: nn.Module, x: Any) -> Sequence[Tensor]:
+        found = module(x.to(model.device) if isinstance(x, Tensor) else x)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return found
 
-        return synchronised
-
-    def outputs(prediction: tuple) -> list:
-        return [value for value in prediction if value is not None]
-
+    parts = parts_of(ExportModule(model, size, "float", None, preprocessing, maps=True))
     return Engine(
         resize=lambda array: prepare(array, preprocessing.window, preprocessing.geometry),
         stack=torch.stack,
-        backbone=call(model.features) if splits(model) else None,
-        score=call(lambda maps: outputs(model.score(maps, size))) if splits(model) else None,
-        full=call(lambda batch: outputs(model(batch))),
+        calls={name: partial(call, module) for name, module in parts.items()},
         enlarge=lambda map, height, width: to_image(map.cpu(), height, width, preprocessing.geometry),
     )
 
 
-def graph_engine(
-    name: str, model: Detector, preprocessing: Preprocessing, size: tuple[int, int], input: str, cfg: Any, folder: Path
-) -> Engine:
-    """The run's export, complete and in two parts, run as `blemish.edge.runtime` runs it; `cfg` has maps, threads and opset."""
-    full, images = ExportModule(model, size, input, None, preprocessing, cfg.maps).eval(), example(input, size)
-    parts: dict[str, tuple[nn.Module, Any]] = {"full": (full, images)}
-    if splits(model):
-        first = Part(full, is_first=True)
+def graph_engine(name: str, model: Detector, preprocessing: Preprocessing, size: tuple[int, int], input: str, cfg: Any) -> Engine:
+    """The run's export, complete and in two parts, run as `edge.runtime` runs it; `cfg` has maps, threads and opset."""
+    check_exportable(model, cfg.maps)
+    parts = parts_of(ExportModule(model, size, input, None, preprocessing, cfg.maps).eval())
+    inputs, calls, batches = example(input, size), {}, []
+    for part, module in parts.items():
         with torch.no_grad():
-            parts |= {"backbone": (first, images), "score": (Part(full, is_first=False), first(images))}
-    calls, batches = {}, []
-    for part, (module, inputs) in parts.items():
-        program, batch = traced(module, inputs)
-        path = folder / f"{part}.onnx"
-        path.write_bytes(onnx_of(program, cfg.opset, names=(None, None)).SerializeToString())
-        calls[part] = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(path, cfg.threads)[1]
+            program, batch = traced(module, parts["backbone"](inputs) if part == "score" else inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "part.onnx"
+            path.write_bytes(onnx_of(program, cfg.opset, names=(None, None)).SerializeToString())
+            run = (runtime.by_onnxruntime if name == "onnxruntime" else runtime.by_openvino)(path, cfg.threads)[1]
+        calls[part] = (lambda maps, run=run: run(*maps)) if part == "score" else run
         batches.append(batch)
     metadata = {"input": input, "source": None, "size": list(size), **geometry_metadata(preprocessing)}
-    return Engine(
-        resize=lambda array: runtime.prepared(array, metadata),
-        stack=np.stack,
-        backbone=calls.get("backbone"),
-        score=(lambda maps: calls["score"](*maps)) if "score" in calls else None,
-        full=calls["full"],
-        enlarge=partial(edge.to_image, geometry=preprocessing.geometry),
-        batch=1 if 1 in batches else None,
-    )
+    resize, enlarge = partial(runtime.to_input, metadata=metadata), partial(edge.to_image, geometry=preprocessing.geometry)
+    return Engine(resize, np.stack, calls, enlarge, 1 if 1 in batches else None)
 
 
 def measured(name: str, engine: Engine, arrays: Sequence[np.ndarray], batch: int, cfg: Any) -> list[Row]:
     """The rows of one engine with so many images a call, which take turns."""
-    turn = cycle(arrays)
+    turn, calls = cycle(arrays), engine.calls
     drawn = [list(islice(turn, batch)) for _ in arrays]
 
     def resize(some: Sequence[np.ndarray]) -> Any:
@@ -208,15 +196,15 @@ def measured(name: str, engine: Engine, arrays: Sequence[np.ndarray], batch: int
             engine.enlarge(map, *array.shape[:2])
 
     ready = [resize(some) for some in drawn]
-    found = [engine.full(one) for one in ready]
-    stages: dict[str, tuple[Callable, Sequence]] = {"resize": (resize, drawn), "score": (engine.full, ready)}
-    if engine.backbone:
-        stages["backbone"] = engine.backbone, ready
-        stages["score"] = engine.score, [engine.backbone(one) for one in ready]
-    stages["image to score"] = lambda some: engine.full(resize(some)), drawn
+    found = [calls["full"](one) for one in ready]
+    stages: dict[str, tuple[Callable, Sequence]] = {"resize": (resize, drawn), "score": (calls["full"], ready)}
+    if "backbone" in calls:
+        stages["backbone"] = calls["backbone"], ready
+        stages["score"] = calls["score"], [calls["backbone"](one) for one in ready]
+    stages["image to score"] = lambda some: calls["full"](resize(some)), drawn
     if cfg.maps and len(found[0]) > 1:
         stages["map"] = lambda pair: enlarge(*pair), [(one[1], some) for one, some in zip(found, drawn, strict=True)]
-        stages["image to map"] = lambda some: enlarge(engine.full(resize(some))[1], some), drawn
+        stages["image to map"] = lambda some: enlarge(calls["full"](resize(some))[1], some), drawn
     order = ("resize", "backbone", "score", "map", "image to score", "image to map")
     return [row(name, batch, stage, timed(*stages[stage], cfg)) for stage in order if stage in stages]
 
@@ -256,7 +244,9 @@ def page(rows: Sequence[Row], metadata: dict) -> str:
     lines = [Row._fields, ["---", "---:", "---", *["---:"] * 4], *map(cells, rows)]
     (height, width), (shape, count) = metadata["size"], metadata["images"]
     versions = ", ".join(f"{name} {value}" for name, value in metadata["versions"].items())
-    measured = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
-    measured += f"maps={str(metadata['maps']).lower()}; {metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
-    note = f"Milliseconds a call: {measured}; {metadata['warmup']} calls before those that count."
+    run = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images"
+    machine = f"{metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
+    note = (
+        f"Milliseconds a call: {run}, maps={str(metadata['maps']).lower()}; {machine}; {metadata['warmup']} calls before those that count."
+    )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note]) + "\n"

@@ -21,18 +21,16 @@ from blemish.data.dataset import cut
 from blemish.data.images import ignore_mask, prepare
 from blemish.data.manifest import Sample, read_manifest
 from blemish.detector import Detector, apply_ignore_mask
-from blemish.edge.calibration import conformal_threshold
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, middle, strips_of
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal
-from blemish.features.extractor import Features
 from blemish.files import atomic_write, remove_stale, replacing
 from blemish.run.checkpoint import load
 from blemish.run.config import build
 from blemish.run.record import check_archive, read_record
-from blemish.run.results import Preprocessing, images_at, preprocessing_of
+from blemish.run.results import Preprocessing, images_at, preprocessing_of, thresholds
 from blemish.run.tiling import TOGETHER, score_image
 from blemish.types import UNKNOWN, Prediction
 
@@ -59,31 +57,23 @@ class Parity(NamedTuple):
         return close and (self.map_difference is None or self.map_difference <= map_tolerance * self.map_scale)
 
     def __str__(self) -> str:
-        def share(difference: float, scale: float) -> str:
-            return f"{difference:.3g}, {difference / scale:.2g} of a spread of {scale:.3g}"
-
-        text = f"{self.images} images: largest score difference {share(self.score_difference, self.score_scale)}; "
-        if self.map_difference is not None:
-            text += f"of a map's pixel {share(self.map_difference, self.map_scale)}; "
-        return text + f"{self.flipped} decisions flipped"
+        found = [("a score", self.score_difference, self.score_scale), ("a map's pixel", self.map_difference, self.map_scale)]
+        shares = [f"of {name} {d:.3g}, {d / scale:.2g} of a spread of {scale:.3g}" for name, d, scale in found if d is not None]
+        return f"{self.images} images: largest difference {'; '.join(shares)}; {self.flipped} decisions flipped"
 
 
 class ExportModule(nn.Module):
     """A detector with its preprocessing: images to (score (B,), map (B, H, W)), or to (score,) alone.
 
     input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are resized
-    in here, by the integers that torch resizes bytes with. InputError for a method that has no export, or none with its map.
+    in here, by the integers that torch resizes bytes with.
     """
 
     def __init__(
         self, model: Detector, size: Sequence[int], input: str, source: Sequence[int] | None, preprocessing: Preprocessing, maps: bool
     ):
         super().__init__()
-        name, geometry = type(model).__module__.rpartition(".")[2], preprocessing.geometry
-        if model.not_exportable:
-            raise InputError(f"{name} cannot be exported: {model.not_exportable}")
-        if maps and model.map_not_exportable:
-            raise InputError(f"{name} cannot be exported with its map: {model.map_not_exportable}")
+        geometry = preprocessing.geometry
         self.model, self.size, self.is_bytes, self.maps, self.crop = model, tuple(size), input == "uint8", maps, geometry.crop
         self.steps, self.padding = [], []
         if source and geometry.size:
@@ -126,9 +116,7 @@ class Program(Model):
             check_archive(path)
             program = torch.export.load(path, extra_files=extra).module()
         except Exception as error:  # of many kinds
-            raise InputError(
-                f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export of blemish"
-            ) from error
+            raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export") from error
         return extra[f"{KEY}.json"], lambda batch: [value.numpy() for value in program(torch.from_numpy(batch))]
 
 
@@ -149,8 +137,9 @@ def export_run(cfg: Any) -> tuple[Path, Parity]:
     preprocessing = preprocessing_of(saved)
     path = Path(cfg.output) if cfg.output else (run.parent if run.is_file() else run) / "export" / f"model{ENDINGS[cfg.format]}"
     size = checked_size(cfg, preprocessing, path)
-    images = (both(*image) for image in chosen(cfg.images, run, saved.data, cfg.n))
-    limits = {"tolerance": cfg.tolerance, "map_tolerance": cfg.map_tolerance, "flips": cfg.flips}
+    check_exportable(model, cfg.maps)
+    images = chosen(cfg.images, run, saved.data, cfg.n)
+    limits = {key: cfg[key] for key in ("tolerance", "map_tolerance", "flips")}
     weights = path.with_suffix(".bin") if cfg.format == "openvino" else None
     remove_stale(path.parent)
     with replacing(path, weights), atomic_write(path) as temporary:
@@ -198,8 +187,7 @@ def checked_size(cfg: Any, preprocessing: Preprocessing, path: Path) -> list[int
 def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Preprocessing) -> dict:
     """What docs/export.md lists, but for what is found while the file is written."""
     run, record = Path(cfg.run), read_record(Path(cfg.run)) or {}
-    scores, peaks = model.calibration.double().T if len(model.calibration) else torch.empty(2, 0)
-    own = model.map_threshold
+    threshold, map_threshold = thresholds(model.calibration, saved.alpha, model.map_threshold)
     return {
         "format": FORMAT,
         "blemish": version("blemish"),
@@ -210,9 +198,9 @@ def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Prepro
             "weights": record.get("weights_digest"),
             "manifest": record.get("manifest_digest"),
         },
-        "threshold": conformal_threshold(scores, saved.alpha).value,
-        "map_threshold": (conformal_threshold(peaks, saved.alpha).value if own is None else own) if cfg.maps else None,
-        "calibration": sorted(scores.tolist()),
+        "threshold": threshold.value,
+        "map_threshold": map_threshold if cfg.maps else None,
+        "calibration": sorted(model.calibration[:, 0].tolist()),
         "input": cfg.input,
         "source": list(cfg.source) if cfg.source else None,
         **geometry_metadata(preprocessing),
@@ -239,23 +227,31 @@ def example(input: str, size: Sequence[int]) -> Tensor:
     return pixels if input == "uint8" else pixels.permute(0, 3, 1, 2) / 255
 
 
-def traced(module: nn.Module, inputs: Any) -> tuple[torch.export.ExportedProgram, int | None]:
+def check_exportable(model: Detector, maps: bool) -> None:
+    """InputError for a method that has no export, or none with its map."""
+    name = type(model).__module__.rpartition(".")[2]
+    if model.not_exportable:
+        raise InputError(f"{name} cannot be exported: {model.not_exportable}")
+    if maps and model.map_not_exportable:
+        raise InputError(f"{name} cannot be exported with its map: {model.map_not_exportable}")
+
+
+def traced(module: nn.Module, inputs: Tensor | list[Tensor]) -> tuple[torch.export.ExportedProgram, int | None]:
     """The program of a module with a free batch size where its graph allows that (None), else for one image at a time (1).
 
-    `inputs` are an example for two images: a tensor or a list of tensors. InputError for what cannot be traced.
+    `inputs` are an example for two images. InputError for what cannot be traced.
     """
     module.eval()
-    free, one = {0: torch.export.Dim.DYNAMIC}, inputs[:1] if isinstance(inputs, Tensor) else [part[:1] for part in inputs]
+    free = {0: torch.export.Dim.DYNAMIC}
+    shapes, one = (free, inputs[:1]) if isinstance(inputs, Tensor) else ([free] * len(inputs), [part[:1] for part in inputs])
     with torch.no_grad(), quiet():
         module(inputs)  # computes what is computed once and kept: traced first, it would keep tensors without values
-        try:
-            return program_of(module, inputs, (free if isinstance(inputs, Tensor) else [free] * len(inputs),)), None
-        except Exception:  # torch.export has errors of many kinds
-            pass
-        try:
-            return program_of(module, one, None), 1
-        except Exception as error:
-            raise InputError(f"{type(module.model).__name__} cannot be traced by torch.export: {str(error)[:500]}") from error
+        for batch, given, dynamic in ((None, inputs, (shapes,)), (1, one, None)):
+            try:
+                return program_of(module, given, dynamic), batch
+            except Exception as error:  # torch.export has errors of many kinds
+                problem = error
+    raise InputError(f"{type(module.model).__name__} cannot be traced by torch.export: {str(problem)[:500]}") from problem
 
 
 def program_of(module: nn.Module, inputs: Any, dynamic: tuple | None) -> torch.export.ExportedProgram:
@@ -283,11 +279,6 @@ def fold(module: torch.fx.GraphModule) -> None:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.get_attr(f"folded_{node.name}"))
     module.graph.eliminate_dead_code()
-
-
-def splits(model: Detector) -> bool:
-    """Whether a method is `score` of the maps of its backbone and nothing else."""
-    return isinstance(getattr(model, "backbone", None), Features) and type(model).forward is Detector.forward
 
 
 def onnx_of(program: torch.export.ExportedProgram, opset: int, names: tuple = NAMES) -> Any:
@@ -359,12 +350,16 @@ def set_seal(path: Path) -> None:
 
 
 @torch.inference_mode()
-def compare(model: Detector, preprocessing: Preprocessing, other: Model, images: Iterable[tuple[Path | np.ndarray, np.ndarray]]) -> Parity:
-    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the export from its file."""
+def compare(model: Detector, preprocessing: Preprocessing, other: Model, images: Iterable[tuple[Path, Sample]]) -> Parity:
+    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the export from its file.
+
+    Of a sample that is a part of a file the export is given the pixels.
+    """
     scores, peaks, differences, map_differences, flipped = [], [], [], [], 0
-    for image, array in images:
+    for path, sample in images:
+        array = loaded(path, sample)
         score, map = score_of_run(model, preprocessing, array, other.metadata["maps"])
-        (found,) = other.predict([image], TOGETHER)
+        (found,) = other.predict([array if sample.tile else path], TOGETHER)
         scores.append(score)
         differences.append(abs(found.score - score))
         flipped += other.threshold is not None and (score > other.threshold) != found.decision
@@ -432,12 +427,6 @@ def loaded(path: Path, sample: Sample) -> np.ndarray:
         return cut(path.parent, sample, read(path))
     except InputError as error:
         raise InputError(f"{error}; images come from the run's own test: where they have moved, give images=FOLDER") from None
-
-
-def both(path: Path, sample: Sample) -> tuple[Path | np.ndarray, np.ndarray]:
-    """What the export and the run are given of an image: its file, or the pixels of a sample that is a part of a file; and its pixels."""
-    array = loaded(path, sample)
-    return (array if sample.tile else path), array
 
 
 @contextlib.contextmanager

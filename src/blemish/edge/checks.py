@@ -15,10 +15,8 @@ LARGEST_SEED = 2**32 - 1  # numpy's limit
 def check_number(place: str, interval: str, /, *, also: tuple = (), each: bool = False, **values: Any) -> None:
     """Raise InputError unless every value is a number in an interval such as "(0, 1]" or "[0, inf)"; bools and NaN are none.
 
-    Args:
-        place: the part of the config that has the keys, "" for its top level.
-        also: values that are allowed as well, such as None.
-        each: whether the values are lists of such numbers.
+    place: the part of the config that has the keys, "" for its top level. also: further values that are allowed, such as None.
+    each: the values are lists of such numbers.
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
 
@@ -88,12 +86,10 @@ def _check(
     place: str, values: dict[str, Any], valid: Callable[[Any], bool], expected: list[str], also: tuple = (), each: bool = False
 ) -> None:
     for name, value in values.items():
-        if any(type(value) is type(other) and value == other for other in also):  # 1 is not True
-            continue
-        if not (_is_list(value) and len(value) > 0 and all(map(valid, value)) if each else valid(value)):
-            key = f"{place}.{name}" if place else name
-            allowed = " or ".join([*expected, *map(shown, also)])
-            raise InputError(f"{key}={shown(value)}: expected {'a list, each ' * each}{allowed}")
+        allowed = any(type(value) is type(other) and value == other for other in also)  # 1 is not True
+        if not (allowed or (_is_list(value) and len(value) > 0 and all(map(valid, value)) if each else valid(value))):
+            key, choices = f"{place}.{name}" if place else name, " or ".join([*expected, *map(shown, also)])
+            raise InputError(f"{key}={shown(value)}: expected {'a list, each ' * each}{choices}")
 
 
 def shown(value: Any) -> str:

@@ -91,8 +91,10 @@ def ignore_mask_in_network(height: int, width: int, geometry: Geometry, inside: 
     return mask_to_network(np.zeros((height, width), bool) if inside is None else ~inside, geometry, True)
 
 
-def fill_masked(array: np.ndarray, inside: np.ndarray, window: Mapping) -> np.ndarray:
-    """An image (H, W) or (H, W, 3) with mid-grey of its window wherever it is not `inside` (H, W)."""
+def fill_masked(array: np.ndarray, inside: np.ndarray | None, window: Mapping) -> np.ndarray:
+    """An image (H, W) or (H, W, 3) with mid-grey of its window wherever it is not `inside` (H, W); None for all of it."""
+    if inside is None:
+        return array
     is_bytes = array.dtype == np.uint8
     lo, hi = (0, 255) if is_bytes else {"uint16": UINT16, **window}.get(array.dtype.name, (0.0, 0.0))  # what has no range is refused later
     grey = lo + (hi - lo) * GREY / 255

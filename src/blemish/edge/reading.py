@@ -41,14 +41,9 @@ for decoder in ("tifffile", "PIL.TiffImagePlugin"):  # what they log of a damage
 
 def is_result(path: Path) -> bool:
     """Whether a file is a PNG that blemish wrote as a result, wherever it was moved to; its first bytes tell."""
-    with suppress(OSError), open(path, "rb", opener=_open_now) as file:
-        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and RESULT in file.read(128)
+    with suppress(OSError):
+        return RESULT in content(path, 128)
     return False
-
-
-def _open_now(name: str, flags: int) -> int:
-    """Open a file without waiting for a pipe."""
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def find_images(folder: Path, results: bool = False) -> list[Path]:
@@ -96,9 +91,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
     """(width, height) of what `read` gives, from the file's header where that is enough; InputError as there."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            is_tiff = file.read(4) in TIFF_HEADS
-        if is_tiff:
+        if content(path, 4) in TIFF_HEADS:
             import tifffile
 
             with tifffile.TiffFile(path) as tiff:
@@ -117,8 +110,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
 
 def dtype_of(path: str | Path) -> str:
     """The dtype `read` will return, "uint8", "uint16" or "float32", from the file's header where that is enough."""
-    with Path(path).open("rb") as file:
-        head = file.read(32)
+    head = content(path, 32)
     if head[:3] == b"\xff\xd8\xff" or head[:2] == b"BM" or head[:4] in (b"GIF8", b"RIFF"):
         return "uint8"
     if head[:4] == b"\x89PNG" and len(head) > 24:
@@ -136,12 +128,16 @@ def file_digest(path: Path) -> str:
     return digest_of(content(path))
 
 
-def content(path: Path) -> bytes:
-    """The bytes of a file; OSError also for a pipe or a device, which `open` would wait for."""
-    with open(path, "rb", buffering=0, opener=_open_now) as file:
+def content(path: str | Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a file, all of them by default; OSError also for a pipe or a device, which `open` would wait for."""
+
+    def open_now(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", buffering=0, opener=open_now) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
-        return file.readall()
+        return file.read(size)
 
 
 def _array_of(data: bytes, digest: str, labels: bool) -> np.ndarray:

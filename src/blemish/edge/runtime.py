@@ -105,7 +105,7 @@ class Model:
             ignore_mask = ignore_mask_in_network(*array.shape[:2], geometry_of(self.metadata), inside)
             if ignore_mask is not None and ignore_mask.all():
                 raise InputError(OUTSIDE)
-            return prepared(array, self.metadata), ignore_mask
+            return to_input(fill_masked(array, inside, self.metadata["window"]), self.metadata), ignore_mask
 
     def _scored(self, batch: Sequence[np.ndarray]) -> list[tuple[float, np.ndarray | None]]:
         scores, *maps = self.run(np.stack(batch))
@@ -118,7 +118,7 @@ class Model:
         with named(image):
             check_values(array, self.metadata)
             inside = inside_of(height, width, self.metadata)
-            array = array if inside is None else fill_masked(array, inside, self.metadata["window"])
+            array = fill_masked(array, inside, self.metadata["window"])
             best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
             tiles = iter(grid(width, height, side, overlap))
             while chunk := list(islice(tiles, batch_size)):
@@ -245,14 +245,8 @@ def check_values(array: np.ndarray, metadata: dict) -> None:
         )
 
 
-def prepared(array: np.ndarray, metadata: dict) -> np.ndarray:
-    """An image as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], see `input` of the metadata."""
-    inside = inside_of(*array.shape[:2], metadata)
-    return to_input(array if inside is None else fill_masked(array, inside, metadata["window"]), metadata)
-
-
 def to_input(array: np.ndarray, metadata: dict) -> np.ndarray:
-    """As `prepared`, of an image without a ROI or of a tile."""
+    """An image or a tile as a graph takes it: (h, w, 3) uint8 or (3, h, w) float32 in [0, 1], see `input` of the metadata."""
     if metadata["source"]:
         if array.dtype != np.uint8 or list(array.shape[:2]) != metadata["source"]:
             raise InputError(f"an image {array.dtype} {array.shape[:2]}; expected uint8 of (H, W) = {metadata['source']}, as exported")
