@@ -244,9 +244,7 @@ def page(rows: Sequence[Row], metadata: dict) -> str:
     lines = [Row._fields, ["---", "---:", "---", *["---:"] * 4], *map(cells, rows)]
     (height, width), (shape, count) = metadata["size"], metadata["images"]
     versions = ", ".join(f"{name} {value}" for name, value in metadata["versions"].items())
-    run = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images"
-    machine = f"{metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
-    note = (
-        f"Milliseconds a call: {run}, maps={str(metadata['maps']).lower()}; {machine}; {metadata['warmup']} calls before those that count."
-    )
+    run = f"{metadata['method']}, {metadata['backbone']}, {width}×{height} px from {shape[1]}×{shape[0]}, {count} test images, "
+    run += f"maps={str(metadata['maps']).lower()}; {metadata['environment']['cpu']}, {metadata['threads']} threads, {versions}"
+    note = f"Milliseconds a call: {run}; {metadata['warmup']} calls before those that count."
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note]) + "\n"
