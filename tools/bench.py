@@ -1,4 +1,4 @@
-"""How long a run takes for an image, stage by stage and engine by engine: python tools/bench.py run=results/runs/… [batch=8] [threads=2]"""
+"""Time a run by stage and engine: python tools/bench.py run=results/runs/… [batch=8] [threads=2]"""
 
 from blemish.cli import tool
 

@@ -1,4 +1,4 @@
-"""Write a run as one file that needs no blemish: python tools/export.py run=results/runs/… format=onnx|torch_export|openvino"""
+"""Export a run as one file that needs no blemish: python tools/export.py run=results/runs/… format=onnx|torch_export|openvino"""
 
 from blemish.cli import tool
 
