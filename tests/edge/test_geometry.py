@@ -86,24 +86,6 @@ def test_a_blob_comes_back_to_its_place(height, width, u, v, data):
     assert abs((weight * columns).sum() / weight.sum() - x) < pitch[1]
 
 
-@settings(max_examples=120)
-@given(SIDES, SIDES, st.data())
-def test_a_smooth_image_comes_back(height, width, data):
-    geometry = data.draw(geometries(height=height, width=width))
-    resized, padded = geometry.resized(height, width), geometry.padded(height, width)
-    waves, inside, slope = [], [], 0.0
-    for length, placed, whole in zip((height, width), resized, padded, strict=True):
-        centres, pitch = torch.arange(length) + 0.5, max(1.0, length / placed)
-        waves.append(0.25 * torch.cos(torch.pi * centres / length))
-        begin, end = extent(length, placed, whole, geometry.crop)  # what the crop cut off reaches a pixel further
-        inside.append(((begin == 0) | (centres > begin + 1.5 * pitch)) & ((end == length) | (centres < end - 1.5 * pitch)))
-        slope += 0.25 * torch.pi / length * pitch
-    image = 0.5 + waves[0][:, None] + waves[1][None]
-    back = to_image(to_network(image.expand(3, -1, -1), geometry)[0], height, width, geometry)
-    inside = inside[0][:, None] & inside[1][None]
-    assert ((back - image).abs()[inside] <= slope + 1e-5).all()  # nowhere further off than the next pixel of the network's input
-
-
 def test_an_image_of_the_right_size_is_left_alone():
     image = torch.rand(3, 48, 48)
     for resize in edge.RESIZES:
@@ -130,12 +112,7 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, dat
     array = picture(seed, height, width, dtype, colour)
     inside = np.random.default_rng(seed).random((height, width)) < 0.7 if roi else None
     expected = prepare(array, WINDOW, geometry, inside)
-    metadata = {
-        "input": "float",
-        "source": None,
-        "window": WINDOW,
-        "size": list(expected.shape[1:]),
-    }
+    metadata = {"input": "float", "source": None, "window": WINDOW, "size": list(expected.shape[1:])}
     metadata |= {"image_size": geometry.size, "crop": geometry.crop, "resize": geometry.resize}
     metadata["roi"] = None if inside is None else runtime.packed(inside)
     found = runtime.to_input(edge.fill_masked(array, inside, WINDOW), metadata)
@@ -148,7 +125,7 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, dat
     np.testing.assert_allclose(back, to_image(torch.from_numpy(map), height, width, geometry), atol=3e-5)
     where = edge.ignore_mask_in_network(height, width, geometry, runtime.inside_of(height, width, metadata))
     if where is not None and where.all():
-        with pytest.raises(InputError, match="no pixel of its ROI"):
+        with pytest.raises(InputError, match="ROI"):
             ignore_mask(height, width, geometry, inside)
         return
     other = ignore_mask(height, width, geometry, inside)
@@ -178,10 +155,9 @@ def test_bytes_become_one_pixel_wide_as_torch_rounds(height, width, size, colour
 
 @settings(max_examples=50)
 @given(SIDES, SIDES, st.integers(0, 2**32))
-def test_a_region_comes_back_from_its_text(height, width, seed):
+def test_a_roi_comes_back_from_its_text(height, width, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
     metadata = runtime.packed(mask)
-    assert np.array_equal(runtime.unpacked(metadata["bits"], metadata["height"], metadata["width"]), mask)
     assert np.array_equal(runtime.inside_of(height, width, {"roi": metadata}), mask)
     assert runtime.inside_of(2 * height, 3 * width, {"roi": metadata})[1::2, 1::3].tolist() == mask.tolist()
 
@@ -191,7 +167,7 @@ def test_a_region_comes_back_from_its_text(height, width, seed):
 
 @settings(max_examples=100)
 @given(SIDES, SIDES, st.sampled_from(["uint8", "uint16", "float32"]), st.booleans(), st.integers(0, 2**32), st.data())
-def test_pixels_outside_of_the_region_change_nothing(height, width, dtype, colour, seed, data):
+def test_pixels_outside_of_the_roi_change_nothing(height, width, dtype, colour, seed, data):
     geometry = data.draw(geometries(height=height, width=width))
     array, other = (picture(seed + i, height, width, dtype, colour) for i in (0, 1))
     inside = np.random.default_rng(seed).random((height, width)) < 0.5
