@@ -155,9 +155,7 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
             return super().explain(split, samples)
         if splits == {"unlabelled"}:
             expected = f"an annotated series, alone or joined to it (data.category={self.category}+<series>)"
-            return (
-                f"no image of {self.category} is known to be normal without a {TRUTH}; expected {expected}, or a prediction by a fitted run"
-            )
+            return f"no image is known to be normal without a {TRUTH}; expected {expected}, or a prediction by a fitted run"
         if self.train_range:
             return f"no normal {self.unit} in the frames {self.train_frames}; expected other data.train_frames, or null"
         smaller = "data.unit=tile, which trains on the tiles without one" if self.unit == "image" else f"data.tile below {self.side}"

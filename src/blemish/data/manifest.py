@@ -38,15 +38,10 @@ COLUMNS = ", ".join(Sample._fields)
 
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     """The boxes (x1, y1, x2, y2) in "x1 y1 x2 y2;…", half-open pixels; InputError if one is malformed or empty."""
-    boxes = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        try:
-            x1, y1, x2, y2 = (int(number) for number in part.split())
-        except ValueError:
-            raise InputError(f"boxes {text!r}: expected whole numbers 'x1 y1 x2 y2;…'") from None
+    boxes = [_four(part, None, f"boxes {text!r}: expected whole numbers 'x1 y1 x2 y2;…'") for part in text.split(";") if part.strip()]
+    for x1, y1, x2, y2 in boxes:
         if not (0 <= x1 < x2 and 0 <= y1 < y2):
-            raise InputError(f"boxes {text!r}: expected 0 ≤ x1 < x2 and 0 ≤ y1 < y2, found {part!r}")
-        boxes.append((x1, y1, x2, y2))
+            raise InputError(f"boxes {text!r}: expected 0 ≤ x1 < x2 and 0 ≤ y1 < y2")
     return boxes
 
 
@@ -54,13 +49,18 @@ def parse_tile(text: str) -> tuple[int, int, int, int] | None:
     """The tile (x, y, w, h) in "x,y,w,h", None for the whole image; InputError if it is malformed or empty."""
     if not text:
         return None
-    try:
-        x, y, w, h = (int(number) for number in text.split(","))
-    except ValueError:
-        raise InputError(f"tile {text!r}: expected whole numbers 'x,y,w,h'") from None
+    x, y, w, h = _four(text, ",", f"tile {text!r}: expected whole numbers 'x,y,w,h'")
     if min(x, y) < 0 or min(w, h) < 1:
         raise InputError(f"tile {text!r}: expected x, y ≥ 0 and w, h ≥ 1")
     return x, y, w, h
+
+
+def _four(text: str, separator: str | None, message: str) -> tuple[int, int, int, int]:
+    try:
+        a, b, c, d = map(int, text.split(separator))
+    except ValueError:
+        raise InputError(message) from None
+    return a, b, c, d
 
 
 def read_manifest(path: str | Path) -> list[Sample]:

@@ -82,6 +82,7 @@ class ValueCheck:
         self.ranges = {dtype: found for dtype, found in ranges.items() if dtype not in set(named)}
         self.trained = " and ".join(f"{dtype} from {lo:g} to {hi:g}" for dtype, (lo, hi, _) in ranges.items())
         self.window, self.key, self.assumed = dict(window), key, dict(assumed or {})
+        self.expected = {dtype: range_of(*ends) for dtype, ends in {**self.assumed, **self.window}.items()} | self.ranges
         self.checked: set[str] = set()
         self.new: dict[str, str] = {}  # the first image of an assumed dtype
         self.doubts: dict[str, str] = {}  # by image
@@ -89,10 +90,9 @@ class ValueCheck:
     def __call__(self, image: object, array: np.ndarray, roi: Callable[[], np.ndarray | None] = lambda: None) -> None:
         """Check an image, once for each path; `roi` returns its region of interest (H, W) bool, None for all of it."""
         name, dtype = str(image), array.dtype.name
-        expected = self.expected(dtype)
-        if name in self.checked or (expected is None and not self.trained):
+        if name in self.checked or (dtype not in self.expected and not self.trained):
             return
-        if expected is None:
+        if dtype not in self.expected:
             setting = f"{self.key}={suggestion(array)} for what is black and white in {dtype}, " if self.key else ""
             raise InputError(
                 f"{name}: {dtype} with values from {array.min():g} to {array.max():g}, but training had {self.trained} alone; expected "
@@ -107,15 +107,10 @@ class ValueCheck:
             if get_worker_info() is not None:  # what a worker process collects would be lost with it
                 self.report()
 
-    def expected(self, dtype: str) -> Range | None:
-        """The range of a dtype in training, else that of its window; None without either."""
-        ends = self.window.get(dtype) or self.assumed.get(dtype)
-        return self.ranges.get(dtype) or (range_of(*ends) if ends else None)
-
     def doubt(self, array: np.ndarray) -> str:
         """How values differ from those of the training or the window; "" if they do not."""
         dtype = array.dtype.name
-        lo, hi, _ = expected = self.expected(dtype)
+        lo, hi, _ = expected = self.expected[dtype]
         if found := doubt(array, expected):
             return f"{found}, {'training had' if dtype in self.ranges else 'the window is'} {lo:g} to {hi:g}"
         lo, hi = self.window.get(dtype, (lo, hi))

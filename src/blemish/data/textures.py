@@ -118,9 +118,9 @@ def build(name: str, crop_size: int, seed: int) -> dict[str, np.ndarray]:
     foreign = [image for other, image in photographs.items() if other != name]
     images = {f"train/good/{i:03}.png": cropped(train, crop_size, rng) for i in range(CROPS["train"])}
     images |= {f"test/good/{i:03}.png": cropped(test, crop_size, rng) for i in range(CROPS["test"])}
-    for defect, drawn in DEFECTS.items():
+    for defect, draw in DEFECTS.items():
         for i, strength in enumerate(np.linspace(0.3, 1.0, CROPS["defect"])):  # from faint to plain
-            image, mask = blemished(cropped(test, crop_size, rng), drawn, strength, foreign, rng)
+            image, mask = blemished(cropped(test, crop_size, rng), draw, strength, foreign, rng)
             images[f"test/{defect}/{i:03}.png"] = image
             images[f"ground_truth/{defect}/{i:03}_mask.png"] = mask.astype(np.uint8) * 255
     return images
@@ -142,11 +142,11 @@ Draw = Callable[[np.ndarray, float, Sequence[np.ndarray], np.random.Generator], 
 
 
 def blemished(
-    image: np.ndarray, drawn: Draw, strength: float, foreign: Sequence[np.ndarray], rng: np.random.Generator
+    image: np.ndarray, draw: Draw, strength: float, foreign: Sequence[np.ndarray], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """A uint8 image (h, w) with one defect, and the bool mask (h, w) of the pixels it covers; no other pixel changes."""
     clean = image.astype(float)
-    look, cover = drawn(clean, strength, foreign, rng)
+    look, cover = draw(clean, strength, foreign, rng)
     mask = cover > 0.1  # a fainter rim is not drawn, so that the mask is exact
     mixed = np.clip(np.rint(clean + cover * (look - clean)), 0, 255).astype(np.uint8)
     return np.where(mask, mixed, image), mask
