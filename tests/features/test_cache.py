@@ -19,7 +19,6 @@ from support import CONFIGS, composed, tiny_run
 
 from blemish.data.dataset import Images
 from blemish.data.images import restored
-from blemish.data.manifest import Sample
 from blemish.data.module import ImageData
 from blemish.detector import Detector, TrainedDetector
 from blemish.edge.errors import InputError
@@ -91,17 +90,6 @@ def write(shards: Shards, *numbers: int, size: int = 4) -> dict[str, torch.Tenso
     return values
 
 
-def new_folder(root: Path, image, masks: str = "null", *overrides: str) -> ImageData:
-    """The data of a folder of three images a label, `image(i)` an array."""
-    for split, label in (("train", "good"), ("test", "good"), ("test", "bad")):
-        (root / split / label).mkdir(parents=True, exist_ok=True)
-        for i in range(3):
-            Image.fromarray(image(i)).save(root / split / label / f"{i}.png")
-    return data_of(
-        root, "data.normal=train/good", "data.normal_test=test/good", "data.abnormal=[test/bad]", f"data.masks={masks}", *overrides
-    )
-
-
 # ---- what is stored is what was computed
 
 
@@ -112,7 +100,9 @@ def test_no_value_of_a_map_changes_by_more_than_float16_rounding(seed, exponent)
     assert (back - map).abs().max() <= ROUNDING * map.abs().max()
     normal = map.abs() >= 2**-14
     assert ((back - map).abs() <= ROUNDING * map.abs())[normal].all()
-    assert torch.equal(unpack_maps(pack_maps(map[None], torch.float32))[0], map)
+    back = unpack_maps(pack_maps(map[None], torch.float32))
+    assert torch.equal(back[0], map)
+    assert back.is_contiguous(memory_format=torch.channels_last)  # as the network made them
 
 
 def test_what_float16_cannot_hold_stays_float32():
@@ -122,13 +112,6 @@ def test_what_float16_cannot_hold_stays_float32():
     assert [m.dtype for m in packed] == [torch.float16] + 3 * [torch.float32]
     assert torch.equal(unpack_maps(packed[:3]), torch.stack([fits, large, small]))  # kinds mix in a batch
     torch.testing.assert_close(unpack_maps(packed[3:])[0], broken, rtol=0, atol=0, equal_nan=True)
-
-
-def test_maps_come_back_in_the_networks_memory_order():
-    (live,) = Features("test_resnet", [1], "random", seed=0)(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    back = unpack_maps(pack_maps(live, torch.float32))
-    assert torch.equal(back, live)
-    assert back.stride() == live.stride()
 
 
 def test_bytes_stay_bytes_and_deeper_images_are_not_cut_to_them():
@@ -187,21 +170,6 @@ def test_a_second_run_decodes_and_computes_nothing(tiny, first, tmp_path):
     assert (record["read"], record["computed"]) == (36, 0)
 
 
-@pytest.mark.slow
-def test_another_method_another_split_and_other_stages_share_the_maps(tiny, tmp_path):
-    def computed(*overrides):
-        train(tiny_run(tiny, tmp_path / "run", *on(tmp_path / "store"), "overwrite=true", *overrides))
-        return read_record(tmp_path / "run")["store"]["computed"]
-
-    assert computed() == 36
-    assert computed("model.stages=[2,3]", "model.n_features=7") == 0
-    assert computed("protocol=paper") == 0
-    assert computed("data.calibration=0.1") == 0
-    assert computed("model.stages=[1,2,3,4]") == 36
-    folders = {path.parent for path in files(tmp_path / "store")}
-    assert len(folders) == 4 and len(files(tmp_path / "store")) == 4 * 6  # no stage twice; batches of 8 of each split
-
-
 def column_mask(path: Path, columns: int) -> Path:
     inside = np.zeros((64, 64), np.uint8)
     inside[:, :columns] = 255
@@ -210,35 +178,45 @@ def column_mask(path: Path, columns: int) -> Path:
     return path
 
 
+def test_images_of_several_sizes_and_16_bits(tmp_path):
+    g = np.random.default_rng(0)
+    for label in ("train", "good", "bad"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(3):
+            image = g.integers(0, 1000, (40 + 10 * i, 70 - 10 * i), dtype=np.uint16)
+            Image.fromarray(image).save(tmp_path / "data" / label / f"{i}.png")
+    options = ["data.normal=train", "data.normal_test=good", "data.abnormal=[bad]", "data.masks=null", "resize=letterbox"]
+    roi, maps = column_mask(tmp_path / "mask.png", 50), []
+    for window in ("dtype", "[0,1000]"):
+        data = data_of(tmp_path / "data", *options, f"data.roi='{roi}'", f"data.window={window}")
+        other = stored(tmp_path / "store", data)
+        assert_batches_equal(data, other, images=False)
+        maps.append(next(iter(other.loader("test"))).maps[0])
+    assert not torch.allclose(*maps)  # the range of values keeps them apart
+
+
 def test_what_maps_depend_on_keeps_them_apart(tiny, tmp_path):
     masks = [column_mask(tmp_path / f"{columns}.png", columns) for columns in (30, 40)]
     for folder in ("normal", "normal_test", "square"):
         for i, path in enumerate(sorted((tiny / folder).glob("*.png"))):
             column_mask(tmp_path / "own" / folder / path.name, 30 + i % 2 * 10)
-    changes = [[], ["image_size=48"], ["crop=48"], ["image_size=48", "crop=40"], ["resize=letterbox"]]
+    changes = [[], ["image_size=48"], ["crop=48"], ["resize=letterbox"]]
     changes += [[f"data.roi='{mask}'"] for mask in (*masks, tmp_path / "own")]
     for change in changes:
         data = data_of(tiny, *change)
         other = stored(tmp_path / "store", data, BOTH)
         assert_batches_equal(data, other, images=True)
         assert (other.computed, other.read) == (36, 0), change
-        assert filled(stored(tmp_path / "store", data_of(tiny, *change))) == (36, 0)
-    networks = [Features("test_resnet", [1, 2], "random", seed) for seed in (0, 1)]
-    assert filled(stored(tmp_path / "store", data_of(tiny), features=networks[0])) == (36, 0)
-    assert filled(stored(tmp_path / "store", data_of(tiny), features=networks[1])) == (0, 36)
-    assert filled(stored(tmp_path / "store", data_of(tiny), dtype="float16")) == (0, 36)
-
-
-def test_the_range_of_deep_images_keeps_them_apart(tmp_path):
-    g = np.random.default_rng(0)
-    deep = [g.integers(0, 1000, (40, 48), dtype=np.uint16) for _ in range(3)]
-    maps = []
-    for window in ("dtype", "[0,1000]"):
-        data = new_folder(tmp_path / "deep", deep.__getitem__, "null", f"data.window={window}")
-        other = stored(tmp_path / "store", data)
-        assert_batches_equal(data, other, images=False)
-        maps.append(next(iter(other.loader("test"))).maps[0])
-    assert not torch.allclose(*maps)
+        assert filled(stored(tmp_path / "store", data)) == (36, 0)
+    store, data = tmp_path / "store", data_of(tiny)
+    assert filled(stored(store, data, dtype="float16")) == (0, 36)
+    for seed, stages, known in ((0, [1, 2], 36), (1, [1, 2], 0), (0, [2], 36), (0, [1, 2, 3], 0), (0, [2, 3], 36)):
+        features = Features("test_resnet", stages, "random", seed)
+        assert filled(stored(store, data, features=features)) == (known, 36 - known), (seed, stages)
+    # two stages and images of 4 geometries, two stages of another dtype and of other weights, one more stage; none of them twice
+    assert len({path.parent for path in files(store)}) == 4 * 3 + 2 + 2 + 1
+    for change in (["protocol=paper"], ["data.calibration=0.1"]):  # what maps do not depend on
+        assert filled(stored(store, data_of(tiny, *change)))[1] == 0
 
 
 # ---- the batches
@@ -261,23 +239,17 @@ def assert_batches_equal(data: ImageData, other: StoredData, images: bool):
 
 
 @pytest.mark.parametrize("inputs", [MAPS, PIXELS, BOTH])
-def test_batches_are_those_of_the_data_module(tiny, tmp_path, inputs):
+@pytest.mark.parametrize("size", [None, 7, 40])  # of an epoch; there are 18 images
+def test_batches_are_those_of_the_data_module(tiny, tmp_path, inputs, size):
     data = data_of(tiny, "image_size=48", "crop=40")
+    data.paced(size)
     assert_batches_equal(data, stored(tmp_path, data, inputs), images=inputs is not MAPS)
     with counted(Images, "__getitem__") as decoded:
         assert_batches_equal(data, stored(tmp_path, data, inputs), images=inputs is not MAPS)
-    assert len(decoded) == 36  # by the data module
+    if size is None:
+        assert len(decoded) == 36  # by the data module
     if inputs is BOTH:  # images decoded, maps from the store
         assert_batches_equal(data, stored(tmp_path, data, inputs, images=False), images=True)
-
-
-@pytest.mark.parametrize("size", [7, 40])  # of 18 images
-def test_an_epoch_of_so_many_images_is_that_of_the_data_module(tiny, tmp_path, size):
-    data = data_of(tiny)
-    data.set_loading(None, 0, size)
-    other = stored(tmp_path, data)
-    assert_batches_equal(data, other, images=False)
-    assert sum(len(batch.path) for batch in other.train_dataloader()) == size
 
 
 def test_tiles_boxes_and_copies(tiny, tmp_path):
@@ -291,24 +263,11 @@ def test_tiles_boxes_and_copies(tiny, tmp_path):
     data._by_key = {sample.key: sample for sample in rows}
     assert_batches_equal(data, stored(tmp_path, data), images=False)
     assert len({content_key(sample) for sample in rows}) == len(rows)
+    assert content_key(rows[0]) == content_key(rows[0]._replace(path="b.png", split="test", label=1))
     again = stored(tmp_path, data)
     data.samples = [rows[0]._replace(path="copy.png"), *rows]  # the same content elsewhere
     again.loader("train")
     assert (again.read, again.computed) == (sum(s.split == "train" for s in rows), 0)
-
-
-def test_the_sample_is_known_by_its_content_and_its_tile():
-    sample = Sample("a.png", "train", 0, "good", digest="0123456789abcdef")
-    same, other = sample._replace(path="b.png", split="test", label=1), sample._replace(tile="0,0,9,9")
-    assert content_key(sample) == content_key(same) != content_key(other)
-
-
-def test_masks_of_stored_batches_know_roi_and_letterbox(tmp_path):
-    g = np.random.default_rng(0)
-    roi = column_mask(tmp_path / "mask.png", 50)
-    overrides = ["null", "resize=letterbox", f"data.roi='{roi}'"]
-    data = new_folder(tmp_path / "data", lambda i: g.integers(0, 256, (40 + 10 * i, 70 - 10 * i), dtype=np.uint8), *overrides)
-    assert_batches_equal(data, stored(tmp_path / "store", data), images=False)
 
 
 class Toy(TrainedDetector):
@@ -425,30 +384,22 @@ def test_a_run_on_a_damaged_store(tiny, first, tmp_path):
     assert figures(train(tiny_run(tiny, tmp_path / "run", *on(tmp_path / "store")))) == first[0]
 
 
-def test_leftovers_of_killed_writers_go_when_they_are_old(tmp_path):
-    store = Store(tmp_path, "float32", None)
-    shards = Shards(store, "x", {})
-    write(shards, 0)
-    old, fresh = shards.folder / f"{module.PART}old", shards.folder / f"{module.PART}fresh"
-    for path in (old, fresh):
-        path.write_bytes(b"half a shard")
-    os.utime(old, (time.time() - 2 * module.STALE,) * 2)
-    assert len(store.shards()) == 1
-    assert fresh.exists()
-    assert not old.exists()
-
-
-def test_least_recently_used_shards_go_first(tmp_path):
+def test_leftovers_of_killed_writers_and_least_recently_used_shards_go(tmp_path):
     shards = Shards(Store(tmp_path, "float32", None), "x", {})
     values = write(shards, *range(4), size=1000)
     paths = {next(iter(keys)): path for path, keys in shards.keys.items()}
     size = files(tmp_path)[0].stat().st_size
     for age, key in enumerate(("n3", "n1", "n0", "n2")):  # used in this order
         os.utime(paths[key], (1e9 + age,) * 2)
+    old, fresh = shards.folder / f"{module.PART}old", shards.folder / f"{module.PART}fresh"
+    for path in (old, fresh):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (time.time() - 2 * module.STALE,) * 2)
     second = Shards(Store(tmp_path, "float32", 4.5 * size / 1e9), "x", {})
     second.absent(["n3"])  # a use: the oldest is now n1
     write(second, 4, size=1000)
     assert {key for key, path in paths.items() if path.exists()} == {"n0", "n2", "n3"}
+    assert (old.exists(), fresh.exists()) == (False, True)
     assert torch.equal(shards.found["n1"], values["n1"])  # whoever has it open keeps it
     write(second, 5, 6, size=1000)
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 4.5 * size

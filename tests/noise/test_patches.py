@@ -42,8 +42,8 @@ def test_exact_is_the_definition(size, channels, patch, box, mean):
 
 
 def test_trees_find_nearly_all_and_nothing_forbidden():
-    image = texture(80, 90, 3)
-    h, w = patches.grid(80, 90, 8)
+    image = texture(96, 110, 3)
+    h, w = patches.grid(96, 110, 8)
     exact = patches.exact(image, torch.arange(h * w), 8, 16, BOX)
     found = patches.trees(patches.vectors(image - image.mean(), 8), (h, w), 3, 16, BOX, 6, 2, 0)
     recall = (found.index[:, :, None] == exact.index[:, None]).any(1).float().mean()
