@@ -60,23 +60,6 @@ class Engine(NamedTuple):
     batch: int | None = None  # the batch size, None for any
 
 
-class Part(nn.Module):
-    """The first part of a module, images to the maps of its backbone, or the second, those maps to its outputs."""
-
-    def __init__(self, full: ExportModule, is_first: bool):
-        super().__init__()
-        self.full, self.is_first = full, is_first
-
-    @property
-    def model(self) -> Detector:
-        return self.full.model
-
-    def forward(self, x: Any) -> Sequence[Tensor]:
-        if self.is_first:
-            return list(self.model.features(self.full.unit(x)))
-        return self.full.outputs(*self.model.score(x, self.full.size))
-
-
 def bench_run(cfg: Any) -> list[Row]:
     """Measure a run folder as configs/bench.yaml says, and write what was found."""
     if isinstance(cfg.engines, str) or set(cfg.engines) - set(ENGINES):
@@ -138,11 +121,11 @@ def bench_run(cfg: Any) -> list[Row]:
     return rows
 
 
-def parts_of(full: ExportModule) -> dict[str, nn.Module]:
+def parts_of(model: Detector, *options: Any) -> dict[str, ExportModule]:
     """The modules to measure: the complete one, and its parts where the method is `score` of the maps of its backbone and nothing else."""
-    if isinstance(getattr(full.model, "backbone", None), Features) and type(full.model).forward is Detector.forward:
-        return {"full": full, "backbone": Part(full, is_first=True), "score": Part(full, is_first=False)}
-    return {"full": full}
+    splits = isinstance(getattr(model, "backbone", None), Features) and type(model).forward is Detector.forward
+    parts = ("full", "backbone", "score") if splits else ("full",)
+    return {part: ExportModule(model, *options, part=part).eval() for part in parts}
 
 
 def torch_engine(model: Detector, preprocessing: Preprocessing, size: tuple[int, int]) -> Engine:
@@ -155,7 +138,7 @@ def torch_engine(model: Detector, preprocessing: Preprocessing, size: tuple[int,
             torch.cuda.synchronize()
         return found
 
-    parts = parts_of(ExportModule(model, size, "float", None, preprocessing, maps=True))
+    parts = parts_of(model, size, "float", None, preprocessing, True)
     return Engine(
         resize=lambda array: prepare(array, preprocessing.window, preprocessing.geometry),
         stack=torch.stack,
@@ -167,7 +150,7 @@ def torch_engine(model: Detector, preprocessing: Preprocessing, size: tuple[int,
 def graph_engine(name: str, model: Detector, preprocessing: Preprocessing, size: tuple[int, int], input: str, cfg: Any) -> Engine:
     """The run's export, complete and in two parts, run as `edge.runtime` runs it; `cfg` has maps, threads and opset."""
     check_exportable(model, cfg.maps)
-    parts = parts_of(ExportModule(model, size, input, None, preprocessing, cfg.maps).eval())
+    parts = parts_of(model, size, input, None, preprocessing, cfg.maps)
     inputs, calls, batches = example(input, size), {}, []
     for part, module in parts.items():
         with torch.no_grad():

@@ -66,14 +66,21 @@ class ExportModule(nn.Module):
     """A detector with its preprocessing: images to (score (B,), map (B, H, W)), or to (score,) alone.
 
     input=float: (B, 3, H, W) float32 in [0, 1]. input=uint8: (B, H, W, 3) uint8; with `source` (H, W) they have that size and are resized
-    in here, by the integers that torch resizes bytes with.
+    in here, by the integers that torch resizes bytes with. part=backbone ends with the maps of the backbone, part=score begins with them.
     """
 
     def __init__(
-        self, model: Detector, size: Sequence[int], input: str, source: Sequence[int] | None, preprocessing: Preprocessing, maps: bool
+        self,
+        model: Detector,
+        size: Sequence,
+        input: str,
+        source: Sequence | None,
+        preprocessing: Preprocessing,
+        maps: bool,
+        part: str = "full",
     ):
         super().__init__()
-        geometry = preprocessing.geometry
+        geometry, self.part = preprocessing.geometry, part
         self.model, self.size, self.is_bytes, self.maps, self.crop = model, tuple(size), input == "uint8", maps, geometry.crop
         self.steps, self.padding = [], []
         if source and geometry.size:
@@ -85,10 +92,10 @@ class ExportModule(nn.Module):
             rows, columns = middle(padded, resized)
             self.padding = [columns.start, padded[1] - columns.stop, rows.start, padded[0] - rows.stop]
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return self.outputs(*self.model(self.unit(image)))
-
-    def outputs(self, score: Tensor, map: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor | list[Tensor]) -> Sequence[Tensor]:
+        if self.part == "backbone":
+            return list(self.model.features(self.unit(x)))
+        score, map = self.model.score(x, self.size) if self.part == "score" else self.model(self.unit(x))
         return (score, map) if self.maps and map is not None else (score,)
 
     def unit(self, image: Tensor) -> Tensor:
@@ -112,11 +119,8 @@ class Program(Model):
 
     def load(self, path: Path, threads: int | None) -> tuple[str, Run]:
         extra = {f"{KEY}.json": ""}
-        try:
-            check_archive(path)
-            program = torch.export.load(path, extra_files=extra).module()
-        except Exception as error:  # of many kinds
-            raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}); expected an export") from error
+        check_archive(path)
+        program = torch.export.load(path, extra_files=extra).module()
         return extra[f"{KEY}.json"], lambda batch: [value.numpy() for value in program(torch.from_numpy(batch))]
 
 

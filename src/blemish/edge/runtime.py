@@ -64,19 +64,20 @@ class Model:
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        text, self.run = self.load(Path(path), threads)
+        try:
+            text, self.run = self.load(Path(path), threads)
+        except InputError:
+            raise
+        except Exception as error:  # each engine has errors of its own for a file it cannot read
+            needs = f"; pip install {ENGINES.get(Path(path).suffix)}" if isinstance(error, ImportError) else ""
+            raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]}){needs}") from error
         self.metadata = metadata_of(text, path)
         self.threshold, self.calibration = self.metadata["threshold"], self.metadata["calibration"]
 
     def load(self, path: Path, threads: int | None) -> tuple[str | None, Run]:
         """The text of the metadata in a file, and the function that runs its graph."""
         check_file(path)
-        try:
-            return (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
-        except ImportError as error:
-            raise InputError(f"{path}: needs {ENGINES[path.suffix]} ({error}); pip install {ENGINES[path.suffix]}") from error
-        except Exception as error:  # each engine has errors of its own for a file it cannot read
-            raise InputError(f"{path}: cannot be opened ({type(error).__name__}: {str(error)[:300]})") from error
+        return (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
 
     def predict(self, images: Any, batch_size: int = 1) -> list[Result]:
         """Results of one image or of several, in their order.
@@ -193,8 +194,8 @@ def by_onnxruntime(path: Path, threads: int | None) -> tuple[str | None, Run]:
 def openvino_core() -> Any:
     """The one Core of this process, kept until its end.
 
-    Each Core sets a stack for signals on its thread and puts back the one that it found: of two of which the first goes first, the second
-    puts back one that is gone, and the next signal, such as that of a child that ended, kills the process (inside with openvino 2026.4).
+    Each Core sets a signal stack on its thread and later restores the one it found: if two end in the order they began, the second restores
+    one that is gone, and the next signal, such as that of a child that ended, kills the process (openvino 2026.4).
     """
     import openvino
 
