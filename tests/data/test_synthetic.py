@@ -70,7 +70,7 @@ def test_deep_images_are_refused_and_nothing_is_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_defects_lie_inside_of_the_region(tiny, tmp_path):
+def test_defects_are_inside_the_roi(tiny, tmp_path):
     inside = np.zeros((64, 64), bool)
     inside[20:50, 30:60] = True
     Image.fromarray(inside).save(tmp_path / "roi.png")
