@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import DATA, save
 
-from blemish.data.check import _sizes, check, is_faulty
+from blemish.data.check import check, is_faulty
 from blemish.data.folder import Folder
 from blemish.data.manifest import read_manifest
 
@@ -43,6 +43,7 @@ def test_rows_count_what_is_there(root):
     (wrong,), (unreadable,) = crack["wrong size"], crack["unreadable"]
     assert "truth/c.png: 31×20 pixels, its image 30×20" in wrong and str(root / "crack/d.png") in unreadable
     assert crack["sizes"] == "30×20" and crack["kinds"] == "uint8 colour 3"
+    assert train["sizes"].endswith("× 20–20")  # more sizes than are listed
     kinds = [kind for row in (train, good) for kind in row["kinds"].split(", ")]
     assert "uint16 grey 1" in kinds and sum(int(kind.split()[-1]) for kind in kinds) == 8
 
@@ -85,11 +86,6 @@ def test_tool_prints_writes_and_exits(root, tmp_path, run):
 def test_what_is_wrong_is_one_line(run, arguments, says):
     code, _, err = run(*arguments)
     assert code == 2 and says in err and "Traceback" not in err
-
-
-def test_sizes_are_listed_or_a_range():
-    assert _sizes([(20, 30), (20, 30), (10, 40)]) == "10×40, 20×30"
-    assert _sizes([(20, 30), (10, 40), (15, 35), (70, 20)]) == "10–70 × 20–40"
 
 
 def test_what_masks_mark_is_listed(root, run):

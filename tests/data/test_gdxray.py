@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support import DATA, save
 
-from blemish.data.gdxray import Defect, GDXray, Row, frame_range, frames, held_share, read_boxes
+from blemish.data.gdxray import Defect, GDXray, Row, frame_range, held_share, read_boxes
 from blemish.data.manifest import parse_boxes, parse_tile
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import grid
@@ -53,18 +53,9 @@ def loaded(data, split="test"):
     return {batch.path[0]: batch for batch in data.loader(split)}
 
 
-def test_only_the_series_own_images_count(root):
-    assert list(frames(root / "Castings/C0001")) == list(range(1, 11))
-
-
-def test_boxes_are_one_based_and_inclusive(root):
-    assert read_boxes(root / "Castings/C0001/ground_truth.txt") == {
-        2: [Row(1, (4, 16, 12, 24))],
-        5: [Row(2, (29, 0, 33, 4)), Row(4, (49, -1, 57, 10))],
-    }
-
-
-def test_boxes_become_masks(root):
+def test_boxes_are_one_based_and_inclusive_and_become_masks(root):
+    boxes = {2: [Row(1, (4, 16, 12, 24))], 5: [Row(2, (29, 0, 33, 4)), Row(4, (49, -1, 57, 10))]}
+    assert read_boxes(root / "Castings/C0001/ground_truth.txt") == boxes
     data = prepared(root)
     counts = Counter((s.split, s.label, s.defect) for s in data.samples)
     assert counts == {("train", 0, "good"): 6, ("test", 0, "good"): 2, ("test", 1, "defect"): 2}
@@ -150,7 +141,7 @@ def test_a_series_without_annotation_is_never_normal(root, unit):
         alone.setup()
     joined = prepared(root, "C0003+C0001", unit=unit)
     assert {s.split for s in joined.samples if "C0003" in s.path} == {"unlabelled"}
-    assert len(joined.predict_dataloader()) == len(alone.scan()) == (4 if unit == "image" else 4 * 12)
+    assert len(joined.loader("unlabelled")) == len(alone.scan()) == (4 if unit == "image" else 4 * 12)
 
 
 @pytest.mark.parametrize(

@@ -287,9 +287,6 @@ class ImageData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        return self.loader("unlabelled")
-
 
 def _reason(images: Images, sample: Sample) -> str:
     """Why a sample cannot be used, "" if it can."""
