@@ -169,7 +169,7 @@ def test_thresholds_come_from_val_or_from_a_share_of_train(padim, tiny):
     for result in given.predict(tiny / "square"):
         assert result.p_value == (1 + sum(score >= result.score for score in scores)) / 7
         assert result.decision == (result.score > given.threshold.value)
-    with pytest.raises(InputError, match=r"in val"):
+    with pytest.raises(InputError, match=r"train and val"):
         tiny_detector("padim").train(tiny / "normal", val=tiny)
 
 
