@@ -3,9 +3,8 @@
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support import CONFIGS, composed, tiny_run
+from support import composed, tiny_run
 
 from blemish.data.dataset import Images
 from blemish.data.images import restored
@@ -446,101 +445,28 @@ def test_images_of_their_own_sizes_are_not_stored(tiny, tmp_path, caplog):
     assert "expected image_size" in caplog.text
 
 
-# ---- several processes; a script forks them from one that has everything loaded
-
-WRITERS = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-sys.path.insert(0, sys.argv[1])
-from features import test_cache as t
-
-torch.set_num_threads(1)
-data = t.data_of(Path(sys.argv[2]), "batch_size=2")  # many small files: a kill meets a writer at work
-
-def prepared(root):
-    return t.stored(Path(root), data, t.BOTH, "float16")
-
-def forked(work):
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)
-        work()
-        os._exit(0)
-    return pid
-
-store, rng, sync = prepared(sys.argv[3]), random.Random(0), os.fsync
-for moment in range(12):
-    heard, told = os.pipe()
-
-    def fsync(number):
-        os.write(told, b".")
-        sync(number)
-
-    def victim():
-        os.close(heard)
-        os.fsync = fsync
-        t.filled(store)
-
-    pid = forked(victim)
-    os.close(told)
-    for _ in range(rng.randrange(1, 12)):
-        os.read(heard, 1)
-    time.sleep(rng.choice([0, rng.uniform(0, 0.004)]))
-    os.kill(pid, signal.SIGKILL)
-    killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    print("killed" if killed else "finished", flush=True)
-
-def together():
-    os.write(1, f"computed {t.filled(prepared(sys.argv[4]))[1]}\\n".encode())  # in one piece, as the others write as well
-first = forked(together)
-while not t.files(Path(sys.argv[4])):
-    time.sleep(0.001)  # or all three could be done before anyone has written
-for pid in [first, forked(together), forked(together)]:
-    assert os.waitpid(pid, 0)[1] == 0
-"""
+# ---- several writers; that kills leave a sound store is for tests/hard/power_cut.py
 
 
-@pytest.fixture(scope="module")
-def written(tiny, tmp_path_factory):
-    """(store that a dozen writers were killed at, store that three filled at once, what the script said)."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system cannot fork, which is how the writers to be killed are made")
-    killed, together = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-c", WRITERS, str(CONFIGS.parent / "tests"), *map(str, (tiny, killed, together))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return killed, together, done.stdout.splitlines()
-
-
-def assert_sound(tiny: Path, root: Path) -> tuple[int, StoredData]:
-    """Everything found is the truth, and a run completes the rest; returns how many tensors were there."""
+def test_what_another_has_finished_meanwhile_is_not_computed(tiny, tmp_path):
     data = data_of(tiny)
-    store = stored(root, data, BOTH, dtype="float16")
-    images = {content_key(sample): data.image(sample.key) for sample in data.samples}
-    kinds = [*store.maps, *store.images]
-    there = sum(len(images) - len(kind.absent(images)) for kind in kinds)
-    for stage, kind in enumerate(store.maps):
-        for key, found in kind.found.items():
-            map = store.features(images[key][None])[stage][0]
-            torch.testing.assert_close(unpack_maps([found])[0], map, rtol=2 * ROUNDING, atol=1e-6)
-    assert all(torch.equal(restored(found), images[key]) for key, found in store.images[0].found.items())
-    assert sum(len(batch.path) for split in SPLITS for batch in store.loader(split)) == len(data.samples)
-    return there, store
+    first, other = stored(tmp_path, data), stored(tmp_path, data)
+
+    def charge(name):
+        if name == "features" and not other.computed:  # while the first batch of 8 is computed
+            filled(other)
+        return contextlib.nullcontext()
+
+    first.charge = charge
+    filled(first)
+    assert (first.computed, other.computed) == (8, 36)
 
 
-@pytest.mark.slow
-def test_killed_writers_leave_nothing_that_is_believed(tiny, written):
-    assert written[2].count("killed") >= 6
-    there, store = assert_sound(tiny, written[0])
-    assert there > 0
-    assert store.read + store.computed == 36
-
-
-@pytest.mark.slow
-def test_processes_fill_one_store_together(tiny, written):
-    computed = [int(line.split()[1]) for line in written[2] if line.startswith("computed")]
-    assert len(computed) == 3
-    assert 36 <= sum(computed) < 3 * 36  # they share the work
-    there, store = assert_sound(tiny, written[1])
-    assert (there, store.computed) == (3 * 36, 0)
+def test_writers_fill_one_store_together(tiny, tmp_path):
+    data = data_of(tiny, "batch_size=2")
+    writers = [stored(tmp_path, data, BOTH) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert 36 <= sum(computed for _, computed in pool.map(filled, writers)) <= 3 * 36
+    again = stored(tmp_path, data, BOTH)
+    assert_batches_equal(data, again, images=True)
+    assert (again.read, again.computed) == (36, 0)
