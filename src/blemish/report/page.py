@@ -102,9 +102,9 @@ def read(folder: Path, name: str) -> Run:
     if record["status"] == FINISHED:
         try:
             found = row_from(record, metrics, folder)
-            found["image_seconds"] = found["test_seconds"] and found["test_seconds"] / metrics["images"]
-            found["machine"] = ", ".join(filter(None, (found["cpu"] or "unknown processor", f"{found['cores']} cores", found["gpu"])))
-            row = found
+            seconds, images = found["test_seconds"], metrics.get("images")
+            machine = filter(None, (found["cpu"] or "unknown processor", f"{found['cores']} cores", found["gpu"]))
+            row = {**found, "image_seconds": seconds / images if seconds and images else None, "machine": ", ".join(machine)}
         except DAMAGED as error:
             record |= {"status": "unreadable", "error": f"record.json or metrics.json is damaged ({type(error).__name__}: {error})"}
     try:
