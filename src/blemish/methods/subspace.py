@@ -1,0 +1,71 @@
+"""SubspaceAD: normal patches span a subspace, anomalies leave it (Lendering, Akdag, Bondarev 2026, arXiv 2602.23013)."""
+
+from functools import partial
+
+import torch
+from kornia.geometry.transform import rotate
+from torch import Tensor
+
+from blemish.detector import Maps, OnePassDetector, RunningCovariance, Stages
+from blemish.edge.checks import check_share_or_count, check_whole
+from blemish.features.extractor import Features
+from blemish.ops.gaussian import pack_triangle, unpack_triangle
+from blemish.ops.maps import align, check_blur, smooth_upsample
+from blemish.types import Batch, Prediction
+
+
+class Subspace(OnePassDetector):
+    """Anomaly = squared distance ‖R(x − μ)‖² of a patch from the principal subspace of all normal patches (paper, eq. 6).
+
+    R holds the axes that principal components with a share `keep` of the variance leave out. A training image also counts as rotated by
+    `rotations` angles. The score of an image is the mean of the `top` share of its map, or of so many pixels.
+    """
+
+    quick = ("model.top=1",)
+
+    def __init__(
+        self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, top: float | int, sigma: float, seed: int
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        share = partial(check_share_or_count, "model")
+        self.check_arguments(keep=share, top=share, rotations=partial(check_whole, "model", 0), sigma=check_blur)
+        self.backbone = Features(backbone, stages, weights, seed)
+        self.keep, self.rotations, self.top, self.sigma = keep, rotations, top, sigma
+        self.needs_images = rotations > 0
+        self.add_buffers("mean", "residual", "scatter")  # (D,), (D − k, D), and for an update the triangle of Σ(x − μ)(x − μ)ᵀ
+        self.register_buffer("patches", torch.zeros((), dtype=torch.long))
+
+    def new_state(self, images: int) -> RunningCovariance:
+        return RunningCovariance()
+
+    def collect(self, maps: Maps) -> Tensor:
+        return align(maps).permute(0, 2, 3, 1).flatten(0, 2)[:, None].float()  # (B·h·w, 1, D)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        for turn in range(1, self.rotations + 1):
+            angle = torch.full((len(batch.image),), 360 * turn / (self.rotations + 1), device=self.device)
+            super().training_step(batch._replace(image=rotate(batch.image, angle, padding_mode="reflection"), maps=None), index)
+        return super().training_step(batch, index)
+
+    def fit(self, state: RunningCovariance) -> None:
+        count, mean, scatter = state.compute()  # (1, D), (1, D, D)
+        variance, axes = torch.linalg.eigh(scatter[0].double())  # ascending
+        if isinstance(self.keep, int):
+            left = max(len(variance) - self.keep, 1)
+        else:  # the largest number of axes whose variance is at most the share left out, but always one
+            left = max(int((variance.clamp_min(0).cumsum(0) <= (1 - self.keep) * variance.clamp_min(0).sum()).sum()), 1)
+        self.mean, self.residual = mean[0], axes[:, :left].T.to(mean).contiguous()
+        self.scatter = pack_triangle(scatter)
+        self.patches.fill_(int(count))
+
+    def restore(self, state: RunningCovariance) -> None:
+        lower = unpack_triangle(self.scatter)
+        state.restore(int(self.patches), self.mean[None], lower + lower.tril(-1).mT)
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        x = align(maps).float()  # (B, D, h, w)
+        along = torch.nn.functional.conv2d(x - self.mean[:, None, None], self.residual[:, :, None, None])  # (B, D − k, h, w)
+        map = smooth_upsample(along.square().sum(1), size, self.sigma)  # (B, H, W)
+        count = self.top if isinstance(self.top, int) else max(int(self.top * size[0] * size[1]), 1)
+        return Prediction(map.flatten(1).topk(count).values.mean(1), map)
