@@ -40,7 +40,8 @@ class ImageData(LightningDataModule):
     """A data set of normal training images and mixed test images; a subclass lists its files in `scan`.
 
     root: folder of the data set. category: a part of it, None for all of it. image_size, crop, resize: see `edge.geometry.Geometry`.
-    protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all. window: value range of 16-bit
+    protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all, "unlabelled"
+    on the test images. window: value range of 16-bit
     and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or {dtype: [lo, hi]}. on_error: "stop" at
     the first unusable image, or "skip" them. manifest: CSV that replaces the scan. roi: a mask or a folder of masks, see `Roi`.
     InputError for any other value.
@@ -72,7 +73,7 @@ class ImageData(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        check_choice("", ("clean", "paper"), protocol=self.protocol)
+        check_choice("", ("clean", "paper", "unlabelled"), protocol=self.protocol)
         check_choice("data", ("stop", "skip"), on_error=self.on_error)
         check_number("data", "(0, 1)", calibration=self.calibration)
         check_whole("", 8, also=(None,), image_size=self.image_size)
@@ -146,13 +147,13 @@ class ImageData(LightningDataModule):
         """List and split the samples and fit the window, once; InputError if there is nothing to train on or to test."""
         if self.digest:
             return
-        samples = self.samples or self.listed()
-        for split in ("train", "test"):
+        samples, fitted = self.samples or self.listed(), self.split_of("train")
+        for split in (fitted, "test"):
             if not any(sample.split == split for sample in samples):
                 raise self.missing(f"{self.manifest or self.folder()}: no {split} image; {self.explain(split, samples)}")
         fixed = bool(self.ranges)  # by the run that is tested again or updated
         if not fixed:
-            paths = sorted({sample.path for sample in samples if sample.split == "train"})
+            paths = sorted({sample.path for sample in samples if sample.split == fitted})
             self.ranges = fit_ranges([self.root / path for path in paths], self.values_in_roi)
         named = {"dtype": DTYPE, "auto": window_in(self.ranges)}
         self.window = named[self.window] if isinstance(self.window, str) else self.window
@@ -198,7 +199,7 @@ class ImageData(LightningDataModule):
         return [sample._replace(split="skipped") if sample.key in self.skipped else sample for sample in samples]
 
     def _held_out(self, samples: list[Sample]) -> list[Sample]:
-        if self.protocol == "paper":
+        if self.protocol != "clean":
             return [sample._replace(split="train") if sample.split == "calibrate" else sample for sample in samples]
         if any(sample.split == "calibrate" for sample in samples):  # a manifest with a hold-out of its own
             return samples
@@ -210,6 +211,13 @@ class ImageData(LightningDataModule):
         """The pixels of an image, those in the ROI alone if there is one: (n,) or (n, 3)."""
         array = load(image)
         return array if self.roi is None else array[self.roi.inside(image, *array.shape[:2])]
+
+    def split_of(self, split: str) -> str:
+        """The split in the manifest of a loader's: with protocol=unlabelled, "train" has the test images, without their labels."""
+        return "test" if split == "train" and self.protocol == "unlabelled" else split
+
+    def samples_of(self, split: str) -> list[Sample]:
+        return [sample for sample in self.samples if sample.split == self.split_of(split)]
 
     def sample(self, key: str) -> Sample:
         """The sample with a key, as in Batch.path."""
@@ -235,7 +243,7 @@ class ImageData(LightningDataModule):
         sharded: where several processes share the batches, only this process's share of each. Tiles that are not shuffled come image by
         image, and no batch has tiles of two images.
         """
-        samples = [sample for sample in self.samples if sample.split == split]
+        samples = self.samples_of(split)
         if self.tile is None:
             return self.batches(self.images(samples), shuffle, collate, self.workers, sharded)
         if self.processes > 1:

@@ -247,7 +247,7 @@ class StoredData(LightningDataModule):
         maps, images = self.maps if with_maps else [], self.images if with_images else []
         if not (maps or images):
             return self.data.loader(split, shuffle, sharded)
-        samples = [sample for sample in self.data.samples if sample.split == split]
+        samples = self.data.samples_of(split)
         try:
             self.fill(samples, maps, images)
         except OSError as error:

@@ -23,9 +23,7 @@ class Subspace(OnePassDetector):
 
     quick = ("model.top=1",)
 
-    def __init__(
-        self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, top: float | int, sigma: float, seed: int
-    ):
+    def __init__(self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, top: float | int, sigma: float, seed: int):
         super().__init__()
         self.save_hyperparameters()
         share = partial(check_share_or_count, "model")

@@ -1,0 +1,64 @@
+"""Mutual scores against a brute-force loop over images, patches and their matches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import fitted, images, tiny_run
+
+from blemish.edge.errors import InputError
+from blemish.methods.mutual import Mutual, matches
+from blemish.run.record import read_record
+from blemish.run.train import train
+
+
+def mutual(neighborhoods=(3,), share=0.3):
+    return Mutual("test_resnet", [2, 3], "random", list(neighborhoods), share, 0.0, seed=0)
+
+
+def by_hand(model, pictures, query, side, share):
+    """The map (h, w) of picture `query` for the first stage, compared with all others by a loop."""
+    stage = F.avg_pool2d(model.features(pictures)[0].double(), side, 1, side // 2, count_include_pad=False)
+    patches = stage.flatten(2).mT  # (N, P, C)
+    nearest = torch.stack([torch.cdist(patches[query], other).amin(1) for i, other in enumerate(patches) if i != query])  # (N − 1, P)
+    return nearest.sort(0).values[: max(int(share * len(nearest)), 1)].mean(0).unflatten(0, stage.shape[2:])
+
+
+@pytest.mark.parametrize(("side", "share"), [(1, 0.3), (3, 0.3), (3, 1.0), (5, 0.01)])
+def test_an_image_of_the_fit_is_compared_with_all_others(side, share):
+    pictures = images(9)
+    model = Mutual("test_resnet", [2], "random", [side], share, 0.0, seed=0)
+    model = fitted(model, pictures)
+    score, map = model(pictures[4:6])
+    for row, query in enumerate((4, 5)):
+        cells = by_hand(model, pictures, query, side, share)
+        expected = F.interpolate(cells[None, None], (64, 64), mode="bilinear")[0, 0]
+        torch.testing.assert_close(map[row].double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(score, map.amax((1, 2)))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    patches, others = torch.randn(2, 5, 3), torch.randn(7, 4, 3)
+    expected = torch.cdist(patches[:, None], others[None]).amin(3).mT  # (B, P, N)
+    for values in (1, 100, 2**24):
+        monkeypatch.setattr("blemish.methods.mutual.VALUES", values)
+        torch.testing.assert_close(matches(patches, others), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stranger_among_alike_images_stands_out():
+    alike = images(1).repeat(8, 1, 1, 1) + 0.02 * images(8, seed=1)
+    pictures = torch.cat([alike, images(1, seed=2)])
+    score = fitted(mutual(), pictures)(pictures).score
+    assert score.argmax() == 8
+
+
+def test_arguments():
+    with pytest.raises(InputError, match=r"model\.neighborhoods"):
+        mutual(neighborhoods=[2])
+    with pytest.raises(InputError, match="image_size"):
+        fitted(mutual(), images(4))(images(1, side=96))
+
+
+def test_unlabelled_test_images_score_each_other(tiny, tmp_path):
+    metrics = train(tiny_run(tiny, tmp_path / "run", "model=mutual", "protocol=unlabelled"))
+    assert metrics["image_auroc"] > 0.9
+    assert read_record(tmp_path / "run")["protocol"] == "unlabelled"
