@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from report.test_tables import recorded
 from sklearn.metrics import roc_auc_score
 from support import composed
 
@@ -21,7 +22,7 @@ from blemish.edge.errors import InputError
 from blemish.files import picture_info, write_csv, write_json
 from blemish.report.page import CURVES, ScoredImage, panel_boxes, places, scan, strips_of, write
 from blemish.run.evaluate import SCORES
-from blemish.run.record import SETTING, environment
+from blemish.run.record import environment
 from blemish.run.train import train
 
 HOSTILE = "</script><img src=x onerror=window.hit=1>"
@@ -43,7 +44,6 @@ def strip_of(method, category, key, label):
 
 def run_folder(folder, method="padim", category="screw", seed=0, status="finished", skill=2.0, pictures=4, n=24, curves=True, **metadata):
     """A run folder with random scores: half of the n images are anomalous, `skill` σ above the others."""
-    folder.mkdir(parents=True)
     random = np.random.default_rng(list(f"{method}{category}{seed}".encode()))
     label = np.arange(n) % 2
     difficulty = np.random.default_rng(list(str(category).encode())).normal(size=n)
@@ -52,12 +52,9 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
     tested = [ScoredImage(f"test/{kind}/{index:03}.png", kind) for index, kind in enumerate(kinds)]
     kept = choose(tested, pictures)
     names = file_names({key: defect for key, defect in tested if key in kept})
-    record = {"status": status, "started": f"2026-01-0{1 + seed}T00:00:00+00:00", "error": None, **dict.fromkeys(SETTING), "seed": seed}
-    record |= {"method": method, "dataset": "mvtec", "category": category, "unit": "image", "protocol": "paper", "image_size": 256}
-    record |= {"backbone": "resnet18", "weights": "pretrained", "manifest_digest": "0123", "truth": "pixel masks"}
-    record |= {"scale": (0.0, 3.0), "calibration": {"map_value": 2.5}, "pictures": [f"images/{name}" for name in names.values()]}
-    record |= {"peak_memory_mb": {"host": 900.0, "gpu": None}, "command": "tools/train.py", "environment": machine(), **metadata}
-    write_json(folder / "record.json", record)
+    metadata = {"scale": (0.0, 3.0), "calibration": {"map_value": 2.5}, "truth": "pixel masks", "command": "tools/train.py", **metadata}
+    metadata |= {"status": status, "started": f"2026-01-0{1 + seed}", "pictures": [f"images/{name}" for name in names.values()]}
+    recorded(folder, method, category, seed, 0.5, **{"environment": machine(), "error": None, **metadata})
     (folder / "config.yaml").write_text(f"seed: {seed}\nmodel:\n  _target_: blemish.methods.{method}.Method\ndata:\n  category: screw\n")
     if status != "finished":
         return folder

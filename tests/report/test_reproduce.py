@@ -1,7 +1,6 @@
 """A paper's protocol composes, runs cell by cell, and says what is missing, what differs and what it means."""
 
 import csv
-import json
 import shlex
 import shutil
 import socket
@@ -14,6 +13,7 @@ import pytest
 import timm
 import torch
 from omegaconf import OmegaConf
+from report.test_tables import change_metrics, recorded
 from support import CONFIGS, composed
 
 from blemish.edge.errors import InputError
@@ -21,7 +21,6 @@ from blemish.features.extractor import stage_indices
 from blemish.report.published import published, read
 from blemish.report.reproduce import cells_of, commands, missing_weights, reproduce
 from blemish.run.config import build, module_of, plain
-from blemish.run.record import METRICS
 from blemish.run.train import train
 
 PAPERS = sorted(path.stem for path in (CONFIGS / "paper").glob("*.yaml"))
@@ -99,14 +98,9 @@ def run(typed: list[str], **calls) -> int:
 
 def finished_run(cfg, **figures) -> None:
     """Leave a finished run of a config with these figures."""
-    machine = {"cpu": "c", "cores_usable": 1, "packages": {"torch": "9"}, "git": None, "gpus": []}
-    record = {"status": "finished", "environment": machine, "peak_memory_mb": {"host": 1}, "manifest_digest": "", "started": ""}
-    metrics = {**dict.fromkeys(METRICS), "fit_seconds": 1, "test_seconds": 1, **figures}
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "record.json").write_text(json.dumps({**record, "seed": cfg.seed}))
+    recorded(Path(cfg.run_dir), "padim", cfg.data.category, cfg.seed, None)
+    change_metrics(Path(cfg.run_dir), **figures)
+    (Path(cfg.run_dir) / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def lines_of(output: Path) -> dict:
