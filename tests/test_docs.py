@@ -101,15 +101,15 @@ def test_a_page_of_a_method(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_settings_of_a_method(method):
     recipe = yaml.safe_load((CONFIGS / "model" / f"{method}.yaml").read_text(encoding="utf-8"))
-    said = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section(DOCS / "methods" / f"{method}.md", "Settings"))[1:]}
-    for key, default in said.items():
+    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section(DOCS / "methods" / f"{method}.md", "Settings"))[1:]}
+    for key, default in listed.items():
         value = recipe
         for part in key.split("."):
             assert part in value, f"{key}: not in configs/model/{method}.yaml"
             value = value[part]
-        assert yaml.safe_load(default) == value, f"{key}: {default} said, {value} in the yaml"
+        assert yaml.safe_load(default) == value, f"{key}: {default} listed, {value} in the yaml"
     own = {f"model.{key}" for key, value in recipe["model"].items() if not str(value).startswith("${") and key != "_target_"}
-    assert own <= said.keys()
+    assert own <= listed.keys()
 
 
 def command_lines(page: Path) -> Iterator[str]:

@@ -111,10 +111,10 @@ def lines_of(output: Path) -> dict:
 def test_runs_what_can_be_run_and_says_what_is_missing(mvtec, tmp_path, capsys):
     typed = quick(mvtec, tmp_path, "categories=[bottle,screw]", "seeds=[0,1]")
     assert run(typed) == 0
-    said = capsys.readouterr().out
-    assert "missing: the images of bottle" in said
-    command = next(line.strip() for line in said.splitlines() if "tools/train.py" in line)
-    again = next(line.strip() for line in said.splitlines() if "tools/reproduce.py" in line)
+    printed = capsys.readouterr().out
+    assert "missing: the images of bottle" in printed
+    command = next(line.strip() for line in printed.splitlines() if "tools/train.py" in line)
+    again = next(line.strip() for line in printed.splitlines() if "tools/reproduce.py" in line)
     assert shlex.split(command)[:3] == ["python", "tools/train.py", "-m"]
     overrides = shlex.split(command)[3:]
     assert {"+paper=padim_resnet18", "seed=0,1", "data.category=bottle", f"data.root='{mvtec}'"} <= set(overrides)

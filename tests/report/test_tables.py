@@ -151,14 +151,14 @@ def test_the_terminal_shows_all_of_it(several, by, width):
     console = Console(width=width, file=io.StringIO(), highlight=False)
     for grid in tables.write(several, None, None, by=by)[1]:
         tables.show(console, grid, by == "category")
-        said = console.file.getvalue()
-        assert "…" not in said
-        assert "reverse_distillation," in said
-        assert "protocol: paper" in " ".join(said.split()), "what all rows share stands above"
-        assert width < 120 or max(map(len, said.splitlines())) <= width
+        printed = console.file.getvalue()
+        assert "…" not in printed
+        assert "reverse_distillation," in printed
+        assert "protocol: paper" in " ".join(printed.split()), "what all rows share is printed above"
+        assert width < 120 or max(map(len, printed.splitlines())) <= width
         for row in grid.rows:
             for cell in row[grid.words :]:
-                assert cell.partition(" ± ")[0] in said
+                assert cell.partition(" ± ")[0] in printed
 
 
 @pytest.fixture
