@@ -61,7 +61,7 @@ class Engine(NamedTuple):
 
 
 def bench_run(cfg: Any) -> list[Row]:
-    """Measure a run folder as configs/bench.yaml says, and write what was found."""
+    """Measure a run folder as configured by configs/bench.yaml, and write the result."""
     if isinstance(cfg.engines, str) or set(cfg.engines) - set(ENGINES):
         raise InputError(f"engines={cfg.engines}: expected a list of {', '.join(ENGINES)}")
     check_whole("", 1, batch=cfg.batch, threads=cfg.threads, repeats=cfg.repeats, n=cfg.n, opset=cfg.opset)

@@ -125,7 +125,7 @@ class Program(Model):
 
 
 def export_run(cfg: Any) -> tuple[Path, Parity]:
-    """Export a run folder as configs/export.yaml says; returns the file and how far it is from the run.
+    """Export a run folder as configured by configs/export.yaml; returns the file and how far it is from the run.
 
     InputError where the method has no such export or the file differs from the run by more than the config allows; nothing is left then.
     """
@@ -189,7 +189,7 @@ def checked_size(cfg: Any, preprocessing: Preprocessing, path: Path) -> list[int
 
 
 def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Preprocessing) -> dict:
-    """What docs/export.md lists, but for what is found while the file is written."""
+    """The metadata that docs/export.md lists, except for size, batch and parity."""
     run, record = Path(cfg.run), read_record(Path(cfg.run)) or {}
     threshold, map_threshold = thresholds(model.calibration, saved.alpha, model.map_threshold)
     return {
@@ -249,7 +249,7 @@ def traced(module: nn.Module, inputs: Tensor | list[Tensor]) -> tuple[torch.expo
     free = {0: torch.export.Dim.DYNAMIC}
     shapes, one = (free, inputs[:1]) if isinstance(inputs, Tensor) else ([free] * len(inputs), [part[:1] for part in inputs])
     with torch.no_grad(), quiet():
-        module(inputs)  # computes what is computed once and kept: traced first, it would keep tensors without values
+        module(inputs)  # fills caches: during tracing they would be filled with tensors without values
         for batch, given, dynamic in ((None, inputs, (shapes,)), (1, one, None)):
             try:
                 return program_of(module, given, dynamic), batch
@@ -259,7 +259,7 @@ def traced(module: nn.Module, inputs: Tensor | list[Tensor]) -> tuple[torch.expo
 
 
 def program_of(module: nn.Module, inputs: Any, dynamic: tuple | None) -> torch.export.ExportedProgram:
-    """The program of a module, with constants computed once, and without what is not used."""
+    """The program of a module, with constants folded and unused nodes removed."""
     graph = torch.export.export(module, (inputs,), dynamic_shapes=dynamic, strict=False).module(check_guards=False)
     fold(graph)
     return torch.export.export(torch.fx.GraphModule(graph, graph.graph), (inputs,), dynamic_shapes=dynamic, strict=False)

@@ -25,7 +25,7 @@ LARGEST = 2**30  # pixels; a radiograph of 20,000 × 12,000 has a quarter of it
 FREE, DENSEST = 2**24, 2**14  # pixels that any file may have, and those for each of its bytes: deflate packs 8256 of one bit
 PHOTOMETRIC = (0, 1, 2)  # of deep TIFFs: grey from white to black, grey from black to white, RGB
 SIGNED = (np.int16, np.int32, np.float32)
-PAGES = 100  # of a TIFF that are looked at: in a damaged one they may follow one another in a circle
+PAGES = 100  # of a TIFF that are read: in a damaged one they may form a circle
 SOFTWARE = "blemish"  # of the PNG's tEXt entry `Software`: the picture is a result, not a photograph
 RESULT = b"tEXtSoftware\0" + SOFTWARE.encode()
 

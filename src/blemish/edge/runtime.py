@@ -141,14 +141,14 @@ class Model:
         return Result(score, p, None if self.threshold is None else score > self.threshold, map)
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
-        """A map in the pixels of its image, (height, width); outside the ROI it has the minimum of the rest."""
+        """A map in the pixels of its image, (height, width); outside the ROI it has its minimum inside."""
         if self.metadata["tiling"]:
             return map
         return filled(to_image(map, height, width, geometry_of(self.metadata)), inside_of(height, width, self.metadata))
 
 
 def check_file(path: Path) -> None:
-    """InputError unless the bytes of an export are those that were written: of others, engines make a crash, or a score that is wrong."""
+    """InputError unless the bytes of an export are those that were written: engines may crash on others, or compute wrong scores."""
     if path.suffix not in ENGINES:
         raise InputError(f"{path}: expected a file that ends with {' or '.join(ENGINES)}")
     try:
@@ -160,7 +160,7 @@ def check_file(path: Path) -> None:
 
 
 def seal(path: Path) -> tuple[int, str, str]:
-    """Where in an export its seal is, what it says, and what it should say: the digest of all other bytes, of an .xml with its .bin."""
+    """(position of the seal in an export, the digest it holds, the digest of all other bytes, those of the .bin of an .xml included)."""
     content, *others = (file.read_bytes() for file in ([path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]))
     found = SEAL.search(content)
     first, last = found.span(1) if found else (0, 0)
@@ -279,7 +279,7 @@ def inside_of(height: int, width: int, metadata: dict) -> np.ndarray | None:
 
 
 def filled(map: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
-    """A map (H, W) with the minimum of what is `inside` outside of it."""
+    """A map (H, W) with its minimum `inside` the ROI everywhere outside."""
     return map if inside is None else np.where(inside, map, map[inside].min())
 
 
