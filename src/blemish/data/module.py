@@ -247,9 +247,7 @@ class ImageData(LightningDataModule):
         if self.tile is None:
             return self.batches(self.images(samples), shuffle, collate, self.workers, sharded)
         if self.processes > 1:
-            raise InputError(
-                f"tiling={self.tile}: {self.processes} processes cannot share the tiles of an image; expected trainer.devices=1"
-            )
+            raise InputError(f"tiling={self.tile}: {self.processes} processes cannot share an image; expected trainer.devices=1")
         tiles = self.tiles(samples, fit=shuffle)
         if shuffle:
             return self.batches(tiles, True, collate, self.workers, draw=tiles.shuffled)
