@@ -22,7 +22,7 @@ from blemish.data.module import ImageData
 from blemish.detector import Detector, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.features import cache as module
-from blemish.features.cache import NoRoom, Shards, Store, StoredData, content_key, pack_image, pack_maps, unpack_maps
+from blemish.features.cache import Shards, Store, StoredData, content_key, pack_image, pack_maps, unpack_maps
 from blemish.features.extractor import Features
 from blemish.run.config import build, check_config
 from blemish.run.record import read_record
@@ -403,7 +403,7 @@ def test_leftovers_of_killed_writers_and_least_recently_used_shards_go(tmp_path)
     write(second, 5, 6, size=1000)
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 4.5 * size
     assert paths["n3"].exists()  # in use
-    with pytest.raises(NoRoom, match=r"store\.max_gb"):
+    with pytest.raises(OSError, match=r"store\.max_gb"):
         write(second, 7, size=1000)
 
 

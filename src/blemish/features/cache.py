@@ -39,10 +39,6 @@ STALE = 3600  # seconds after which an unfinished file is removed
 log = logging.getLogger(__name__)
 
 
-class NoRoom(OSError):
-    """The store is full; the run then computes maps without storing them."""
-
-
 def packed(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The rows of x (B, …) as `dtype`, or as float32 where `dtype` would change a value by more than 2⁻¹¹ of the row's largest."""
     small = x.to(dtype)
@@ -57,10 +53,8 @@ def pack_maps(maps: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def unpack_maps(stored: list[Tensor]) -> Tensor:
     """The maps (B, C, h, w) float32, channels last in memory, that `pack_maps` was given."""
-    out = np.empty((len(stored), *stored[0].shape), dtype=np.float32)  # (B, h, w, C)
-    for i, map in enumerate(stored):
-        out[i] = map.numpy()  # torch would share each copy among threads that wait for each other
-    return torch.from_numpy(out).movedim(-1, 1)
+    # by numpy, as torch would share each copy among threads that wait for each other
+    return torch.from_numpy(np.stack([map.numpy() for map in stored], dtype=np.float32)).movedim(-1, 1)
 
 
 def pack_image(image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +92,7 @@ class Store:
         return sorted(found)
 
     def make_room(self, more: int) -> None:
-        """Remove the least recently used shards until `more` bytes fit; NoRoom if only those of this process are left."""
+        """Remove the least recently used shards until `more` bytes fit; OSError if only those of this process are left."""
         shards = self.shards()
         excess = more + sum(size for _, size, _ in shards) - 1e9 * self.max_gb
         for _, size, path in shards:
@@ -107,16 +101,16 @@ class Store:
                     path.unlink()
                     excess -= size
         if excess > 0:
-            raise NoRoom(f"store.max_gb={self.max_gb:g} is too small for this data set")
+            raise OSError(f"store.max_gb={self.max_gb:g} is too small for this data set")
 
     def check(self, more: int) -> None:
-        """NoRoom if `more` bytes, besides what this process has open, exceed the bound or the disk."""
+        """OSError if `more` bytes, besides what this process has open, exceed the bound or the disk."""
         needed = (more + sum(self.used.values())) / 1e9
         if needed > self.max_gb:
-            raise NoRoom(f"store.max_gb={self.max_gb:g} is too small for this data set, which needs about {needed:.3g} GB")
+            raise OSError(f"store.max_gb={self.max_gb:g} is too small for this data set, which needs about {needed:.3g} GB")
         self.root.mkdir(parents=True, exist_ok=True)
         if more > (free := shutil.disk_usage(self.root).free):
-            raise NoRoom(f"{free / 1e9:.3g} GB are free there, about {more / 1e9:.3g} GB are needed")
+            raise OSError(f"{free / 1e9:.3g} GB are free there, about {more / 1e9:.3g} GB are needed")
 
 
 class Shards:

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from blemish.edge.checks import check_stages, check_text
 from blemish.edge.errors import InputError
 from blemish.features.weights import OFFLINE_WAYS, bundled_state, file_state, load, no_waiting_offline
+from blemish.ops.rng import seeded
 
 
 class Features(nn.Module):
@@ -86,8 +87,7 @@ def create(backbone: str, stages: list[int | str], weights: str, seed: int, name
         except Exception as error:
             raise InputError(f"weights=pretrained: {backbone} could not be downloaded ({type(error).__name__}); {OFFLINE_WAYS}") from error
     else:
-        with torch.random.fork_rng(devices=[]):  # timm draws from the global stream
-            torch.manual_seed(seed)
+        with seeded(seed):  # timm draws from the global stream
             net = timm.create_model(backbone, pretrained=False, **options)
     if isinstance(net, EfficientNetFeatures):
         net.blocks = net.blocks[: max(net._stage_out_idx)]  # timm would run the later stages for nothing
