@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from blemish.edge.errors import InputError
 from blemish.metrics import ranking
-from blemish.metrics.image import POOLED, check_groups, rows_of
+from blemish.metrics.image import check_groups, rows_of
 from blemish.metrics.ranking import NOTHING, Ranks, Steps, Tally, combine, count_sorted, ordered, sort_parts, unordered
 from blemish.types import ANOMALOUS, NORMAL
 
@@ -135,13 +135,14 @@ class PixelMetrics:
         through = {name: np.append(0, np.cumsum(group.normal_bins.count)) for name, group in self._groups.items()}
         return {name: (g.defect_bins, Ranks(g.normal_bins.value, through[name])) for name, g in self._groups.items()}
 
+    def _steps(self, parts: list[tuple[Tally, Ranks]]) -> Steps | None:
+        steps = ranking.walk(*combine([tally for tally, _ in parts]), [ranks for _, ranks in parts])
+        # a bin begins at its lowest score, so that "score ≥ it" is the bin and all above
+        return None if steps is None else steps._replace(score=unordered(steps.score << (self._shift or 0)))
+
     def _rows(self) -> dict[str, Steps | None]:
-        parts, rows = self._parts(), {}
-        for row, names in rows_of(self._groups).items():
-            steps = ranking.walk(*combine([parts[name][0] for name in names]), [parts[name][1] for name in names])
-            # a bin begins at its lowest score, so that "score ≥ it" is the bin and all above
-            rows[row] = None if steps is None else steps._replace(score=unordered(steps.score << (self._shift or 0)))
-        return rows
+        parts = self._parts()
+        return {row: self._steps([parts[name] for name in names]) for row, names in rows_of(self._groups).items()}
 
     def compute(self) -> dict[str, dict[str, float | None]]:
         """{"pooled" or defect type: {pixel_auroc, pixel_ap, aupro, pixel_f1_max, pixel_f1_max_threshold}}.
@@ -165,4 +166,4 @@ class PixelMetrics:
 
     def curves(self, points: int = 1000) -> dict[str, np.ndarray]:
         """Pooled {"roc": (K, 2) of FPR, TPR; "pr": (K, 2) of recall, precision; "pro": (K, 2) of FPR, overlap}, K ≤ points."""
-        return ranking.curves(self._rows()[POOLED], ("roc", "pr", "pro"), points)
+        return ranking.curves(self._steps(list(self._parts().values())), ("roc", "pr", "pro"), points)
