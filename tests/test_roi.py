@@ -1,4 +1,4 @@
-"""Regions and letterboxes from the training to the prediction: what is not looked at has no part in anything."""
+"""ROI and letterbox from the training to the prediction: pixels outside the ROI have no part in any result."""
 
 import csv
 import shutil
@@ -23,7 +23,6 @@ from blemish.run.train import described, set_up, train
 from blemish.types import ANOMALOUS
 
 TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "crop": None, "batch_size": 8, "device": "cpu", "progress": False}
-QUICK = ["save.pictures=0", "save.curves=false"]
 SEEN = np.zeros((64, 64), bool)
 SEEN[4:60, 4:40] = True
 
@@ -41,7 +40,7 @@ def roi(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(tiny, tmp_path_factory):
-    """The same images, but for noise where nothing is looked at."""
+    """The same images with noise outside the ROI."""
     root, rng = tmp_path_factory.mktemp("elsewhere") / "data", np.random.default_rng(1)
     shutil.copytree(tiny, root)
     for folder in ("normal", "normal_test", "square"):
@@ -57,7 +56,7 @@ def scores(path, column="score"):
 
 
 def options(roi, *more):
-    return ["model=padim", "crop=null", f"data.roi='{roi}'", *QUICK, *more]
+    return ["model=padim", "crop=null", f"data.roi='{roi}'", *more]
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +78,16 @@ def figures(metrics):
     return {name: value for name, value in metrics.items() if not name.endswith("_seconds")}
 
 
-@pytest.mark.parametrize(
-    "more", [(), ("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm",)]
-)
+@pytest.mark.parametrize("more", [("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm",)])
 def test_pixels_outside_change_nothing(tiny, elsewhere, roi, tmp_path, more):
     rows = []
     for name, root in (("one", tiny), ("other", elsewhere)):
-        metrics = train(tiny_run(root, tmp_path / name, *options(roi, *more)))
+        metrics, table = train(tiny_run(root, tmp_path / name, *options(roi, *more))), tmp_path / name / "scores.csv"
         found = predicted(tmp_path / name, root / "square", tmp_path / f"{name}-out")
-        across = predicted(tmp_path / name, tiny / "square", tmp_path / f"{name}-across")
-        assert equal(found, across)
-        rows.append((figures(metrics), scores(tmp_path / name / "scores.csv"), scores(tmp_path / name / "scores.csv", "decision"), found))
-    (one, *lists, found), (other, *again, found_again) = rows
-    assert one == other and lists == again and equal(found, found_again)
+        assert equal(found, predicted(tmp_path / name, tiny / "square", tmp_path / f"{name}-across"))
+        rows.append((figures(metrics), scores(table), scores(table, "decision"), found))
+    (*one, found), (*other, again) = rows
+    assert one == other and equal(found, again)
     for name, map in found[1].items():
         if name.endswith("_map.png"):
             assert (map[~SEEN] == 0).all() and map[SEEN].min() == 0 and map.max() == 65535
@@ -139,7 +135,7 @@ def test_figures_are_those_of_the_pixels_inside(run, tiny):
     assert label.count(ANOMALOUS) == 6  # also of images whose defects are all outside
 
 
-def test_the_region_belongs_to_the_run(run, tiny, roi, tmp_path):
+def test_the_roi_belongs_to_the_run(run, tiny, roi, tmp_path):
     folder, metrics = run
     assert np.array_equal(read(folder / "roi.png") > 0, SEEN) and read_record(folder)["roi"]
     alone = tmp_path / "moved"
@@ -174,7 +170,7 @@ def test_a_folder_of_masks(tiny, roi, run, tmp_path):
         AnomalyDetector.load(folder, device="cpu")
 
 
-def test_a_region_from_python(tiny, roi, tmp_path):
+def test_the_roi_from_python(tiny, roi, tmp_path):
     found = []
     for source in (roi, SEEN, SEEN.astype(np.uint8)):
         detector = AnomalyDetector("padim", recipe=False, roi=source, **TINY).train(tiny / "normal")
@@ -191,25 +187,20 @@ def test_a_region_from_python(tiny, roi, tmp_path):
         AnomalyDetector("padim", roi=np.zeros((9, 9)))
 
 
-def test_an_update_keeps_region_and_shape(tiny, run, roi, tmp_path):
+def test_an_update_keeps_roi_and_resize(tiny, run, roi, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(tiny, more)
     for path in (more / "normal").glob("*.png"):
         save(path, read(path)[::-1].copy())
     boxed = tmp_path / "boxed"
     train(tiny_run(tiny, boxed, *options(roi, "resize=letterbox")))
-    train(tiny_run(more, tmp_path / "updated", "model=padim", "crop=null", f"update='{boxed}'", *QUICK))
+    train(tiny_run(more, tmp_path / "updated", "model=padim", "crop=null", f"update='{boxed}'"))
     saved, model = load(tmp_path / "updated", "cpu")
     assert saved.resize == saved.data.resize == "letterbox"
     assert np.array_equal(read(tmp_path / "updated" / "roi.png") > 0, SEEN)
     assert model.fitted == 36
-
-
-def test_a_region_file_goes_with_its_run(tiny, roi, tmp_path):
-    folder = tmp_path / "run"
-    train(tiny_run(tiny, folder, *options(roi)))
-    train(tiny_run(tiny, folder, "model=padim", "crop=null", "overwrite=true", *QUICK))
-    assert not (folder / "roi.png").exists() and read_record(folder)["roi"] is None
+    train(tiny_run(tiny, boxed, "model=padim", "crop=null", "overwrite=true"))
+    assert not (boxed / "roi.png").exists() and read_record(boxed)["roi"] is None
 
 
 # ---- shapes ----
@@ -277,7 +268,7 @@ def test_an_export_without_the_map_is_refused(both, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("more", [("input=uint8",), slow(("input=float",)), slow(("source=[37,91]",))])
-def test_exports_hold_region_and_letterbox(both, shapes, tmp_path, more):
+def test_exports_hold_roi_and_letterbox(both, shapes, tmp_path, more):
     run, source = both, tmp_path / "images"
     for path in (shapes / "square").glob("*.png"):
         if "source" not in more[0] or read(path).shape == (37, 91):

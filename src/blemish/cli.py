@@ -36,7 +36,7 @@ def predict(cfg: Any) -> None:
     from blemish.run.predict import predict
 
     done = predict(cfg)
-    for line in done.said:
+    for line in done.summary:
         say(line)
     for path, reason in done.failed[:20]:
         say(f"not scored: {path}: {reason}", sys.stderr)

@@ -47,6 +47,7 @@ class Detector(pl.LightningModule):
     decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
+    needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
 
     def __init__(self):

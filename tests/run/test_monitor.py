@@ -22,7 +22,7 @@ def scores(count: int, shift: float = 0.0, seed: int = 1) -> list[float]:
 
 
 def monitor(path, on: bool = True, rate: float = 0.01, calibration=CALIBRATION) -> Monitor:
-    return Monitor(path / "monitor.json", on, rate, calibration, 0)
+    return Monitor.open(path / "monitor.json", on, rate, calibration, 0)
 
 
 def test_a_shift_ends_the_claim_and_says_since_when(tmp_path):
@@ -85,18 +85,16 @@ def test_refuses(tmp_path):
     watch.take(scores(3))
     watch.save()
     for change, message in (
-        ({"rate": 0.0}, "monitor_rate=0.0"),
-        ({"rate": "often"}, "monitor_rate=often"),
-        ({"rate": 0.05}, "was begun with 0.01"),
+        ({"rate": 0.05}, r"monitor_rate=0\.05: .*0\.01"),
         ({"calibration": []}, "protocol=clean"),
         ({"calibration": CALIBRATION[:-1]}, "other calibration scores"),
         ({"calibration": CALIBRATION[:-1], "on": False}, "other calibration scores"),
     ):
         with pytest.raises(InputError, match=message):
             monitor(tmp_path, **change)
-    for text in ("", "{}", "[]", (tmp_path / "monitor.json").read_text()[:200], '{"format": "blemish monitor 1"}', '{"format": "other"}'):
+    for text in ("", "{}", "[]", (tmp_path / "monitor.json").read_text()[:200], '{"test": null}'):
         (tmp_path / "monitor.json").write_text(text)
-        with pytest.raises(InputError, match="not a whole"):
+        with pytest.raises(InputError, match=r"monitor\.json: damaged"):
             monitor(tmp_path)
 
 
@@ -151,5 +149,3 @@ def test_a_monitor_needs_calibration_scores(finished, tiny, tmp_path):
     torch.save(state, run / "model.ckpt")
     with pytest.raises(InputError, match="protocol=clean"):
         told(run, tiny / "normal_test", tmp_path / "out", "monitor=on")
-    with pytest.raises(InputError, match="monitor=perhaps"):
-        told(run, tiny / "normal_test", tmp_path / "out", "monitor=perhaps")

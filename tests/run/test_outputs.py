@@ -19,8 +19,8 @@ from blemish.edge.reading import find_images, is_result
 from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing
 from blemish.run.config import build
 from blemish.run.monitor import unusual
-from blemish.run.predict import predict
-from blemish.run.results import ImageResult, output_names, thresholds, write
+from blemish.run.predict import predict, write
+from blemish.run.results import ImageResult, Rule, output_names
 from blemish.run.test import test as retest
 from blemish.run.train import train
 
@@ -76,7 +76,7 @@ def test_a_file_of_the_users_stays_as_it_is(how, name, finished, images):
     assert contents(images) == before, "and nothing was scored"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "edited", "replaced"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "edited", "replaced", "table"])
 def test_what_only_looks_like_an_output_stays(kind, finished, images, tmp_path):
     out = tmp_path / "out"
     told(images, out, *by_run(finished))
@@ -85,6 +85,9 @@ def test_what_only_looks_like_an_output_stays(kind, finished, images, tmp_path):
         array = np.array(Image.open(mask))
         Image.fromarray(255 - array).save(mask, pnginfo=picture_info())
         assert is_result(mask)
+    elif kind == "table":
+        with (out / "scores.csv").open("a") as file:
+            file.write("a note\n")
     else:
         mask.unlink()
         if kind == "folder":
@@ -94,17 +97,9 @@ def test_what_only_looks_like_an_output_stays(kind, finished, images, tmp_path):
         else:
             mask.symlink_to(images / "000.png" if kind == "link" else tmp_path / "nothing")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match="000_mask"):
+    with pytest.raises(InputError, match=r"scores\.csv" if kind == "table" else "000_mask"):
         told(images, out, *by_run(finished))
     assert contents(tmp_path) == before
-
-
-def test_scores_that_were_edited_stay(finished, images, tmp_path):
-    told(images, tmp_path / "out", *by_run(finished))
-    with (tmp_path / "out" / "scores.csv").open("a") as file:
-        file.write("a note\n")
-    with pytest.raises(InputError, match=r"scores\.csv"):
-        told(images, tmp_path / "out", *by_run(finished))
 
 
 @pytest.mark.parametrize("how", ["run", "noise"])
@@ -139,13 +134,10 @@ def test_again_after_a_stop_in_between(finished, images, tmp_path, monkeypatch):
     assert len(told(images, tmp_path / "out", *by_run(finished)).rows) == 2
 
 
-def test_pictures_of_a_run_are_no_images(finished, images, tmp_path):
+def test_pictures_of_runs_and_predictions_are_no_images(finished, images, tiny, tmp_path, caplog):
     shutil.copytree(finished, images / "run")
     assert find_images(images / "run", results=True), "curves and strips"
     assert len(told(images, tmp_path / "out", *by_run(finished)).rows) == 2
-
-
-def test_predictions_in_a_training_folder_are_left_out(finished, tiny, tmp_path, caplog):
     shutil.copytree(tiny, tmp_path / "data")
     told(tmp_path / "data" / "normal", tmp_path / "data" / "normal" / "out", *by_run(finished))
     data = build(tiny_run(tmp_path / "data", tmp_path / "run").data)
@@ -249,7 +241,7 @@ def test_nothing_but_bad_files_is_an_error(how, finished, tmp_path):
     assert len(rows_of(tmp_path / "out" / "failed.csv")) == 1
 
 
-def test_an_image_without_a_region_is_one_of_them(finished, images, tmp_path):
+def test_an_image_without_a_roi_is_one_of_them(finished, images, tmp_path):
     (tmp_path / "regions").mkdir()
     Image.new("L", (64, 64), 255).save(tmp_path / "regions" / "000.png")
     done = told(images, tmp_path / "out", *by_run(finished), f"roi='{tmp_path / 'regions'}'")
@@ -275,7 +267,7 @@ def test_what_was_scored_before_a_stop_is_kept(tmp_path):
     calibration = torch.tensor([[0.5, 0.5]] * 20)
     names = {tmp_path / "a.png": tmp_path / "a"}
     with pytest.raises(KeyboardInterrupt):
-        write(found(), names, tmp_path, calibration, *thresholds(calibration, 0.05), None)
+        write(found(), Rule(calibration, 0.05), names, tmp_path, None)
     assert [row["score"] for row in rows_of(tmp_path / "scores.csv")] == ["1.0"]
 
 
@@ -292,31 +284,21 @@ def test_thresholds_by_hand(finished, images, tmp_path):
     assert [int(row["decision"]) for row in rows] == [int(score > middle) for score in scores]
     assert {(float(row["threshold"]), row["threshold_from"]) for row in rows} == {(middle, "by hand")}
     assert not np.asarray(Image.open(tmp_path / "out" / "000_mask.png")).any()
-    assert "set by hand" in done.said[0] and "map above 1e+09" in done.said[1]
+    assert "set by hand" in done.summary[0] and "map above 1e+09" in done.summary[1]
     done = told(images, tmp_path / "out", *by_run(finished), "alpha=0.5")
-    assert "50 %" in done.said[0]
+    assert "50 %" in done.summary[0]
     done = told(images, tmp_path / "out", *by_run(finished), "alpha=0.01")
-    assert "cannot be promised" in done.said[1]
+    assert "cannot be promised" in done.summary[1]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        (["alpha=5"], "alpha=5: expected"),
-        (["alpha=-0.1"], "alpha=-0.1: expected"),
-        (["alpha=many"], "alpha=many: expected"),
-        (["alpha=true"], "alpha=true: expected"),
-        (["threshold=nan"], "threshold=nan: expected"),
-        (["threshold=inf"], "threshold=inf: expected"),
-        (["threshold=high"], "threshold=high: expected"),
-        (["threshold=[1]"], "threshold=.*: expected"),
-        (["map_threshold=nan"], "map_threshold=nan: expected"),
-        (["threshold=1", "alpha=0.1"], "threshold=1 and alpha=0.1"),
-    ],
-)
-def test_thresholds_that_are_none_are_refused_before_anything_is_read(wrong, match):
-    with pytest.raises(InputError, match=match):
-        told("/nowhere", "/nowhere/out", "run=/nowhere", *wrong)
+BAD = ["alpha=5", "alpha=-0.1", "alpha=many", "threshold=nan", "threshold=inf", "threshold=high", "threshold=[1]", "map_threshold=nan"]
+BAD += ["threshold=1 alpha=0.1", "monitor_rate=0", "monitor_rate=often", "monitor=perhaps"]
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_settings_that_are_none_are_refused_before_anything_is_read(wrong):
+    with pytest.raises(InputError, match=f"^{wrong.partition('=')[0]}="):
+        told("/nowhere", "/nowhere/out", "run=/nowhere", *wrong.split())
 
 
 @pytest.mark.parametrize("key", ["threshold=1", "alpha=0.1", "map_threshold=1"])
@@ -331,7 +313,7 @@ def test_a_run_without_a_threshold(finished, images, tmp_path):
     state["state_dict"]["calibration"] = torch.empty(0, 2)
     torch.save(state, tmp_path / "run" / "model.ckpt")
     how = by_run(tmp_path / "run")
-    assert "threshold=NUMBER" in told(images, tmp_path / "out", *how).said[0]
+    assert "threshold=NUMBER" in told(images, tmp_path / "out", *how).summary[0]
     with pytest.raises(InputError, match=r"alpha=0\.1: the run has no calibration images"):
         told(images, tmp_path / "out", *how, "alpha=0.1")
     told(images, tmp_path / "out", *how, "threshold=0")
@@ -372,7 +354,7 @@ def test_a_share_that_normal_images_would_not_have():
     alarms = 0
     for _ in range(400):  # the stated probability holds for few calibration images too
         calibration = torch.from_numpy(generator.normal(size=(19, 1)).repeat(2, 1))
-        rule, _ = thresholds(calibration, 0.05)
+        rule = Rule(calibration, 0.05).threshold
         alarms += unusual(int((generator.normal(size=30) > rule.value).sum()), 30, rule) is not None
     assert alarms <= 12
 
@@ -380,7 +362,7 @@ def test_a_share_that_normal_images_would_not_have():
 def test_the_share_is_warned_of(finished, tiny, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     done = told(tiny / "square", tmp_path / "out", *by_run(finished))
-    assert done.said[0].startswith("6 of 6 anomalous (threshold ")
-    assert done.said[-1] == f"6 images scored: {tmp_path / 'out' / 'scores.csv'}"
-    assert any("_overlay.png" in line for line in done.said)
+    assert done.summary[0].startswith("6 of 6 anomalous (threshold ")
+    assert done.summary[-1] == f"6 images scored: {tmp_path / 'out' / 'scores.csv'}"
+    assert any("_overlay.png" in line for line in done.summary)
     assert "6 of 6 images are called anomalous" in caplog.text

@@ -30,7 +30,7 @@ from blemish.files import atomic_write, remove_stale, replacing
 from blemish.run.checkpoint import load
 from blemish.run.config import build
 from blemish.run.record import check_archive, read_record
-from blemish.run.results import Preprocessing, images_at, preprocessing_of, thresholds
+from blemish.run.results import Preprocessing, Rule, images_at, preprocessing_of
 from blemish.run.tiling import TOGETHER, score_image
 from blemish.types import UNKNOWN, Prediction
 
@@ -191,7 +191,7 @@ def checked_size(cfg: Any, preprocessing: Preprocessing, path: Path) -> list[int
 def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Preprocessing) -> dict:
     """The metadata that docs/export.md lists, except for size, batch and parity."""
     run, record = Path(cfg.run), read_record(Path(cfg.run)) or {}
-    threshold, map_threshold = thresholds(model.calibration, saved.alpha, model.map_threshold)
+    rule = Rule(model.calibration, saved.alpha, model.map_threshold)
     return {
         "format": FORMAT,
         "blemish": version("blemish"),
@@ -202,9 +202,9 @@ def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Prepro
             "weights": record.get("weights_digest"),
             "manifest": record.get("manifest_digest"),
         },
-        "threshold": threshold.value,
-        "map_threshold": map_threshold if cfg.maps else None,
-        "calibration": sorted(model.calibration[:, 0].tolist()),
+        "threshold": rule.threshold.value,
+        "map_threshold": rule.level if cfg.maps else None,
+        "calibration": rule.scores,
         "input": cfg.input,
         "source": list(cfg.source) if cfg.source else None,
         **geometry_metadata(preprocessing),
@@ -382,10 +382,10 @@ def score_of_run(model: Detector, preprocessing: Preprocessing, array: np.ndarra
 
     InputError where an export without `maps` could not have the score.
     """
-    geometry, window, tile, overlap, _ = preprocessing
+    geometry, window, tile, *_ = preprocessing
     inside = preprocessing.inside(None, *array.shape[:2])
     if tile:
-        score, map = score_image(model, array, window, geometry.side, tile, overlap, TOGETHER, None, inside)
+        score, map = score_image(model, array, preprocessing, TOGETHER, None, inside)
         map, by_map = None if map is None else map[:], map is not None and inside is not None
     else:
         found = model(prepare(array, window, geometry, inside)[None])

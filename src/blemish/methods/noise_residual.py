@@ -30,6 +30,7 @@ class NoiseResidual(Detector):
     bound on textures at the cost of power; `mode: reference` repeats the authors' program, including its known mistakes.
     """
 
+    needs_fit = False
     decides_by_map = True
     map_floor = 0.0
     not_exportable = (

@@ -1,181 +1,259 @@
-"""Score images with a finished run, or with a model that needs no fit."""
+"""Score images with a finished run, or with a method that needs no fit, and write pictures and tables."""
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from blemish import draw
 from blemish.data.module import DTYPE, plain_window
 from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.roi import Roi
+from blemish.data.tiles import bands, largest_blocks, mean_blocks, reduction
+from blemish.detector import Detector
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from blemish.edge.errors import InputError
+from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
-from blemish.files import locked
-from blemish.methods.noise_residual import NoiseResidual
+from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json
+from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load
 from blemish.run.config import build, module_of
-from blemish.run.detections import COLUMNS, KINDS, detect
-from blemish.run.monitor import Monitor, unusual
+from blemish.run.monitor import NOT_CLAIMED, Monitor, unusual
 from blemish.run.record import read_record
-from blemish.run.results import (
-    Failure,
-    anomalous,
-    check_outputs,
-    finished,
-    has_maps,
-    images_at,
-    outcome,
-    output_names,
-    places,
-    preprocessing_of,
-    thresholds,
-    write,
-    write_tables,
-)
-from blemish.run.results import predict as apply
+from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
+from blemish.run.results import predict as predict_images
 
 log = logging.getLogger(__name__)
 
 ELSEWHERE = "choose another folder with output=FOLDER"
+LARGEST = 4096  # pixels of the longer side of an overlay; that of a larger image is reduced
+TABLES = ("scores.csv", "failed.csv")
+KINDS = ("overlay.png", "map.png", "mask.png", "detections.csv", "detections.json")  # endings of the files of an image
+COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max", "threshold_from")
+OWN = {"by hand": "set by hand: no bound on false alarms", "method": "the method's own bound"}
+BOUND = "bound"  # column of a monitored prediction: whether the bound on false alarms is claimed
 
 
 class Predicted(NamedTuple):
-    """What there is to tell of a prediction."""
+    """The outcome of a prediction."""
 
     rows: list[tuple]  # of scores.csv
-    failed: list[Failure]  # of failed.csv
-    said: list[str]  # lines for a person
+    failed: list[tuple[Path, str]]  # of failed.csv
+    summary: list[str]  # lines to print
     output: Path
 
 
 def predict(cfg: DictConfig) -> Predicted:
-    """Score the image or folder `cfg.input` by a run, or by a model that needs none, and write what is found under `cfg.output`.
+    """Score the image or the folder `cfg.input` and write the results to `cfg.output`.
 
-    InputError where no image can be scored; those that cannot are told, and do not keep the others from it.
+    Images that cannot be scored do not stop the others. InputError where none can.
     """
-    check_thresholds(cfg)
-    device_of(cfg.device)
-    check_choice("", ("on", "off", True, False), monitor=cfg.monitor)  # YAML takes a bare on for true
-    check_number("", "(0, 1)", monitor_rate=cfg.monitor_rate)
-    check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
-    paths, output = images_at(cfg.input), Path(cfg.output)
-    root = paths[0].parent if Path(cfg.input).expanduser().is_file() else Path(cfg.input).expanduser()
-    if cfg.run is None:
-        return predict_untrained(cfg, paths, root, output)
-    run = Path(cfg.run)
-    saved, model = load(run, cfg.device)
-    preprocessing, named = preprocessing_of(saved, cfg.get("roi"), root), named_window(cfg)
-    preprocessing = preprocessing._replace(window=preprocessing.window | named)
-    values = ValueCheck(model.ranges, preprocessing.window, "window", named=named)
+    check_settings(cfg)
+    paths, output, failed = images_at(cfg.input), Path(cfg.output), []
+    source = Path(cfg.input).expanduser()
+    root = source if source.is_dir() else source.parent
+    names, alone = output_names(paths, root), cfg.run is None
+    saved, model = (cfg, single_image_model(cfg)) if alone else load(Path(cfg.run), cfg.device)
+    if alone:
+        preprocessing = Preprocessing(Geometry(), fit_window(filter(is_readable, paths)), roi=Roi(cfg.roi, root) if cfg.roi else None)
+    else:
+        preprocessing = preprocessing_of(saved, cfg.roi, root)
+    window = chosen_window(cfg)
+    preprocessing = preprocessing._replace(window=preprocessing.window | window)
+    values = ValueCheck(model.ranges, preprocessing.window, "window", named=window)
     if cfg.alpha is not None and not len(model.calibration):
-        raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER instead")
-    scale, hand = (read_record(run) or {}).get("scale"), saved.get("by_hand") or {}
-    if cfg.threshold is None and cfg.alpha is None:
-        cfg.threshold = hand.get("threshold")
-    if cfg.map_threshold is None:
-        cfg.map_threshold = hand.get("map_threshold")
-    failed: list[Failure] = []
-    found = apply(model, paths, preprocessing, saved.batch_size, output, values.loading(read, preprocessing.inside), failed)
-    found = followed(found, "predicting", len(paths), failed)
-    alpha = saved.alpha if cfg.alpha is None else cfg.alpha
-    threshold, level = thresholds(model.calibration, alpha, model.map_threshold, cfg.threshold, cfg.map_threshold)
-    names = output_names(paths, root)
-    with locked(output, ELSEWHERE):
-        monitor = monitor_of(cfg, output, model.calibration[:, 0].tolist(), saved.seed)
-        rows = write(found, names, output, model.calibration, threshold, level, scale, failed, monitor)
+        raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER")
+    chosen = dict(saved.get("by_hand") or {})
+    if cfg.alpha is not None:
+        chosen.pop("threshold", None)
+    chosen |= {key: cfg[key] for key in ("threshold", "map_threshold") if cfg[key] is not None}
+    rule = Rule.of(model, cfg.alpha or saved.alpha or 0.5, chosen)  # without a run there is nothing to calibrate
+    scale = None if alone else (read_record(Path(cfg.run)) or {}).get("scale")
+    with locked(output, ELSEWHERE), Progress(console=Console(stderr=True)) as progress:
+        memory = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
+        monitor = Monitor.open(memory, cfg.monitor in ("on", True), cfg.monitor_rate, rule.scores, saved.seed)
+        images, reader = progress.track(paths, description="predicting"), values.loading(read, preprocessing.inside)
+        results = predict_images(model, images, preprocessing, saved.get("batch_size", 1), output, reader, failed, alone)
+        rows = write(results, rule, names, output, scale, failed, monitor)
     values.report()
-    said = outcome(rows, threshold, output, names)
-    if cfg.map_threshold is not None:
-        said.insert(
-            1, f"masks: map above {level:.6g}, set by hand" if has_maps(rows) else f"map_threshold={level:.6g}: this method has no map"
-        )
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
-    elif warning := unusual(anomalous(rows), len(rows), threshold):
+    elif warning := unusual(anomalous(rows), len(rows), rule.threshold):
         log.warning(warning)
-    return Predicted(rows, failed, said, output)
+    return Predicted(rows, failed, summary(rows, rule, chosen, names, output), output)
 
 
-def check_thresholds(cfg: DictConfig) -> None:
-    """InputError for thresholds set by hand that are none, or do not go together."""
+def check_settings(cfg: DictConfig) -> None:
+    """InputError for values that cannot be used, or not together, before anything is read."""
+    device_of(cfg.device)
+    check_choice("", ("on", "off", True, False), monitor=cfg.monitor)  # YAML reads a bare on as true
+    check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
     given = [key for key in ("threshold", "alpha", "map_threshold") if cfg[key] is not None]
-    for key in given:
-        check_number("", "(0, 1)" if key == "alpha" else "(-inf, inf)", **{key: cfg[key]})
+    for key in ("monitor_rate", *given):
+        check_number("", "(-inf, inf)" if "threshold" in key else "(0, 1)", **{key: cfg[key]})
     if {"threshold", "alpha"} <= set(given):
-        raise InputError(
-            f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, as alpha is what the threshold comes from"
-        )
+        raise InputError(f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, a threshold comes from alpha")
     if given and cfg.run is None:
-        raise InputError(
-            f"{given[0]}={cfg[given[0]]}: without a run the threshold is that of noise_residual, NFA ≤ model.epsilon; expected "
-            "model.epsilon=NUMBER, or run=FOLDER"
-        )
+        raise InputError(f"{given[0]}={cfg[given[0]]}: only with a run; expected run=FOLDER, or model.epsilon=NUMBER for noise_residual")
 
 
-def named_window(cfg: DictConfig) -> dict[str, tuple[float, float]]:
-    """The window that is given by hand for a prediction, (lo, hi) by dtype; InputError for what is none."""
-    try:
-        given = {} if cfg.get("window") is None else plain_window(OmegaConf.to_container(cfg)["window"])
-    except InputError as error:
-        raise InputError(str(error).removeprefix("data.")) from None
-    if given == "auto":
-        raise InputError("window=auto: is what a prediction does without it; expected [lo, hi], {uint16: [lo, hi]} or dtype")
-    return DTYPE if given == "dtype" else given
-
-
-def monitor_of(cfg: DictConfig, output: Path, calibration: Sequence[float], seed: int) -> Monitor:
-    """What is remembered of the stream of images that this prediction goes on with."""
-    path = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
-    return Monitor(path, cfg.monitor in ("on", True), cfg.monitor_rate, calibration, seed)
-
-
-def predict_untrained(cfg: DictConfig, paths: list[Path], root: Path, output: Path) -> Predicted:
-    """Detections in each image by itself; deep images are shown by a window fitted to the input."""
+def single_image_model(cfg: DictConfig) -> Detector:
+    """Return the method that scores each image by itself; InputError for one that needs a fit."""
     if "model" not in cfg:
         raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
     model = build(cfg.model)
-    if not isinstance(model, NoiseResidual):
+    if model.needs_fit:
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
-    model = model.eval().to(device_of(cfg.device))
-    roi = Roi(cfg.roi, root) if cfg.roi else None
-    names, failed = output_names(paths, root), []
-    window = fit_window(path for path in paths if is_sound(path)) | named_window(cfg)
-    values = ValueCheck({}, window, "window")
-    with locked(output, ELSEWHERE):
-        monitor, outputs = monitor_of(cfg, output, [], cfg.seed), check_outputs(output, names, KINDS)
-        found = detect(model, paths, window, names, output, roi, values.loading(read), failed, outputs)
-
-        def finish(rows: list[tuple], whole: bool) -> None:
-            write_tables(output, COLUMNS, rows, failed, outputs)
-            if whole:
-                monitor.take([row[1] for row in rows])
-                monitor.save()
-
-        rows = finished(followed(found, "detecting", len(paths), failed), finish, failed)
-    values.report()
-    count = sum(bool(row[COLUMNS.index("detections")]) for row in rows)
-    law = f"NFA ≤ model.epsilon={model.epsilon:g}, the false detections expected in an image of noise"
-    return Predicted(rows, failed, [f"{count} of {len(rows)} with detections ({law})", *places(rows, output, names)], output)
+    return model.eval().to(device_of(cfg.device))
 
 
-def followed(found: Iterator, what: str, total: int, failed: Sequence[Failure]) -> Iterator:
-    """What is found, with a bar on the screen that counts what has failed as done."""
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        for count, one in enumerate(found, 1):
-            yield one
-            bar.update(task, completed=count + len(failed))
-        bar.update(task, completed=total)
+def chosen_window(cfg: DictConfig) -> dict[str, tuple[float, float]]:
+    """Return (lo, hi) by dtype as `window` sets it; InputError for anything else."""
+    try:
+        window = {} if cfg.window is None else plain_window(OmegaConf.to_container(cfg)["window"])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("data.")) from None
+    if window == "auto":
+        raise InputError("window=auto: the default; expected [lo, hi], {uint16: [lo, hi]} or dtype")
+    return DTYPE if window == "dtype" else window
 
 
-def is_sound(path: Path) -> bool:
-    """Whether an image can be read."""
+def is_readable(path: Path) -> bool:
     with contextlib.suppress(InputError):
         return read(path) is not None
     return False
+
+
+def write(
+    results: Iterable[ImageResult],
+    rule: Rule,
+    names: Mapping[Path, Path],
+    output: Path,
+    scale: tuple[float, float] | None,
+    failed: Sequence[tuple[Path, str]] = (),
+    monitor: Monitor | None = None,
+) -> list[tuple]:
+    """Write overlay, map (16 bit) and mask of each image, then scores.csv and failed.csv; returns the rows of COLUMNS.
+
+    `scale` are the map values at the ends of the overlays' colours, None for the ends of each map. After an interruption the tables are
+    written, but a monitor is not saved. InputError, before any image is scored, where an output would replace a file that blemish did not
+    write there, and at the end where no image could be scored.
+    """
+    outputs, threshold, rows = Outputs(), rule.threshold, []
+    tables = [output / name for name in TABLES]
+    outputs.check(tables + [output_path(output / name, kind) for name in names.values() for kind in KINDS])
+    remove_stale(output)
+
+    def row(result: ImageResult) -> tuple:
+        decision = rule.decide(result.score)
+        ends = (None, None) if result.map is None else write_pictures(result, scale, rule.level, output / names[result.path], outputs)
+        values = threshold.value, None if decision is None else int(decision), rule.p_value(result.score)
+        return str(result.path), result.score, *values, *ends, rule.source
+
+    def write_tables() -> None:
+        header, lines = COLUMNS, rows
+        bounds = monitor.take([row[1] for row in rows]) if monitor else []
+        if monitor and monitor.on:
+            bounds = [NOT_CLAIMED if threshold.by_hand else bound for bound in bounds]
+            header, lines = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
+        write_csv(tables[0], header, lines, outputs)
+        if failed:
+            write_csv(tables[1], ("path", "reason"), failed, outputs)
+        else:
+            tables[1].unlink(missing_ok=True)
+
+    try:
+        rows.extend(map(row, results))
+    except BaseException:
+        if rows:
+            with contextlib.suppress(InputError):  # the error to raise is the one that ended the work
+                write_tables()
+        raise
+    write_tables()
+    if monitor:
+        monitor.save()
+    if not rows:
+        more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise InputError("; ".join(f"{path}: {reason}" for path, reason in failed[:5]) + more)
+    return rows
+
+
+def write_pictures(
+    result: ImageResult, scale: tuple[float, float] | None, level: float | None, stem: Path, outputs: Outputs
+) -> tuple[float, float]:
+    """Write the files of an image and return the smallest and the largest value of its map.
+
+    The overlay of an image with a side above LARGEST has the means of its blocks and their largest map values. Detections are coloured by
+    their strength, and listed as CSV and JSON, strongest first.
+    """
+    map, inside = result.map, result.inside
+
+    def save(picture: Image.Image, kind: str, compress_level: int = 6) -> None:
+        with atomic_write(output_path(stem, kind), outputs) as temporary:
+            picture.save(temporary, pnginfo=picture_info(), compress_level=compress_level)
+
+    ends = [(float(band.min()), float(band.max())) for band in bands(map)]
+    low, high = min(least for least, _ in ends), max(most for _, most in ends)
+    save(Image.fromarray(sixteen_bits(map, low, high)), "map.png", compress_level=1)
+    if level is not None:
+        mask = np.concatenate([(band > level).astype(np.uint8) * 255 for band in bands(map)])
+        save(Image.fromarray(mask if inside is None else mask * inside), "mask.png")
+        del mask
+    if result.detections is None:
+        side = reduction(map.shape, LARGEST)
+        shown = largest_blocks(map, side)
+        shown = shown if inside is None else np.where(largest_blocks(inside, side), shown, -np.inf)
+        save(draw.overlay(mean_blocks(result.image, side), shown, scale or (low, high), level), "overlay.png")
+    else:
+        image = torch.from_numpy(result.image.copy()).permute(2, 0, 1) / 255  # (3, H, W)
+        coloured = false_alarms.overlay(image, -torch.from_numpy(map)).permute(1, 2, 0)
+        save(Image.fromarray((coloured * 255).round().byte().numpy()), "overlay.png")
+        rows = [one._asdict() | {"strength": false_alarms.strength(one.log10_nfa)} for one in result.detections]
+        header = (*false_alarms.Detection._fields, "strength")
+        write_csv(output_path(stem, "detections.csv"), header, [row.values() for row in rows], outputs)
+        write_json(output_path(stem, "detections.json"), rows, outputs)
+    return low, high
+
+
+def sixteen_bits(map: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale a map (H, W) to uint16."""
+    deep = np.empty(map.shape, np.uint16)
+    for part, band in zip(bands(deep), bands(map), strict=True):
+        part[:] = ((band - low) / np.float32(max(high - low, 1e-30)) * 65535).round()
+    return deep
+
+
+def output_path(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}_{kind}")
+
+
+def anomalous(rows: Sequence[tuple]) -> int:
+    """Return the number of rows with a decision for anomalous."""
+    return sum(bool(row[COLUMNS.index("decision")]) for row in rows)
+
+
+def summary(rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], names: Mapping[Path, Path], output: Path) -> list[str]:
+    """Return lines to print on the decisions and on where the results are."""
+    threshold = rule.threshold
+    if threshold.value is None:
+        lines = ["no decision: the run has no calibration images, as with protocol=paper; set threshold=NUMBER"]
+    else:
+        bound = f"bound on false alarms {100 * threshold.alpha:.3g} %" if rule.source == "calibration" else OWN[rule.source]
+        lines = [f"{anomalous(rows)} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
+    if "map_threshold" in chosen:
+        maps = any(row[COLUMNS.index("map_max")] is not None for row in rows)
+        lines.append(f"masks: map above {rule.level:.6g}, set by hand" if maps else f"map_threshold={rule.level:.6g}: there is no map")
+    if threshold.value is not None and not threshold.reachable:
+        lines.append(threshold.explain())
+    highest = output_path(output / names[Path(max(rows, key=lambda row: row[1])[0])], "overlay.png")
+    lines += [f"highest score: {highest}"] if highest.is_file() else []
+    return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]

@@ -1,43 +1,32 @@
-"""A fitted detector on images of any size: scores, decisions, and maps in each image's own pixels."""
+"""Score images of any size with a fitted detector, decide on them, and keep maps in each image's own pixels."""
 
-import contextlib
+import bisect
+import math
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
-from blemish.data.images import ignore_mask, prepare, to_image
+from blemish.data.images import check_not_all_ignored, ignore_mask, prepare, to_image
 from blemish.data.roi import Roi
-from blemish.data.tiles import bands, bytes_of, largest_blocks, mean_blocks, reduction
+from blemish.data.tiles import bytes_of
 from blemish.detector import Detector, apply_ignore_mask
-from blemish.draw import overlay
-from blemish.edge.calibration import Threshold, by_hand, conformal_threshold, p_values
+from blemish.edge.calibration import by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import digest_of, find_images, is_result, read
-from blemish.files import Outputs, atomic_write, picture_info, remove_stale, write_csv
-from blemish.run.monitor import NOT_CLAIMED, Monitor
-from blemish.run.tiling import RowsOnDisk, score_image, write_png
-from blemish.types import Prediction
+from blemish.noise.false_alarms import Detection, detections
+from blemish.run.tiling import MapOnDisk, Preprocessing, score_image
 
-LARGEST = 4096  # pixels of the longer side of an overlay; that of a larger image is reduced
-LONGEST = 255 - len("_detections.json")  # bytes of an output's name before what tells its kind
-TABLES = ("scores.csv", "failed.csv")
-COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max", "threshold_from")
-BOUND = "bound"  # whether the bound on false alarms is claimed for an image, a column where a monitor is on
-
-
-class Failure(NamedTuple):
-    """An image that could not be scored."""
-
-    path: Path
-    reason: str
+LONGEST = 255 - len("_detections.json")  # bytes of an output's name before its ending
 
 
 class ImageResult(NamedTuple):
@@ -46,325 +35,178 @@ class ImageResult(NamedTuple):
     path: Path | None  # None of an array
     image: np.ndarray  # (H, W, 3) uint8, as the detector's window shows it
     score: float
-    map: Tensor | RowsOnDisk | None  # (H, W) float32
-    inside: np.ndarray | None = None  # (H, W) bool, where it is looked at; None for all of it
+    map: np.ndarray | MapOnDisk | None  # (H, W) float32
+    inside: np.ndarray | None = None  # ROI (H, W) bool, None for the full image
+    detections: list[Detection] | None = None  # of a method that lists them itself
 
 
-class Preprocessing(NamedTuple):
-    """How the run's data module brought an image to the network's input."""
+def preprocessing_of(saved: DictConfig, roi: str | None = None, root: str | Path | None = None) -> Preprocessing:
+    """Return the preprocessing of a run from its config, with another ROI, or with images below another root."""
+    data, roi = saved.data, roi or saved.data.get("roi")
+    window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
+    geometry = Geometry(data.image_size, data.crop, data.resize)
+    return Preprocessing(geometry, window, saved.tiling, saved.overlap, None if roi is None else Roi(roi, root or data.root))
 
-    geometry: Geometry
-    window: dict  # dtype name to (lo, hi)
-    tile: int | None = None  # side of the tiles that an image is cut into, None for the image as a whole
-    overlap: int = 0
-    roi: Roi | None = None
 
-    def inside(self, path: Path | None, height: int, width: int) -> np.ndarray | None:
-        """What is looked at of an image, (H, W) bool; None for all."""
-        return self.roi and self.roi.inside(path, height, width)
+class Rule:
+    """The threshold of scores, the level of maps, and p-values, from the scores and largest map values of calibration images (n, 2).
+
+    `threshold.value` and `level` are None where there is nothing to take them from. A method's own level, and in `chosen` a "threshold" and
+    a "map_threshold" set by hand, take the place of the calibrated ones. `source` is "calibration", "by hand", "method" or None.
+    """
+
+    def __init__(self, calibration: Tensor, alpha: float, own_level: float | None = None, chosen: Mapping[str, float] | None = None):
+        scores, peaks = calibration.detach().cpu().T if len(calibration) else torch.empty(2, 0)
+        threshold, level = ((chosen or {}).get(name) for name in ("threshold", "map_threshold"))
+        self.threshold = conformal_threshold(scores, alpha) if threshold is None else by_hand(threshold, scores)
+        levels = (level, own_level, conformal_threshold(peaks, alpha).value)
+        self.level = next((value for value in levels if value is not None), None)
+        self.scores = sorted(scores.double().tolist())
+        self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
+
+    @classmethod
+    def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
+        """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
+        rule = cls(model.calibration, alpha, model.map_threshold, chosen)
+        if model.decides_by_map and rule.source is None:
+            rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
+        return rule
+
+    def decide(self, score: float) -> bool | None:
+        """Return whether an image is anomalous, None without a threshold."""
+        return None if self.threshold.value is None else score > self.threshold.value
+
+    def p_value(self, score: float) -> float | None:
+        """Return (1 + #{calibration scores ≥ score}) / (n + 1), None without calibration images."""
+        n = len(self.scores)
+        return (1 + n - bisect.bisect_left(self.scores, score)) / (n + 1) if n else None
 
 
 def images_at(path: str | Path) -> list[Path]:
-    """The image itself, or every image below a folder; InputError if there is none, or it is a picture that blemish wrote."""
+    """Return an image itself, or every image below a folder; InputError if there is none, or it is a picture that blemish wrote."""
     path = Path(path).expanduser()
     if path.is_file():
         if is_result(path):
-            raise InputError(f"input={path}: a picture that blemish wrote, which is a result and no image to judge; expected a photograph")
+            raise InputError(f"input={path}: a picture that blemish wrote; expected an image")
         return [path]
-    found = find_images(path) if path.is_dir() else []
-    if not found:
+    images = find_images(path) if path.is_dir() else []
+    if not images:
         raise InputError(f"input={path}: {'no image in this folder' if path.is_dir() else 'no such file or folder'}")
-    return found
+    return images
 
 
 def output_names(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
-    """Where an image's results go, relative to the output folder: its own path without its ending, or with it where two would meet.
+    """Name the outputs of each image, relative to the output folder: its path below `root`, without its suffix unless two would be equal.
 
-    A name that is too long for a file system, or meets another one even so, also where case does not count, ends with a digest of the path.
+    A name that is too long for a file system, or still equals another where case does not count, ends with a digest of the path.
     """
     bare = {path: path.relative_to(root).with_suffix("") for path in paths}
-    often = Counter(map(_folded, bare.values()))
     full = {path: name.with_name(path.name.replace(".", "_")) for path, name in bare.items()}
-    names = {path: name if often[_folded(name)] == 1 else full[path] for path, name in bare.items()}
-    often = Counter(map(_folded, names.values()))
-    return {path: name if often[_folded(name)] == 1 and fits(name.name) else _digested(name, path, root) for path, name in names.items()}
+    names = {path: name if one else full[path] for path, name, one in _unique(bare)}
+    for path, name, one in list(_unique(names)):
+        end = f"-{digest_of(os.fsencode(path.relative_to(root)))}"
+        if not one or len(os.fsencode(name.name)) > LONGEST:
+            stem = name.name
+            while len(os.fsencode(stem + end)) > LONGEST:
+                stem = stem[:-1]
+            names[path] = name.with_name(stem + end)
+    return names
 
 
-def _folded(name: Path) -> str:
-    return unicodedata.normalize("NFC", str(name)).casefold()
-
-
-def fits(name: str) -> bool:
-    return len(os.fsencode(name)) <= LONGEST
-
-
-def _digested(name: Path, path: Path, root: Path) -> Path:
-    """The name with a digest of the image's path behind as much of it as a file system takes."""
-    stem, end = name.name, f"-{digest_of(os.fsencode(path.relative_to(root)))}"
-    while not fits(stem + end):
-        stem = stem[:-1]
-    return name.with_name(stem + end)
+def _unique(names: Mapping[Path, Path]) -> Iterator[tuple[Path, Path, bool]]:
+    """Yield path, name, and whether no other name equals it where case does not count."""
+    folded = {path: unicodedata.normalize("NFC", str(name)).casefold() for path, name in names.items()}
+    counts = Counter(folded.values())
+    for path, name in names.items():
+        yield path, name, counts[folded[path]] == 1
 
 
 @torch.inference_mode()
 def predict(
     model: Detector,
-    images: Sequence[Path | np.ndarray],
+    images: Iterable[Path | np.ndarray],
     preprocessing: Preprocessing,
     batch_size: int,
     folder: Path | None = None,
     load: Callable[[Path | np.ndarray], np.ndarray] = read,
-    failed: list[Failure] | None = None,
+    failed: list[tuple[Path, str]] | None = None,
+    detect: bool = False,
 ) -> Iterator[ImageResult]:
-    """Scores of images in their order, `batch_size` images or tiles at a time; InputError names a file that cannot be used.
+    """Score images in their order, `batch_size` images or tiles at a time.
 
-    With `failed` such a file is added there in place of the error, and the others are scored. `load` gives the pixels of an image, here of
-    a file. Maps made of tiles are kept on disk in `folder`, None for the system's place for such files, until they are let go. What is not
-    looked at has no part in a score, and takes the least value of the map.
+    Images that cannot be scored are added to `failed` with the reason; without it the first raises InputError. `load` reads an image. Maps
+    made of tiles are on disk in `folder`, None for the system's temporary folder. Pixels outside the ROI have no part in a score, and take
+    the least value of the map. detect: score by `Detector.alarms`, which also lists detections.
     """
+    geometry, window, *_ = preprocessing
 
     def scored(chosen: Sequence[Path | np.ndarray]) -> Iterator[ImageResult]:
         arrays = [load(image) for image in chosen]
-        inside = [preprocessing.inside(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
-        with named(chosen[0]) if len(chosen) == 1 else contextlib.nullcontext():
-            if preprocessing.tile:
-                side, tile, overlap = preprocessing.geometry.side, preprocessing.tile, preprocessing.overlap
-                score, map = score_image(model, arrays[0], preprocessing.window, side, tile, overlap, batch_size, folder, inside[0])
-                scores, maps = [score], [map]
-            else:
-                scores, maps = apply_ignore_mask(*predicted(model, chosen, arrays, inside, preprocessing))
-        scores = [float(score) for score in scores]
-        if failed is not None and not np.isfinite(scores).all():
+        insides = [preprocessing.inside(path_of(image), *array.shape[:2]) for image, array in zip(chosen, arrays, strict=True)]
+        if detect:
+            found = [alarms_of(model, arrays[0], insides[0], preprocessing)]
+        elif preprocessing.tile:
+            found = [score_image(model, arrays[0], preprocessing, batch_size, folder, insides[0])]
+        else:
+            found = forward(model, arrays, insides, preprocessing)
+        if not all(math.isfinite(score) for score, *_ in found):
             raise InputError("its score is not finite")
-        return results(chosen, arrays, inside, scores, maps, preprocessing)
+        return (result(*one) for one in zip(chosen, arrays, insides, found, strict=True))
 
-    if preprocessing.tile and folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    size = batch_size if preprocessing.geometry.size and not preprocessing.tile else 1  # images of their own sizes do not stack
-    for begin in range(0, len(images), size):
-        queue = [images[begin : begin + size]]
-        while queue:
-            chosen = queue.pop(0)
-            try:
-                found = scored(chosen)
-            except InputError as error:
-                if failed is None:
-                    raise
-                if len(chosen) == 1:
-                    failed.append(Failure(chosen[0], str(error).removeprefix(f"{chosen[0]}: ")))
-                else:  # one bad image does not cost its batch
-                    queue = [[image] for image in chosen]
-                continue
-            yield from found
-            del found  # its images, before the next ones are read
+    def result(image: Path | np.ndarray, array: np.ndarray, inside: np.ndarray | None, found: tuple) -> ImageResult:
+        score, map, *detections = found
+        if isinstance(map, Tensor):
+            map = to_image(map, *array.shape[:2], geometry, inside).numpy()  # (H, W)
+        return ImageResult(path_of(image), bytes_of(array, window), score, map, inside, *detections)
 
+    def attempt(chosen: Sequence[Path | np.ndarray]) -> Iterator[ImageResult]:
+        try:
+            with named(chosen[0]):
+                results = scored(chosen)
+        except InputError as error:
+            if len(chosen) == 1 and failed is None:
+                raise
+            if len(chosen) == 1:
+                failed.append((chosen[0], str(error).removeprefix(f"{chosen[0]}: ")))
+            results = chain.from_iterable(attempt([image]) for image in chosen if len(chosen) > 1)
+        yield from results
 
-def results(
-    images: Sequence[Path | np.ndarray],
-    arrays: list,
-    inside: list,
-    scores: list[float],
-    maps: Sequence | None,
-    preprocessing: Preprocessing,
-) -> Iterator[ImageResult]:
-    """The result of each image of a batch; a map is brought to its image's own pixels when it is asked for."""
-    for i, image in enumerate(images):
-        array, own = arrays[i], None if maps is None else maps[i]
-        if isinstance(own, Tensor):
-            own = to_image(own.cpu(), *array.shape[:2], preprocessing.geometry, inside[i])  # (H, W)
-        yield ImageResult(path_of(image), bytes_of(array, preprocessing.window), scores[i], own, inside[i])
+    size = batch_size if geometry.size and not preprocessing.tile else 1  # images of their own sizes do not stack
+    images = iter(images)
+    while chosen := list(islice(images, size)):
+        yield from attempt(chosen)
 
 
-def predicted(
-    model: Detector,
-    images: Sequence[Path | np.ndarray],
-    arrays: Sequence[np.ndarray],
-    inside: Sequence[np.ndarray | None],
-    preprocessing: Preprocessing,
-) -> tuple[Prediction, Tensor | None]:
-    """The prediction of a batch of images, and the ignore mask of the network input (B, h, w) or None."""
-    pictures, hides = [], []
-    for image, array, where in zip(images, arrays, inside, strict=True):
-        with named(image):
-            pictures.append(prepare(array, preprocessing.window, preprocessing.geometry, where))
-            hides.append(ignore_mask(*array.shape[:2], preprocessing.geometry, where))
-    batch = torch.stack(pictures).to(model.device)  # (B, 3, h, w)
-    if all(one is None for one in hides):
-        return model(batch), None
-    none = torch.zeros(batch.shape[2:], dtype=torch.bool)
-    return model(batch), torch.stack([none if one is None else one for one in hides]).to(model.device)
+def forward(
+    model: Detector, arrays: Sequence[np.ndarray], insides: Sequence[np.ndarray | None], preprocessing: Preprocessing
+) -> list[tuple[float, Tensor | None]]:
+    """Return the score and the map (h, w) in the network's pixels of each image of a batch."""
+    geometry, window, *_ = preprocessing
+    pairs = list(zip(arrays, insides, strict=True))
+    images = torch.stack([prepare(array, window, geometry, inside) for array, inside in pairs]).to(model.device)  # (B, 3, h, w)
+    masks = [ignore_mask(*array.shape[:2], geometry, inside) for array, inside in pairs]
+    none = torch.zeros(images.shape[2:], dtype=torch.bool)
+    mask = None if all(one is None for one in masks) else torch.stack([none if one is None else one for one in masks]).to(model.device)
+    score, map = apply_ignore_mask(model(images), mask)
+    return list(zip(score.tolist(), repeat(None) if map is None else map.cpu(), strict=False))
+
+
+def alarms_of(
+    model: Detector, array: np.ndarray, inside: np.ndarray | None, preprocessing: Preprocessing
+) -> tuple[float, np.ndarray, list[Detection]]:
+    """Return −min log10 NFA of an image, the map −log10 NFA (H, W), and the detections.
+
+    Pixels outside the ROI still serve as noise. Their NFA is the largest inside, and above ε; the tests are as many, so the bound holds.
+    """
+    alarms = model.alarms(prepare(array, preprocessing.window, preprocessing.geometry)[None].to(model.device))
+    if inside is not None:
+        check_not_all_ignored(~inside)
+        where = torch.from_numpy(inside).to(model.device)
+        rest = alarms.log10_nfa[:, where].amax().clamp_min(math.log10(model.epsilon) + 1)
+        alarms = alarms._replace(log10_nfa=torch.where(where, alarms.log10_nfa, rest))
+    map = -alarms.log10_nfa[0].cpu().numpy()
+    return float(map.max()), map, *detections(alarms, model.epsilon)
 
 
 def path_of(image: Path | np.ndarray) -> Path | None:
     return image if isinstance(image, Path) else None
-
-
-def thresholds(
-    calibration: Tensor, alpha: float, own: float | None = None, threshold: float | None = None, map_threshold: float | None = None
-) -> tuple[Threshold, float | None]:
-    """The threshold of scores and that of maps, None for none: set by hand, a method's `own` of maps, or of the calibration (n, 2)."""
-    scores, peaks = calibration.cpu().T if len(calibration) else torch.empty(2, 0)
-    chosen = conformal_threshold(scores, alpha) if threshold is None else by_hand(threshold, scores)
-    level = own if map_threshold is None else map_threshold
-    return chosen, conformal_threshold(peaks, alpha).value if level is None else level
-
-
-def write(
-    found: Iterator[ImageResult],
-    names: Mapping[Path, Path],
-    output: Path,
-    calibration: Tensor,
-    threshold: Threshold,
-    level: float | None,
-    scale: tuple[float, float] | None,
-    failed: Sequence[Failure] = (),
-    monitor: Monitor | None = None,
-) -> list[tuple]:
-    """Write `<name>_overlay.png`, `_map.png` (16 bit) and `_mask.png` per image and scores.csv; returns its rows, see COLUMNS.
-
-    Scores are decided on by the `threshold`; without its value there is no decision, and without a `level` of the maps no mask. The scores
-    of the `calibration` (n, 2) give the p-values. A map's 16 bits run from its map_min to its map_max in scores.csv. `scale` are the map
-    values at the ends of the overlay's colours. What has `failed` when all is done goes into failed.csv. A `monitor` is shown all scores at
-    the end and saved; one that is on adds the column BOUND. InputError, before anything is scored, where an output would replace what
-    blemish did not write there; scores.csv is also written where the work is broken off, of what was scored.
-    """
-    kinds = ["overlay.png", "map.png"] if level is None else ["overlay.png", "map.png", "mask.png"]
-    outputs = check_outputs(output, names, kinds)
-    scores = calibration[:, 0].cpu()
-
-    def row(one: ImageResult) -> tuple:
-        decision = None if threshold.value is None else int(one.score > threshold.value)
-        p = float(p_values(one.score, scores)) if len(scores) else None
-        ends = (None, None) if one.map is None else draw(one.image, one.map, one.inside, scale, level, output / names[one.path], outputs)
-        source = None if threshold.value is None else "by hand" if threshold.by_hand else "calibration"
-        return str(one.path), one.score, threshold.value, decision, p, *ends, source
-
-    def finish(rows: list[tuple], whole: bool) -> None:
-        header = COLUMNS
-        bounds = monitor.take([row[1] for row in rows]) if monitor else []
-        if monitor and monitor.on:
-            bounds = [NOT_CLAIMED] * len(rows) if threshold.by_hand else bounds
-            header, rows = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
-        write_tables(output, header, rows, failed, outputs)
-        if monitor and whole:
-            monitor.save()
-
-    return finished(map(row, found), finish, failed)
-
-
-def check_outputs(output: Path, names: Mapping[Path, Path], kinds: Sequence[str]) -> Outputs:
-    """The outputs of a folder; InputError where one of these kinds would replace what blemish did not write."""
-    outputs = Outputs()
-    outputs.check([output / name for name in TABLES] + [output_path(output / name, kind) for name in names.values() for kind in kinds])
-    remove_stale(output)
-    return outputs
-
-
-def finished(rows: Iterator[tuple], finish: Callable[[list[tuple], bool], None], failed: Sequence[Failure]) -> list[tuple]:
-    """All rows, after `finish` has written them, which it does as well where the work is broken off; InputError if there is none."""
-    kept: list[tuple] = []
-    try:
-        kept.extend(rows)
-    except BaseException:
-        if kept:
-            with contextlib.suppress(InputError):  # what ended the work is the error to be raised
-                finish(kept, False)
-        raise
-    finish(kept, True)
-    if not kept:
-        first = "; ".join(f"{path}: {reason}" for path, reason in failed[:5])
-        raise InputError(f"{first}{f'; and {len(failed) - 5} more: no image could be scored' if len(failed) > 5 else ''}")
-    return kept
-
-
-def write_tables(output: Path, header: Sequence[str], rows: Sequence[tuple], failed: Sequence[Failure], outputs: Outputs) -> None:
-    """scores.csv, and failed.csv where there is something to list, in place of those of an earlier call."""
-    scores, failures = (output / name for name in TABLES)
-    write_csv(scores, header, rows, outputs)
-    if failed:
-        write_csv(failures, Failure._fields, failed, outputs)
-    else:
-        failures.unlink(missing_ok=True)
-
-
-def draw(
-    image: np.ndarray,
-    map: Tensor | RowsOnDisk,
-    inside: np.ndarray | None,
-    scale: tuple[float, float] | None,
-    level: float | None,
-    stem: Path,
-    outputs: Outputs,
-) -> tuple[float, float]:
-    """The three pictures of an image (H, W, 3) uint8 and its map (H, W), beside `stem`; returns the map's ends.
-
-    The overlay of an image with a side above LARGEST shows the means of its blocks, and the largest map values there. Nothing is above the
-    level where it is not `inside` (H, W).
-    """
-    height, width = map.shape
-    ends = [(float(band.min()), float(band.max())) for band in bands(map)]
-    low, high = min(least for least, _ in ends), max(most for _, most in ends)
-    deep = (((band - low) / np.float32(max(high - low, 1e-30)) * 65535).round().astype(np.uint16) for band in bands(map))
-    with atomic_write(output_path(stem, "map.png"), outputs) as temporary:
-        write_png(temporary, width, height, deep)
-    if level is not None:
-        with atomic_write(output_path(stem, "mask.png"), outputs) as temporary:
-            parts = ((band > level) & where for band, where in zip(bands(map), _bands_of(inside, map.shape), strict=True))
-            write_png(temporary, width, height, (part.astype(np.uint8) * 255 for part in parts))
-    side = reduction((width, height), LARGEST)
-    shown = largest_blocks(map, side)
-    if inside is not None:
-        shown = np.where(largest_blocks(inside, side), shown, -np.inf)
-    with atomic_write(output_path(stem, "overlay.png"), outputs) as temporary:
-        overlay(mean_blocks(image, side), shown, scale or (low, high), level).save(temporary, pnginfo=picture_info())
-    return low, high
-
-
-def _bands_of(inside: np.ndarray | None, shape: tuple[int, int]) -> Iterator[np.ndarray]:
-    return bands(np.broadcast_to(True, shape) if inside is None else inside)
-
-
-def output_path(stem: Path, ending: str) -> Path:
-    """Where a result of an image is written."""
-    return stem.with_name(f"{stem.name}_{ending}")
-
-
-def anomalous(rows: Sequence[tuple]) -> int:
-    """How many rows of scores.csv have a decision for anomalous."""
-    return sum(bool(row[COLUMNS.index("decision")]) for row in rows)
-
-
-def has_maps(rows: Sequence[tuple]) -> bool:
-    """Whether there are maps."""
-    return any(row[COLUMNS.index("map_max")] is not None for row in rows)
-
-
-def outcome(rows: Sequence[tuple], threshold: Threshold, output: Path, names: Mapping[Path, Path]) -> list[str]:
-    """Lines for a person on the decisions and on where the results are."""
-    if threshold.value is None:
-        lines = [
-            "no decision: the run has no calibration images, as with protocol=paper; set threshold=NUMBER, or train with protocol=clean"
-        ]
-    else:
-        bound = "set by hand: no bound on false alarms" if threshold.by_hand else f"bound on false alarms {100 * threshold.alpha:.3g} %"
-        lines = [f"{anomalous(rows)} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
-        lines += [] if threshold.reachable else [threshold.explain()]
-    return [*lines, *places(rows, output, names)]
-
-
-def places(rows: Sequence[tuple], output: Path, names: Mapping[Path, Path]) -> list[str]:
-    """Lines that say where the overlay of the highest score and all scores are."""
-    highest = max(rows, key=lambda row: row[1])
-    overlay = output_path(output / names[Path(highest[0])], "overlay.png")
-    lines = [f"highest score: {overlay}"] if overlay.is_file() else []
-    return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]
-
-
-def preprocessing_of(saved: Any, roi: str | None = None, root: str | Path | None = None) -> Preprocessing:
-    """How a run's images came to the network, from its config, with another roi, or images below another root."""
-    data = saved.data
-    window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
-    geometry = Geometry(data.image_size, data.crop, data.resize)
-    roi = roi or data.get("roi")
-    roi = None if roi is None else Roi(roi, root or data.root)
-    return Preprocessing(geometry, window, saved.tiling, saved.overlap, roi)

@@ -32,7 +32,6 @@ from blemish.run.evaluate import SCORES, Calibrate, Evaluate
 from blemish.run.progress import ProgressBar
 from blemish.run.record import ROI, STATE, Record, lock_run_folder, truth_kind
 from blemish.run.resume import resume_callbacks, resume_config, state_in
-from blemish.run.tiling import stitch_callbacks
 from blemish.run.timing import StageTimes
 from blemish.run.update import calibration_of, load_for_update, mark_fitted
 
@@ -114,7 +113,7 @@ def prepared(
 ) -> Prepared:
     """Set up the data, make the trainer with `more` callbacks, and write config and metadata to the run folder."""
     times, calibrate, evaluate = build_callbacks(cfg)
-    trainer = trainer_of(cfg, [times, *stitch_callbacks(images, calibrate, evaluate), *more])
+    trainer = trainer_of(cfg, [times, calibrate, evaluate, *more])
     set_up(cfg, images, past, model.ranges)
     model.ranges = images.ranges
     images.process, images.processes = trainer.global_rank, trainer.world_size
