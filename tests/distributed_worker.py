@@ -5,24 +5,14 @@ import sys
 from pathlib import Path
 
 import torch
-from support import composed, images
-
-from blemish.detector import OnePassDetector
-from blemish.run.config import build
+from support import fitted, images, make
 
 IMAGES = 25  # an odd number: the halves differ in size
 
 
 def scores(name: str, pictures: torch.Tensor) -> list[float]:
-    """Scores of three images by a method fitted on pictures, which are this process's share of IMAGES."""
-    model: OnePassDetector = build(composed(f"model={name}", "backbone=test_resnet", "weights=random").model).eval()
-    with torch.no_grad():
-        state = model.new_state(IMAGES)
-        for part in pictures.split(4):
-            state.update(model.collect(model.features(part)))
-        state.gather()
-        model.fit(state)
-        return model(images(3, 1)).score.tolist()
+    """Scores of three images by a method fitted to pictures, which are this process's share of IMAGES."""
+    return fitted(make(name).eval(), pictures, batch=4, images=IMAGES)(images(3, 1)).score.tolist()
 
 
 def main(rank: int, world: int, folder: Path, names: list[str]) -> None:

@@ -147,9 +147,9 @@ def trained_by_lightning(
 
 
 @torch.no_grad()
-def remembered(model: OnePassDetector, pictures: Tensor, batch: int = 5):
-    """What a method keeps of images (N, 3, H, W) that come in batches."""
-    state = model.new_state(len(pictures))
+def remembered(model: OnePassDetector, pictures: Tensor, batch: int = 5, images: int | None = None):
+    """The state of a method after images (N, 3, H, W) in batches; `images`: their number in all processes."""
+    state = model.new_state(images or len(pictures))
     for part in pictures.split(batch):
         state.update(model.collect(model.features(part)))
     state.gather()
@@ -157,9 +157,9 @@ def remembered(model: OnePassDetector, pictures: Tensor, batch: int = 5):
 
 
 @torch.no_grad()
-def fitted(model: OnePassDetector, pictures: Tensor, batch: int = 5) -> OnePassDetector:
-    """The method after its one look at the images."""
-    model.fit(remembered(model, pictures, batch))
+def fitted(model: OnePassDetector, pictures: Tensor, batch: int = 5, images: int | None = None) -> OnePassDetector:
+    """The method fitted to images (N, 3, H, W)."""
+    model.fit(remembered(model, pictures, batch, images))
     return model
 
 

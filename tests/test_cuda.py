@@ -1,13 +1,9 @@
 """On a CUDA device each method fits, finds the gross defect, and scores as the same weights do on the CPU; skipped where there is none."""
 
-import numpy as np
 import pytest
-import skimage.data
 import torch
-import yaml
-from support import CONFIGS, METHODS, check_gross_defect, tiny_run
+from support import METHODS, bricks, check_gross_defect, make, tiny_run
 
-from blemish.methods.noise_residual import NoiseResidual
 from blemish.ops.coreset import farthest_first
 from blemish.ops.neighbours import nearest
 from blemish.run.checkpoint import load
@@ -75,11 +71,9 @@ def test_the_coreset_is_that_of_the_cpu():
 @pytest.mark.parametrize("changes", [{}, {"search": "exact"}, {"mode": "reference"}, {"mode": "measured"}, {"channels": 1}], ids=str)
 @torch.inference_mode()
 def test_the_noise_detector_is_that_of_the_cpu(changes):
-    arguments = yaml.safe_load((CONFIGS / "model" / "noise_residual.yaml").read_text(encoding="utf-8"))["model"]
-    del arguments["_target_"]
-    model = NoiseResidual(**{**arguments, "backbone": "test_resnet", "weights": "random", "seed": 0, **changes}).eval()
-    image = torch.from_numpy(np.array(skimage.data.brick()[:112, :128])).float().div(255).expand(1, 3, -1, -1).clone()
-    image[:, :, 40:52, 60:72] *= 0.3
+    model = make("noise_residual", **changes).eval()
+    image = torch.cat([bricks(1, 0), bricks(1, 1)], 3)  # (1, 3, 64, 128)
+    image[:, :, 20:32, 60:72] *= 0.3
     here = model(image)
     there = model.cuda()(image.cuda())
     torch.testing.assert_close(there.score.cpu(), here.score, rtol=0.05, atol=0.1)

@@ -24,6 +24,16 @@ METHODS = {
 }
 
 ONE = ["+change.trainer.devices=1", "+change.trainer.strategy=auto"]
+needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def train_in_two(folder: Path, tiny: Path, *options: str) -> str:
+    """What a training in two processes prints."""
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false", f"run_dir='{folder}'"]
+    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *two, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def scores(folder: Path) -> dict[str, tuple[float, ...]]:
@@ -33,17 +43,13 @@ def scores(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@needs_processes
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
     options = [f"model={name}", *METHODS[name], *DRAWN]
     train(tiny_run(tiny, tmp_path / "one", *options))
-    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false"]
     place = tmp_path / "two processes"
-    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options, *more, f"run_dir='{place}'"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder") == 1
+    assert train_in_two(place, tiny, *options).count("run folder") == 1
     one, two = scores(tmp_path / "one"), scores(place)
     assert list(one) == list(two)
     for key in one:
@@ -55,16 +61,12 @@ def test_two_processes_give_what_one_gives(name, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@needs_processes
 @pytest.mark.parametrize("name", ["cflow", "ganomaly", "stfpm"])
 def test_the_processes_have_one_model(name, tiny, tmp_path):
-    """Steps of one part of the parameters, several backward passes, BatchNorm: the saved model gives the scores of both processes."""
+    """Also with steps of a part of the parameters, several backward passes, and BatchNorm, the saved model gives both processes' scores."""
     steps = [option for option in quick(name) if not option.startswith("trainer.max_epochs")]
-    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false", "trainer.max_epochs=2"]
-    options = [f"model={name}", *steps, *more, "batch_size=7", f"run_dir='{tmp_path / 'run'}'"]
-    command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    train_in_two(tmp_path / "run", tiny, f"model={name}", *steps, "trainer.max_epochs=2", "batch_size=7")
     again = composed(f"run='{tmp_path / 'run'}'", f"output='{tmp_path / 'again'}'", "device=cpu", *ONE, config="test")
     retest(again)
     expected, found = scores(tmp_path / "run"), scores(tmp_path / "again")

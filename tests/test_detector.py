@@ -1,4 +1,4 @@
-"""What is left of a prediction where something is not looked at."""
+"""Predictions under an ignore mask."""
 
 import torch
 from hypothesis import given
@@ -9,7 +9,7 @@ from blemish.types import Prediction
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1), st.booleans())
-def test_a_largest_value_is_that_of_what_is_seen(seed, share, ties):
+def test_a_largest_value_is_that_of_the_other_pixels(seed, share, ties):
     generator = torch.Generator().manual_seed(seed)
     map = torch.rand(4, 9, 7, generator=generator)
     map = (3 * map).round() if ties else map
@@ -25,13 +25,9 @@ def test_a_largest_value_is_that_of_what_is_seen(seed, share, ties):
         assert torch.equal(found[i][~ignore_mask[i]], shown) and (found[i][ignore_mask[i]] == shown.min()).all()
 
 
-def test_without_anything_hidden_it_is_the_prediction_itself():
-    prediction = Prediction(torch.rand(2), torch.rand(2, 5, 5))
+def test_without_ignored_pixels_it_is_the_prediction_itself():
+    prediction, nothing = Prediction(torch.rand(2), torch.rand(2, 5, 5)), torch.zeros(2, 5, 5, dtype=torch.bool)
     assert apply_ignore_mask(prediction, None) is prediction
-    assert all(
-        torch.equal(a, b) for a, b in zip(apply_ignore_mask(prediction, torch.zeros(2, 5, 5, dtype=torch.bool)), prediction, strict=True)
-    )
-    alone = Prediction(torch.rand(2))
-    assert torch.equal(
-        apply_ignore_mask(alone, torch.ones(2, 5, 5, dtype=torch.bool)[:, :, :3] & torch.tensor([True, False, True])).score, alone.score
-    )
+    assert all(torch.equal(a, b) for a, b in zip(apply_ignore_mask(prediction, nothing), prediction, strict=True))
+    partly = nothing | torch.tensor([True, False, True, True, True])
+    assert torch.equal(apply_ignore_mask(Prediction(prediction.score), partly).score, prediction.score)

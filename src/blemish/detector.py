@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from blemish.edge.checks import check_choice, check_number, check_whole
+from blemish.edge.checks import check_choice, check_number, check_share_or_count, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.extractor import Features
@@ -23,10 +23,22 @@ from blemish.types import Batch, Prediction
 
 Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
 Stages = Sequence[int | str]  # numbers or names, as `Features` has them
-COUNT = partial(check_whole, "model", 1)
-POSITIVE, NOT_NEGATIVE = (partial(check_number, "model", interval) for interval in ("(0, inf)", "[0, inf)"))
 DTYPES = ("uint8", "uint16", "float32")
 NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
+
+
+def number(interval: str, **options) -> Callable[..., None]:
+    """A rule for `check_arguments`, see `check_number`."""
+    return partial(check_number, "model", interval, **options)
+
+
+def integer(least: int, most: int | None = None, **options) -> Callable[..., None]:
+    """A rule for `check_arguments`, see `check_whole`."""
+    return partial(check_whole, "model", least, most, **options)
+
+
+COUNT, SHARE_OR_COUNT = integer(1), partial(check_share_or_count, "model")
+POSITIVE, NOT_NEGATIVE = number("(0, inf)"), number("[0, inf)")
 
 
 class Detector(pl.LightningModule):
@@ -45,6 +57,7 @@ class Detector(pl.LightningModule):
     map_threshold: float | None = None  # the method's own threshold for maps
     map_floor: float | None = None  # map value where the colour scale of pictures begins, where the method fixes one
     decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous
+    reconstruct: Callable[[Tensor], Tensor] | None = None  # images (B, 3, H, W) to their reconstruction in [0, 1], if the method has one
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
@@ -56,7 +69,7 @@ class Detector(pl.LightningModule):
         self.register_buffer("training_values", torch.tensor([NO_RANGE] * len(DTYPES)))  # rows of DTYPES, columns of Range
 
     def check_arguments(self, **rules: tuple | Callable[..., None]) -> None:
-        """Check saved hyperparameters by name; a rule is a tuple of choices or a check of `edge.checks`."""
+        """Check saved hyperparameters by name; a rule is a tuple of choices, or a check that takes the value by its name."""
         for name, rule in rules.items():
             check = partial(check_choice, "model", rule) if isinstance(rule, tuple) else rule
             check(**{name: self.hparams[name]})

@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import batch, composed, images, make, trained_by_lightning
+from support import batch, images, make, trained_by_lightning
 
 from blemish.edge.errors import InputError
 from blemish.methods.cflow import CFlow, learning_rate_factor
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
-from blemish.run.config import build
 
 
 def cflow(fibres=64) -> CFlow:
     return make("cflow", stages=[1, 2], blocks=2, condition=16, fibres=fibres, learning_rate=2e-3)
 
 
-def whole_encoding(dim: int, height: int, width: int) -> torch.Tensor:
+def full_encoding(dim: int, height: int, width: int) -> torch.Tensor:
     """(height·width, dim) plainly: the column's encoding, then the row's."""
     columns, rows = positional_encoding(dim // 2, width), positional_encoding(dim // 2, height)
     return torch.stack([torch.cat([columns[x], rows[y]]) for y in range(height) for x in range(width)])
@@ -33,11 +32,11 @@ def test_fibre_batches_hold_every_position_once_with_its_own_place():
     maps = model.features(images(3))
     found = list(model.fibre_batches(maps))
     for stage, map in enumerate(maps):
-        parts = [(x, whole_encoding(16, *map.shape[-2:])[places]) for s, x, places, _ in found if s == stage]
+        parts = [(x, full_encoding(16, *map.shape[-2:])[places]) for s, x, places, _ in found if s == stage]
         assert len(parts) == len(map) * map[0, 0].numel() // 100
         assert all(100 <= len(x) < 200 for x, _ in parts)
         got = torch.cat([torch.cat(part, 1) for part in parts])
-        encodings = whole_encoding(16, *map.shape[-2:]).repeat(3, 1)
+        encodings = full_encoding(16, *map.shape[-2:]).repeat(3, 1)
         expected = torch.cat([map.permute(0, 2, 3, 1).flatten(0, 2), encodings], 1)
         assert not torch.equal(got, expected)  # in another order
         assert {tuple(row) for row in got.tolist()} == {tuple(row) for row in expected.tolist()}
@@ -49,7 +48,7 @@ def test_loss_takes_the_fibre_batches_one_by_one():
     expected = []
     with torch.no_grad():
         for stage, x, places, (columns, rows) in model.fibre_batches(model.maps(one)):
-            condition = whole_encoding(16, len(rows), len(columns))[places]
+            condition = full_encoding(16, len(rows), len(columns))[places]
             z, log_det = (part.double().numpy() for part in model.flows[stage](x, projected(model.flows[stage], condition)))
             channels = z.shape[1]
             log_p = -0.5 * (z**2).sum(1) - channels * 0.5 * np.log(2 * np.pi) + log_det
@@ -107,7 +106,7 @@ def test_map_is_in_the_order_of_the_official_one():
     for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
         height, width = map_s.shape[-2:]
         x = map_s.permute(0, 2, 3, 1).flatten(1, 2)
-        condition = projected(flow, whole_encoding(16, height, width))
+        condition = projected(flow, full_encoding(16, height, width))
         logs = torch.stack([log_likelihood(*flow(one, condition)) for one in x]) / map_s.shape[1]
         relative = (logs.double() - top).exp().view(2, 1, height, width)
         total = total + F.interpolate(relative, (64, 64), mode="bilinear", align_corners=False)[:, 0]
@@ -116,15 +115,7 @@ def test_map_is_in_the_order_of_the_official_one():
 
 
 @torch.no_grad()
-def test_other_images_do_not_change_a_score():
-    model = cflow().eval()
-    model.after_training([batch(images(4))])
-    alone, beside = model(images(2)).score[0], model(torch.cat([images(1), images(1, seed=5) * 0]))[0][0]
-    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_the_unthinkable_has_a_finite_score():
+def test_a_very_unlikely_image_has_a_finite_score():
     model = cflow().eval()
     model.highest += 1e4
     score, map = model(images(1))
@@ -135,9 +126,3 @@ def test_the_unthinkable_has_a_finite_score():
 def test_accumulated_gradients_are_refused():
     with pytest.raises(InputError, match="accumulate_grad_batches"):
         trained_by_lightning(cflow(), images(8), epochs=1, accumulate_grad_batches=2)
-
-
-def test_recipe():
-    cfg = composed("model=cflow", "backbone=test_resnet", "weights=random")
-    model = build(cfg.model)
-    assert (len(model.flows), model.fibres, cfg.trainer.max_epochs) == (3, 256, 200)

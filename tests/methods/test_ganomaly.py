@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support import batch, images, make, trained_by_lightning
+from support import images, make, trained_by_lightning
 
 from blemish.methods.ganomaly import COLLAPSED, pyramid
 
@@ -51,15 +51,6 @@ def test_a_step_is_the_plain_one():
         assert same > 0.99, name
         moved += int((ours != old).sum())
     assert moved > 0.9 * sum(p.numel() for p in before.parameters())
-
-
-@torch.no_grad()
-def test_the_loss_is_the_papers():
-    model, x = ganomaly().eval(), images(3, side=32)
-    _, fake, code, again = model.generate(x)
-    discriminator = model.networks["discriminator"]
-    expected = F.mse_loss(discriminator(fake)[1], discriminator(2 * x - 1)[1]) + 50 * F.l1_loss(fake, 2 * x - 1) + F.mse_loss(code, again)
-    torch.testing.assert_close(model.loss(batch(x)), expected)
 
 
 @torch.no_grad()
@@ -128,8 +119,6 @@ def test_first_weights_are_dcgans():
     model = ganomaly(channels=32)
     weights = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)])
     assert weights.std() == pytest.approx(0.02, rel=0.01)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ganomaly(channels=32).parameters(), strict=True))
-    assert not torch.equal(next(model.parameters()), next(ganomaly(channels=32, seed=1).parameters()))
 
 
 def test_clip_bounds_the_step():

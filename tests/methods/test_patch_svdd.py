@@ -17,7 +17,7 @@ def model_of(**changes):
 
 @pytest.mark.parametrize("size", [64, 32])
 @torch.no_grad()
-def test_a_whole_image_is_embedded_as_its_patches_are(size):
+def test_a_full_image_is_embedded_as_its_patches_are(size):
     model = model_of().eval()
     image = images(1, side=136)
     dense = model.embed(image, size)
@@ -77,7 +77,7 @@ def test_scores_are_those_of_a_plain_search():
 
 
 @torch.no_grad()
-def test_codes_that_are_all_alike_are_told(caplog):
+def test_a_warning_of_codes_that_are_all_alike(caplog):
     model = model_of(weight=0.5).eval()
     model.after_training([batch(images(2, side=96))])
     assert not caplog.records

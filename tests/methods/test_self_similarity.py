@@ -6,28 +6,26 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
-from support import batch, composed
+from support import batch, composed, make, tiny_run
 
 from blemish.data.images import prepare
 from blemish.data.manifest import read_manifest
-from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
 from blemish.features import tiles
 from blemish.features.extractor import Features
 from blemish.methods import self_similarity
-from blemish.methods.self_similarity import SelfSimilarity, threshold_of
-from blemish.ops.maps import paint, starts
+from blemish.methods.self_similarity import threshold_of
+from blemish.ops.maps import starts
 from blemish.run import checkpoint, train
 
 
 def detector(neighbors=2, mode="cdf", value=0.95, validation=0.2, most_tiles=1000):
     rule = {"mode": mode, "value": value}
-    return SelfSimilarity("test_resnet", [4], "random", 32, 8, 64, 0.95, 10, 10, neighbors, rule, validation, most_tiles, seed=0)
+    return make("self_similarity", neighbors=neighbors, threshold=rule, validation=validation, most_tiles=most_tiles)
 
 
 def images(n, seed=0, height=56, width=72):
@@ -91,15 +89,8 @@ def test_is_the_plain_chain():
 @given(st.integers(1, 300), st.integers(1, 80), st.integers(1, 80))
 def test_tiles_cover_every_pixel(length, tile, stride):
     first, stride = starts(length, tile, min(stride, tile)), min(stride, tile)
-    covered = {p for s in first.tolist() for p in range(s, s + min(tile, length))}
-    assert covered == set(range(length))
-    assert (first.diff() > 0).all()
-    assert (first.diff() <= stride).all()
-
-
-def test_equal_tiles_paint_a_flat_map():
-    flat = paint(torch.full((2, len(starts(77, 32, 8)), len(starts(20, 32, 8))), 3.0), (77, 20), 32, 8)
-    torch.testing.assert_close(flat, torch.full((2, 77, 20), 3.0))
+    assert {p for s in first.tolist() for p in range(s, s + min(tile, length))} == set(range(length))
+    assert ((first.diff() > 0) & (first.diff() <= stride)).all()
 
 
 @torch.no_grad()
@@ -124,7 +115,7 @@ def test_large_images_go_through_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 10, 30, 100, 10_000])
 @torch.no_grad()
-def test_remembers_no_more_than_allowed(most):
+def test_the_state_holds_no_more_than_allowed(most):
     model = detector(most_tiles=most)
     state = model.new_state(10)
     for part in images(10).split(3):
@@ -195,53 +186,31 @@ def test_a_fixed_threshold_holds_out_nothing():
     assert (rows[:, 1] == 0).all()
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "best"}, {"mode": "cdf", "value": 95}, {"mode": "cdf", "value": "high"}, {"neighbors": 11}])
-def test_wrong_values_are_refused(wrong):
-    with pytest.raises(InputError, match="model"):
-        detector(**wrong)
-
-
-def by_number(number):
-    """An image of its own for every number."""
-    return images(1, number)[0]
-
-
 @torch.no_grad()
 def test_the_dictionary_does_not_depend_on_who_saw_which_image():
     """The numbers of two processes, whose rows come one behind the other, and a repeat at the end of the second's."""
-    one, dealt = detector(most_tiles=60), detector(most_tiles=60)
-    fitted(one, torch.stack([by_number(i) for i in range(7)]).split(3))
+    one, dealt, pictures = detector(most_tiles=60), detector(most_tiles=60), torch.cat([images(1, number) for number in range(7)])
+    fitted(one, pictures.split(3))
     state = dealt.new_state(7)
     for numbers in ([0, 2, 4, 6], [1, 3, 5, 7]):
         dealt.numbers = iter(numbers)
-        state.update(dealt.collect(dealt.features(torch.stack([by_number(i % 7) for i in numbers]))))
+        state.update(dealt.collect(dealt.features(pictures[[number % 7 for number in numbers]])))
     dealt.fit(state)
     for name in ("mean", "axes", "variance", "words", "threshold"):
         torch.testing.assert_close(getattr(dealt, name), getattr(one, name), rtol=1e-4, atol=1e-4)
 
 
-def save(folder, pictures):
-    folder.mkdir(parents=True)
-    for i, picture in enumerate(pictures):
-        Image.fromarray((picture.movedim(0, -1).numpy() * 255).astype(np.uint8)).save(folder / f"{i}.png")
-
-
 @torch.no_grad()
-@pytest.mark.parametrize(("split", "protocol"), [({"data.validation": "val"}, "paper"), ({}, "clean")])
-def test_calibration_images_set_the_threshold(tmp_path, split, protocol):
+@pytest.mark.parametrize("protocol", ["paper", "clean"])
+def test_calibration_images_set_the_threshold(tiny, tmp_path, protocol):
     """Of a run: from a validation folder, else from what the protocol holds out; the dictionary then has all training images."""
-    for name, count, seed in (("normal", 4, 0), ("val", 2, 9), ("test", 1, 5)):
-        save(tmp_path / name, images(count, seed, 40, 56))
-    overrides = {"data.root": f"'{tmp_path}'", "data.abnormal": "[test]", "data.test_share": 0, **split, "protocol": protocol}
-    quick = ["backbone=test_resnet", "weights=random", "trainer=cpu", "logger=none", "trainer.enable_progress_bar=false", "save.pictures=0"]
-    cfg = composed(
-        "model=self_similarity", "data=folder", *quick, f"run_dir='{tmp_path}/run'", *(f"{key}={value}" for key, value in overrides.items())
-    )
-    train.train(cfg)
+    split = ["data.validation=normal_test", "data.normal_test=null", "data.test_share=0"] if protocol == "paper" else []
+    options = ["model=self_similarity", "image_size=null", "batch_size=1", "model.stride=16", f"protocol={protocol}", *split]
+    train.train(tiny_run(tiny, tmp_path / "run", *options))
     _, model = checkpoint.load(tmp_path / "run", "cpu")
     held = [sample.path for sample in read_manifest(tmp_path / "run" / "manifest.csv") if sample.split == "calibrate"]
-    assert held == (["val/0.png", "val/1.png"] if split else held[:1])
-    pixels = torch.cat([model(prepare(read(tmp_path / path), {}, Geometry())[None]).map.flatten() for path in held])
+    assert len(held) == 6
+    pixels = torch.cat([model(prepare(read(tiny / path), {}, Geometry())[None]).map.flatten() for path in held])
     assert model.map_threshold == pytest.approx(np.quantile(pixels, 0.95, method="inverted_cdf"), rel=1e-4)
 
 

@@ -13,7 +13,7 @@ from support import fitted, images, make
 
 from blemish.edge.errors import InputError
 from blemish.methods import spade
-from blemish.methods.spade import correspondences, inliers, levels
+from blemish.methods.spade import correspondences, inliers
 
 
 def detector(**changes):
@@ -49,18 +49,12 @@ def test_is_the_paper(stages, global_stage):
         np.testing.assert_allclose(map, gaussian_filter(up, 4.0, mode="reflect", truncate=4), rtol=2e-3)
 
 
+# in the fourth the cells of the coarse stages overlap; in the last not every position of the finer stage is used
+GRIDS = [((8, 8),), ((8, 8), (4, 4), (2, 2)), ((8, 12), (2, 3)), ((9, 7), (5, 4), (3, 2)), ((6, 6), (6, 6), (3, 3)), ((4, 4), (6, 6))]
+
+
 @pytest.mark.parametrize("tile", [2**22, 300])
-@pytest.mark.parametrize(
-    "grids",
-    [
-        ((8, 8),),
-        ((8, 8), (4, 4), (2, 2)),
-        ((8, 12), (2, 3)),
-        ((9, 7), (5, 4), (3, 2)),  # the cells of the two coarse stages overlap
-        ((6, 6), (6, 6), (3, 3)),
-        ((4, 4), (6, 6)),  # a finer stage behind the first: not every position of it is used
-    ],
-)
+@pytest.mark.parametrize("grids", GRIDS)
 def test_correspondences_are_the_distances_of_the_concatenation(grids, tile, monkeypatch):
     monkeypatch.setattr(spade, "TILE", tile)
     g = torch.Generator().manual_seed(0)
@@ -71,15 +65,6 @@ def test_correspondences_are_the_distances_of_the_concatenation(grids, tile, mon
     expected = pairwise_distances(resized[0][0].numpy(), resized[1].flatten(0, 1).numpy()).min(1)
     found = correspondences([q.flatten(2)[0].T for q in query], [m.flatten(2).mT for m in gallery], grids)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("grids", [((8, 8), (4, 4), (2, 2)), ((9, 7), (5, 4), (3, 2))])
-def test_levels_hold_every_cell(grids):
-    finest, middle, coarsest = levels(grids)
-    assert finest.at.tolist() == list(range(grids[0][0] * grids[0][1]))
-    assert set(middle.children.flatten().tolist()) == set(range(len(finest.at)))
-    assert set(coarsest.children.flatten().tolist()) == set(range(len(middle.at)))
-    assert coarsest.at.tolist() == list(range(6 if len(coarsest.at) == 6 else 4))
 
 
 @pytest.mark.parametrize("grids", [((8, 8), (4, 4)), ((8, 8), (4, 4), (2, 2)), ((9, 7), (5, 4), (3, 2))])

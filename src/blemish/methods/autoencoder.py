@@ -5,8 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector
-from blemish.edge.checks import check_whole
+from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector, integer
 from blemish.edge.errors import InputError
 from blemish.ops.conv import Decoder, Encoder, input_side
 from blemish.ops.losses import dissimilarity, squared_error
@@ -55,7 +54,7 @@ class Autoencoder(ConvAutoencoder):
         super().__init__()
         self.save_hyperparameters()
         errors = {"l2": squared_error, "ssim": partial(dissimilarity, window=window)}
-        self.check_arguments(loss=tuple(errors), window=partial(check_whole, "model", 1, 31), score=("max", "mean"), sigma=check_blur)
+        self.check_arguments(loss=tuple(errors), window=integer(1, 31), score=("max", "mean"), sigma=check_blur)
         if window % 2 == 0:
             raise InputError(f"model.window={window}: expected an odd number of pixels")
         self.error, self.sigma, self.ranking = errors[loss], sigma, score

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, POSITIVE, Maps, Stages, TrainedDetector
-from blemish.edge.checks import check_whole
+from blemish.detector import COUNT, POSITIVE, Maps, Stages, TrainedDetector, integer
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
@@ -56,7 +54,7 @@ class CFlow(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(blocks=COUNT, fibres=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=partial(check_whole, "model", 4))
+        self.check_arguments(blocks=COUNT, fibres=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=integer(4))
         if condition % 4:
             raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
         self.backbone = Features(backbone, stages, weights, seed)

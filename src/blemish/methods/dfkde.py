@@ -1,18 +1,14 @@
 """DFKDE: a Gaussian kernel density of the image's deep feature, reduced by PCA."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
-from blemish.edge.checks import check_number
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, number
 from blemish.features.extractor import Features
 from blemish.ops import kde, pca
 from blemish.types import Prediction
 
 RESOLUTION = 1e-6  # of a feature's norm: float32 networks differ by so much from batch to batch
-BANDWIDTH = partial(check_number, "model", "(0, inf)", also=("scott", "silverman"))
 
 
 class VectorDensity:
@@ -23,7 +19,7 @@ class VectorDensity:
     """
 
     def add_density(self, components: int, density: str, bandwidth: str | float) -> None:
-        self.check_arguments(components=COUNT, bandwidth=BANDWIDTH)
+        self.check_arguments(components=COUNT, bandwidth=number("(0, inf)", also=("scott", "silverman")))
         self.components, self.density, self.bandwidth = components, density, bandwidth
         self.add_buffers("mean", "axes", "variance")  # (D,), (k, D), (k,)
         self.add_buffers("length", "points", "factor", "centre")  # (), (N, k), (k, k), (k,): empty for a Gaussian

@@ -1,12 +1,9 @@
 """DFM: deep features that the principal components of normal ones do not explain (Ahuja et al. 2019, arXiv 1909.11786)."""
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
-from blemish.edge.checks import check_share_or_count
+from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, OnePassDetector, RowBuffer, Stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import pca
@@ -28,7 +25,7 @@ class DFM(OnePassDetector):
     def __init__(self, backbone: str, stages: Stages, weights: str, pool: int, keep: float, score: str, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(score=("fre", "nll"), pool=COUNT, keep=partial(check_share_or_count, "model"))
+        self.check_arguments(score=("fre", "nll"), pool=COUNT, keep=SHARE_OR_COUNT)
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.rule = pool, keep, score
         self.add_buffers("mean", "axes", "variance", "rows")  # (D,), (k, D), (k,), (N, D) for an update; D = C·h·w of the pooled map

@@ -1,15 +1,14 @@
 """DFR: regional features that an autoencoder cannot reconstruct are anomalous (Shi, Yang, Qi 2020, arXiv 2012.07122)."""
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, POSITIVE, Maps, RunningCovariance, Stages, TrainedDetector
-from blemish.edge.checks import check_share_or_count
+from blemish.detector import COUNT, POSITIVE, SHARE_OR_COUNT, Maps, RunningCovariance, Stages, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
@@ -44,7 +43,7 @@ class DFR(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(region=COUNT, latent=partial(check_share_or_count, "model"), batch_norm=(True, False), learning_rate=POSITIVE)
+        self.check_arguments(region=COUNT, latent=SHARE_OR_COUNT, batch_norm=(True, False), learning_rate=POSITIVE)
         self.backbone = Features(backbone, stages, weights, seed)
         self.region, self.latent = region, latent
         self.autoencoder = nn.Sequential()  # filled by `before_training`

@@ -1,14 +1,12 @@
 """GANomaly: an encoder-decoder-encoder trained against a discriminator (Akcay, Atapour-Abarghouei, Breckon 2018, arXiv 1805.06725)."""
 
-from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector
-from blemish.edge.checks import check_number
+from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector, number
 from blemish.ops.conv import check_side, input_side
 from blemish.ops.rng import seeded, stream
 from blemish.types import Batch, Prediction
@@ -46,8 +44,7 @@ class GANomaly(TrainedDetector):
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.check_arguments(latent=COUNT, channels=COUNT, max_channels=COUNT, w_adv=NOT_NEGATIVE, w_con=NOT_NEGATIVE, w_enc=NOT_NEGATIVE)
-        clips = partial(check_number, "model", "(0, inf)", also=(None,))
-        self.check_arguments(learning_rate=POSITIVE, beta1=partial(check_number, "model", "[0, 1)"), clip=clips)
+        self.check_arguments(learning_rate=POSITIVE, beta1=number("[0, 1)"), clip=number("(0, inf)", also=(None,)))
         self.w_adv, self.w_con, self.w_enc, self.clip = w_adv, w_con, w_enc, clip
         self.side = input_side(image_size, crop)
         widths, grid = pyramid(self.side, channels, max_channels)
@@ -76,12 +73,6 @@ class GANomaly(TrainedDetector):
         # set to [0, 1] and normalises by the statistics of each test batch, which would make a score depend on its neighbours.
         _, _, code, again = self.generate(image)
         return Prediction((code - again).square().mean(1))
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The generator's loss, with the discriminator's weights as they are."""
-        x, fake, code, again = self.generate(batch.image)
-        discriminator = self.networks["discriminator"]
-        return self.adversarial_loss(discriminator(x)[1].detach(), discriminator(fake)[1]) + self.content_loss(x, fake, code, again)
 
     def adversarial_loss(self, real_features: Tensor, fake_features: Tensor) -> Tensor:
         return self.w_adv * F.mse_loss(fake_features.float(), real_features.float())

@@ -3,15 +3,14 @@
 import importlib
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from blemish.detector import COUNT, POSITIVE, Detector
-from blemish.edge.checks import check_stages, check_whole
+from blemish.detector import COUNT, POSITIVE, Detector, integer
+from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.noise import background, patches
@@ -62,11 +61,10 @@ class NoiseResidual(Detector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"))
+        self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"), patch=integer(2))
         self.check_arguments(mode=("calibrated", "measured", "reference"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
-        self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=partial(COUNT, each=True), epsilon=POSITIVE)
-        self.check_arguments(patch=partial(check_whole, "model", 2))
-        self.check_arguments(tile=partial(check_whole, "model", 2 * patch + 1, 16383))
+        self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=integer(1, each=True), epsilon=POSITIVE)
+        self.check_arguments(tile=integer(2 * patch + 1, 16383))
         check_stages(stage=[stage])
         self.backbone = Features(backbone, [stage], weights, seed) if source == "features" and residual_of is None else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
@@ -155,7 +153,7 @@ def reconstruction(run: Path) -> Detector:
     module, _, name = arguments.pop("_target_").rpartition(".")
     # a config may come from a stranger: it may name one of our methods and nothing else
     method = getattr(importlib.import_module(module), name) if module.startswith("blemish.methods.") else None
-    if not hasattr(method, "reconstruct"):
+    if getattr(method, "reconstruct", None) is None:
         raise InputError(f"residual_of={run}: {module}.{name} does not reconstruct images; expected the run of a method that does")
     if "weights" in arguments:
         arguments["weights"] = "checkpoint"

@@ -1,14 +1,13 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, integer, number
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.coreset import farthest_first, project
@@ -47,9 +46,8 @@ class PatchCore(OnePassDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        share, dimensions = partial(check_number, "model", "(0, 1]"), partial(COUNT, also=(None,))
-        self.check_arguments(coreset_ratio=share, embed_dim=dimensions, projection=COUNT, sigma=check_blur)
-        self.check_arguments(reweight=partial(check_whole, "model", 2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
+        self.check_arguments(coreset_ratio=number("(0, 1]"), embed_dim=integer(1, also=(None,)), projection=COUNT, sigma=check_blur)
+        self.check_arguments(reweight=integer(2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
         self.backbone = Features(backbone, stages, weights, seed)
         self.embed_dim, self.coreset_ratio, self.projection, self.sigma, self.seed = embed_dim, coreset_ratio, projection, sigma, seed

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from blemish.detector import POSITIVE, Maps, TrainedDetector
-from blemish.edge.checks import check_number, check_stages, check_text
+from blemish.detector import POSITIVE, Maps, TrainedDetector, number
+from blemish.edge.checks import check_stages, check_text
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features, stage_indices
 from blemish.ops.maps import check_blur, smooth_upsample
@@ -44,7 +44,7 @@ class ReverseDistillation(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         self.check_arguments(loss=("flattened", "position"), stages=check_stages, sigma=check_blur, learning_rate=POSITIVE)
-        self.check_arguments(betas=partial(check_number, "model", "[0, 1)", each=True), backbone=partial(check_text, ""))
+        self.check_arguments(betas=number("[0, 1)", each=True), backbone=partial(check_text, ""))
         self.flattened, self.sigma = loss == "flattened", sigma
         shapes, beyond = shapes_of(backbone, stages)
         self.backbone = Features(backbone, stages, weights, seed)

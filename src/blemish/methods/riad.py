@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, POSITIVE, TrainedDetector
-from blemish.edge.checks import check_whole
+from blemish.detector import COUNT, POSITIVE, TrainedDetector, integer
 from blemish.edge.errors import InputError
 from blemish.ops.losses import dissimilarity
 from blemish.ops.rng import seeded, stream
@@ -42,10 +41,9 @@ class RIAD(TrainedDetector):
     ):
         super().__init__()
         self.save_hyperparameters()
-        counts = partial(COUNT, each=True)
-        self.check_arguments(channels=COUNT, smooth=COUNT, scales=COUNT, cells=counts, learning_rate=POSITIVE)
-        self.check_arguments(sets=partial(check_whole, "model", 2))  # with one set the image would be masked completely
-        counts(milestones=milestones or [1])
+        self.check_arguments(channels=COUNT, smooth=COUNT, scales=COUNT, cells=integer(1, each=True), learning_rate=POSITIVE)
+        self.check_arguments(sets=integer(2))  # with one set the image would be masked completely
+        integer(1, each=True)(milestones=milestones or [1])
         if smooth % 2 == 0:
             raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
         self.cells, self.sets, self.scales, self.smooth = list(cells), sets, scales, smooth

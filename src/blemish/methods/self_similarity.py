@@ -3,13 +3,12 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed
-from blemish.edge.checks import check_number, check_whole
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, integer, number
+from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.features.tiles import TileFeatures
 from blemish.ops import kmeans, pca
@@ -50,8 +49,7 @@ class SelfSimilarity(OnePassDetector):
         super().__init__()
         self.save_hyperparameters()
         self.check_arguments(tile=COUNT, tile_input=COUNT, words=COUNT, restarts=COUNT, most_tiles=COUNT)
-        self.check_arguments(stride=partial(check_whole, "model", 1, tile), neighbors=partial(check_whole, "model", 1, words))
-        self.check_arguments(variance=partial(check_number, "model", "(0, 1]"), validation=partial(check_number, "model", "[0, 1)"))
+        self.check_arguments(stride=integer(1, tile), neighbors=integer(1, words), variance=number("(0, 1]"), validation=number("[0, 1)"))
         check_rule(threshold)
         self.backbone = TileFeatures(backbone, stages, weights, seed, tile, stride, tile_input)
         self.tile, self.stride = tile, stride

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed
-from blemish.edge.checks import check_number, check_stages
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, number
+from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.maps import check_blur, smooth_upsample
@@ -53,8 +53,7 @@ class SPADE(OnePassDetector):
         super().__init__()
         self.save_hyperparameters()
         check_stages(stages=stages, global_stage=[global_stage])
-        self.check_arguments(neighbors=COUNT, outlier_filter=("none", "ocsvm", None), sigma=check_blur)
-        self.check_arguments(nu=partial(check_number, "model", "(0, 1)"))
+        self.check_arguments(neighbors=COUNT, outlier_filter=("none", "ocsvm", None), nu=number("(0, 1)"), sigma=check_blur)
         stages = list(stages)
         self.backbone = Features(backbone, stages if global_stage in stages else [*stages, global_stage], weights, seed)
         self.local = len(stages)

@@ -1,14 +1,12 @@
 """STFPM: student-teacher feature pyramid matching (Wang, Han, Ding, Huang 2021, arXiv 2103.04257)."""
 
-from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import NOT_NEGATIVE, POSITIVE, Maps, Stages, TrainedDetector
-from blemish.edge.checks import check_number
+from blemish.detector import NOT_NEGATIVE, POSITIVE, Maps, Stages, TrainedDetector, number
 from blemish.features.extractor import Features, create
 from blemish.ops.maps import smooth_upsample
 from blemish.types import Batch, Prediction
@@ -26,7 +24,7 @@ class STFPM(TrainedDetector):
     def __init__(self, backbone: str, stages: Stages, weights: str, learning_rate: float, momentum: float, weight_decay: float, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(learning_rate=POSITIVE, momentum=partial(check_number, "model", "[0, 1)"), weight_decay=NOT_NEGATIVE)
+        self.check_arguments(learning_rate=POSITIVE, momentum=number("[0, 1)"), weight_decay=NOT_NEGATIVE)
         self.backbone = Features(backbone, stages, weights, seed)
         # a seed of its own: with weights=random the student would start as its teacher and have nothing to learn
         student = create(backbone, list(stages), "random", seed + 1, named=False).requires_grad_(True).train()

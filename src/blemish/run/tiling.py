@@ -168,7 +168,7 @@ class ImageCallback(Callback):
         raise NotImplementedError
 
     def add_batch(self, trainer, loader, module, outputs: Prediction, batch: Batch) -> None:
-        reconstruct = getattr(module, "reconstruct", None)
+        reconstruct = module.reconstruct
         if not isinstance(loader.dataset, TileBatches):
             self.add(trainer, outputs, batch, reconstruct)
             return
