@@ -15,6 +15,7 @@ import pytest
 from support import CONFIGS, composed, tiny_overrides, tiny_run
 
 from blemish.api import AnomalyDetector
+from blemish.data.manifest import write_manifest
 from blemish.deploy.export import export_run
 from blemish.edge.errors import InputError
 from blemish.report import tables
@@ -28,7 +29,7 @@ LEAN = ["save.curves=false", "save.pictures=2", "model.n_features=20", "batch_si
 
 
 class Disk:
-    """A folder of `size` bytes of which all but what is asked for can be taken away."""
+    """A small disk whose free space can be taken away."""
 
     def __init__(self, place: Path):
         self.place, self.ballast = place, place / "ballast"
@@ -59,9 +60,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def fills(disk: Disk, work: Callable[[], object], keep: Path, shares: Sequence[float] = SHARES) -> int:
-    """Do the work with room for more and more of what `keep` takes, until it goes well, at last with all room there is.
+    """Do the work with room for growing shares of the size of `keep`, until it succeeds, at last with all room; return how often it failed.
 
-    Each time before, it has to say that there is no room, and to leave `keep` as it was. Returns how often.
+    Each failure must name the full disk, and leave `keep` as it was.
     """
     before = content(keep)
     size = sum(map(len, before.values()))
@@ -85,8 +86,7 @@ def test_a_run_folder(disk, tiny, method):
     lean = LEAN if method == "padim" else ["save.curves=false", "save.pictures=2", "trainer.max_epochs=2", "model.latent=16"]
     first = train(tiny_run(tiny, disk.place / "first", f"model={method}", *lean))
     again = disk.place / "second"
-    failed = fills(disk, lambda: train(tiny_run(tiny, again, f"model={method}", *lean)), disk.place / "first")
-    assert failed >= 3
+    assert fills(disk, lambda: train(tiny_run(tiny, again, f"model={method}", *lean)), disk.place / "first") >= 3
     disk.clear()
     assert {path.name for path in again.iterdir()} == {path.name for path in (disk.place / "first").iterdir()}, "nothing unfinished is left"
     assert read_record(again)["status"] == FINISHED
@@ -147,8 +147,7 @@ def test_predictions(disk, finished, tiny):
         return len(predict(cfg).rows)
 
     work(disk.place / "first")
-    failed = fills(disk, lambda: work(disk.place / "second"), disk.place / "first")
-    assert failed >= 3
+    assert fills(disk, lambda: work(disk.place / "second"), disk.place / "first") >= 3
     disk.clear()
     assert content(disk.place / "second").keys() == content(disk.place / "first").keys()
 
@@ -161,22 +160,18 @@ def test_an_export(disk, finished):
     first = disk.place / "first" / "model.pt2"
     work(first)
     second = disk.place / "second" / "model.pt2"
-    failed = fills(disk, lambda: work(second), first.parent, (0, 0.3, 0.9))
-    assert failed >= 2
+    assert fills(disk, lambda: work(second), first.parent, (0, 0.3, 0.9)) >= 2
     assert [path.name for path in second.parent.glob("[!.]*")] == ["model.pt2"]
 
 
 def test_a_saved_detector_a_table_and_a_manifest(disk, finished, tiny):
     detector = AnomalyDetector.load(finished, device="cpu")
     detector.save(disk.place / "first" / "detector.ckpt")
-    failed = fills(disk, lambda: detector.save(disk.place / "second.ckpt"), disk.place / "first")
-    assert failed >= 2
+    assert fills(disk, lambda: detector.save(disk.place / "second.ckpt"), disk.place / "first") >= 2
     image = np.zeros((64, 64, 3), np.uint8)
     assert AnomalyDetector.load(disk.place / "second.ckpt", device="cpu").predict(image).score == detector.predict(image).score
     args = (None, None, None, "run", "image_auroc", None)
     fills(disk, lambda: tables.write(finished, disk.place / "table.csv", *args), disk.place / "first")
     data = build(tiny_run(tiny, tiny).data)
     data.setup()
-    from blemish.data.manifest import write_manifest
-
     assert fills(disk, lambda: write_manifest(disk.place / "manifest.csv", data.samples), disk.place / "first") >= 1

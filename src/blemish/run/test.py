@@ -8,7 +8,7 @@ from blemish.edge.errors import InputError
 from blemish.run.checkpoint import device_of, load
 from blemish.run.config import ARGUMENTS, check_config, keys_of, unknown
 from blemish.run.record import read_record
-from blemish.run.train import described, prepared, run_context, tested
+from blemish.run.train import Run, described, run_context
 
 
 def test(cfg: DictConfig) -> dict:
@@ -32,4 +32,4 @@ def test(cfg: DictConfig) -> dict:
     check_config(saved)
     images = described(saved)
     with run_context(folder, saved, overwrite=read_record(folder) is not None) as record:  # only an earlier test's files are replaced
-        return tested(prepared(saved, record, images, model), None)
+        return Run(saved, record, images, model).test(None)

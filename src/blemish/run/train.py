@@ -8,11 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -74,7 +73,7 @@ def train(cfg: DictConfig) -> dict:
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
     with run_context(folder, cfg, cfg.overwrite, [STATE, ROI, "manifest.csv"] if resumed else []) as record:
-        run = prepared(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
+        run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
         save_split(folder, images)
         model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
         started = time.perf_counter()
@@ -91,51 +90,64 @@ def train(cfg: DictConfig) -> dict:
             save_checkpoint(run.trainer, model, folder / "model.ckpt", portable_config(cfg, images.roi))
         if run.trainer.is_global_zero:
             (folder / STATE).unlink(missing_ok=True)
-        return tested(run, fit_seconds)
+        return run.test(fit_seconds)
 
 
-class Prepared(NamedTuple):
-    """A run whose data are split and recorded, ready to be fitted and tested."""
+class Run:
+    """A run whose data are split and recorded, ready to be fitted and tested: `data` is what the trainer is given.
 
-    cfg: DictConfig
-    record: Record
-    images: ImageData
-    data: ImageData | StoredData  # what the trainer is given: the images, or their stored maps
-    model: Detector
-    trainer: Trainer
-    times: StageTimes
-    calibrate: Calibrate
-    evaluate: Evaluate
+    model: fitted or not. past: the run to update. more: further callbacks.
+    """
 
+    def __init__(
+        self, cfg: DictConfig, record: Record, images: ImageData, model: Detector, past: Path | None = None, more: Sequence[Callback] = ()
+    ):
+        self.cfg, self.record, self.images, self.model = cfg, record, images, model
+        self.times, self.calibrate, self.evaluate = build_callbacks(cfg)
+        self.trainer = trainer_of(cfg, [self.times, *stitch_callbacks(images, self.calibrate, self.evaluate), *more])
+        set_up(cfg, images, past, model.ranges)
+        model.ranges = images.ranges
+        images.process, images.processes = self.trainer.global_rank, self.trainer.world_size
+        save_config(cfg)  # again, now that it holds what was fitted to the training images
+        record.note(metadata(cfg, images, model))
+        self.data = stored(cfg, images, model, self.trainer, self.times)
 
-def prepared(
-    cfg: DictConfig, record: Record, images: ImageData, model: Detector, past: Path | None = None, more: Sequence = ()
-) -> Prepared:
-    """Set up the data, make the trainer with `more` callbacks, and write config and metadata to the run folder."""
-    times, calibrate, evaluate = build_callbacks(cfg)
-    trainer = trainer_of(cfg, [times, calibrate, evaluate, *more])
-    set_up(cfg, images, past, model.ranges)
-    model.ranges = images.ranges
-    images.process, images.processes = trainer.global_rank, trainer.world_size
-    save_config(cfg)  # again, now that it holds what was fitted to the training images
-    record.note(metadata(cfg, images, model))
-    data = stored(cfg, images, model, trainer, times)
-    return Prepared(cfg, record, images, data, model, trainer, times, calibrate, evaluate)
+    def test(self, fit_seconds: float | None) -> dict:
+        """Test the fitted model, write and record the results, and return the metrics, whose computation counts as test time."""
+        started = time.perf_counter()
+        self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        with self.times.stage("metrics"):
+            self.evaluate.metrics(fit_seconds, None)
+        metrics = self.evaluate.metrics(fit_seconds, time.perf_counter() - started)
+        self.images.values.report()
+        if self.trainer.is_global_zero:
+            self._write_results(metrics)
+        store = self.data.metadata() if isinstance(self.data, StoredData) else None
+        self.record.finish({"seconds": self.times.total(), "store": store})
+        return metrics
 
-
-def tested(run: Prepared, fit_seconds: float | None) -> dict:
-    """Test a fitted model, write and record the results, and return the metrics, whose computation counts as test time."""
-    started = time.perf_counter()
-    run.trainer.test(run.model, datamodule=run.data, verbose=False)
-    with run.times.stage("metrics"):
-        run.evaluate.metrics(fit_seconds, None)
-    metrics = run.evaluate.metrics(fit_seconds, time.perf_counter() - started)
-    run.images.values.report()
-    if run.trainer.is_global_zero:
-        write_results(run, metrics)
-    store = run.data.metadata() if isinstance(run.data, StoredData) else None
-    run.record.finish({"seconds": run.times.total(), "store": store})
-    return metrics
+    def _write_results(self, metrics: dict) -> None:
+        """Write metrics.json, scores.csv, pictures and curves, and hand them to the loggers."""
+        cfg, folder, evaluate = self.cfg, Path(self.cfg.run_dir), self.evaluate
+        write_json(folder / "metrics.json", metrics)
+        if evaluate.threshold.n:
+            log.log(logging.INFO if evaluate.threshold.reachable else logging.WARNING, evaluate.threshold.explain())
+        if cfg.save.scores:
+            write_csv(folder / "scores.csv", SCORES, evaluate.scores)
+        files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
+        pictures = [file for file in files if file.parent != folder]
+        names = [file.relative_to(folder).as_posix() for file in pictures]
+        self.record.note({"calibration": evaluate.calibration_metadata(), "scale": evaluate.scale, "pictures": names})
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(plain(cfg))
+            logger.log_metrics(numbers, step=self.trainer.global_step)
+            for key, group in (("curves", [file for file in files if file.parent == folder]), ("images", pictures)):
+                if group and hasattr(logger, "log_image"):
+                    logger.log_image(key=key, images=[str(file) for file in group])
+            logger.finalize("success")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # or the next run of a sweep would be logged to this one
 
 
 def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders: Sequence[DataLoader]) -> None:
@@ -228,30 +240,6 @@ def stored(cfg: DictConfig, data: ImageData, model: Detector, trainer: Trainer, 
     store = Store(cfg.store.root, cfg.store.dtype, cfg.store.max_gb)
     shown = trainer.progress_bar_callback is not None
     return StoredData(store, data, backbone, model.inputs_for, cfg.store.images, trainer.strategy.root_device, times.stage, shown)
-
-
-def write_results(run: Prepared, metrics: dict) -> None:
-    """Write metrics.json, scores.csv, pictures and curves, and hand them to the loggers."""
-    cfg, folder, evaluate = run.cfg, Path(run.cfg.run_dir), run.evaluate
-    write_json(folder / "metrics.json", metrics)
-    if evaluate.threshold.n:
-        log.log(logging.INFO if evaluate.threshold.reachable else logging.WARNING, evaluate.threshold.explain())
-    if cfg.save.scores:
-        write_csv(folder / "scores.csv", SCORES, evaluate.scores)
-    files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
-    pictures = [file for file in files if file.parent != folder]
-    names = [file.relative_to(folder).as_posix() for file in pictures]
-    run.record.note({"calibration": evaluate.calibration_metadata(), "scale": evaluate.scale, "pictures": names})
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(plain(cfg))
-        logger.log_metrics(numbers, step=run.trainer.global_step)
-        for key, group in (("curves", [file for file in files if file.parent == folder]), ("images", pictures)):
-            if group and hasattr(logger, "log_image"):
-                logger.log_image(key=key, images=[str(file) for file in group])
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # or the next run of a sweep would be logged to this one
 
 
 @rank_zero_only
