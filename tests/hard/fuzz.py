@@ -37,33 +37,29 @@ def seeds() -> dict[str, bytes]:
     exif[274] = 6
     found = {}
 
-    def pillow(name: str, image: Image.Image, kind: str, **options) -> None:
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        found[name] = file.getvalue()
-
-    pillow("png grey", grey, "PNG")
-    pillow("png rgb", colour, "PNG", exif=exif)
-    pillow("png deep", deep, "PNG")
-    pillow("png palette", colour.quantize(9), "PNG", transparency=b"\x00\x80")
-    pillow("png alpha", colour.convert("RGBA"), "PNG")
-    pillow("png bit", grey.convert("1"), "PNG")
-    pillow("jpeg grey", grey, "JPEG")
-    pillow("jpeg rgb", colour, "JPEG", exif=exif)
-    pillow("jpeg progressive", colour, "JPEG", progressive=True)
-    pillow("jpeg cmyk", colour.convert("CMYK"), "JPEG")
-    pillow("bmp rgb", colour, "BMP")
-    pillow("bmp palette", grey, "BMP")
-    pillow("bmp bit", grey.convert("1"), "BMP")
-    pillow("gif", colour.quantize(9), "GIF")
-    pillow("webp", colour, "WEBP")
-    pillow("webp lossless", colour, "WEBP", lossless=True)
+    palette, bits, orientation = colour.quantize(9), grey.convert("1"), {"tiffinfo": {274: 6}}
+    compressions = [(colour, {"compression": name}) for name in ("raw", "tiff_lzw", "tiff_deflate", "packbits", "jpeg")]
+    pictures = {
+        "PNG": [
+            (grey, {}),
+            (colour, {"exif": exif}),
+            (deep, {}),
+            (palette, {"transparency": b"\x00\x80"}),
+            (colour.convert("RGBA"), {}),
+            (bits, {}),
+        ],
+        "JPEG": [(grey, {}), (colour, {"exif": exif}), (colour, {"progressive": True}), (colour.convert("CMYK"), {})],
+        "BMP": [(colour, {}), (grey, {}), (bits, {})],
+        "GIF": [(palette, {})],
+        "WEBP": [(colour, {}), (colour, {"lossless": True})],
+        "TIFF": [*compressions, (bits, {"compression": "group4"}), (deep, {"compression": "tiff_lzw"}), (grey, orientation)],
+    }
+    for kind, images in pictures.items():
+        for number, (image, options) in enumerate(images):
+            file = io.BytesIO()
+            image.save(file, kind, **options)
+            found[f"{kind} {number}"] = file.getvalue()
     found["pgm"] = b"P5\n40 24\n65535\n" + smooth.astype(">u2").tobytes()
-    for compression in ("raw", "tiff_lzw", "tiff_deflate", "packbits", "jpeg"):
-        pillow(f"tiff {compression}", colour, "TIFF", compression=compression)
-    pillow("tiff fax", grey.convert("1"), "TIFF", compression="group4")
-    pillow("tiff deep lzw", deep, "TIFF", compression="tiff_lzw")
-    pillow("tiff turned", grey, "TIFF", tiffinfo={274: 6})
     planes = np.moveaxis(rgb.astype(np.uint16) * 257, 2, 0)
     for name, array, options in (
         ("deep", smooth.astype(np.uint16), {}),
