@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,14 @@ from blemish.data.dataset import Images
 from blemish.data.manifest import read_manifest
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, read
+from blemish.files import release
 from blemish.methods.autoencoder import Autoencoder
 from blemish.run.config import build
 from blemish.run.predict import predict
-from blemish.run.record import read_record
-from blemish.run.train import train
+from blemish.run.record import Record, lock_run_folder, read_record
+from blemish.run.train import save_config, train
 
-LEAN = ["save.curves=false", "save.pictures=0", "model.n_features=20"]
+LEAN = ["model.n_features=20"]
 ODD = "a b, [c]{d}=e 'f' \"g\" #h %20 größe 大"  # all that means something to a shell, to Hydra, or to a URL
 
 
@@ -251,17 +253,27 @@ def test_a_training_image_that_changes_between_epochs(data, tmp_path, monkeypatc
 # ---- pixels
 
 
-def test_pixels_that_are_no_numbers(tiny, tmp_path):
-    root, rng = tmp_path / "data", np.random.default_rng(0)
-    for part, count in (("normal", 24), ("normal_test", 6), ("square", 6)):
+def written(root: Path, counts: tuple[int, int, int], ending: str, array: Callable[[str], np.ndarray]) -> Path:
+    """A data set of `array(folder)`, so many files in normal, normal_test and square."""
+    for part, count in zip(("normal", "normal_test", "square"), counts, strict=True):
         (root / part).mkdir(parents=True)
         for i in range(count):
-            tifffile.imwrite(root / part / f"{i:03}.tif", rng.normal(size=(64, 64)).astype(np.float32))
+            (tifffile.imwrite if ending == "tif" else imwrite)(root / part / f"{i:03}.{ending}", array(part))
+    return root
+
+
+def imwrite(path: Path, array: np.ndarray) -> None:
+    Image.fromarray(array).save(path)
+
+
+def test_pixels_that_are_no_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    root = written(tmp_path / "data", (24, 6, 6), "tif", lambda _: rng.normal(size=(64, 64)).astype(np.float32))
     for name, value in (("square/001.tif", np.nan), ("square/004.tif", np.inf), ("normal/007.tif", -np.inf)):
         array = tifffile.imread(root / name)
         array[5, 6] = value
         tifffile.imwrite(root / name, array)
-    with pytest.raises(InputError, match=r"\.tif: 1 values are NaN or infinite"):
+    with pytest.raises(InputError, match=r"\.tif: .*NaN"):
         train(tiny_run(root, tmp_path / "run", *LEAN, "data.masks=null"))
     train(tiny_run(root, tmp_path / "skipping", *LEAN, "data.masks=null", "data.on_error=skip"))
     listed = {sample.path for sample in read_manifest(tmp_path / "skipping" / "manifest.csv") if sample.split == "skipped"}
@@ -274,82 +286,55 @@ def test_pixels_that_are_no_numbers(tiny, tmp_path):
 @pytest.mark.parametrize("method", ["padim", "patchcore", "dfm", "spade", "self_similarity", "autoencoder", "stfpm"])
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
 def test_images_of_one_value(method, kind, tmp_path):
-    root = tmp_path / "data"
-    for part, count in (("normal", 12), ("normal_test", 4), ("square", 4)):
-        (root / part).mkdir(parents=True)
-        for i in range(count):
-            array = np.full((64, 64), 100, kind)
-            if part == "square":
-                array[20:40, 20:40] = 200
-            Image.fromarray(array).save(root / part / f"{i}.png")
-    lean = ["save.curves=false", "save.pictures=1", "data.masks=null"]
-    quick = ["trainer.max_epochs=1"] if method in ("autoencoder", "stfpm") else []
-    cfg = tiny_run(root, tmp_path / "run", f"model={method}", *lean, *quick)
+    def array(part: str) -> np.ndarray:
+        array = np.full((64, 64), 100, kind)
+        array[20:40, 20:40] = 200 if part == "square" else 100
+        return array
+
+    root, trained = written(tmp_path / "data", (12, 4, 4), "png", array), method in ("autoencoder", "stfpm")
+    cfg = tiny_run(root, tmp_path / "run", f"model={method}", "save.pictures=1", "data.masks=null", "trainer.max_epochs=1")
     if method in ("dfm", "self_similarity"):
         with pytest.raises(InputError, match="all rows are equal"):
             train(cfg)
         return
-    metrics = train(cfg)
-    assert metrics["image_auroc"] is not None
-    found = np.array([float(row["score"]) for row in scores(tmp_path / "run")])
-    assert np.isfinite(found).all()
-    if method not in ("autoencoder", "stfpm"):
-        assert metrics["image_auroc"] == 1
+    auroc = train(cfg)["image_auroc"]
+    assert auroc == 1 or (trained and auroc is not None)
+    assert np.isfinite([float(row["score"]) for row in scores(tmp_path / "run")]).all()
 
 
 def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
     resource = pytest.importorskip("resource", reason="memory is measured by getrusage")
-    claims = {}
-    small = tmp_path / "small.bmp"
-    Image.fromarray(np.zeros((16, 16), np.uint8)).save(small)
-    bmp = bytearray(small.read_bytes())
-    bmp[18:26] = (30000).to_bytes(4, "little") * 2
-    claims["bmp"] = bytes(bmp)
-    for name, array in (("deep.tif", np.zeros((16, 16), np.uint16)), ("bytes.tif", np.zeros((16, 16), np.uint8))):
-        tifffile.imwrite(tmp_path / name, array)
-        with tifffile.TiffFile(tmp_path / name, mode="r+") as tiff:
-            tiff.pages[0].tags["ImageWidth"].overwrite(30000)
-            tiff.pages[0].tags["ImageLength"].overwrite(30000)
-        claims[name] = (tmp_path / name).read_bytes()
+    paths = [tmp_path / name for name in ("claim.bmp", "claim8.tif", "claim16.tif")]
+    imwrite(paths[0], np.zeros((16, 16), np.uint8))
+    content = bytearray(paths[0].read_bytes())
+    content[18:26] = (30000).to_bytes(4, "little") * 2
+    paths[0].write_bytes(content)
+    for path, dtype in zip(paths[1:], (np.uint8, np.uint16), strict=True):
+        tifffile.imwrite(path, np.zeros((16, 16), dtype))
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            for tag in ("ImageWidth", "ImageLength"):
+                tiff.pages[0].tags[tag].overwrite(30000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name, content in claims.items():
-        path = tmp_path / f"claim {name}"
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="claim "):
+    for path in paths:
+        with pytest.raises(InputError, match=path.name):
             read(path)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 1024
 
 
 # ---- two at once
 
-HOLDER = """
-import sys
-from pathlib import Path
-from blemish.run.config import composed
-from blemish.files import release
-from blemish.run.record import Record, lock_run_folder
-from blemish.run.train import save_config
-lock_run_folder(sys.argv[1], overwrite=False)
-Record(sys.argv[1], {})
-save_config(composed("model=vae", f"run_dir='{sys.argv[1]}'"))
-print("claimed", flush=True)
-sys.stdin.readline()
-release(sys.argv[1])
-"""
-
 
 def test_the_second_of_two_runs_in_one_folder_is_refused(tiny, tmp_path):
     run = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout.readline() == "claimed\n"
-        before = {path.name: path.read_bytes() for path in run.iterdir()}
-        for cfg in (tiny_run(tiny, run, *LEAN), tiny_run(tiny, run, *LEAN, "overwrite=true"), composed(f"resume='{run}'")):
-            with pytest.raises(InputError, match=rf"{run}: another process is writing to this folder"):
-                train(cfg)
-            assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    finally:
-        first.communicate("end\n", timeout=240)
+    lock_run_folder(run, overwrite=False)
+    Record(run, {})
+    save_config(tiny_run(tiny, run))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for cfg in (tiny_run(tiny, run, *LEAN), tiny_run(tiny, run, *LEAN, "overwrite=true"), composed(f"resume='{run}'")):
+        with pytest.raises(InputError, match=rf"{run}: another process is writing"):
+            train(cfg)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    release(run)
     train(tiny_run(tiny, run, *LEAN))
     assert read_record(run)["status"] == "finished"
 
@@ -358,12 +343,9 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(tiny, tmp_path):
 def test_of_two_runs_begun_together_one_ends_well(tiny, tmp_path):
     command = [sys.executable, str(CONFIGS.parent / "tools" / "train.py"), *tiny_overrides(tiny), *LEAN, f"run_dir={tmp_path / 'run'}"]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=900)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    loser = next(text for process, text in zip(both, said, strict=True) if process.returncode == 2)
-    assert str(tmp_path / "run") in loser
-    assert "is writing to this folder" in loser or "holds a finished run" in loser
-    record = read_record(tmp_path / "run")
-    assert record["status"] == "finished"
+    errors = {process.communicate(timeout=900)[1]: process.returncode for process in both}
+    assert sorted(errors.values()) == [0, 2], errors
+    assert str(tmp_path / "run") in next(text for text, status in errors.items() if status == 2)
+    assert read_record(tmp_path / "run")["status"] == "finished"
     fresh = train(tiny_run(tiny, tmp_path / "fresh", *LEAN))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["image_auroc"] == fresh["image_auroc"]
