@@ -125,7 +125,7 @@ def check_keys(overrides: Sequence[str], config: str) -> None:
             continue
         if not any(f"{other}.".startswith(f"{key}.") for other in known):
             groups = [path.name for path in configs().iterdir() if path.is_dir()]
-            raise InputError(unknown(key, [*known, *groups]) + (f"; +{key}=VALUE adds it" if takes_more else ""))
+            raise InputError(unknown(key, [*known, *groups]) + (f" (+{key}=VALUE adds it)" if takes_more else ""))
 
 
 def keys_of(cfg: Any, place: str = "") -> list[str]:

@@ -16,6 +16,7 @@ class StageTimes(Callback):
 
     decode: the trainer waits for a batch. features: inside a module of `backbone_type`. fit: the rest of training. score: the rest of test
     and predict. metrics: inside `with times.stage("metrics")`. On a GPU every change of stage waits for the work that was launched.
+    Lightning's profiler does not do: its actions are nested, so they do not add up, and it does not see the backbone inside a step.
     """
 
     def __init__(self, backbone_type: type[nn.Module]):
