@@ -104,7 +104,7 @@ class Run:
     ):
         self.cfg, self.record, self.images, self.model = cfg, record, images, model
         self.times, self.calibrate, self.evaluate = build_callbacks(cfg)
-        self.trainer = trainer_of(cfg, [self.times, *stitch_callbacks(images, self.calibrate, self.evaluate), *more])
+        self.trainer = trainer_of(cfg, [self.times, self.calibrate, self.evaluate, *more])
         set_up(cfg, images, past, model.ranges)
         model.ranges = images.ranges
         images.process, images.processes = self.trainer.global_rank, self.trainer.world_size
