@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import composed, tiny_run
 
+from blemish.files import is_locked
 from blemish.run.checkpoint import contents, load
 from blemish.run.record import FINISHED, read_record
 from blemish.run.train import train
@@ -152,6 +153,7 @@ def trial(method: str, most: int, overrides: list[str]) -> dict:
         assert finished(folder)
         assert_whole(folder)
         assert results(folder) == expected, f"{folder} after {borne} kills"
+        assert not is_locked(folder)  # which removes the lock of a run that was killed when it had finished
         left = [path.name for path in folder.rglob(".*")]
         assert not left, f"{folder}: {left} left"
         parts = list(store.rglob(".part-*"))
