@@ -155,12 +155,7 @@ class Evaluate(ImageCallback):
     @property
     def scores(self) -> list[tuple]:
         """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
-        rows = []
-        for key, one in self.tested.items():
-            decision = self.rule.decide(one.score)
-            values = self.threshold.value, None if decision is None else int(decision), self.rule.p_value(one.score)
-            rows.append((key, one.label, one.score, *values, one.defect))
-        return rows
+        return [(key, one.label, one.score, *self.rule.columns(one.score), one.defect) for key, one in self.tested.items()]
 
     def metrics(self, fit_seconds: float | None, test_seconds: float | None) -> dict:
         """The content of metrics.json: pooled metrics at the top, those of each defect type under "defects"; None for an undefined one."""

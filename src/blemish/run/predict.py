@@ -148,22 +148,20 @@ def write(
     written, but a monitor is not saved. InputError, before any image is scored, where an output would replace a file that blemish did not
     write there, and at the end where no image could be scored.
     """
-    outputs, threshold, rows = Outputs(), rule.threshold, []
+    outputs, rows = Outputs(), []
     tables = [output / name for name in TABLES]
     outputs.check(tables + [output_path(output / name, kind) for name in names.values() for kind in KINDS])
     remove_stale(output)
 
     def row(result: ImageResult) -> tuple:
-        decision = rule.decide(result.score)
         ends = (None, None) if result.map is None else write_pictures(result, scale, rule.level, output / names[result.path], outputs)
-        values = threshold.value, None if decision is None else int(decision), rule.p_value(result.score)
-        return str(result.path), result.score, *values, *ends, rule.source
+        return str(result.path), result.score, *rule.columns(result.score), *ends, rule.source
 
     def write_tables() -> None:
         header, lines = COLUMNS, rows
         bounds = monitor.take([row[1] for row in rows]) if monitor else []
         if monitor and monitor.on:
-            bounds = [NOT_CLAIMED if threshold.by_hand else bound for bound in bounds]
+            bounds = [NOT_CLAIMED if rule.threshold.by_hand else bound for bound in bounds]
             header, lines = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
         write_csv(tables[0], header, lines, outputs)
         if failed:

@@ -81,6 +81,11 @@ class Rule:
         n = len(self.scores)
         return (1 + n - bisect.bisect_left(self.scores, score)) / (n + 1) if n else None
 
+    def columns(self, score: float) -> tuple[float | None, int | None, float | None]:
+        """Return threshold, decision (1 anomalous, 0 normal) and p-value as tables have them, None for what there is not."""
+        decision = self.decide(score)
+        return self.threshold.value, None if decision is None else int(decision), self.p_value(score)
+
 
 def images_at(path: str | Path) -> list[Path]:
     """Return an image itself, or every image below a folder; InputError if there is none, or it is a picture that blemish wrote."""
