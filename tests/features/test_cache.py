@@ -241,7 +241,7 @@ def assert_batches_equal(data: ImageData, other: StoredData, images: bool):
 @pytest.mark.parametrize("size", [None, 7, 40])  # of an epoch; there are 18 images
 def test_batches_are_those_of_the_data_module(tiny, tmp_path, inputs, size):
     data = data_of(tiny, "image_size=48", "crop=40")
-    data.paced(size)
+    data.set_loading(None, 0, size)
     assert_batches_equal(data, stored(tmp_path, data, inputs), images=inputs is not MAPS)
     with counted(Images, "__getitem__") as decoded:
         assert_batches_equal(data, stored(tmp_path, data, inputs), images=inputs is not MAPS)

@@ -51,7 +51,7 @@ def flips(sound: bytes, count: int) -> list[bytes]:
     return copies
 
 
-def check_damages(path: Path, use: Callable[[], object], cut: int, flip: int) -> None:
+def check_damages(path: Path, use: Callable[[], object], cut: int, flip: int, least: int) -> None:
     """A file that was cut is refused by its path; one with a flipped bit, too, or gives what the sound one gives, which few do."""
     sound, expected, refused = path.read_bytes(), use(), 0
     for damaged in cuts(sound, cut):
@@ -65,7 +65,7 @@ def check_damages(path: Path, use: Callable[[], object], cut: int, flip: int) ->
         except InputError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 0.66 * flip
+    assert refused > least
     path.write_bytes(sound)
     assert use() == expected
 
@@ -91,7 +91,7 @@ def image(tiny) -> np.ndarray:
 
 def test_a_checkpoint_of_a_run(run):
     check_damages(
-        run / "model.ckpt", lambda: {key: value.numpy().tobytes() for key, value in load(run, "cpu")[1].state_dict().items()}, 40, 150
+        run / "model.ckpt", lambda: {key: value.numpy().tobytes() for key, value in load(run, "cpu")[1].state_dict().items()}, 40, 150, 100
     )
 
 
@@ -197,7 +197,7 @@ def test_a_saved_detector(finished, image, tmp_path):
     detector, path = AnomalyDetector.load(finished, device="cpu"), tmp_path / "detector.ckpt"
     detector.save(path)
     assert AnomalyDetector.load(path, device="cpu").predict(image).score == detector.predict(image).score
-    check_damages(path, lambda: AnomalyDetector.load(path, device="cpu").predict(image).score, 30, 80)
+    check_damages(path, lambda: AnomalyDetector.load(path, device="cpu").predict(image).score, 30, 80, 60)
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_an_exported_file(finished, image, tmp_path, capfd, format, name, engine
 def test_an_exported_program(finished, image, tmp_path):
     options = ["format=torch_export", f"output='{tmp_path / 'model.pt2'}'", "n=2"]
     path, _ = export_run(composed(f"run='{finished}'", *options, config="export"))
-    check_damages(path, lambda: Program(path).predict(image)[0].score, 8, 30)
+    check_damages(path, lambda: Program(path).predict(image)[0].score, 8, 30, 20)
 
 
 READER = """

@@ -79,6 +79,8 @@ class Brightness(pl.LightningModule):
 
     map_threshold = None
 
+    reconstruct = None
+
     def __init__(self, factor=1.0, maps=True):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))

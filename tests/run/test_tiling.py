@@ -171,7 +171,7 @@ def test_images_from_batches_of_tiles_keep_every_peak(width, height, side, tmp_p
             parts = [mirrored(array[y : y + h, x : x + w], 64) / np.float32(255) for x, y, w, h in some]
             outputs = Local()(torch.from_numpy(np.stack(parts))[:, None].expand(-1, 3, -1, -1))
             keys = [f"{name}#{','.join(map(str, place))}" for place in some]
-            collect.add_batch(None, loader, None, outputs, Batch(None, None, None, keys))
+            collect.add_batch(None, loader, SimpleNamespace(reconstruct=None), outputs, Batch(None, None, None, keys))
     assert [batch.path for _, batch in collect.images] == [["a"], ["b"]] and [int(batch.label) for _, batch in collect.images] == [0, 1]
     for (prediction, batch), name in zip(collect.images, "ab", strict=True):
         whole = np.abs(images[name] / np.float32(255) - np.float32(0.5))
