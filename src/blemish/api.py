@@ -126,9 +126,7 @@ class AnomalyDetector:
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         model = build(self.cfg.model)
         data = self._data(normal, held_out) if model.needs_fit else self._data([], normal + held_out)
-        if model.needs_fit and data.count("train") < model.min_images:
-            found = f"found {len(normal)}, of which {data.count('calibrate')} held out for the threshold"
-            raise InputError(f"train: {self.method} compares whole images and takes {model.min_images} at least; {found}")
+        model.check_images(data.count("train"), data.count("calibrate"))
         data.setup()
         data.check("calibrate")
         model.ranges, model.expects_calibration, calibrate = data.ranges, data.count("calibrate") > 0, Calibrate()

@@ -1,5 +1,6 @@
 """The contract of a method: three base classes, and two accumulators for the training state of one-pass methods."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,10 @@ from blemish.types import Batch, Prediction
 Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
 Stages = Sequence[int | str]  # numbers or names, as `Features` has them
 DTYPES = ("uint8", "uint16", "float32")
+FEW_IMAGES = 5  # training images below which a run warns
 NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
+
+log = logging.getLogger(__name__)
 
 
 def number(interval: str, **options) -> Callable[..., None]:
@@ -119,6 +123,14 @@ class Detector(pl.LightningModule):
         return apply_ignore_mask(prediction, batch.ignore_mask)
 
     predict_step = test_step
+
+    def check_images(self, count: int, held_out: int) -> None:
+        """Raise InputError for fewer training images than the fit takes, and warn where they say little of what is normal."""
+        method, found = type(self).__module__.rpartition(".")[2], f"found {count} to train on and {held_out} held out for the threshold"
+        if self.needs_fit and count < self.min_images:
+            raise InputError(f"train: {method} compares whole images and takes {self.min_images} at least; {found}")
+        if self.needs_fit and count < FEW_IMAGES:
+            log.warning("train: so few images hardly show what is normal, expected %d or more; %s", FEW_IMAGES, found)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # the size of a fitted buffer is not known before: replace an empty one by the saved tensor, which may be mapped from disk

@@ -103,3 +103,18 @@ def test_what_masks_mark_is_listed(root, run):
     assert code == 0 and "truth/d.png" in out and f"data.roi={root}/truth/a.png: 10 %" in out
     code, out, _ = run(*arguments, f"data.roi={root}/truth")
     assert code == 1 and f"{root}/normal/1.png: no mask" in out
+
+
+def test_contradictions_are_named_with_path_and_line(root, run):
+    save(root / "crack/d.png", np.zeros((20, 20), np.uint16))
+    (root / "normal/9.png").write_bytes((root / "normal/0.png").read_bytes())
+    (root / "crack/d.png").write_bytes((root / "normal/0.png").read_bytes())
+    truth = "path,split,label,defect,mask\n"
+    rows = ["normal/0.png,train,0,good,", "normal/1.png,train,0,good,truth/a.png", "normal/9.png,train,0,good,", "crack/b.png,train,1,x,"]
+    (root / "m.csv").write_text(truth + "\n".join([*rows, "crack/d.png,test,1,x,"]))
+    save(root / "truth/a.png", np.full((20, 21), 255, np.uint8))
+    arguments = ["check", "data=folder", f"data.root={root}", f"data.manifest={root}/m.csv", "protocol=paper"]
+    code, out, _ = run(*arguments)
+    assert code == 1 and "crack/b.png (line 2): label 1 in split train" in out
+    assert "normal/1.png (line 5): label 0, but truth/a.png marks pixels" in out
+    assert "crack/d.png (line 3) in test, normal/0.png (line 4) in train, normal/9.png (line 6) in train: the same content" in out

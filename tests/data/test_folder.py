@@ -18,9 +18,10 @@ def folder(root, **changes):
     return Folder(**{**values, **PLAIN, "root": root, **changes})
 
 
-def make(root, *names, value=0):
+def make(root, *names, value=None):
+    """Grey images, each of its own level unless one is given."""
     for name in names:
-        save(root / name, np.full((16, 20), value, np.uint8))
+        save(root / name, np.full((16, 20), sum(name.encode()) % 251 if value is None else value, np.uint8))
 
 
 @pytest.fixture
@@ -182,3 +183,11 @@ def test_normal_images_alone_are_enough_to_train(root, caplog):
     data = folder(root)
     data.setup()
     assert "data.abnormal" in caplog.text and len(list(data.test_dataloader())) == 1
+
+
+def test_too_few_images_are_explained_by_the_key(tmp_path):
+    make(tmp_path, "normal/0.png", "crack/0.png")
+    with pytest.raises(InputError, match=r"no train image; .*data\.test_share=0\.2"):
+        folder(tmp_path, abnormal="crack").setup()
+    with pytest.raises(InputError, match=r"no test image; .*data\.abnormal=.*data\.test_share=0"):
+        folder(tmp_path, test_share=0).setup()

@@ -370,3 +370,38 @@ def test_native_sizes_do_not_mix_in_a_batch(root):
         list(prepared(root, image_size=None).test_dataloader())
     single = prepared(root, image_size=None, batch_size=1)
     assert {tuple(batch.image.shape[2:]) for batch in single.test_dataloader()} == {(SIZE, SIZE + i) for i in range(3)}
+
+
+def test_labels_that_cannot_be_true_are_refused_and_copies_counted(root, caplog):
+    data = prepared(root, protocol="paper")
+    path, samples = root / "m.csv", data.samples
+
+    def changed(**fields):
+        write_manifest(path, [samples[0], samples[1]._replace(**fields), *samples[2:]])
+        return lambda: prepared(root, manifest=path, protocol="paper")
+
+    for fields, says in (
+        ({"split": "train", "label": 1}, "label 1 in split train"),
+        ({"label": 0, "mask": "masks/000.png"}, r"label 0, but masks/000\.png marks pixels"),
+        ({"label": 0, "mask": "", "boxes": "0 0 9 9"}, "label 0, but boxes marks"),
+    ):
+        with pytest.raises(InputError, match=rf"m\.csv, line 3: .*{samples[1].path}: {says}"):
+            changed(**fields)()
+    assert not caplog.text
+    for name in ("train/001.png", "test/good/000.png"):
+        (root / name).write_bytes((root / "train/000.png").read_bytes())
+    prepared(root, protocol="paper")
+    assert "3 in train and test" in caplog.text
+    for i in range(10):
+        (root / f"train/{i:03}.png").write_bytes((root / "train/000.png").read_bytes())
+    with pytest.raises(InputError, match=r"train/000\.png: all 10 images of split train have the same content"):
+        prepared(root, protocol="paper")
+
+
+@pytest.mark.parametrize("name", ["good", "all", "pooled"])
+def test_no_defect_type_has_the_name_of_a_row_of_tables(root, name):
+    class Renamed(Pictures):
+        def scan(self):
+            return [s._replace(defect=name) if s.label else s._replace(defect="fine") for s in super().scan()]
+
+    assert {(s.label, s.defect) for s in prepared(root, Renamed).samples} == {(0, "good"), (1, f"{name} (defect)")}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from blemish.data import contradictions
 from blemish.data.dataset import threaded
 from blemish.data.manifest import SPLITS, Sample, write_manifest
 from blemish.data.masks import Marked, interpret
@@ -68,7 +69,7 @@ def _inspect(data: ImageData, sample: Sample) -> dict[str, list]:
     if marked is not None:
         mask, size = _mask(marked), marked.mask.shape[::-1]
         found["masks"] = [mask]
-        if not mask.share:
+        if not mask.share and sample.label != NORMAL:
             found["empty"] = [sample.mask]
         if (inverted := mask.share > 0.5 and mask.border > MOST) or mask.share > MOST:
             found["odd"] = [f"{sample.mask}: marks {mask.share:.0%} of the image{' and its border, as if inverted' * inverted}"]
@@ -147,7 +148,7 @@ def is_faulty(row: dict[str, Any]) -> bool:
 def report(data: ImageData, output: str) -> int:
     """Print the table and every file with a problem, and write the manifest to `output`.
 
-    Returns the exit status: 1 if files cannot be read, masks have a wrong size, or images have no ROI.
+    Returns the exit status: 1 if files cannot be read, masks have a wrong size, images have no ROI, or labels cannot be true.
     """
     data.prepare_data()
     rows = check(data)
@@ -156,10 +157,19 @@ def report(data: ImageData, output: str) -> int:
     rois, without = roi_lines(data)
     lines = [line for row in rows for line in row["unreadable"] + row["wrong size"] + row["odd"]]
     lines += [f"{mask}: no anomalous pixel" for row in rows for mask in row["empty"]]
+    wrong, twice = contradiction_lines(data)
     write_manifest(output, data.samples)
-    for line in [*lines, *without, *rois, f"{len(data.samples)} rows in {output}"]:
+    for line in [*lines, *without, *rois, *wrong, *twice, f"{len(data.samples)} rows in {output}"]:
         console.print(line, markup=False, highlight=False)
-    return int(any(map(is_faulty, rows)) or bool(without))
+    return int(any(map(is_faulty, rows)) or bool(without or wrong))
+
+
+def contradiction_lines(data: ImageData) -> tuple[list[str], list[str]]:
+    """Lines about rows that no detector is to be trained with, and about files of the same content; lines are those of the manifest."""
+    named = {sample.key: f"{sample.key} (line {line})" for line, sample in enumerate(data.samples, 2)}
+    wrong, same = contradictions.find(data.samples, data.root, data.split_of("train"))
+    texts = [", ".join(f"{named[one.key]} in {one.split}" for one in group) for group in same]
+    return [f"{named[one.key]}: {reason}" for one, reason in wrong], [f"{text}: the same content" for text in texts]
 
 
 def roi_lines(data: ImageData) -> tuple[list[str], list[str]]:

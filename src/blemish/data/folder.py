@@ -78,6 +78,14 @@ class Folder(ImageData):
             samples.append(Sample(self.relative(path), "test", ANOMALOUS, folder.name, mask))
         return samples
 
+    def explain(self, split: str, samples: Sequence[Sample]) -> str:
+        found = super().explain(split, samples)
+        if split == "train" and self.test_share and any(sample.label == NORMAL and sample.split == "test" for sample in samples):
+            found += f"; data.test_share={self.test_share} took the only normal image: expected 0, or more images in data.normal"
+        if split == "test" and not self.abnormal:
+            found += f"; expected data.abnormal=[<folder>,…], data.normal_test=<folder> or data.test_share={self.test_share} above 0"
+        return found
+
     def _held_out(self, samples: list[Sample]) -> list[Sample]:
         return samples if self.validation else super()._held_out(samples)  # no protocol trains on validation images
 

@@ -12,6 +12,8 @@ from blemish.files import write_csv
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN
 
 SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
+GOOD = "good"  # the defect type of normal images
+RESERVED = (GOOD, "all", "pooled")  # rows of tables of metrics, which no defect type can be
 REQUIRED = ("path", "split", "label", "defect")  # columns that a manifest must have
 
 
@@ -31,6 +33,13 @@ class Sample(NamedTuple):
     def key(self) -> str:
         """Unique in a manifest; Batch.path holds keys."""
         return f"{self.path}#{self.tile}" if self.tile else self.path
+
+
+def with_defect(sample: Sample) -> Sample:
+    """The sample with a defect type that tables can show: that of normal images is GOOD, and no other is RESERVED."""
+    if sample.label == NORMAL:
+        return sample._replace(defect=GOOD)
+    return sample._replace(defect=f"{sample.defect} (defect)") if sample.defect in RESERVED else sample
 
 
 COLUMNS = ", ".join(Sample._fields)
@@ -87,6 +96,11 @@ def read_manifest(path: str | Path) -> list[Sample]:
         except InputError as error:
             raise InputError(f"manifest {path}, line {line}: {error}") from None
     return samples
+
+
+def lines_of(path: Path) -> dict[str, int]:
+    """The line of each sample's key in a manifest."""
+    return {sample.key: line for line, sample in enumerate(read_manifest(path), 2)}
 
 
 def _sample(row: dict) -> Sample:

@@ -15,9 +15,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blemish.data import contradictions
 from blemish.data.dataset import Images, TileBatches, Tiles, collate, threaded
 from blemish.data.images import check_not_all_ignored
-from blemish.data.manifest import Sample, manifest_digest, read_manifest
+from blemish.data.manifest import Sample, lines_of, manifest_digest, read_manifest, with_defect
 from blemish.data.ranges import ValueCheck, fit_ranges, window_in
 from blemish.data.roi import Roi
 from blemish.data.samplers import ShardedBatchSampler, Shuffled
@@ -151,6 +152,7 @@ class ImageData(LightningDataModule):
         for split in (fitted, "test"):
             if not any(sample.split == split for sample in samples):
                 raise self.missing(f"{self.manifest or self.folder()}: no {split} image; {self.explain(split, samples)}")
+        self.check_truth(samples, fitted)
         fixed = bool(self.ranges)  # by the run that is tested again or updated
         if not fixed:
             paths = sorted({sample.path for sample in samples if sample.split == fitted})
@@ -161,6 +163,17 @@ class ImageData(LightningDataModule):
         self.samples, self.digest = samples, manifest_digest(samples)
         self._by_key = {sample.key: sample for sample in samples}
 
+    def check_truth(self, samples: Sequence[Sample], fitted: str) -> None:
+        """InputError for labels that cannot be true, a warning of files with the same content."""
+        wrong, same = found = contradictions.find(samples, self.root, fitted)
+        if wrong:
+            sample, reason = wrong[0]
+            line = f"{self.manifest}, line {lines_of(self.manifest)[sample.key]}: " if self.manifest else ""
+            more = f" ({len(wrong)} such rows, listed by `data check`)" if len(wrong) > 1 else ""
+            raise InputError(f"{line}{self.root / sample.key}: {reason}{more}")
+        if same:
+            log.warning("files with the content of another: %s; `data check` lists them", found.counts)
+
     def explain(self, split: str, samples: Sequence[Sample]) -> str:
         """Why a split has no sample."""
         counts = Counter(sample.split for sample in samples)
@@ -169,7 +182,8 @@ class ImageData(LightningDataModule):
     def listed(self) -> list[Sample]:
         """The samples with digests and splits, even if there are too few for `setup`."""
         self.folder()
-        samples = sorted(read_manifest(self.manifest) if self.manifest else self.scan(), key=lambda sample: sample.key)
+        samples = map(with_defect, read_manifest(self.manifest) if self.manifest else self.scan())
+        samples = sorted(samples, key=lambda sample: sample.key)
         paths = sorted({sample.path for sample in samples})
         digests = dict(zip(paths, threaded(self._digest_of, paths, "digests" if len(paths) > MANY else None), strict=True))
         for sample in samples:

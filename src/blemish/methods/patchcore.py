@@ -18,6 +18,7 @@ from blemish.types import Prediction
 
 log = logging.getLogger(__name__)
 
+FEW_PATCHES = 10  # in the bank, below which it says little of what is normal
 NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
 
 
@@ -78,6 +79,9 @@ class PatchCore(OnePassDetector):
             self.bank, self.nested = patches[indices], torch.full_like(self.nested, True)
             self.patches.zero_()
         self.patches += len(patches)
+        if len(self.bank) < FEW_PATCHES:
+            found = len(self.bank), int(self.patches), self.coreset_ratio
+            log.warning("the bank has %d of %d patches (model.coreset_ratio=%g): expected a larger ratio, or more images", *found)
         log.info("coreset: %d of %d patches, covering radius %.4g", len(self.bank), self.patches, self.radius[-1])
 
     def restore(self, state: RowBuffer) -> None:

@@ -17,7 +17,7 @@ def summary(metrics: Mapping) -> Table:
     table.add_column("defect")
     for name in ("images", *METRICS):
         table.add_column(name.replace("_", "\n", 1), justify="right")
-    rows = {**{name: row for name, row in metrics["defects"].items() if name != "good"}, "all": metrics}
+    rows = {**metrics["defects"], "all": metrics}
     for name, row in rows.items():
         cells = ["–" if row[column] is None else f"{row[column]:.4f}" for column in METRICS]
         table.add_row(name, str(row["images"]), *cells, style="bold" if name == "all" else "")

@@ -75,6 +75,8 @@ def train(cfg: DictConfig) -> dict:
     with run_context(folder, cfg, cfg.overwrite, [STATE, ROI, "manifest.csv"] if resumed else []) as record:
         run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
         save_split(folder, images)
+        if not (past or images.tile):
+            model.check_images(len(images.samples_of("train")), len(images.samples_of("calibrate")))
         model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
         started = time.perf_counter()
         if past:
