@@ -404,6 +404,15 @@ def test_find_images(tmp_path):
     assert sorted(found) == sorted([*names, "link/f.webp"]) and find_images(tmp_path / "set") == sorted(find_images(tmp_path / "set"))
 
 
+def test_an_image_is_found_by_its_content_and_one_that_is_not_read_is_named(tmp_path, caplog):
+    for format in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / f"{format}.jfif", format=format)
+    for name, text in {"n.txt": "BM and P5", "a.json": "{}", "photo.svg": "<svg/>", "empty": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert {path.stem for path in find_images(tmp_path)} == {"PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"}
+    assert "photo.svg" in caplog.text
+
+
 @pytest.mark.parametrize(("levels", "grey"), [(255, True), (255, False), (65535, True), (65535, False)])
 def test_an_image_is_kept_in_no_more_memory_than_it_needs(levels, grey):
     values = torch.randint(levels + 1, (1 if grey else 3, 6, 5), generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,8 @@ class Contradictions(NamedTuple):
 
 def find(samples: Sequence[Sample], root: Path, train: str = "train") -> Contradictions:
     """The contradictions among samples with digests; `train` is the split that is trained on. Reads the masks of normal images."""
-    wrong = [(one, f"label {ANOMALOUS} in split {one.split}; expected split test") for one in samples if one.label == ANOMALOUS and one.split in LEARNT]
+    learnt = [one for one in samples if one.label == ANOMALOUS and one.split in LEARNT]
+    wrong = [(one, f"label {ANOMALOUS} in split {one.split}; expected split test") for one in learnt]
     masked = [one for one in samples if one.label == NORMAL and (one.mask or one.boxes) and one.split != "skipped"]
     marks = threaded(lambda one: _marks(one, root), masked)
     filled = [one for one, some in zip(masked, marks, strict=True) if some]

@@ -9,6 +9,7 @@ import warnings
 from contextlib import suppress
 from io import BytesIO
 from itertools import islice
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 
+# of images, which a damaged one has too; other files are looked into
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content, whatever the ending
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -49,19 +51,37 @@ def is_result(path: Path) -> bool:
 def find_images(folder: Path, results: bool = False) -> list[Path]:
     """Every image file under a folder at any depth, sorted; hidden files and folders are left out, links followed once.
 
-    Pictures that blemish wrote as results are left out with a warning, unless `results` are wanted, as where masks are looked for.
+    A file of another ending is looked into. Images of kinds that are not read are left out with a warning; so are pictures that blemish
+    wrote as results, unless `results` are wanted, as where masks are looked for.
     """
-    found, seen = [], set()
+    found, others, seen = [], [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         # a link back to a folder already walked ends there
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and name[0] != "." and real not in seen]
+        for name in (name for name in files if name[0] != "." and real not in seen):
+            path = Path(place, name)
+            if name.lower().endswith(ENDINGS) or _is_image(path):
+                found.append(path)
+            elif (guess_type(name)[0] or "").startswith("image/"):
+                others.append(path)
         seen.add(real)
+    if others:
+        log.warning("%s: %d images of a kind that is not read are left out, as %s", folder, len(others), min(others).relative_to(folder))
     images = sorted(found if results else (path for path in found if not is_result(path)))
     if len(images) < len(found):
         log.warning("%s: %d pictures there were written by blemish, and are left out", folder, len(found) - len(images))
     return images
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file's content is that of an image that can be read."""
+    with suppress(Exception):  # decoders raise whatever they like
+        if content(path, 4) in TIFF_HEADS:
+            return True
+        with Image.open(path, formats=FORMATS):
+            return True
+    return False
 
 
 def read(path: str | Path, digest: str = "", labels: bool = False) -> np.ndarray:
