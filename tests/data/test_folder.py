@@ -191,3 +191,81 @@ def test_too_few_images_are_explained_by_the_key(tmp_path):
         folder(tmp_path, abnormal="crack").setup()
     with pytest.raises(InputError, match=r"no test image; .*data\.abnormal=.*data\.test_share=0"):
         folder(tmp_path, test_share=0).setup()
+
+
+VISA = """object,split,label,image,mask
+a,train,normal,a/0.png,
+a,test,normal,a/1.png,
+a,test,anomaly,a/2.png,a/m/2.png
+b,test,normal,b.png,
+"""
+# files and what they are: split, defect type and mask
+LAYOUTS = {
+    "MVTec AD": {
+        "train/good/0.png": "train good",
+        "test/good/0.png": "test good",
+        "test/hole/0.png": "test hole ground_truth/hole/0_mask.png",
+        "validation/good/7.png": "calibrate good",
+    },
+    "BTAD": {"train/ok/0.png": "train good", "test/ok/0.png": "test good", "test/ko/0.png": "test ko ground_truth/ko/0.bmp"},
+    "masks beside images": {
+        "kos1/Part0.jpg": "train good",
+        "kos1/Part1.jpg": "train good",
+        "kos1/Part2.jpg": "test defect kos1/Part2_label.bmp",
+    },
+    "VisA": {"a/0.png": "train good", "a/1.png": "test good", "a/2.png": "test anomaly a/m/2.png"},
+    "normal images alone": {"0.png": "train good", "1.jfif": "train good"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_recognised(tmp_path, caplog, name):
+    expected = {path: kind.split(" ") for path, kind in LAYOUTS[name].items()}
+    for path, (*_, last) in expected.items():
+        if path.endswith(".jfif"):
+            save(tmp_path / path, np.zeros((16, 20), np.uint8), format="JPEG")
+            continue
+        make(tmp_path, path)
+        make(tmp_path, *[last] * ("." in last), value=255)
+    category = None
+    if name == "VisA":
+        (tmp_path / "split_csv").mkdir()
+        (tmp_path / "split_csv/1cls.csv").write_text(VISA)
+        category = "a"
+        with pytest.raises(InputError, match=r"data\.category=null: .*1cls\.csv; found a, b"):
+            folder(tmp_path).scan()
+    if name == "masks beside images":
+        make(tmp_path, "kos1/Part0_label.bmp", "kos1/Part1_label.bmp", value=0)
+    with caplog.at_level("INFO"):
+        found = {s.path: [s.split, s.defect, s.mask] for s in folder(tmp_path, category=category, test_share=0).scan()}
+    assert found == {path: [*kind, ""][:3] for path, kind in expected.items()} and name in caplog.text
+    make(tmp_path, "another.png")
+    make(tmp_path, "deep/one.png")
+    if name in ("masks beside images", "normal images alone"):
+        with pytest.raises(InputError, match=r"data\.normal=<folder>"):
+            folder(tmp_path).scan()
+
+
+def test_an_official_split_with_masks_beside_its_images(tmp_path, caplog):
+    for part in ("train", "test"):
+        make(tmp_path, f"{part}/0.png", f"{part}/1.png")
+        make(tmp_path, f"{part}/0_GT.png", value=0)
+        make(tmp_path, f"{part}/1_GT.png", value=255)
+    with caplog.at_level("INFO"):
+        found = {s.path: (s.split, s.label) for s in folder(tmp_path).scan()}
+    assert found == {"train/0.png": ("train", 0), "test/0.png": ("test", 0), "test/1.png": ("test", 1)}
+    assert "1 defective images of train/ are left out" in caplog.text
+
+
+def test_masks_beside_images_are_no_images(root, caplog):
+    make(root, "normal/3_mask.png", "normal/gas_mask.png", value=0)
+    make(root, "crack/a_label.bmp", value=255)
+    with caplog.at_level("INFO"):
+        data = folder(root, abnormal="crack", test_share=0)
+        data.setup()
+    assert masks_of(data) == {"crack/a.png": "crack/a_label.bmp", "crack/deep er/b.PNG": ""}
+    assert {s.path for s in data.samples if not s.label} == {*(f"normal/{i}.png" for i in range(10)), "normal/gas_mask.png"}
+    assert "2 masks beside their images" in caplog.text
+    make(root, "normal/3_mask.png", value=255)
+    with pytest.raises(InputError, match=r"normal/3\.png: label 0, but normal/3_mask\.png marks pixels"):
+        folder(root, abnormal="crack").setup()

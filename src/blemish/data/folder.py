@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from blemish.data.manifest import Sample
+from blemish.data.layouts import EXPECTED, Listing, masks_beside, recognise
+from blemish.data.manifest import GOOD, Sample
 from blemish.data.module import ImageData
 from blemish.data.samplers import seeded_share
 from blemish.edge.checks import check_number
@@ -21,11 +22,12 @@ log = logging.getLogger(__name__)
 class Folder(ImageData):
     """Your own images, in folders named relative to root/category and searched at any depth.
 
-    normal: folders of normal training images. validation: of normal images for the decision threshold, never trained on; without them
-    `protocol` decides what is held out. normal_test: of normal test images; without them a seeded share `test_share` of `normal`, at least
-    one image unless it is 0. abnormal: of test images with defects, whose type is the folder's name. masks: folder of masks, matched by
-    relative path or by stem, with or without "_mask" behind it; an image without a mask has image-level results only. InputError for a
-    folder that is absent or empty, an image in two of them, and a mask without an image.
+    normal: folders of normal training images; None is "normal" or, if no other folder is named, a layout of `layouts.recognise`.
+    validation: of normal images for the decision threshold, never trained on; without them `protocol` decides what is held out.
+    normal_test: of normal test images; without them a seeded share `test_share` of `normal`, at least one image unless it is 0. abnormal:
+    of test images with defects, whose type is the folder's name. masks: folder of masks, matched by relative path or by stem, with or
+    without "_mask" behind it; an image without a mask has image-level results only. Masks beside their images, as Part0_label.bmp, are
+    never taken for images. InputError for a folder that is absent or empty, an image in two of them, and a mask without an image.
     """
 
     name = "folder"
@@ -39,7 +41,7 @@ class Folder(ImageData):
   <masks>/        masks, white on the defects    data.masks=<folder> (optional)
 """
 
-    normal: str | Sequence[str]
+    normal: str | Sequence[str] | None
     validation: str | Sequence[str] | None
     normal_test: str | Sequence[str] | None
     abnormal: str | Sequence[str] | None
@@ -49,34 +51,57 @@ class Folder(ImageData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("data", "[0, 1)", test_share=self.test_share)
+        named = any((self.validation, self.normal_test, self.abnormal, self.masks))
+        self.recognises = self.normal is None and not named
         for name in ("normal", "validation", "normal_test", "abnormal"):
-            value = getattr(self, name)
+            value = "normal" if name == "normal" and self.normal is None else getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         if not self.normal:
-            raise InputError("data.normal: no folder named; expected the folder of the normal training images")
+            raise InputError(f"data.normal: no folder named; {EXPECTED}")
 
     def scan(self) -> list[Sample]:
-        base = self.folder()
+        base, title, layout = self.folder(), "", {}
+        if self.recognises:
+            title, layout = recognise(base)
+        if isinstance(layout, Listing):
+            listing, note = layout, layout.note
+        else:
+            for name, value in layout.items():
+                setattr(self, name, value)
+            listing, note = self._listing(base), " ".join(f"data.{name}={_typed(value)}" for name, value in layout.items() if value)
+        if not listing.abnormal:
+            log.warning("data.abnormal names no folder: the test has normal images only, there will be no ranking metrics")
+        tested = listing.normal_test or (seeded_share(listing.normal, self.test_share, self.seed) if self.test_share else [])
+        splits = dict.fromkeys(listing.normal, "train") | dict.fromkeys(listing.validation, "calibrate") | dict.fromkeys(tested, "test")
+        rows = [(path, split, NORMAL, GOOD) for path, split in splits.items()]
+        rows += [(path, "test", ANOMALOUS, defect) for path, defect in listing.abnormal.items()]
+        masks = {path: self.relative(mask) for path, mask in listing.masks.items()}
+        samples = [Sample(self.relative(path), *row, masks.get(path, "")) for path, *row in rows]
+        if title:
+            counts = sorted(Counter(f"{sample.split}/{sample.defect}" for sample in samples).items())
+            found = ", ".join([*(f"{count} {kind}" for kind, count in counts), f"{len(masks)} masks"])
+            log.info("layout of %s: %s (%s)%s", base, title, found, note and f"; {note}")
+        return samples
+
+    def _listing(self, base: Path) -> Listing:
+        """The images in the folders that the settings name."""
         names = self.normal + self.validation + self.normal_test + self.abnormal
         found = {name: self._images(base, name) for name in names}
         if twice := [path for path, count in Counter(path for name in names for path in found[name]).items() if count > 1]:
             raise InputError(
                 f"{some(twice)}: in two of the folders of data.normal, data.validation, data.normal_test, data.abnormal; expected one"
             )
+        beside = {image: mask for images in found.values() for image, mask in masks_beside(images).items()}
+        if beside:
+            log.info("%s: %d masks beside their images, as %s, are not taken for images", base, len(beside), min(beside.values()).name)
+        drop = set(beside.values())
+        found = {name: [path for path in images if path not in drop] for name, images in found.items()}
         normal, validation, normal_test = (
             [path for name in names for path in found[name]] for names in (self.normal, self.validation, self.normal_test)
         )
-        if not self.abnormal:
-            log.warning("data.abnormal names no folder: the test has normal images only, there will be no ranking metrics")
-        tested = normal_test or (seeded_share(normal, self.test_share, self.seed) if self.test_share else [])
-        splits = dict.fromkeys(normal, "train") | dict.fromkeys(validation, "calibrate") | dict.fromkeys(tested, "test")
-        samples = [Sample(self.relative(path), split, NORMAL, "good") for path, split in splits.items()]
         abnormal = {path: base / name for name in self.abnormal for path in found[name]}
-        masks = self._masks(base, abnormal)
-        for path, folder in abnormal.items():
-            mask = self.relative(masks[path]) if path in masks else ""
-            samples.append(Sample(self.relative(path), "test", ANOMALOUS, folder.name, mask))
-        return samples
+        defects = {path: folder.name for path, folder in abnormal.items()}
+        return Listing(normal, normal_test, defects, beside | self._masks(base, abnormal), validation)
 
     def explain(self, split: str, samples: Sequence[Sample]) -> str:
         found = super().explain(split, samples)
@@ -148,6 +173,11 @@ def match_masks(images: Mapping[Path, Sequence[str]], masks: Mapping[Path, str],
 
 def _first(index: Mapping[str, list[Path]], names: Iterable[str]) -> list[Path]:
     return next((index[key] for name in names for key in (name, f"{name}_mask") if key in index), [])
+
+
+def _typed(value: str | list[str]) -> str:
+    """A folder, or a list of folders, as on the command line."""
+    return value if isinstance(value, str) else value[0] if len(value) == 1 else f"[{','.join(value)}]"
 
 
 def _bare(path: Path, folder: Path) -> str:
