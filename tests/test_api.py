@@ -19,7 +19,8 @@ from support import CONFIGS, METHODS, composed, quick, tiny_run
 
 from blemish import AnomalyDetector, Result
 from blemish import api as module
-from blemish.api import OTHERS, boxes_of
+from blemish.api import OTHERS
+from blemish.edge.boxes import boxes_of
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 from blemish.run.predict import predict

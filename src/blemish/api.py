@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
-from scipy import ndimage
 
 from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
+from blemish.edge.boxes import boxes_of
 from blemish.edge.calibration import Threshold
 from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
@@ -317,13 +317,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def boxes_of(map: np.ndarray, level: float) -> list[tuple[int, int, int, int]]:
-    """Return (x, y, w, h) of every 8-connected component of a map (H, W) above a level, that with the largest value first."""
-    label, _ = ndimage.label(map > level, structure=np.ones((3, 3)))
-    boxes = []
-    for number, (y, x) in enumerate(ndimage.find_objects(label), 1):
-        peak = map[y, x].max(where=label[y, x] == number, initial=-np.inf)
-        boxes.append((peak, (x.start, y.start, x.stop - x.start, y.stop - y.start)))
-    return [box for _, box in sorted(boxes, key=lambda one: -one[0])]
