@@ -28,7 +28,7 @@ def test(cfg: Any) -> None:
     from blemish.run.terminal import report
     from blemish.run.test import test
 
-    report(test(cfg), cfg.output or f"{cfg.run}/retest")
+    report(test(cfg), cfg.output)
 
 
 def predict(cfg: Any) -> None:

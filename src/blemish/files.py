@@ -21,7 +21,7 @@ from blemish.edge.reading import SOFTWARE, file_digest
 
 INDEX = ".blemish"  # in an output folder: a line of digest and name for each file that was written there
 LOCK = ".lock"  # in a folder that a process writes to; the system releases it when the process ends, however it ends
-CHOOSE = "choose another folder with run_dir=PATH"
+CHOOSE = "choose another folder"
 MIN_FREE = 2**16  # bytes: a disk with fewer free bytes counts as full
 STALE = 86400  # seconds after which an unfinished file is removed from a folder that several processes may write to
 UNFINISHED = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of files that are being written

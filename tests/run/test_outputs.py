@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import re
 import shutil
 import sys
 
@@ -16,10 +17,12 @@ from blemish.api import AnomalyDetector
 from blemish.edge.calibration import Threshold
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, is_result
-from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing
+from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing, write_json
+from blemish.run.checkpoint import newest_run
 from blemish.run.config import build
 from blemish.run.monitor import unusual
 from blemish.run.predict import predict, write
+from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Rule, output_names
 from blemish.run.test import test as retest
 from blemish.run.train import train
@@ -173,6 +176,33 @@ def test_replacing(tmp_path):
     path.write_text("a,b\n1,2\n")
     with replacing(path, header="a,b"):  # as of a checkout
         path.write_text("a,b\n3,4\n")
+
+
+# ---- the run, and hints
+
+
+def test_a_folder_of_runs_gives_its_newest_finished_one(finished, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name, changes in {"old": {"ended": "2020"}, "new": {"ended": "2021"}, "broken": {"ended": "2022", "status": "failed"}}.items():
+        shutil.copytree(finished, tmp_path / "runs" / "deep" / name)
+        write_json(tmp_path / "runs" / "deep" / name / "record.json", read_record(finished) | changes)
+    assert newest_run(finished) == finished and newest_run(images) == images
+    assert len(told(images, tmp_path / "out", f"run='{tmp_path / 'runs'}'", "device=cpu").rows) == 2
+    assert f"run={tmp_path / 'runs' / 'deep' / 'new'}: the newest of 2" in caplog.text
+    retest(composed(f"run='{tmp_path / 'runs'}'", "device=cpu", config="test"))
+    assert (tmp_path / "runs" / "deep" / "new" / "retest" / "metrics.json").is_file()
+
+
+def test_hints_name_the_keys_of_the_command(finished, images, tmp_path):
+    cfg = composed(f"run='{finished}'", "+change.data.root=/gone", f"output='{tmp_path / 'again'}'", "device=cpu", config="test")
+    with pytest.raises(InputError, match=r"\+change\.data\.root=") as error:
+        retest(cfg)
+    assert not re.search(r"(?<!change\.)data\.\w+=", str(error.value))
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match=r"file.*output=FOLDER"):
+        told(images, tmp_path / "file" / "out", *by_run(finished))
+    with pytest.raises(InputError, match="^roi=/gone: "):
+        told(images, tmp_path / "out", *by_run(finished), "roi=/gone")
 
 
 # ---- names

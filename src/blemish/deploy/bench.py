@@ -29,7 +29,7 @@ from blemish.edge.reading import read
 from blemish.features.extractor import Features
 from blemish.files import Outputs, write_json
 from blemish.report.tables import between
-from blemish.run.checkpoint import load
+from blemish.run.checkpoint import load, newest_run
 from blemish.run.record import environment, read_record
 from blemish.run.results import Preprocessing, preprocessing_of
 
@@ -70,7 +70,7 @@ def bench_run(cfg: Any) -> list[Row]:
     check_switch("", maps=cfg.maps)
     check_size(size=cfg.size)
     check_choice("", ("cpu", "gpu", "cuda", "auto"), device=cfg.device)
-    run, outputs = Path(cfg.run), Outputs()
+    run, outputs = newest_run(cfg.run), Outputs()
     output = Path(cfg.output) if cfg.output else run / "bench.json"
     outputs.check([output], "output=FILE")
     saved, model = load(run, cfg.device)

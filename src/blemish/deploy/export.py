@@ -27,7 +27,7 @@ from blemish.edge.geometry import GREY, middle, strips_of
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal
 from blemish.files import atomic_write, remove_stale, replacing
-from blemish.run.checkpoint import load
+from blemish.run.checkpoint import load, newest_run
 from blemish.run.config import build
 from blemish.run.record import check_archive, read_record
 from blemish.run.results import Preprocessing, Rule, images_at, preprocessing_of
@@ -136,7 +136,8 @@ def export_run(cfg: Any) -> tuple[Path, Parity]:
     check_whole("", 1, n=cfg.n, opset=cfg.opset)
     check_number("", "[0, inf)", tolerance=cfg.tolerance, map_tolerance=cfg.map_tolerance)
     check_whole("", 0, flips=cfg.flips)
-    run = Path(cfg.run)
+    run = newest_run(cfg.run)
+    cfg.run = str(run)
     saved, model = load(run, "cpu")
     preprocessing = preprocessing_of(saved)
     path = Path(cfg.output) if cfg.output else (run.parent if run.is_file() else run) / "export" / f"model{ENDINGS[cfg.format]}"

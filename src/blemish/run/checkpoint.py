@@ -1,5 +1,6 @@
 """A fitted detector in a file: written atomically, loaded without unpickling."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from blemish.detector import Detector, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.files import atomic_write, fsync
 from blemish.run.config import build, config_of, plain, read_config
-from blemish.run.record import check_archive, read_record
+from blemish.run.record import FINISHED, RECORD, check_archive, read_record
+
+log = logging.getLogger(__name__)
 
 CHECKED = 2**30  # bytes up to which a checkpoint's checksums are compared; a larger one is only mapped
 
@@ -57,6 +60,20 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     except Exception as error:
         raise incomplete(checkpoint, error) from error
     return cfg, model.eval().to(device_of(device))
+
+
+def newest_run(place: str | Path) -> Path:
+    """Return a run, or the newest finished one, with its model, in a folder of runs, and log which; anything else as it is."""
+    place = Path(place)
+    if any((place / name).exists() for name in ("config.yaml", RECORD)):
+        return place
+    records = {path.parent: read_record(path.parent) or {} for path in place.rglob(RECORD) if (path.parent / "model.ckpt").is_file()}
+    finished = {folder: str(record.get("ended")) for folder, record in records.items() if record.get("status") == FINISHED}
+    if not finished:
+        return place
+    run = max(finished, key=lambda folder: (finished[folder], folder.as_posix()))
+    log.info("run=%s: the newest of %d finished run%s in %s", run, len(finished), "s" * (len(finished) != 1), place)
+    return run
 
 
 def incomplete(checkpoint: Path, error: Exception) -> InputError:

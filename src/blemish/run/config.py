@@ -179,6 +179,15 @@ def run_cli(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def renaming(keys: str, by: str) -> Iterator[None]:
+    """Raise an InputError of the block with its keys as the command takes them: matches of the regular expression are replaced."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub(keys, by, str(error))) from error
+
+
 def check_config(cfg: DictConfig) -> None:
     """Raise InputError for an impossible value of train.yaml or the trainer; data and model check their own in their constructors."""
     for name in ("save", "sweep", "store", "trainer"):

@@ -25,8 +25,8 @@ from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
 from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json
 from blemish.noise import false_alarms
-from blemish.run.checkpoint import device_of, load
-from blemish.run.config import build, module_of
+from blemish.run.checkpoint import device_of, load, newest_run
+from blemish.run.config import build, module_of, renaming
 from blemish.run.monitor import NOT_CLAIMED, Monitor, unusual
 from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
@@ -52,6 +52,7 @@ class Predicted(NamedTuple):
     output: Path
 
 
+@renaming(r"(?<![\w.])data\.(?=(roi|window)\b)", "")
 def predict(cfg: DictConfig) -> Predicted:
     """Score the image or the folder `cfg.input` and write the results to `cfg.output`.
 
@@ -62,7 +63,8 @@ def predict(cfg: DictConfig) -> Predicted:
     source = Path(cfg.input).expanduser()
     root = source if source.is_dir() else source.parent
     names, alone = output_names(paths, root), cfg.run is None
-    saved, model = (cfg, single_image_model(cfg)) if alone else load(Path(cfg.run), cfg.device)
+    run = None if alone else newest_run(cfg.run)
+    saved, model = (cfg, single_image_model(cfg)) if alone else load(run, cfg.device)
     if alone:
         preprocessing = Preprocessing(Geometry(), fit_window(filter(is_readable, paths)), roi=Roi(cfg.roi, root) if cfg.roi else None)
     else:
@@ -77,7 +79,7 @@ def predict(cfg: DictConfig) -> Predicted:
         chosen.pop("threshold", None)
     chosen |= {key: cfg[key] for key in ("threshold", "map_threshold") if cfg[key] is not None}
     rule = Rule.of(model, cfg.alpha or saved.alpha or 0.5, chosen)  # without a run there is nothing to calibrate
-    scale = None if alone else (read_record(Path(cfg.run)) or {}).get("scale")
+    scale = None if alone else (read_record(run) or {}).get("scale")
     with locked(output, ELSEWHERE), Progress(console=Console(stderr=True)) as progress:
         memory = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
         monitor = Monitor.open(memory, cfg.monitor in ("on", True), cfg.monitor_rate, rule.scores, saved.seed)
@@ -118,10 +120,7 @@ def single_image_model(cfg: DictConfig) -> Detector:
 
 def chosen_window(cfg: DictConfig) -> dict[str, tuple[float, float]]:
     """Return (lo, hi) by dtype as `window` sets it; InputError for anything else."""
-    try:
-        window = {} if cfg.window is None else plain_window(OmegaConf.to_container(cfg)["window"])
-    except InputError as error:
-        raise InputError(str(error).removeprefix("data.")) from None
+    window = {} if cfg.window is None else plain_window(OmegaConf.to_container(cfg)["window"])
     if window == "auto":
         raise InputError("window=auto: the default; expected [lo, hi], {uint16: [lo, hi]} or dtype")
     return DTYPE if window == "dtype" else window

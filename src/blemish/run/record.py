@@ -175,18 +175,19 @@ def is_first_process() -> bool:
     return rank_zero_only.rank == 0
 
 
-def lock_run_folder(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
+def lock_run_folder(run_dir: str | Path, overwrite: bool, keep: Iterable[str] = (), key: str = "run_dir") -> None:
     """Make and lock the folder of a run until `release`, and remove what an earlier run left there, except the files to `keep`.
 
     Only the process of rank 0 does so. Files that a run does not write are never touched. InputError if the folder cannot be written,
-    is locked, or, without `overwrite`, holds a finished run or files of unknown origin.
+    is locked, or, without `overwrite`, holds a finished run or files of unknown origin. `key` is the option that chooses the folder.
     """
     if not is_first_process():
         return
     folder = Path(run_dir)
-    lock(folder, CHOOSE)
+    choose = f"{CHOOSE} with {key}=PATH"
+    lock(folder, choose)
     try:
-        _clear(folder, overwrite, set(keep))
+        _clear(folder, overwrite, set(keep), f"replace them with overwrite=true, or {choose}" if key == "run_dir" else choose)
     except BaseException:
         release(folder)
         raise
@@ -198,14 +199,14 @@ def read_record(run_dir: str | Path) -> dict | None:
     return record if record and "status" in record else None
 
 
-def _clear(folder: Path, overwrite: bool, keep: set[str]) -> None:
+def _clear(folder: Path, overwrite: bool, keep: set[str], choose: str) -> None:
     record = read_record(folder)
     found = [name for name in FILES if name not in keep and (folder / name).exists()]
     if record and record["status"] == FINISHED and not overwrite:
         run = f"{record.get('method')}, {record.get('started')}"
-        raise InputError(f"{folder}: holds a finished run ({run}); replace it with overwrite=true, or {CHOOSE}")
+        raise InputError(f"{folder}: holds a finished run ({run}); {choose}")
     if found and not record and not overwrite:
-        raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; replace them with overwrite=true, or {CHOOSE}")
+        raise InputError(f"{folder}: holds {', '.join(found)} but no record of a run; {choose}")
     pictures = [name for name in (record or {}).get("pictures") or [] if not Path(name).is_absolute() and ".." not in Path(name).parts]
     if record:  # kept until the next record replaces it: after a kill, the other files are still known to be a run's
         found = [name for name in found if name != RECORD]

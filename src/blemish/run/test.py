@@ -5,17 +5,20 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from blemish.edge.errors import InputError
-from blemish.run.checkpoint import device_of, load
-from blemish.run.config import ARGUMENTS, check_config, keys_of, unknown
+from blemish.run.checkpoint import device_of, load, newest_run
+from blemish.run.config import ARGUMENTS, check_config, keys_of, renaming, unknown
 from blemish.run.record import read_record
 from blemish.run.train import Run, described, run_context
 
 
+@renaming(rf"(?<![\w.])(?=({'|'.join(ARGUMENTS)})\.\w+=)", "+change.")
 def test(cfg: DictConfig) -> dict:
     """Test a finished run again on its own manifest, write the results to `cfg.output`, and return the metrics.
 
-    `cfg.change` overrides the run's config, for instance data.root where the images have moved.
+    `cfg.run` becomes the run that is taken from a folder of runs, `cfg.output` the folder of the results. `cfg.change` overrides the run's
+    config, for instance data.root where the images have moved.
     """
+    cfg.run = str(newest_run(cfg.run))
     run = Path(cfg.run)
     device_of(cfg.device)
     saved, model = load(run, cfg.device)
@@ -23,7 +26,8 @@ def test(cfg: DictConfig) -> dict:
         if key.split(".")[0] not in ARGUMENTS and key not in keys_of(saved):
             raise InputError(f"change.{unknown(key, keys_of(saved))}")
     saved = OmegaConf.merge(saved, cfg.change)
-    folder = Path(cfg.output) if cfg.output else run / "retest"
+    cfg.output = cfg.output or str(run / "retest")
+    folder = Path(cfg.output)
     if folder.resolve() == run.resolve() or (folder / "model.ckpt").exists():
         raise InputError(f"output={folder}: holds the model of a run, which would be lost; choose another folder")
     saved.data.manifest, saved.run_dir, saved.logger = str(run / "manifest.csv"), str(folder), None
@@ -31,5 +35,6 @@ def test(cfg: DictConfig) -> dict:
         saved.trainer.accelerator = cfg.device
     check_config(saved)
     images = described(saved)
-    with run_context(folder, saved, overwrite=read_record(folder) is not None) as record:  # only an earlier test's files are replaced
+    again = read_record(folder) is not None  # only an earlier test's files are replaced
+    with run_context(folder, saved, again, key="output") as record:
         return Run(saved, record, images, model).test(None)

@@ -288,9 +288,9 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
 
 
 @contextlib.contextmanager
-def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = ()) -> Iterator[Record]:
-    """Lock a run folder during the block, and record how the block ended; files to `keep` are not cleared before."""
-    lock_run_folder(folder, overwrite, keep)
+def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = (), key: str = "run_dir") -> Iterator[Record]:
+    """Lock a run folder, chosen by `key`, during the block, and record how the block ended; files to `keep` are not cleared before."""
+    lock_run_folder(folder, overwrite, keep, key)
     record = None
     try:
         record = Record(folder, {})
