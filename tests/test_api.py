@@ -78,7 +78,7 @@ def test_every_method_comes_back_from_its_file(method, tiny, tmp_path):
     detector.save(tmp_path / "saved")
     again = AnomalyDetector.load(tmp_path / "saved", device="cpu")
     assert all(equal(a, b) for a, b in zip(again.predict(images), expected, strict=True))
-    assert (again.method, type(again.model), again.low) == (method, type(detector.model), detector.low)
+    assert (again.method, type(again.model), again.scale) == (method, type(detector.model), detector.scale)
     assert all(type(result.score) is float and type(result.decision) is bool for result in expected)
     assert expected[0].map is None or (expected[0].map.shape == (64, 64) and expected[0].map.dtype == np.float32)
 
@@ -440,7 +440,7 @@ def test_files_that_are_not_whole(saved, tmp_path):
     for changes in (
         {"options": {"_target_": "blemish.methods.stfpm.STFPM"}},
         {"options": {"stages": [1]}},
-        {"low": "a"},
+        {"scale": "a"},
         {"seed": "big"},
         {"options": {"x": 1}},
     ):

@@ -12,7 +12,7 @@ from PIL import Image
 from blemish import draw
 from blemish.types import NO_TRUTH
 
-SCALE = (0.0, 10.0)
+SCALE = (0.0, 3.0, 10.0)
 
 
 def scene(height=64, width=64):
@@ -38,19 +38,21 @@ def test_colours_follow_the_scale_and_grow_in_lightness():
     assert np.abs(middle.astype(int) - draw.COLOURS[128]).max() <= 3
 
 
-@pytest.mark.parametrize("scale", [(0.0, 0.0), (-1e30, 1e30), (1e-30, 2e-30), (-3.0, -2.0)])
+@pytest.mark.parametrize("scale", [(0.0, 0.0, 0.0), (-1e30, 0.0, 1e30), (1e-30, 1.5e-30, 2e-30), (-3.0, -2.5, -2.0)])
 def test_any_scale_and_values_that_are_no_numbers(scale):
-    values = np.array([[np.nan, np.inf, -np.inf, scale[0], scale[1], 0.0]])
+    values = np.array([[np.nan, np.inf, -np.inf, scale[0], scale[-1], 0.0]])
     unit = draw.to_scale(values, scale)
     assert np.isfinite(unit).all()
     assert unit[0, :4].tolist() == [1, 1, 0, 0]
-    assert unit[0, 4] == (scale[0] != scale[1])
+    assert unit[0, 4] == (scale[0] != scale[-1])
 
 
-def test_overlay_leaves_the_low_end_alone_and_outlines_what_is_above_the_threshold():
+def test_overlay_colours_what_is_above_normal_and_outlines_what_is_above_the_threshold():
     image, mask, values = scene()
-    assert (np.asarray(draw.overlay(image, np.zeros_like(values), SCALE, None)) == image).all()
+    assert (np.asarray(draw.overlay(image, np.full_like(values, SCALE[1]), SCALE, None)) == image).all()
+    assert (np.asarray(draw.overlay(image, values, None, None)) == image).all()
     without = draw.overlay(image, values, SCALE, None)
+    assert ((np.asarray(without) != image).any(-1) == (mask == 1)).all()
     assert count(without, draw.ALARM) == count(without, draw.TRUTH) == 0
     assert (np.asarray(draw.overlay(image, values, SCALE, 20.0)) == np.asarray(without)).all()
     y, x = np.nonzero((np.asarray(draw.overlay(image, values, SCALE, 4.0, None, (256, 256))) == draw.ALARM).all(-1))
@@ -58,6 +60,26 @@ def test_overlay_leaves_the_low_end_alone_and_outlines_what_is_above_the_thresho
     assert len(y) > 100
     assert np.abs(radius - 64 / 5).max() < 2
     assert count(draw.overlay(image, values, SCALE, 4.0, mask, (256, 256)), draw.ALARM) > 100
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 48), (4000, 3000), (3000, 30), (20, 20)])
+@pytest.mark.parametrize("decision", [True, False, None])
+def test_verdict_and_score_are_written_beside_the_defect(size, decision):
+    above = np.zeros(size[::-1], bool)
+    plain = Image.new("RGB", size, "gray")
+    top, bottom = plain.copy(), plain.copy()
+    draw.stamp(top, -1234.5678, decision, above)
+    above[: len(above) // 8 + 1] = True
+    draw.stamp(bottom, -1234.5678, decision, above)
+    if size == (20, 20):
+        assert top == bottom == plain  # no room for letters
+        return
+    paper = draw.VERDICTS[decision][1]
+    boxes = [np.argwhere((np.asarray(picture) == paper).all(-1)) for picture in (top, bottom)]
+    assert boxes[0].min(0).tolist() == [0, 0] and boxes[1].max(0)[0] == size[1] - 1
+    assert np.ptp(boxes[0], axis=0).tolist() == np.ptp(boxes[1], axis=0).tolist()
+    assert np.ptp(boxes[0], axis=0)[0] >= 10 and np.ptp(boxes[0], axis=0)[1] < size[0]
+    assert (np.asarray(top)[np.asarray(top) != np.asarray(plain)] > 200).any()  # letters
 
 
 def test_the_truth_is_dashed_and_the_alarm_solid():
@@ -126,7 +148,7 @@ def test_the_panels_show_what_was_given():
 
 
 def test_the_colour_bar_names_its_ends_and_the_threshold():
-    assert [text for _, text in draw.bar_numbers((-0.5, 12345.678), 1e-7)] == ["−0.5", "1e−07", "1.235e+04"]
+    assert [text for _, text in draw.bar_numbers((-0.5, 0.0, 12345.678), 1e-7)] == ["−0.5", "1e−07", "1.235e+04"]
     assert len(draw.bar_numbers(SCALE, None)) == len(draw.bar_numbers(SCALE, 11.0)) == 2
 
 
@@ -162,7 +184,7 @@ def test_titles_fit_and_keep_both_ends(text, width):
 @settings(max_examples=30, deadline=None)
 def test_no_map_breaks_a_strip(values, threshold):
     image = np.zeros((16, 16, 3), np.uint8)
-    picture = draw.strip(image, None, values, (-1.0, 1.0), threshold, "größe/大きさ \udce9.png\n✓")
+    picture = draw.strip(image, None, values, (-1.0, 0.0, 1.0), threshold, "größe/大きさ \udce9.png\n✓")
     assert isinstance(picture, Image.Image)
 
 

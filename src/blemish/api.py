@@ -14,17 +14,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
+from blemish.draw import Scale
 from blemish.edge.boxes import boxes_of
 from blemish.edge.calibration import Threshold
 from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
 from blemish.features.weights import BUNDLED
-from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config
+from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
 from blemish.run.evaluate import Calibrate
 from blemish.run.monitor import unusual
 from blemish.run.predict import anomalous, write
-from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
+from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of, scale_of
 from blemish.run.train import calibrated, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class AnomalyDetector:
         self._data([], [])
         self.model = (model or build(cfg.model)).eval().to(self.device)
         self.ready = model is not None or not self.model.needs_fit
-        self.low: float | None = None  # median of the smallest map values of held-out images, where the colours of overlays begin
+        self.scale: Scale | None = None  # of the colours of overlays, from held-out images
         self._by_hand: dict[str, float] = {}
 
     @property
@@ -136,7 +137,8 @@ class AnomalyDetector:
                 trainer.fit(model, datamodule=data)
             calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
         data.values.report()
-        self.model, self.ready, self.low, self._by_hand = model.eval().to(self.device), True, calibrate.low, {}
+        self.model, self.ready, self._by_hand = model.eval().to(self.device), True, {}
+        self.scale = scale_of(calibrate.low, self.map_threshold)
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
 
@@ -162,9 +164,7 @@ class AnomalyDetector:
                 yield one
 
         names = output_names(paths, folder.parent if folder.is_file() else folder)
-        low = self.low if self.model.map_floor is None else self.model.map_floor
-        scale = None if low is None or rule.level is None else (low, 2 * rule.level - low)  # with the threshold in the middle
-        rows = write(noted(), rule, names, output, scale, failed)
+        rows = write(noted(), rule, names, output, self.scale, failed)
         for path, reason in failed:
             log.warning("not scored: %s: %s", path, reason)
         if warning := unusual(anomalous(rows), len(rows), rule.threshold):
@@ -180,7 +180,7 @@ class AnomalyDetector:
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: exists and is not a saved detector; move it away, or choose another place")
         state = {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
-        more = portable_config(self.cfg, self.roi, low=self.low, by_hand=self._by_hand)
+        more = portable_config(self.cfg, self.roi, scale=self.scale, by_hand=self._by_hand)
         Streamed().save_checkpoint({"state_dict": state, "hyper_parameters": dict(self.model.hparams), **more}, path)
 
     @classmethod
@@ -194,8 +194,7 @@ class AnomalyDetector:
             if "weights" in cfg.model:
                 cfg.model.weights = cfg.weights
             detector._begin(cfg, device, roi, model)
-            check_number("", "(-inf, inf)", also=(None,), low=cfg.get("low"))
-            detector.low = cfg.get("low")
+            detector.scale = saved_scale(path, cfg)
             for name, value in (cfg.get("by_hand") or {}).items():
                 if name not in ("threshold", "map_threshold"):
                     raise InputError(f"by_hand: {name}; expected threshold or map_threshold")

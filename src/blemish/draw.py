@@ -21,14 +21,15 @@ from blemish.metrics.image import GOOD
 from blemish.metrics.ranking import FPR_LIMIT
 from blemish.types import ANOMALOUS, IGNORED, NO_TRUTH, NORMAL, UNKNOWN
 
-Pair = tuple[float, float]
+Scale = tuple[float, float, float]  # map values: where the colours begin, where normal images end, where the colours end
 Lines = Mapping[str, ndarray]
 
 PANEL_LEAST, PANEL_MOST = 224, 640  # px: small images are enlarged by a whole number to reach the first, large ones reduced to the second
 MARGIN, GAP, BAR = 14, 12, 10  # px around the strip, between panels, width of the colour bar
 PAPER, INK, QUIET, FAINT = (255, 255, 255), (26, 26, 26), (95, 95, 95), (236, 236, 236)
 ALARM, TRUTH, CASING = (0, 229, 255), (255, 255, 255), (0, 0, 0)  # lines around alarms and truth, and their edges
-VEIL = 0.75  # opacity of the map's colour in an overlay at the upper end of the scale
+VEIL = (0.35, 0.75)  # opacity of the map's colour in an overlay where normal images end, and at the upper end of the scale
+VERDICTS = {True: ("anomalous", (176, 32, 32)), False: ("normal", (24, 96, 48)), None: ("no threshold", (60, 60, 60))}  # and their paper
 DASH = 5.0  # px on, px off
 COLOURS = (matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
 GROUND = np.full((256, 3), 128, np.uint8)  # colours of the truth: grey where it is unknown or ignored
@@ -43,27 +44,37 @@ PANELS = {
 }
 
 
-def to_scale(values: ndarray, scale: Pair) -> ndarray:
+def to_scale(values: ndarray, scale: Scale) -> ndarray:
     """Map values as float32 in [0, 1] between the ends of the scale; NaN becomes the upper end."""
-    low, high = scale
+    low, *_, high = scale
     unit = (values.astype(np.float64) - low) / (high - low if high > low else 1.0)
     return np.nan_to_num(unit, nan=1.0, posinf=1.0, neginf=0.0).clip(0, 1).astype(np.float32)
 
 
-def colour(values: ndarray, scale: Pair) -> ndarray:
+def colour(values: ndarray, scale: Scale) -> ndarray:
     """A map (H, W) in the colours (H, W, 3) uint8 of a perceptually uniform colour map, dark to bright between the ends of the scale."""
     return COLOURS[(to_scale(values, scale) * 255).round().astype(np.uint8)]
 
 
 def overlay(
-    image: ndarray, values: ndarray, scale: Pair, threshold: float | None, mask: ndarray | None = None, size: tuple[int, int] | None = None
+    image: ndarray,
+    values: ndarray,
+    scale: Scale | None,
+    threshold: float | None,
+    mask: ndarray | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """A map (H, W) in colours over an image (H, W, 3) uint8, the more opaque the larger its values; `size`: (width, height) of the result.
+    """An image (H, W, 3) uint8 with a map (H, W) in colours where it is above what normal images show.
 
-    A solid line surrounds values above the threshold, a dashed one the anomalous pixels of the mask (H, W).
+    The larger a value the more opaque; nothing is coloured without a scale. A solid line surrounds values above the threshold, a dashed
+    one the anomalous pixels of the mask (H, W). `size`: (width, height) of the result.
     """
-    opacity = VEIL * to_scale(values, scale)[..., None]  # (H, W, 1)
-    picture = _sized((image * (1 - opacity) + colour(values, scale) * opacity).round().astype(np.uint8), size or image.shape[1::-1])
+    if scale is not None:
+        least, most = VEIL
+        above = ~(values <= scale[1])  # NaN among them
+        opacity = np.where(above, least + (most - least) * to_scale(values, scale[1:]), np.float32(0))[..., None]  # (H, W, 1)
+        image = (image * (1 - opacity) + colour(values, scale) * opacity).round().astype(np.uint8)
+    picture = _sized(image, size or image.shape[1::-1])
     if mask is not None and (mask == 1).any():
         outline(picture, (mask == 1).astype(np.float32), 0.5, TRUTH, DASH)
     if threshold is not None and np.isfinite(threshold):
@@ -109,6 +120,28 @@ def dashes(points: ndarray, length: float) -> list[ndarray]:
     return pieces
 
 
+def stamp(picture: Image.Image, score: float, decision: bool | None, above: ndarray) -> None:
+    """Write verdict and score on an overlay: at its top, or at its bottom where only the top has pixels `above` (H, W) what is normal.
+
+    In one line, or two where the picture is narrow; nothing where it is too small for letters.
+    """
+    verdict, paper = VERDICTS[decision]
+    words = f"{verdict} · score {number(score)}"
+    size = max(10, round(min(picture.size) / 28))
+    lines = [words] if font(size).getlength(words) <= picture.width - size else [verdict, number(score)]
+    while size > 7 and max(map(font(size).getlength, lines)) > picture.width - 4:
+        size -= 1
+    face, step, edge = font(size), round(1.25 * size), max(1, size // 4)
+    width, height = max(map(face.getlength, lines)) + 2 * edge, step * len(lines) + edge
+    if width > picture.width or height > 0.6 * picture.height:
+        return
+    rows = -(-height * len(above) // picture.height)
+    top = picture.height - height if above[:rows].any() and not above[-rows:].any() else 0
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((0, top, width - 1, top + height - 1), paper)
+    pen.multiline_text((edge, top + edge // 2), "\n".join(lines), PAPER, face, spacing=step - size)
+
+
 def caption(name: str, defect: str, label: int, score: float, threshold: float | None) -> str:
     """Two lines for the head of a strip: the image, and the result."""
     truth = {NORMAL: "normal", ANOMALOUS: "anomalous", UNKNOWN: "truth unknown"}[label]
@@ -131,7 +164,7 @@ def strip(
     image: ndarray,  # (H, W, 3) uint8
     mask: ndarray | None,  # (H, W) uint8
     values: ndarray | None,  # (H, W), None for a method without maps
-    scale: Pair | None,  # map values at the ends of the colours, the same for every strip of a run
+    scale: Scale | None,  # the same for every strip of a run
     threshold: float | None,  # of the map, None for no contour
     title: str,  # one or two lines
     reconstruction: ndarray | None = None,  # (H, W, 3) uint8
@@ -192,9 +225,9 @@ def panel_size(height: int, width: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def bar_numbers(scale: Pair, threshold: float | None) -> list[tuple[float, str]]:
+def bar_numbers(scale: Scale, threshold: float | None) -> list[tuple[float, str]]:
     """The labelled values of a colour bar: its ends, and the threshold where it is between them."""
-    low, high = scale
+    low, _, high = scale
     inner = [threshold] if threshold is not None and low < threshold < high else []
     return [(value, number(value)) for value in (low, *inner, high)]
 
@@ -222,13 +255,13 @@ def _sized(array: ndarray, size: tuple[int, int]) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX if size[0] < picture.width else Image.Resampling.NEAREST)
 
 
-def _bar(pen: ImageDraw.ImageDraw, place: tuple[int, int, int], scale: Pair, numbers: list, text: int) -> None:
+def _bar(pen: ImageDraw.ImageDraw, place: tuple[int, int, int], scale: Scale, numbers: list, text: int) -> None:
     """The colours of the scale at `place` = (left, top, height), bright end up, with numbers at the right."""
     left, top, height = place
     for row in range(height):
         shade = tuple(COLOURS[round(255 * (1 - row / max(height - 1, 1)))].tolist())
         pen.line((left, top + row, left + BAR - 1, top + row), shade)
-    low, high = scale
+    low, _, high = scale
     for value, words in numbers:
         y = top + (height - 1) * (1 - (value - low) / ((high - low) or 1.0))
         inner = low < value < high

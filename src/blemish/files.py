@@ -147,6 +147,11 @@ def write_json(path: str | Path, value: Any, outputs: Outputs | None = None) -> 
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", outputs)
 
 
+def write_json_lines(path: str | Path, rows: Iterable[Any], outputs: Outputs | None = None) -> None:
+    """Write a line of JSON for each row, atomically: as `write_json`, but in ASCII, as file names may hold bytes that are no text."""
+    write_text(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows), outputs)
+
+
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable], outputs: Outputs | None = None) -> None:
     """Write a CSV with a header row atomically: floats in full precision, None as an empty field."""
     with _text_file(path, outputs) as file:

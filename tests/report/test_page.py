@@ -39,7 +39,7 @@ def strip_of(method, category, key, label):
     mask = np.zeros((32, 32), np.uint8)
     mask[8:16, 8:20] = label
     values = np.random.default_rng(list((method + category + key).encode())).random((8, 8)).repeat(4, axis=0).repeat(4, axis=1) + 2.0 * mask
-    return draw.strip(image, mask, values, (0.0, 3.0), 2.5, draw.caption(key, "hole", label, 1.0, None))
+    return draw.strip(image, mask, values, (0.0, 2.5, 3.0), 2.5, draw.caption(key, "hole", label, 1.0, None))
 
 
 def run_folder(folder, method="padim", category="screw", seed=0, status="finished", skill=2.0, pictures=4, n=24, curves=True, **metadata):
@@ -52,7 +52,13 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
     tested = [ScoredImage(f"test/{kind}/{index:03}.png", kind) for index, kind in enumerate(kinds)]
     kept = choose(tested, pictures)
     names = file_names({key: defect for key, defect in tested if key in kept})
-    metadata = {"scale": (0.0, 3.0), "calibration": {"map_value": 2.5}, "truth": "pixel masks", "command": "tools/train.py", **metadata}
+    metadata = {
+        "scale": (0.0, 2.5, 3.0),
+        "calibration": {"map_value": 2.5},
+        "truth": "pixel masks",
+        "command": "tools/train.py",
+        **metadata,
+    }
     metadata |= {"status": status, "started": f"2026-01-0{1 + seed}", "pictures": [f"images/{name}" for name in names.values()]}
     recorded(folder, method, category, seed, 0.5, **{"environment": machine(), "error": None, **metadata})
     (folder / "config.yaml").write_text(f"seed: {seed}\nmodel:\n  _target_: blemish.methods.{method}.Method\ndata:\n  category: screw\n")
@@ -101,7 +107,7 @@ def test_panels_are_where_the_strip_states_them(height, width, again, mapped, tm
     random = np.random.default_rng(0)
     image = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
     mask = (random.random((height, width)) > 0.5).astype(np.uint8)
-    values, scale = (random.random((height, width)), (-0.25, 2000.5)) if mapped else (None, None)
+    values, scale = (random.random((height, width)), (-0.25, 0.5, 2000.5)) if mapped else (None, None)
     drawn = draw.strip(image, mask, values, scale, 1.5, "title\ntext", image[::-1] if again else None)
     drawn.save(tmp_path / "strip.png", pnginfo=picture_info(drawn.info["Panels"]))
     size = draw.panel_size(height, width)

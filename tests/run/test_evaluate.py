@@ -19,7 +19,7 @@ from blemish.files import write_csv, write_json
 from blemish.run.evaluate import METRICS, SCORES, Calibrate, Evaluate, ScoredImage, box_inside
 from blemish.run.results import Rule
 from blemish.run.timing import StageTimes
-from blemish.types import IGNORED, NO_TRUTH, Batch, Prediction
+from blemish.types import IGNORED, NO_TRUTH, NORMAL, Batch, Prediction
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the toy's images are made in no time
@@ -259,14 +259,32 @@ def test_every_strip_of_a_run_has_one_scale_and_the_maps_values(tmp_path, monkey
     assert len(files) == len(seen) == 15
     assert {arguments[3] for arguments in seen} == {evaluate.scale}
     assert {arguments[4] for arguments in seen} == {evaluate.rule.level}
-    low, high = evaluate.scale
-    assert maps.min() <= low < evaluate.rule.level <= high <= max(maps.max(), evaluate.rule.level)
+    low, normal, high = evaluate.scale
+    assert maps.min() <= low < evaluate.rule.level == normal < high <= maps.max()
     for (image, mask, map, *_), sample, one, truth, known in zip(seen, samples, maps, masks, label, strict=False):
         np.testing.assert_allclose(map, one, atol=(one.max() - one.min()) / 1024)
         np.testing.assert_allclose(image / 255, row_of(sample)[0].permute(1, 2, 0), atol=0.5 / 255 + 1e-6)
         assert mask is None if known < 0 else (mask == truth).all()
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == sorted(path.name for path in files)
     assert len({size_of(path) for path in files}) == 1
+
+
+def test_normal_images_end_where_those_of_the_test_do_without_calibration():
+    evaluate = evaluated(samples_of(20, 6, 3), Brightness(), calibrate=False)
+    highs = sorted(one.high for one in evaluate.tested.values() if one.label == NORMAL)
+    low, normal, high = evaluate.scale
+    assert low < normal == highs[17] < high  # alpha 0.1
+    evaluate.tested = {key: one for key, one in evaluate.tested.items() if one.label != NORMAL}
+    assert evaluate.scale[1] == np.median([one.high for one in evaluate.tested.values()])
+
+
+@pytest.mark.parametrize(("level", "expected"), [(None, (1, 4, 9)), (3.0, (1, 3, 9)), (20.0, (1, 20, 39)), (0.5, (0.5, 0.5, 9))])
+def test_a_level_is_where_normal_images_end(level, expected):
+    rule = Rule(torch.empty(0, 2), 0.1, chosen={"map_threshold": level})
+    assert rule.scale([1.0, 4.0, 9.0]) == expected
+    assert rule.scale(None) is None
+    rule.floor = 0.0
+    assert rule.scale(None) == (None if level is None else (0, level, 2 * level))
 
 
 def test_one_odd_image_does_not_darken_the_rest():

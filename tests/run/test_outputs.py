@@ -1,6 +1,7 @@
 """Outputs beside the user's own files, files that cannot be scored, and thresholds set by hand, as `predict` has them."""
 
 import csv
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from support import composed, tiny_run
 
@@ -18,10 +20,10 @@ from blemish.edge.calibration import Threshold
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, is_result
 from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing, write_json
-from blemish.run.checkpoint import newest_run
+from blemish.run.checkpoint import newest_run, saved_scale
 from blemish.run.config import build
 from blemish.run.monitor import unusual
-from blemish.run.predict import predict, write
+from blemish.run.predict import boxes_in_image, predict, write
 from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Rule, output_names
 from blemish.run.test import test as retest
@@ -66,7 +68,7 @@ def images(tmp_path, tiny):
 # ---- the user's own files
 
 
-@pytest.mark.parametrize("name", ["001_mask.png", "001_overlay.png", "001_map.png", "scores.csv", "failed.csv"])
+@pytest.mark.parametrize("name", ["001_mask.png", "001_overlay.png", "001_map.png", "scores.csv", "failed.csv", "results.jsonl"])
 @pytest.mark.parametrize("how", ["run", "noise", "api"])
 def test_a_file_of_the_users_stays_as_it_is(how, name, finished, images):
     (images / name).write_bytes((images / "000.png").read_bytes())
@@ -299,6 +301,85 @@ def test_what_was_scored_before_a_stop_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(found(), Rule(calibration, 0.05), names, tmp_path, None)
     assert [row["score"] for row in rows_of(tmp_path / "scores.csv")] == ["1.0"]
+    assert [line["score"] for line in lines_of(tmp_path / "results.jsonl")] == [1.0]
+
+
+# ---- results for programs
+
+
+def lines_of(path) -> list[dict]:
+    def refuse(word):
+        raise AssertionError(word)
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", ["run", "noise"])
+def test_lines_hold_what_the_table_and_the_masks_hold(how, finished, images, tmp_path):
+    Image.open(images / "000.png").resize((200, 90)).save(images / "größe.png")
+    if sys.platform == "linux":
+        shutil.copy(images / "000.png", images / os.fsdecode(b"caf\xe9.png"))
+    out = tmp_path / "out"
+    told(images, out, *(NOISE if how == "noise" else by_run(finished)))
+    lines, rows = lines_of(out / "results.jsonl"), rows_of(out / "scores.csv")
+    assert len(lines) == len(rows) == 3 + (sys.platform == "linux")
+    for line, row in zip(lines, rows, strict=True):
+        assert list(line) == ["path", "score", "p_value", "decision", "threshold", "boxes", "files"]
+        assert os.fsencode(line["path"]) == os.fsencode(row["path"])
+        assert line["decision"] is (row["decision"] == "1")
+        assert [str(line[key]) for key in ("score", "threshold")] == [row[key] for key in ("score", "threshold")]
+        assert (line["p_value"] is None) == (how == "noise") == (row["p_value"] == "")
+        assert all((out / name).is_file() for name in line["files"])
+        mask = np.asarray(Image.open(next(out / name for name in line["files"] if name.endswith("_mask.png"))))
+        assert mask.shape == np.asarray(Image.open(row["path"])).shape[:2]
+        covered = np.zeros_like(mask)
+        for x, y, w, h in line["boxes"]:
+            assert mask[y : y + h, x : x + w].any(1).all() and mask[y : y + h, x : x + w].any(0).all()
+            covered[y : y + h, x : x + w] = 255
+        assert (covered >= mask).all() and (mask.any() == bool(line["boxes"]))
+
+
+def test_a_box_of_blocks_lies_in_the_image():
+    shown = np.zeros((4, 5))
+    shown[0, 0], shown[3, 3:] = 2, 3
+    assert boxes_in_image(shown, 1.0, 3, (11, 14)) == [(9, 9, 5, 2), (0, 0, 3, 3)]
+
+
+def test_pictures_are_chosen(finished, images, tmp_path):
+    for save, expected in (("[]", set()), ("[overlay]", {"overlay"}), ("[map,mask]", {"map", "mask"})):
+        out = tmp_path / save
+        done = told(images, out, *by_run(finished), f"save={save}")
+        assert {path.stem.split("_")[1] for path in out.glob("*.png")} == expected
+        assert all(len(line["files"]) == len(expected) and line["boxes"] for line in lines_of(out / "results.jsonl"))
+        assert any("_overlay.png" in line for line in done.summary) == ("overlay" in expected)
+    (images / "000_mask.png").write_bytes(b"mine")
+    assert told(images / "000.png", images, *by_run(finished), "save=[map]").rows, "a name it does not need"
+
+
+@pytest.mark.parametrize(
+    ("save", "says"), [("[overlay,maks]", "did you mean 'mask'"), ("none", r"save=\[\]"), ("null", "a list of"), ("[1]", "a list of")]
+)
+def test_unknown_pictures_are_refused(save, says):
+    with pytest.raises(InputError, match=f"^save=.*{says}") as error:
+        told("/nowhere", "/nowhere/out", "run=/nowhere", f"save={save}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_an_overlay_of_a_normal_image_is_calm(protocol, finished, tiny, tmp_path):
+    if protocol == "paper":
+        train(tiny_run(tiny, tmp_path / "run", "model=padim", "protocol=paper"))
+        finished = tmp_path / "run"
+    low, normal, high = read_record(finished)["scale"]
+    assert low < normal < high and saved_scale(finished / "model.ckpt", DictConfig({})) == (low, normal, high)
+    coloured = {}
+    for kind in ("normal_test", "square"):
+        told(tiny / kind, tmp_path / kind, *by_run(finished))
+        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / kind).glob("*_overlay.png"))]
+        originals = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tiny / kind).glob("*.png"))]
+        changed = [(one != other).any(-1)[27:37] for one, other in zip(pictures, originals, strict=True)]  # no words there
+        coloured[kind] = np.mean(changed)
+    assert coloured["normal_test"] < 0.1 * coloured["square"]
 
 
 # ---- thresholds

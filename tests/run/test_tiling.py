@@ -331,7 +331,9 @@ def test_prediction_and_retest_give_the_runs_scores(run, large, tmp_path):
         label, _ = ndimage.label(mask, structure=np.ones((3, 3)))
         hit = set(np.unique(label[truth > 0])) - {0}
         assert len(hit) == 1 and ((label == hit.pop()) & (truth > 0)).sum() > 0.9 * (truth > 0).sum()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix not in (".png", ".csv", ".json") and path.name != ".blemish"]
+    assert not [
+        path for path in (tmp_path / "out").iterdir() if path.suffix not in (".png", ".csv", ".json", ".jsonl") and path.name != ".blemish"
+    ]
 
 
 def test_calibration_is_by_image(run, large):

@@ -88,7 +88,7 @@ def test_predicts_in_the_images_own_pixels(finished, tiny, tmp_path):
     written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("[!.]*.*"))
     kinds = ("map", "mask", "overlay")
     expected = [f"{n}_{k}.png" for n in ("other", "ä/große_jpg", "ä/große_png") for k in kinds]
-    assert written == sorted([*expected, "monitor.json", "scores.csv"])
+    assert written == sorted([*expected, "monitor.json", "results.jsonl", "scores.csv"])
     for kind, dtype in (("map", np.uint16), ("mask", np.uint8), ("overlay", np.uint8)):
         array = np.asarray(Image.open(tmp_path / "out" / f"other_{kind}.png"))
         assert array.shape[:2] == (90, 200)

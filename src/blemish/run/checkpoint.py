@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
+from blemish.draw import Scale
+from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.files import atomic_write, fsync
 from blemish.run.config import build, config_of, plain, read_config
@@ -60,6 +62,16 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     except Exception as error:
         raise incomplete(checkpoint, error) from error
     return cfg, model.eval().to(device_of(device))
+
+
+def saved_scale(run: Path, cfg: DictConfig) -> Scale | None:
+    """Return the scale of pictures that was found when a run or a saved detector was made; None if there is none."""
+    folder = run if run.is_dir() else run.parent if run.name == "model.ckpt" else None
+    record = folder and read_record(folder)
+    scale = (record or {}).get("scale") or plain(cfg).get("scale")
+    if scale is not None:
+        check_number("", "(-inf, inf)", each=True, scale=scale)
+    return tuple(scale) if scale and len(scale) == 3 else None  # runs of earlier versions have two values
 
 
 def newest_run(place: str | Path) -> Path:

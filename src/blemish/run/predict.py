@@ -19,16 +19,16 @@ from blemish.data.ranges import ValueCheck, fit_window
 from blemish.data.roi import Roi
 from blemish.data.tiles import bands, largest_blocks, mean_blocks, reduction
 from blemish.detector import Detector
-from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole
+from blemish.edge.boxes import boxes_of
+from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
-from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json
+from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json, write_json_lines
 from blemish.noise import false_alarms
-from blemish.run.checkpoint import device_of, load, newest_run
+from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
 from blemish.run.config import build, module_of, renaming
 from blemish.run.monitor import NOT_CLAIMED, Monitor, unusual
-from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
 from blemish.run.results import predict as predict_images
 
@@ -36,11 +36,20 @@ log = logging.getLogger(__name__)
 
 ELSEWHERE = "choose another folder with output=FOLDER"
 LARGEST = 4096  # pixels of the longer side of an overlay; that of a larger image is reduced
-TABLES = ("scores.csv", "failed.csv")
-KINDS = ("overlay.png", "map.png", "mask.png", "detections.csv", "detections.json")  # endings of the files of an image
+TABLES = ("scores.csv", "failed.csv", "results.jsonl")
+PICTURES = ("overlay", "mask", "map")
+LISTS = ("detections.csv", "detections.json")  # endings of the files of an image beside its pictures
 COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max", "threshold_from")
 OWN = {"by hand": "set by hand: no bound on false alarms", "method": "the method's own bound"}
 BOUND = "bound"  # column of a monitored prediction: whether the bound on false alarms is claimed
+
+
+class Written(NamedTuple):
+    """What was found in the map of an image, and the files written of it."""
+
+    ends: tuple[float | None, float | None] = (None, None)  # smallest and largest value
+    boxes: list[tuple[int, int, int, int]] | None = None  # (x, y, w, h) above the level in pixels of the image; None without a level
+    files: Sequence[Path] = ()
 
 
 class Predicted(NamedTuple):
@@ -79,13 +88,13 @@ def predict(cfg: DictConfig) -> Predicted:
         chosen.pop("threshold", None)
     chosen |= {key: cfg[key] for key in ("threshold", "map_threshold") if cfg[key] is not None}
     rule = Rule.of(model, cfg.alpha or saved.alpha or 0.5, chosen)  # without a run there is nothing to calibrate
-    scale = None if alone else (read_record(run) or {}).get("scale")
+    scale = None if alone else saved_scale(run, saved)
     with locked(output, ELSEWHERE), Progress(console=Console(stderr=True)) as progress:
         memory = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
         monitor = Monitor.open(memory, cfg.monitor in ("on", True), cfg.monitor_rate, rule.scores, saved.seed)
         images, reader = progress.track(paths, description="predicting"), values.loading(read, preprocessing.inside)
         results = predict_images(model, images, preprocessing, saved.get("batch_size", 1), output, reader, failed, alone)
-        rows = write(results, rule, names, output, scale, failed, monitor)
+        rows = write(results, rule, names, output, scale, failed, monitor, cfg.save)
     values.report()
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
@@ -99,6 +108,7 @@ def check_settings(cfg: DictConfig) -> None:
     device_of(cfg.device)
     check_choice("", ("on", "off", True, False), monitor=cfg.monitor)  # YAML reads a bare on as true
     check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
+    check_pictures(cfg.save)
     given = [key for key in ("threshold", "alpha", "map_threshold") if cfg[key] is not None]
     for key in ("monitor_rate", *given):
         check_number("", "(-inf, inf)" if "threshold" in key else "(0, 1)", **{key: cfg[key]})
@@ -106,6 +116,15 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError(f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, a threshold comes from alpha")
     if given and cfg.run is None:
         raise InputError(f"{given[0]}={cfg[given[0]]}: only with a run; expected run=FOLDER, or model.epsilon=NUMBER for noise_residual")
+
+
+def check_pictures(save: Sequence[str]) -> None:
+    """InputError for anything but a list of PICTURES."""
+    names = [save] if isinstance(save, str) or not isinstance(save, Sequence) else save
+    wrong = next((name for name in names if name not in PICTURES), None)
+    if wrong is not None or names is not save:
+        choose = f"expected a list of {', '.join(PICTURES)}, or save=[] for no picture"
+        raise InputError(f"save={save}: {nearest(str(wrong), PICTURES) if wrong else ''}{choose}")
 
 
 def single_image_model(cfg: DictConfig) -> Detector:
@@ -137,39 +156,47 @@ def write(
     rule: Rule,
     names: Mapping[Path, Path],
     output: Path,
-    scale: tuple[float, float] | None,
+    scale: draw.Scale | None,
     failed: Sequence[tuple[Path, str]] = (),
     monitor: Monitor | None = None,
+    save: Sequence[str] = PICTURES,
 ) -> list[tuple]:
-    """Write overlay, map (16 bit) and mask of each image, then scores.csv and failed.csv; returns the rows of COLUMNS.
+    """Write the PICTURES to `save` of each image, then scores.csv, results.jsonl and failed.csv; returns the rows of COLUMNS.
 
-    `scale` are the map values at the ends of the overlays' colours, None for the ends of each map. After an interruption the tables are
-    written, but a monitor is not saved. InputError, before any image is scored, where an output would replace a file that blemish did not
-    write there, and at the end where no image could be scored.
+    `scale` is that of the run, see `draw.Scale`, None for overlays without colours. After an interruption the tables are written, but a
+    monitor is not saved. InputError, before any image is scored, where an output would replace a file that blemish did not write there, and
+    at the end where no image could be scored.
     """
-    outputs, rows = Outputs(), []
-    tables = [output / name for name in TABLES]
-    outputs.check(tables + [output_path(output / name, kind) for name in names.values() for kind in KINDS])
+    outputs, rows, lines = Outputs(), [], []
+    tables, kinds = [output / name for name in TABLES], (*(f"{name}.png" for name in save), *LISTS)
+    outputs.check(tables + [output_path(output / name, kind) for name in names.values() for kind in kinds])
     remove_stale(output)
 
-    def row(result: ImageResult) -> tuple:
-        ends = (None, None) if result.map is None else write_pictures(result, scale, rule.level, output / names[result.path], outputs)
-        return str(result.path), result.score, *rule.columns(result.score), *ends, rule.source
+    def add(result: ImageResult) -> None:
+        written = Written()
+        if result.map is not None:
+            written = write_files(result, rule, scale, output / names[result.path], outputs, save)
+        rows.append((str(result.path), result.score, *rule.columns(result.score), *written.ends, rule.source))
+        line = {key: rows[-1][COLUMNS.index(key)] for key in ("path", "score", "p_value", "decision", "threshold")}
+        files = [file.relative_to(output).as_posix() for file in written.files]
+        lines.append(line | {"decision": rule.decide(result.score), "boxes": written.boxes, "files": files})
 
     def write_tables() -> None:
-        header, lines = COLUMNS, rows
+        header, found = COLUMNS, rows
         bounds = monitor.take([row[1] for row in rows]) if monitor else []
         if monitor and monitor.on:
             bounds = [NOT_CLAIMED if rule.threshold.by_hand else bound for bound in bounds]
-            header, lines = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
-        write_csv(tables[0], header, lines, outputs)
+            header, found = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
+        write_csv(tables[0], header, found, outputs)
+        write_json_lines(tables[2], lines, outputs)
         if failed:
             write_csv(tables[1], ("path", "reason"), failed, outputs)
         else:
             tables[1].unlink(missing_ok=True)
 
     try:
-        rows.extend(map(row, results))
+        for result in results:
+            add(result)
     except BaseException:
         if rows:
             with contextlib.suppress(InputError):  # the error to raise is the one that ended the work
@@ -184,41 +211,58 @@ def write(
     return rows
 
 
-def write_pictures(
-    result: ImageResult, scale: tuple[float, float] | None, level: float | None, stem: Path, outputs: Outputs
-) -> tuple[float, float]:
-    """Write the files of an image and return the smallest and the largest value of its map.
+def write_files(
+    result: ImageResult, rule: Rule, scale: draw.Scale | None, stem: Path, outputs: Outputs, save: Sequence[str] = PICTURES
+) -> Written:
+    """Write the PICTURES to `save` of an image with a map, and its detections as CSV and JSON, strongest first.
 
-    The overlay of an image with a side above LARGEST has the means of its blocks and their largest map values. Detections are coloured by
-    their strength, and listed as CSV and JSON, strongest first.
+    The overlay of an image with a side above LARGEST has the means of its blocks and their largest map values, and its boxes are made of
+    blocks. Detections are coloured by their strength.
     """
-    map, inside = result.map, result.inside
+    map, inside, level, files = result.map, result.inside, rule.level, []
 
-    def save(picture: Image.Image, kind: str, compress_level: int = 6) -> None:
-        with atomic_write(output_path(stem, kind), outputs) as temporary:
-            picture.save(temporary, pnginfo=picture_info(), compress_level=compress_level)
+    def place(kind: str) -> Path:
+        files.append(output_path(stem, kind))
+        return files[-1]
+
+    def picture(image: Image.Image, kind: str, compress_level: int = 6) -> None:
+        with atomic_write(place(f"{kind}.png"), outputs) as temporary:
+            image.save(temporary, pnginfo=picture_info(), compress_level=compress_level)
 
     ends = [(float(band.min()), float(band.max())) for band in bands(map)]
     low, high = min(least for least, _ in ends), max(most for _, most in ends)
-    save(Image.fromarray(sixteen_bits(map, low, high)), "map.png", compress_level=1)
-    if level is not None:
+    if "map" in save:
+        picture(Image.fromarray(sixteen_bits(map, low, high)), "map", compress_level=1)
+    if "mask" in save and level is not None:
         mask = np.concatenate([(band > level).astype(np.uint8) * 255 for band in bands(map)])
-        save(Image.fromarray(mask if inside is None else mask * inside), "mask.png")
+        picture(Image.fromarray(mask if inside is None else mask * inside), "mask")
         del mask
-    if result.detections is None:
-        side = reduction(map.shape, LARGEST)
-        shown = largest_blocks(map, side)
-        shown = shown if inside is None else np.where(largest_blocks(inside, side), shown, -np.inf)
-        save(draw.overlay(mean_blocks(result.image, side), shown, scale or (low, high), level), "overlay.png")
-    else:
-        image = torch.from_numpy(result.image.copy()).permute(2, 0, 1) / 255  # (3, H, W)
-        coloured = false_alarms.overlay(image, -torch.from_numpy(map)).permute(1, 2, 0)
-        save(Image.fromarray((coloured * 255).round().byte().numpy()), "overlay.png")
+    side = reduction(map.shape, LARGEST)
+    shown = largest_blocks(map, side)
+    shown = shown if inside is None else np.where(largest_blocks(inside, side), shown, -np.inf)
+    if "overlay" in save:
+        own = rule.scale(scale)
+        if result.detections is None:
+            overlay = draw.overlay(mean_blocks(result.image, side), shown, own, level)
+        else:
+            image = torch.from_numpy(result.image.copy()).permute(2, 0, 1) / 255  # (3, H, W)
+            coloured = false_alarms.overlay(image, -torch.from_numpy(map)).permute(1, 2, 0)
+            overlay = Image.fromarray((coloured * 255).round().byte().numpy())
+        draw.stamp(overlay, result.score, rule.decide(result.score), shown > (own[1] if own else np.inf))
+        picture(overlay, "overlay")
+    if result.detections is not None:
         rows = [one._asdict() | {"strength": false_alarms.strength(one.log10_nfa)} for one in result.detections]
         header = (*false_alarms.Detection._fields, "strength")
-        write_csv(output_path(stem, "detections.csv"), header, [row.values() for row in rows], outputs)
-        write_json(output_path(stem, "detections.json"), rows, outputs)
-    return low, high
+        write_csv(place(LISTS[0]), header, [row.values() for row in rows], outputs)
+        write_json(place(LISTS[1]), rows, outputs)
+    return Written((low, high), None if level is None else boxes_in_image(shown, level, side, map.shape), files)
+
+
+def boxes_in_image(shown: np.ndarray, level: float, side: int, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Return the boxes of a map of blocks of side × side pixels, in pixels of its image (height, width)."""
+    height, width = shape
+    found = ((x * side, y * side, w * side, h * side) for x, y, w, h in boxes_of(shown, level))
+    return [(x, y, min(w, width - x), min(h, height - y)) for x, y, w, h in found]
 
 
 def sixteen_bits(map: np.ndarray, low: float, high: float) -> np.ndarray:

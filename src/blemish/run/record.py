@@ -63,7 +63,7 @@ FIELDS = (
     "calibration",  # the threshold: alpha, number of images, value, explanation
     "store",  # the feature cache: its folder, images read and computed, bytes
     "seconds",  # wall time by stage, see `StageTimes.total`
-    "scale",  # map values at the two ends of the pictures' colours
+    "scale",  # map values of the pictures: where the colours begin, where normal images end, where the colours end
     "pictures",  # relative to the run folder
 )
 PACKAGES = ("blemish", "torch", "torchvision", "lightning", "torchmetrics", "timm", "kornia", "numpy", "scipy", "scikit-learn")

@@ -19,6 +19,7 @@ from blemish.data.images import check_not_all_ignored, ignore_mask, prepare, to_
 from blemish.data.roi import Roi
 from blemish.data.tiles import bytes_of
 from blemish.detector import Detector, apply_ignore_mask
+from blemish.draw import Scale
 from blemish.edge.calibration import by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
 from blemish.edge.geometry import Geometry
@@ -61,6 +62,7 @@ class Rule:
         self.threshold = conformal_threshold(scores, alpha) if threshold is None else by_hand(threshold, scores)
         levels = (level, own_level, conformal_threshold(peaks, alpha).value)
         self.level = next((value for value in levels if value is not None), None)
+        self.floor: float | None = None  # map value where the colours of pictures begin, where the method fixes one
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
 
@@ -68,9 +70,15 @@ class Rule:
     def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
         """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
         rule = cls(model.calibration, alpha, model.map_threshold, chosen)
+        rule.floor = model.map_floor
         if model.decides_by_map and rule.source is None:
             rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
         return rule
+
+    def scale(self, found: Scale | None) -> Scale | None:
+        """Return the scale of pictures from the one that a run found; normal images end at the level, if there is one."""
+        low, normal, high = found or (None, None, -math.inf)
+        return scale_of(low if self.floor is None else self.floor, normal if self.level is None else self.level, high)
 
     def decide(self, score: float) -> bool | None:
         """Return whether an image is anomalous, None without a threshold."""
@@ -85,6 +93,17 @@ class Rule:
         """Return threshold, decision (1 anomalous, 0 normal) and p-value as tables have them, None for what there is not."""
         decision = self.decide(score)
         return self.threshold.value, None if decision is None else int(decision), self.p_value(score)
+
+
+def scale_of(low: float | None, normal: float | None, high: float = -math.inf) -> Scale | None:
+    """Return the scale of pictures from map values: the least, and the largest of normal images, and of all; None where one is not known.
+
+    Where the largest of all is not above that of normal images, the colours end as far above it as they begin below.
+    """
+    if low is None or normal is None:
+        return None
+    low = min(low, normal)
+    return float(low), float(normal), float(high if high > normal else 2 * normal - low)
 
 
 def images_at(path: str | Path) -> list[Path]:
