@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from blemish.run.config import DictConfig, build, check_config, class_of, compos
 from blemish.run.evaluate import Calibrate
 from blemish.run.monitor import unusual
 from blemish.run.predict import anomalous, write
-from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of, scale_of
+from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
 from blemish.run.train import calibrated, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class AnomalyDetector:
             calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
         data.values.report()
         self.model, self.ready, self._by_hand = model.eval().to(self.device), True, {}
-        self.scale = scale_of(calibrate.low, self.map_threshold)
+        self.scale = self._rule.scale((calibrate.low, None, -math.inf))
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
 

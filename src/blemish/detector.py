@@ -59,7 +59,6 @@ class Detector(pl.LightningModule):
     min_images = 1  # smallest number of training images
     expects_calibration = False  # set before a fit that `calibrate` will follow
     map_threshold: float | None = None  # the method's own threshold for maps
-    map_floor: float | None = None  # map value where the colour scale of pictures begins, where the method fixes one
     decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous
     reconstruct: Callable[[Tensor], Tensor] | None = None  # images (B, 3, H, W) to their reconstruction in [0, 1], if the method has one
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead

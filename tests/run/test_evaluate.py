@@ -282,8 +282,6 @@ def test_normal_images_end_where_those_of_the_test_do_without_calibration():
 def test_a_level_is_where_normal_images_end(level, expected):
     rule = Rule(torch.empty(0, 2), 0.1, chosen={"map_threshold": level})
     assert rule.scale([1.0, 4.0, 9.0]) == expected
-    assert rule.scale(None) is None
-    rule.floor = 0.0
     assert rule.scale(None) == (None if level is None else (0, level, 2 * level))
 
 

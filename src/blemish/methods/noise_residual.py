@@ -31,7 +31,6 @@ class NoiseResidual(Detector):
 
     needs_fit = False
     decides_by_map = True
-    map_floor = 0.0
     not_exportable = (
         "it searches each image's own patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export "
         "padim or patchcore"

@@ -22,7 +22,7 @@ from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
 from blemish.metrics.image import IMAGE_METRICS, POOLED, ImageMetrics
 from blemish.metrics.pixel import PIXEL_METRICS, PixelMetrics
-from blemish.run.results import Rule, scale_of
+from blemish.run.results import Rule, first, scale_of
 from blemish.run.tiling import ImageCallback, to_bytes
 from blemish.run.timing import StageTimes
 from blemish.types import ANOMALOUS, IGNORED, NORMAL, UNKNOWN, Batch, Prediction
@@ -199,16 +199,16 @@ class Evaluate(ImageCallback):
         """The scale of all pictures of the run, None without maps.
 
         The colours go from the median of the images' smallest values to the 95 % quantile of their largest ones, so that one odd image does
-        not darken the others. Normal images end at the level of the maps. Where no calibration image has given one, as with protocol=paper,
-        it is the quantile 1 − alpha of the largest values of normal test images, or without these the median of all images: training images
-        will not do, as a fit may know them by heart. No decision depends on it.
+        not darken the others. Normal images end where calibration images do. Without these, as with protocol=paper, it is the quantile
+        1 − alpha of the largest values of normal test images, or else the median of all: training images will not do, as a fit may know
+        them by heart. No decision depends on it.
         """
         lows, highs = np.array([(one.low, one.high) for one in self.tested.values()]).reshape(-1, 2).T
         if not np.isfinite(highs).any():
             return None
         normal = highs[[one.label == NORMAL for one in self.tested.values()]]
         end = np.quantile(normal, 1 - self.alpha, method="lower") if len(normal) else np.median(highs)
-        return scale_of(np.median(lows), end if self.rule.level is None else self.rule.level, np.quantile(highs, 0.95, method="lower"))
+        return scale_of(np.median(lows), first(self.rule.normal, end), np.quantile(highs, 0.95, method="lower"))
 
     def draw(self, folder: str | Path, curves: str | Path | None) -> list[Path]:
         """Write a strip of each image to draw into `folder`, and the curves to a file; returns the paths of the pictures.

@@ -60,9 +60,9 @@ class Rule:
         scores, peaks = calibration.detach().cpu().T if len(calibration) else torch.empty(2, 0)
         threshold, level = ((chosen or {}).get(name) for name in ("threshold", "map_threshold"))
         self.threshold = conformal_threshold(scores, alpha) if threshold is None else by_hand(threshold, scores)
-        levels = (level, own_level, conformal_threshold(peaks, alpha).value)
-        self.level = next((value for value in levels if value is not None), None)
-        self.floor: float | None = None  # map value where the colours of pictures begin, where the method fixes one
+        calibrated = conformal_threshold(peaks, alpha).value
+        self.level = first(level, own_level, calibrated)
+        self.normal = first(level, calibrated)  # map value above which pictures are coloured
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
 
@@ -70,15 +70,14 @@ class Rule:
     def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
         """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
         rule = cls(model.calibration, alpha, model.map_threshold, chosen)
-        rule.floor = model.map_floor
         if model.decides_by_map and rule.source is None:
             rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
         return rule
 
     def scale(self, found: Scale | None) -> Scale | None:
-        """Return the scale of pictures from the one that a run found; normal images end at the level, if there is one."""
+        """Return the scale of pictures from the one that a run found: normal images end where calibration images do, if there are some."""
         low, normal, high = found or (None, None, -math.inf)
-        return scale_of(low if self.floor is None else self.floor, normal if self.level is None else self.level, high)
+        return scale_of(low, first(self.normal, normal, self.level), high)
 
     def decide(self, score: float) -> bool | None:
         """Return whether an image is anomalous, None without a threshold."""
@@ -95,14 +94,20 @@ class Rule:
         return self.threshold.value, None if decision is None else int(decision), self.p_value(score)
 
 
-def scale_of(low: float | None, normal: float | None, high: float = -math.inf) -> Scale | None:
-    """Return the scale of pictures from map values: the least, and the largest of normal images, and of all; None where one is not known.
+def first(*values: float | None) -> float | None:
+    """Return the first value that is not None."""
+    return next((value for value in values if value is not None), None)
 
-    Where the largest of all is not above that of normal images, the colours end as far above it as they begin below.
+
+def scale_of(low: float | None, normal: float | None, high: float = -math.inf) -> Scale | None:
+    """Return the scale of pictures from map values: the least, the largest of normal images, which None leaves without one, and of all.
+
+    Without the least, maps are taken to begin at zero. Where the largest of all is not above that of normal images, the colours end as
+    far above it as they begin below.
     """
-    if low is None or normal is None:
+    if normal is None:
         return None
-    low = min(low, normal)
+    low = normal - abs(normal) if low is None else min(low, normal)
     return float(low), float(normal), float(high if high > normal else 2 * normal - low)
 
 

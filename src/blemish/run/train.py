@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import math
 import time
 import warnings
 from collections import Counter
@@ -30,7 +31,7 @@ from blemish.run.config import build, check_config, default_folder, module_of, p
 from blemish.run.evaluate import SCORES, Calibrate, Evaluate
 from blemish.run.progress import ProgressBar
 from blemish.run.record import ROI, STATE, Record, lock_run_folder, truth_kind
-from blemish.run.results import Rule, scale_of
+from blemish.run.results import Rule
 from blemish.run.resume import resume_callbacks, resume_config, state_in
 from blemish.run.timing import StageTimes
 from blemish.run.update import calibration_of, load_for_update, mark_fitted
@@ -90,7 +91,9 @@ def train(cfg: DictConfig) -> dict:
             loaders += calibration_of(past, images.samples)
         calibrated(run.trainer, model, run.calibrate, loaders)
         if cfg.save.checkpoint:
-            scale = scale_of(run.calibrate.low, Rule.of(model, cfg.alpha, {}).level)  # without calibration images it takes the test
+            scale = Rule.of(model, cfg.alpha, {}).scale(
+                (run.calibrate.low, None, -math.inf)
+            )  # without the test images that record.json has
             save_checkpoint(run.trainer, model, folder / "model.ckpt", portable_config(cfg, images.roi, scale=scale))
         if run.trainer.is_global_zero:
             (folder / STATE).unlink(missing_ok=True)
