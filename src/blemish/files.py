@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
-from PIL.PngImagePlugin import PngInfo
 
 from blemish.edge.errors import InputError
-from blemish.edge.reading import SOFTWARE, file_digest
+from blemish.edge.outputs import INDEX as INDEX  # these three also for higher rooms
+from blemish.edge.outputs import Outputs as Outputs
+from blemish.edge.outputs import picture_info as picture_info
 
-INDEX = ".blemish"  # in an output folder: a line of digest and name for each file that was written there
 LOCK = ".lock"  # in a folder that a process writes to; the system releases it when the process ends, however it ends
 CHOOSE = "choose another folder"
 MIN_FREE = 2**16  # bytes: a disk with fewer free bytes counts as full
@@ -27,56 +27,6 @@ STALE = 86400  # seconds after which an unfinished file is removed from a folder
 UNFINISHED = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of files that are being written
 
 _locks: dict[Path, FileLock] = {}  # that this process holds, by folder
-
-
-def picture_info(panels: str = "") -> PngInfo:
-    """PNG metadata that marks a picture as a result, for `is_result`; `panels`: positions of the panels of a strip."""
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
-    if panels:
-        info.add_text("Panels", panels)
-    return info
-
-
-class Outputs:
-    """Guard against replacing the user's files: only a file that is byte for byte as blemish wrote it may be replaced.
-
-    The index of a folder lists what was written there; a file that it does not list is the user's.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[Path, set[str]] = {}  # digests by folder
-
-    def check(self, paths: Iterable[str | Path], choose: str = "output=FOLDER") -> None:
-        """Raise InputError where a path holds a file of the user's; `choose`: the option that chooses another place."""
-        foreign = [str(path) for path in map(Path, paths) if os.path.lexists(path) and not self._is_own(path)]
-        if foreign:
-            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-            raise InputError(f"{', '.join(foreign[:5])}{more}: exists and is not as blemish wrote it; move it away, or choose {choose}")
-
-    def note(self, path: str | Path, content: str | Path | None = None) -> None:
-        """List a file as written to `path`; before it is renamed to that path, its `content` is elsewhere."""
-        path = Path(path)
-        digest, known = file_digest(Path(content or path)), self._known(path.parent)
-        if digest not in known:
-            known.add(digest)
-            name = path.name.encode("utf-8", "surrogateescape").replace(b"\n", b" ")
-            with (path.parent / INDEX).open("ab") as file:
-                file.write(f"\n{digest} ".encode() + name)  # the line break first: the last line may have been cut short
-
-    def _is_own(self, path: Path) -> bool:
-        with contextlib.suppress(OSError):
-            known = self._known(path.parent)
-            return bool(known) and path.is_file() and not path.is_symlink() and file_digest(path) in known
-        return False
-
-    def _known(self, folder: Path) -> set[str]:
-        if folder not in self.known:
-            self.known[folder] = set()
-            with contextlib.suppress(OSError):
-                lines = (folder / INDEX).read_bytes().splitlines()
-                self.known[folder] = {line.split()[0].decode("ascii", "replace") for line in lines if line.strip()}
-        return self.known[folder]
 
 
 @contextlib.contextmanager

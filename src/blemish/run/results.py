@@ -2,9 +2,6 @@
 
 import bisect
 import math
-import os
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -23,11 +20,11 @@ from blemish.draw import Scale
 from blemish.edge.calibration import by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
 from blemish.edge.geometry import Geometry
-from blemish.edge.reading import digest_of, find_images, is_result, read
+from blemish.edge.outputs import images_at as images_at  # for those who predict
+from blemish.edge.outputs import output_names as output_names
+from blemish.edge.reading import read
 from blemish.noise.false_alarms import Detection, detections
 from blemish.run.tiling import MapOnDisk, Preprocessing, score_image
-
-LONGEST = 255 - len("_detections.json")  # bytes of an output's name before its ending
 
 
 class ImageResult(NamedTuple):
@@ -109,45 +106,6 @@ def scale_of(low: float | None, normal: float | None, high: float = -math.inf) -
         return None
     low = normal - abs(normal) if low is None else min(low, normal)
     return float(low), float(normal), float(high if high > normal else 2 * normal - low)
-
-
-def images_at(path: str | Path) -> list[Path]:
-    """Return an image itself, or every image below a folder; InputError if there is none, or it is a picture that blemish wrote."""
-    path = Path(path).expanduser()
-    if path.is_file():
-        if is_result(path):
-            raise InputError(f"input={path}: a picture that blemish wrote; expected an image")
-        return [path]
-    images = find_images(path) if path.is_dir() else []
-    if not images:
-        raise InputError(f"input={path}: {'no image in this folder' if path.is_dir() else 'no such file or folder'}")
-    return images
-
-
-def output_names(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
-    """Name the outputs of each image, relative to the output folder: its path below `root`, without its suffix unless two would be equal.
-
-    A name that is too long for a file system, or still equals another where case does not count, ends with a digest of the path.
-    """
-    bare = {path: path.relative_to(root).with_suffix("") for path in paths}
-    full = {path: name.with_name(path.name.replace(".", "_")) for path, name in bare.items()}
-    names = {path: name if one else full[path] for path, name, one in _unique(bare)}
-    for path, name, one in list(_unique(names)):
-        end = f"-{digest_of(os.fsencode(path.relative_to(root)))}"
-        if not one or len(os.fsencode(name.name)) > LONGEST:
-            stem = name.name
-            while len(os.fsencode(stem + end)) > LONGEST:
-                stem = stem[:-1]
-            names[path] = name.with_name(stem + end)
-    return names
-
-
-def _unique(names: Mapping[Path, Path]) -> Iterator[tuple[Path, Path, bool]]:
-    """Yield path, name, and whether no other name equals it where case does not count."""
-    folded = {path: unicodedata.normalize("NFC", str(name)).casefold() for path, name in names.items()}
-    counts = Counter(folded.values())
-    for path, name in names.items():
-        yield path, name, counts[folded[path]] == 1
 
 
 @torch.inference_mode()
