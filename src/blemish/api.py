@@ -4,22 +4,25 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, overload
 
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL.Image import Image as Picture
+from torch import Tensor
 
 from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.draw import Scale
-from blemish.edge.boxes import boxes_of
 from blemish.edge.calibration import Threshold
 from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
+from blemish.edge.result import Result
 from blemish.features.weights import BUNDLED
 from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
@@ -36,23 +39,14 @@ SETTINGS += ("workers", "seed", "alpha")  # keys of train.yaml
 PLACES = {"epochs": "trainer.max_epochs", "calibration": "data.calibration", "progress": "trainer.enable_progress_bar"}
 OTHERS = ("recipe", "value_range", "device", *PLACES)
 
-
-class Result(NamedTuple):
-    """The result of one image, in its own pixels."""
-
-    score: float  # larger is more anomalous
-    p_value: float | None  # (1 + held-out normal images that score at least as high) / (1 + all of them); None without any
-    decision: bool | None  # True for at most a share alpha of normal images; None without a threshold
-    map: np.ndarray | None  # (H, W) float32; None for a method that only scores images
-    boxes: list[tuple[int, int, int, int]]  # (x, y, w, h) of the components of the map above its threshold, the most anomalous first
-    path: Path | None = None  # of a file
+One = str | os.PathLike[str] | np.ndarray | Tensor | Picture  # an image, or a folder or batch of them
 
 
 class AnomalyDetector:
     """A method by its name, with the settings of its recipe unless `options` change them; see docs/python.md.
 
-    Images are files, folders, arrays, or lists of these; the dtype, not the values, says what is white: 255 of uint8, 65535 of uint16, 1 of
-    floats. InputError for an option, a value or an image that cannot be used.
+    Images are files, folders, arrays, tensors, pictures of Pillow, or several of these in a list or an iterator; the dtype, not the values,
+    says what is white: 255 of uint8, 65535 of uint16, 1 of floats. InputError for an option, a value or an image that cannot be used.
 
     Args:
         roi: mask as a file or an array (H, W) or (H, W, C), white inside the ROI, see `data.masks.interpret`.
@@ -76,6 +70,13 @@ class AnomalyDetector:
         self.ready = model is not None or not self.model.needs_fit
         self.scale: Scale | None = None  # of the colours of overlays, from held-out images
         self._by_hand: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        if not self.ready:
+            return f"AnomalyDetector({self.method}, not fitted, {self.device})"
+        value, promise = self.threshold.value, "by hand" if self.threshold.by_hand else f"alpha={self.threshold.alpha:.3g}"
+        decides = "no threshold" if value is None else f"threshold={value:.4g} ({promise})"
+        return f"AnomalyDetector({self.method}, {decides}, {self.device})"
 
     @property
     def method(self) -> str:
@@ -123,7 +124,11 @@ class AnomalyDetector:
     def _rule(self) -> Rule:
         return Rule.of(self.model, self.cfg.alpha, self._by_hand)
 
-    def train(self, train: Any, val: Any = None) -> "AnomalyDetector":
+    @property
+    def _low(self) -> float | None:
+        return None if self.scale is None else self.scale[0]
+
+    def train(self, train: One | Iterable[Any], val: One | Iterable[Any] | None = None) -> "AnomalyDetector":
         """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself."""
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         model = build(self.cfg.model)
@@ -143,10 +148,24 @@ class AnomalyDetector:
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
 
-    def predict(self, images: Any) -> Result | list[Result]:
-        """Return the Result of one file or array, or the list of those of a folder (searched at any depth, sorted), a batch or a list."""
+    @overload
+    def predict(self, images: Picture) -> Result: ...
+    @overload
+    def predict(self, images: Iterator[Any]) -> Iterator[Result]: ...
+    @overload
+    def predict(self, images: list[Any] | tuple[Any, ...]) -> list[Result]: ...
+    @overload
+    def predict(self, images: One) -> Result | list[Result]: ...
+    def predict(self, images: Any) -> Any:
+        """Return the Result of one image, or the list of those of a folder (searched at any depth, sorted), a batch or a list.
+
+        An iterator, such as a generator of a camera's frames, is read one image at a time, and the results come from an iterator.
+        """
+        self._check_ready("predict")
+        if isinstance(images, Iterator):
+            return self._stream(images)
         (images, several), rule = gather(images), self._rule
-        results = [result_of(one, rule) for one in self._predict(images)]
+        results = [self._result(one, rule) for one in self._predict(images)]
         return results if several else results[0]
 
     def test(self, folder: str | Path, output: str | Path) -> list[Result]:
@@ -161,7 +180,7 @@ class AnomalyDetector:
 
         def noted() -> Iterator[ImageResult]:
             for one in self._predict(paths, failed):
-                results.append(result_of(one, rule)._replace(map=None))
+                results.append(self._result(one, rule).without_map())
                 yield one
 
         names = output_names(paths, folder.parent if folder.is_file() else folder)
@@ -221,21 +240,38 @@ class AnomalyDetector:
         window = window if hasattr(window, "items") else {}  # "auto" of a run on bytes alone
         return {dtype: ASSUMED[dtype] for dtype in ("uint16", "float32")} | {dtype: tuple(ends) for dtype, ends in window.items()}
 
-    def _predict(self, images: Sequence[Image], failed: list[tuple[Path, str]] | None = None) -> Iterator[ImageResult]:
-        """Score images; those that cannot be used are added to `failed`, or raise InputError without it."""
+    def _predict(
+        self, images: Iterable[Image], failed: list[tuple[Path, str]] | None = None, endless: bool = False
+    ) -> Iterator[ImageResult]:
+        """Score images; those that cannot be used are added to `failed`, or raise InputError without it.
+
+        endless: read one at a time, warn of values at the first image that has them, and remember none.
+        """
         self._check_ready("predict")
         preprocessing = preprocessing_of(self.cfg)._replace(window=self._window, roi=self.roi)
         values = check_of(self.model.ranges, self._window)
         reader = values.loading(partial(array_of, window=self._window), preprocessing.inside)
-        yield from predict(self.model, images, preprocessing, self.cfg.data.batch_size, load=reader, failed=failed)
+        size = 1 if endless and not preprocessing.tile else self.cfg.data.batch_size  # by tiles, it is a number of tiles
+        warned = False
+        for one in predict(self.model, images, preprocessing, size, load=reader, failed=failed):
+            if endless and (values.new or values.doubts) and not warned:
+                values.report()
+                warned = True
+            if endless:
+                values.checked, values.new, values.doubts = set(), {}, {}
+            yield one
         values.report()
 
+    def _stream(self, images: Iterator[Any]) -> Iterator[Result]:
+        rule, images = self._rule, chain.from_iterable(gather(one)[0] for one in images)
+        for one in self._predict(images, endless=True):
+            yield self._result(one, rule)
 
-def result_of(one: ImageResult, rule: Rule) -> Result:
-    map, boxes = None if one.map is None else one.map[:], []
-    if map is not None and rule.level is not None:
-        boxes = boxes_of(map if one.inside is None else np.where(one.inside, map, -np.inf), rule.level)
-    return Result(one.score, rule.p_value(one.score), rule.decide(one.score), map, boxes, one.path)
+    def _result(self, one: ImageResult, rule: Rule) -> Result:
+        map = None if one.map is None else one.map[:]
+        return Result(
+            one.score, rule.p_value(one.score), rule.decide(one.score), map, one.path, one.image, rule.level, self._low, one.inside
+        )
 
 
 def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
@@ -300,11 +336,12 @@ def gather(images: Any) -> tuple[list[Image], bool]:
     """Return the images of a file, a folder, an array, a batch or a list of these, and whether there may be several."""
     if isinstance(images, str | os.PathLike):
         return images_at(images), Path(images).expanduser().is_dir()
-    if not isinstance(images, list | tuple):
+    if isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
         return images_of(images)
-    if not images:
-        raise InputError("an empty list; expected at least one image")
-    return [image for one in images for image in gather(one)[0]], True
+    found = [image for one in images for image in gather(one)[0]]
+    if not found:
+        raise InputError(f"an empty {type(images).__name__}; expected at least one image")
+    return found, True
 
 
 @contextlib.contextmanager

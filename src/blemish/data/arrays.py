@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from blemish.data.dataset import threaded
@@ -16,7 +17,7 @@ from blemish.data.ranges import ValueCheck, fit_ranges
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import UINT16
 from blemish.edge.ranges import Range
-from blemish.edge.reading import SMALLEST, read, size_of
+from blemish.edge.reading import SMALLEST, array_of_picture, read, size_of
 from blemish.types import NORMAL
 
 UNIT = (0.0, 1.0)  # the range of floats where none is given
@@ -24,8 +25,8 @@ ASSUMED = {"uint8": (0.0, 255.0), "uint16": UINT16, "float32": UNIT}
 Image = Path | np.ndarray  # (H, W) or (H, W, 3), uint8, uint16 or float32
 Window = Mapping[str, tuple[float, float]]  # (lo, hi) by dtype
 KINDS = (
-    "numpy (H, W), (H, W, 3) or (B, H, W, 3), or torch (H, W), (3, H, W) or (B, 3, H, W), with 1 in place of 3 for grey, "
-    "of uint8, uint16 or floats in [0, 1]"
+    "numpy (H, W), (H, W, 3) or (B, H, W, 3), or torch (H, W), (3, H, W) or (B, 3, H, W), with 1 in place of 3 for grey or 4 for alpha, "
+    "of uint8, uint16 or floats in [0, 1], or a picture of Pillow"
 )
 
 
@@ -118,10 +119,13 @@ def array_of(image: Image, window: Window) -> np.ndarray:
 
 
 def images_of(array: object) -> tuple[list[np.ndarray], bool]:
-    """The images (H, W) or (H, W, 3), uint8, uint16 or float32, in an array or tensor, and whether it is a batch.
+    """The images (H, W) or (H, W, 3), uint8, uint16 or float32, in an array, tensor or picture of Pillow, and whether it is a batch.
 
-    InputError for a shape or dtype that is not in KINDS, for values that are not finite, and for images with sides below 8 pixels.
+    Alpha is dropped, as of files. InputError for a shape or dtype that is not in KINDS, for values that are not finite, and for images with
+    sides below 8 pixels.
     """
+    if isinstance(array, Picture):
+        array = array_of_picture(array)
     if isinstance(array, Tensor):
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array
@@ -132,11 +136,11 @@ def images_of(array: object) -> tuple[list[np.ndarray], bool]:
     else:
         raise InputError(f"{type(array).__name__}: not an image; expected a path, {KINDS}, or a list of these")
     found = f"{kind} of {array.dtype.name} {array.shape}"
-    is_shape = array.ndim in (2, 3, 4) and (array.ndim == 2 or array.shape[-1] in (1, 3)) and 0 not in array.shape
+    is_shape = array.ndim in (2, 3, 4) and (array.ndim == 2 or array.shape[-1] in (1, 3, 4)) and 0 not in array.shape
     if not is_shape or not (array.dtype.name in ("uint8", "uint16") or array.dtype.kind == "f"):
         raise InputError(f"{found}: not an image; expected {KINDS}")
     is_batch, is_grey = array.ndim == 4, array.ndim > 2 and array.shape[-1] == 1
-    array = array[..., 0] if is_grey else array
+    array = array[..., 0] if is_grey else array[..., :3] if array.ndim > 2 else array
     if min(array.shape[is_batch : is_batch + 2]) < SMALLEST:
         raise InputError(f"{found}: expected at least {SMALLEST}×{SMALLEST} pixels")
     dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "u" else np.float32

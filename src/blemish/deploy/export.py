@@ -364,13 +364,13 @@ def compare(model: Detector, preprocessing: Preprocessing, other: Model, images:
     for path, sample in images:
         array = loaded(path, sample)
         score, map = score_of_run(model, preprocessing, array, other.metadata["maps"])
-        (found,) = other.predict([array if sample.tile else path], TOGETHER)
+        ((*_, found, found_map),) = other.scored([array if sample.tile else path], TOGETHER)
         scores.append(score)
-        differences.append(abs(found.score - score))
-        flipped += other.threshold is not None and (score > other.threshold) != found.decision
-        if found.map is not None:
+        differences.append(abs(found - score))
+        flipped += other.threshold is not None and (score > other.threshold) != (found > other.threshold)
+        if found_map is not None:
             peaks.append(float(map.max()))
-            map_differences.append(float(np.abs(found.map - map).max()))
+            map_differences.append(float(np.abs(found_map - map).max()))
     if not np.isfinite(differences + map_differences).all():
         differences = [float("inf")]
     calibration = model.calibration.cpu().double().numpy()

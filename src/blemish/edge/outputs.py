@@ -1,12 +1,15 @@
 """The files written for images: what they are called, and which files in their place are the user's and stay."""
 
 import contextlib
+import io
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
@@ -23,6 +26,13 @@ def picture_info(panels: str = "") -> PngInfo:
     if panels:
         info.add_text("Panels", panels)
     return info
+
+
+def encoded(picture: Image.Image | np.ndarray) -> bytes:
+    """A picture, or an array of grey values, as a PNG that is marked as a result."""
+    file = io.BytesIO()
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, "PNG", pnginfo=picture_info())
+    return file.getvalue()
 
 
 class Outputs:

@@ -224,6 +224,14 @@ def _pillow(image: Image.Image, labels: bool) -> np.ndarray:
     return _copied(image if mode in ("L", "RGB") else image.convert("RGB"))
 
 
+def array_of_picture(image: Image.Image) -> np.ndarray:
+    """The array of a picture that Pillow has opened or made, as `read` gives that of its file, with the bits that Pillow keeps."""
+    try:
+        return _pillow(image.copy(), labels=False)  # a copy, as it is turned upright
+    except OSError as error:  # Pillow decodes a file when its pixels are asked for
+        raise InputError(f"a picture of Pillow, {getattr(image, 'filename', '')}: damaged or cut short ({error})") from error
+
+
 def _load_upright(image: Image.Image) -> None:
     image.load()  # first, as a PNG may hold EXIF behind its pixels
     with suppress(SyntaxError):  # invalid EXIF in a valid image

@@ -2,9 +2,9 @@
 
     model = Model("model.onnx")
     for result in model.predict(["part.png", array]):
-        result.score, result.p_value, result.decision, result.map
+        result.score, result.p_value, result.decision, result.map, result.boxes
 
-Files are read by `reading`, which needs Pillow, and for TIFF tifffile; arrays need neither.
+Files are read by `reading`, which needs Pillow, and for TIFF tifffile; arrays need neither. Boxes need SciPy.
 """
 
 import base64
@@ -13,12 +13,12 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from .geometry import (
     to_network,
 )
 from .ranges import Range, doubt, range_of
+from .result import Result
 
 KEY = "blemish"  # of the metadata among a file's own metadata
 FORMAT = "blemish artefact 3"
@@ -46,15 +47,6 @@ ENGINES = {".onnx": "onnxruntime", ".xml": "openvino"}
 OUTSIDE = "nothing of the image is inside the ROI of this detector; expected an image that has a part of it"
 
 Run = Callable[..., Sequence[np.ndarray]]
-
-
-class Result(NamedTuple):
-    """The result of one image."""
-
-    score: float  # larger is more anomalous
-    p_value: float | None  # (1 + held-out normal images that score at least as high) / (1 + all of them); None without any
-    decision: bool | None  # anomalous: score > threshold; None without a threshold
-    map: np.ndarray | None  # (h, w) float32 in the pixels of the network's input, by tiles in the image's own; None without one
 
 
 class Model:
@@ -79,27 +71,39 @@ class Model:
         check_file(path)
         return (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
 
-    def predict(self, images: Any, batch_size: int = 1) -> list[Result]:
-        """Results of one image or of several, in their order.
+    def predict(self, images: Any, batch_size: int = 1, maps: bool = True) -> list[Result] | Iterator[Result]:
+        """Results of one image or of several, in their order; from an iterator, such as a camera's frames, by an iterator.
 
-        An image is a file, or an array (H, W) or (H, W, 3) of uint8, uint16 or float32 in the file's own units, of any size unless
-        `source` of the metadata fixes it. InputError for what cannot be used.
+        An image is a file, a picture of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16 or float32 in the file's own
+        units, of any size unless `source` of the metadata fixes it. maps: False saves the time to bring maps to the images' own pixels.
+        InputError for what cannot be used.
         """
-        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        if isinstance(images, str | Path) or hasattr(images, "convert") or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
-        size = self.metadata["batch"] or batch_size
-        if self.metadata["tiling"]:
-            return [self._by_tiles(image, size) for image in images]
-        results, inputs = [], map(self._prepared, images)
-        while chunk := list(islice(inputs, size)):
-            batch, ignore_masks = zip(*chunk, strict=True)
-            for (score, found), ignore_mask in zip(self._scored(batch), ignore_masks, strict=True):
-                results.append(self.result(*apply_ignore_mask(score, found, ignore_mask)))
-        return results
+        results = self._results(images, batch_size, maps)
+        return results if isinstance(images, Iterator) else list(results)
 
-    def _prepared(self, image: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """An image as the graph takes it, and the ignored pixels of that."""
-        array = pixels(image)
+    def _results(self, images: Any, batch_size: int, maps: bool) -> Iterator[Result]:
+        for image, array, score, map in self.scored(images, batch_size):
+            height, width = array.shape[:2]
+            own = self.own_pixels(map, height, width) if maps and map is not None else None
+            yield self.result(score, own, Path(image) if isinstance(image, str | Path) else None, array)
+
+    def scored(self, images: Any, batch_size: int) -> Iterator[tuple[Any, np.ndarray, float, np.ndarray | None]]:
+        """Each image with its array, score and map: (h, w) in the pixels of the network's input, by tiles in the image's own."""
+        size, images = self.metadata["batch"] or batch_size, iter(images)
+        while chosen := list(islice(images, 1 if self.metadata["tiling"] else size)):
+            arrays = [pixels(image) for image in chosen]
+            if self.metadata["tiling"]:
+                with named(chosen[0]):
+                    found = [self._by_tiles(arrays[0], size)]
+            else:
+                inputs, ignore_masks = zip(*map(self._prepared, chosen, arrays), strict=True)
+                found = [apply_ignore_mask(*one, mask) for one, mask in zip(self._scored(inputs), ignore_masks, strict=True)]
+            yield from ((*one, *scores) for *one, scores in zip(chosen, arrays, found, strict=True))
+
+    def _prepared(self, image: Any, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The array of an image as the graph takes it, and the ignored pixels of that."""
         with named(image):
             check_values(array, self.metadata)
             inside = inside_of(*array.shape[:2], self.metadata)
@@ -112,33 +116,34 @@ class Model:
         scores, *maps = self.run(np.stack(batch))
         return list(zip(map(float, scores), maps[0] if maps else [None] * len(scores), strict=True))
 
-    def _by_tiles(self, image: Any, batch_size: int) -> Result:
-        """The result of one image from its tiles: their largest score, and their maps blended in the image's own pixels."""
-        array, geometry = pixels(image), geometry_of(self.metadata)
-        (height, width), side, overlap = array.shape[:2], self.metadata["tiling"]["side"], self.metadata["tiling"]["overlap"]
-        with named(image):
-            check_values(array, self.metadata)
-            inside = inside_of(height, width, self.metadata)
-            array = fill_masked(array, inside, self.metadata["window"])
-            best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
-            tiles = iter(grid(width, height, side, overlap))
-            while chunk := list(islice(tiles, batch_size)):
-                batch = [to_input(mirrored(array[y : y + h, x : x + w], side), self.metadata) for x, y, w, h in chunk]
-                for (x, y, w, h), (score, found) in zip(chunk, self._scored(batch), strict=True):
-                    seen = None if inside is None else mirrored(inside[y : y + h, x : x + w], side)
-                    ignore_mask = None if seen is None else mask_to_network(~seen, geometry, True)
-                    score, found = apply_ignore_mask(score, found, ignore_mask)
-                    best = max(best, score)
-                    if found is not None:
-                        blend.add(to_image(found, side, side, geometry), x, y)
-            if inside is not None and best == -np.inf:
-                raise InputError(OUTSIDE)
-        return self.result(best, filled(np.concatenate(rows), inside) if rows else None)
+    def _by_tiles(self, array: np.ndarray, batch_size: int) -> tuple[float, np.ndarray | None]:
+        """Score and map of an image from its tiles: their largest score, and their maps blended in the image's own pixels."""
+        (height, width), geometry = array.shape[:2], geometry_of(self.metadata)
+        side, overlap = self.metadata["tiling"]["side"], self.metadata["tiling"]["overlap"]
+        check_values(array, self.metadata)
+        inside = inside_of(height, width, self.metadata)
+        array = fill_masked(array, inside, self.metadata["window"])
+        best, rows, blend = -np.inf, [], Blend(height, width, side, overlap, lambda band: rows.append(band.copy()))
+        tiles = iter(grid(width, height, side, overlap))
+        while chunk := list(islice(tiles, batch_size)):
+            batch = [to_input(mirrored(array[y : y + h, x : x + w], side), self.metadata) for x, y, w, h in chunk]
+            for (x, y, w, h), (score, found) in zip(chunk, self._scored(batch), strict=True):
+                seen = None if inside is None else mirrored(inside[y : y + h, x : x + w], side)
+                ignore_mask = None if seen is None else mask_to_network(~seen, geometry, True)
+                score, found = apply_ignore_mask(score, found, ignore_mask)
+                best = max(best, score)
+                if found is not None:
+                    blend.add(to_image(found, side, side, geometry), x, y)
+        if inside is not None and best == -np.inf:
+            raise InputError(OUTSIDE)
+        return best, filled(np.concatenate(rows), inside) if rows else None
 
-    def result(self, score: float, map: np.ndarray | None) -> Result:
-        """The result of a score, with its p-value and decision."""
+    def result(self, score: float, map: np.ndarray | None, path: Path | None = None, array: np.ndarray | None = None) -> Result:
+        """The result of a score and a map in the pixels of an image, with its p-value and decision."""
         p = float(p_values(score, self.calibration)) if self.calibration else None
-        return Result(score, p, None if self.threshold is None else score > self.threshold, map)
+        decision, level = None if self.threshold is None else score > self.threshold, self.metadata["map_threshold"]
+        image, inside = (None, None) if array is None else (shown(array, self.metadata), inside_of(*array.shape[:2], self.metadata))
+        return Result(score, p, decision, map, path, image, level, inside=inside)
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
         """A map in the pixels of its image, (height, width); outside the ROI it has its minimum inside."""
@@ -212,18 +217,18 @@ def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
     return text, lambda *inputs: [np.array(value) for value in compiled(list(inputs)).values()]
 
 
-def pixels(image: str | Path | np.ndarray) -> np.ndarray:
-    """The array of a file, or the array itself; InputError unless it may be an image."""
-    if not isinstance(image, str | Path):
+def pixels(image: Any) -> np.ndarray:
+    """The array of a file or picture, or the array itself, without alpha; InputError unless it may be an image."""
+    if not isinstance(image, str | Path) and not hasattr(image, "convert"):
         array = np.asarray(image)
-        if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
+        if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
             raise InputError(f"an array of shape {array.shape}; expected grey (H, W) or colour (H, W, 3)")
-        return array
+        return array[..., :3] if array.ndim == 3 else array
     try:
-        from .reading import read
+        from .reading import array_of_picture, read
     except ImportError as error:
         raise InputError(f"{image}: files are read with Pillow, which is not here (pip install pillow); or hand over an array") from error
-    return read(image)
+    return read(image) if isinstance(image, str | Path) else array_of_picture(image)
 
 
 def check_values(array: np.ndarray, metadata: dict) -> None:
@@ -261,6 +266,12 @@ def to_input(array: np.ndarray, metadata: dict) -> np.ndarray:
         return coloured(resized)
     unit = resized / np.float32(255) if resized.dtype == np.uint8 else resized
     return np.ascontiguousarray(coloured(unit).transpose(2, 0, 1))
+
+
+def shown(array: np.ndarray, metadata: dict) -> np.ndarray:
+    """An image as uint8 of its own size, for display."""
+    unit = to_network(array, metadata["window"], Geometry())
+    return unit if unit.dtype == np.uint8 else (unit * 255).round().astype(np.uint8)
 
 
 def coloured(array: np.ndarray) -> np.ndarray:
