@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy import ndimage
 from skimage.measure import label, regionprops
 from support import CONFIGS, METHODS, composed, quick, tiny_run
 
+import blemish
 from blemish import AnomalyDetector, Result
 from blemish import api as module
 from blemish.api import OTHERS
@@ -100,6 +102,8 @@ def test_what_comes_out_of_what_goes_in(padim, tiny):
     score, p_value, decision = one.score, one.p_value, one.decision
     grey = read(folder / "000.png")
     forms = [grey, grey[..., None], np.stack([grey] * 3, -1), grey[::-1][::-1], np.asfortranarray(grey)]
+    rgba = np.dstack([grey] * 3 + [np.zeros_like(grey)])  # what is transparent has pixels too
+    forms += [rgba, torch.from_numpy(rgba).movedim(-1, 0), Image.open(folder / "000.png"), Image.fromarray(rgba)]
     forms += [torch.from_numpy(grey), torch.from_numpy(grey)[None], torch.from_numpy(np.stack([grey] * 3))]
     forms += [grey.astype(np.uint16) * 257, (grey.astype(np.uint16) * 257).astype(">u2"), grey / 255, grey.astype(np.float32) / 255]
     for form in forms:
@@ -109,6 +113,45 @@ def test_what_comes_out_of_what_goes_in(padim, tiny):
     assert equal(padim.predict(torch.from_numpy(grey).expand(1, 3, -1, -1))[0], padim.predict(grey))
     assert padim.predict(torch.from_numpy(grey / 255).bfloat16()).decision is decision
     assert one.map.shape == grey.shape and one.boxes
+
+
+def test_an_iterator_is_read_as_its_results_are_taken(padim, tiny, caplog):
+    frames, taken = arrays(tiny / "square"), []
+
+    def camera():
+        for i in range(10**9):
+            taken.append(i)
+            yield [frames[i % 6], Image.fromarray(frames[0, ..., 0]), frames[0] * np.uint16(16), tiny / "square" / "000.png"][i % 4]
+
+    results = padim.predict(camera())
+    assert taken == []
+    first = next(results)
+    assert taken == [0] and equal(first, padim.predict(frames[0])) and not caplog.records
+    for number in range(2, 12):
+        assert next(results).map.shape == (64, 64) and len(taken) == number
+    assert len([record for record in caplog.records if "hardly fit" in record.getMessage()]) == 1  # not of every frame
+    with pytest.raises(InputError, match="int: not an image"):
+        list(padim.predict(iter([3])))
+    assert list(padim.predict(iter([]))) == []
+    with pytest.raises(InputError, match="not been fitted"):
+        tiny_detector("padim").predict(camera())
+    assert len(tiny_detector("padim").train(frame for frame in frames).predict(set((tiny / "square").glob("*.png")))) == 6
+
+
+def test_a_damaged_picture_of_pillow_is_told(padim, tiny, tmp_path):
+    data = (tiny / "square" / "000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with Image.open(tmp_path / "cut.png") as picture, pytest.raises(InputError, match=r"cut\.png: damaged"):
+        padim.predict(picture)
+
+
+def test_a_detector_and_its_results_in_a_line(padim, tiny):
+    assert repr(tiny_detector("padim")) == "AnomalyDetector(padim, not fitted, cpu)"
+    assert re.fullmatch(r"AnomalyDetector\(padim, threshold=\S+ \(alpha=0\.143\), cpu\)", repr(padim))
+    result = padim.predict(tiny / "square" / "000.png")
+    assert re.fullmatch(r"Result\(\S+000\.png, anomalous, score=\S+, p_value=0\.143, map=64×64\)", repr(result))
+    assert result.overlay().size == (64, 64)
+    assert (np.asarray(result.overlay())[20:] != np.dstack([read(result.path)] * 3)[20:]).any()
 
 
 def test_maps_and_boxes_are_in_the_pixels_of_the_input(padim, tiny):
@@ -471,6 +514,15 @@ def test_a_failed_save_leaves_the_old_file(padim, tmp_path, monkeypatch):
 def test_the_package_alone_imports_nothing_heavy():
     code = "import blemish, blemish.cli, sys; print([name for name in ('torch', 'lightning', 'hydra', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_package_names_what_it_has():
+    assert sorted(blemish.__all__) == dir(blemish) == ["AnomalyDetector", "InputError", "Result", "__version__"]
+    assert all(getattr(blemish, name) is not None for name in blemish.__all__)
+    assert blemish.__version__ == version("blemish")
+    assert (Path(blemish.__file__).parent / "py.typed").is_file()  # editors follow its types
+    with pytest.raises(AttributeError, match="Detektor"):
+        _ = blemish.Detektor
 
 
 @pytest.mark.parametrize(("page", "count"), [("docs/python.md", 3), ("README.md", 1)])

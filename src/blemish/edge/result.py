@@ -18,7 +18,6 @@ TINT = ((255, 225, 0), (255, 120, 0), (200, 0, 40))  # from the level to as far 
 OUTLINE = (0, 229, 255)
 OPACITY = (0.4, 0.7)
 VERDICTS = {True: "anomalous", False: "normal", None: "no threshold"}
-STANDS_OUT = 8.0  # standard deviations, by the median deviation, above the median of a map that has no level
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -125,27 +124,23 @@ class Result:
 
 
 def overlay(image: np.ndarray, map: np.ndarray | None, low: float | None, level: float | None, text: str) -> "Image":
-    """An image (H, W) or (H, W, 3) uint8 with a text on it, tinted and outlined where its map (H, W) is above a level.
+    """An image (H, W) or (H, W, 3) uint8 with a text on it, tinted and outlined where its map (H, W) is above a level, None for nowhere.
 
-    The tint grows until the map is as far above `level` as that is above `low`, by default the least of the map. Without a level, the tint
-    is where the map stands out from its other values, and there is no outline.
+    The tint grows until the map is as far above `level` as that is above `low`, by default the least of the map.
     """
     from PIL import Image, ImageFilter
 
     pixels = np.array(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
-    if map is not None:
-        values = map[np.isfinite(map)]
-        middle = np.median(values)
-        start = middle + STANDS_OUT * 1.4826 * np.median(np.abs(values - middle)) if level is None else level
-        above, least = map > start, values.min() if low is None else low
-        strength = ((map[above] - start) / max(start - least, 1e-30)).clip(0, 1)[:, None]  # (n, 1)
+    above = np.zeros(image.shape[:2], bool) if map is None or level is None else map > level
+    if above.any():
+        low = map[np.isfinite(map)].min() if low is None else low
+        strength = ((map[above] - level) / max(level - low, 1e-30)).clip(0, 1)[:, None]  # (n, 1)
         colour = np.hstack([np.interp(strength, (0, 0.5, 1), channel) for channel in zip(*TINT, strict=True)])  # (n, 3)
         opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * strength
         pixels[above] = (pixels[above] * (1 - opacity) + colour * opacity).round()
-        if level is not None and above.any():
-            width = max(1, round(max(above.shape) / 400))
-            blurred = Image.fromarray(above.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(width))
-            pixels[(np.asarray(blurred) > 0) & ~above] = OUTLINE
+        stroke = max(1, round(max(above.shape) / 400))
+        blurred = Image.fromarray(above.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(stroke))
+        pixels[(np.asarray(blurred) > 0) & ~above] = OUTLINE
     picture = Image.fromarray(pixels)
     write_on(picture, text)
     return picture
