@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,9 @@ def tool(name: str) -> None:
 
 def call(name: str, words: list[str], overrides: list[str]) -> None:
     """Compose the config from the overrides and do the work of a command, once for each job of a sweep; `words` precede the overrides."""
+    if absent := [package for package in ("torch", "lightning", "hydra", "timm") if not find_spec(package)]:
+        export = "an exported detector runs without: python -m blemish.edge MODEL IMAGES OUTPUT"
+        refuse(f"{name}: needs {', '.join(absent)}, not installed here; pip install blemish, or {export}")
     import hydra
 
     from blemish.run.config import check_overrides, configs, run_cli

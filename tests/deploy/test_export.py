@@ -155,10 +155,10 @@ def test_an_export_says_what_its_run_says(run, exports, format):
 
 
 ALONE = """
-import importlib.abc, json, sys
+import importlib.abc, json, runpy, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "lightning", "timm", "omegaconf", "hydra", "blemish"):
+        if name.partition(".")[0] in ("torch", "torchvision", "lightning", "timm", "omegaconf", "hydra", "scipy", "matplotlib", "blemish"):
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
@@ -166,6 +166,8 @@ from edge.runtime import Model
 model = Model(sys.argv[2], threads=1)
 found = model.predict(sys.argv[3:])
 print(json.dumps([[r.score, r.p_value, r.decision, r.map.shape] for r in found]))
+sys.argv = ["edge", sys.argv[2], sys.argv[3], sys.argv[1] + "/out"]
+runpy.run_module("edge", run_name="__main__", alter_sys=True)
 """
 
 
@@ -177,9 +179,10 @@ def test_the_runtime_gives_the_scores_of_the_run_without_torch(run, onnx, tiny, 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calibration = load(run, "cpu")[1].calibration[:, 0]
-    for row, (score, p, decision, shape) in zip(rows, json.loads(done.stdout), strict=True):
+    for row, (score, p, decision, shape) in zip(rows, json.loads(done.stdout.splitlines()[0]), strict=True):
         assert score == pytest.approx(float(row["score"]), rel=1e-5)
         assert (decision, p, shape) == (bool(int(row["decision"])), p_values(score, calibration), [64, 64])
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 1 and "SciPy" in done.stderr
 
 
 def test_batches_and_single_arrays(onnx, pictures):

@@ -17,7 +17,7 @@ from blemish.edge.result import Result, overlay
 GREY = np.random.default_rng(0).integers(90, 110, (60, 200), dtype=np.uint8)
 MAP = np.zeros((60, 200), np.float32)
 MAP[30:50, 20:60], MAP[32:40, 100:110] = 9, 6
-RESULT = Result(9.0, 0.05, True, MAP, Path("line 1/part.png"), GREY, 5.0)
+RESULT = Result(9.0, 0.05, True, MAP, Path("line 1/part.png"), GREY, 7.0, 5.0)
 
 
 def without(monkeypatch, *absent: str) -> None:
@@ -44,7 +44,7 @@ def test_boxes_leave_out_what_is_outside_the_roi():
     assert replace(RESULT, inside=inside).boxes == [(100, 32, 10, 8)]
     assert replace(RESULT, map_threshold=None).boxes == replace(RESULT, map=None).boxes == []
     bare = RESULT.without_map()
-    assert bare.map is None and bare.boxes == RESULT.boxes
+    assert bare.map is None and bare.to_dict() == RESULT.to_dict()
     with pytest.raises(InputError, match="overlay: "):
         bare.overlay()
 

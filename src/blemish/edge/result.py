@@ -30,7 +30,8 @@ class Result:
     map: np.ndarray | None  # (H, W) float32; None for a method that only scores images
     path: Path | None = None  # of a file
     image: np.ndarray | None = None  # (H, W) or (H, W, 3) uint8; None where it was not kept
-    map_threshold: float | None = None  # what the maps of normal images seldom exceed; None where that is not known
+    threshold: float | None = None  # of the score
+    map_threshold: float | None = None  # of a pixel of the map: what the maps of normal images seldom exceed; None where that is not known
     low: float | None = None  # what the maps of normal images have at least
     inside: np.ndarray | None = None  # ROI (H, W) bool, None for the full image
 
@@ -80,12 +81,12 @@ class Result:
         return axes
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold: path, score, p_value, decision, boxes; boxes are None where SciPy is not here."""
-        boxes = None
+        """Path, score, p_value, decision, threshold and boxes, for JSON; boxes are None without a threshold of the map or without SciPy."""
+        boxes, path = None, None if self.path is None else str(self.path)
         with suppress(InputError):
-            boxes = [list(box) for box in self.boxes]
-        path = None if self.path is None else str(self.path)
-        return {"path": path, "score": self.score, "p_value": self.p_value, "decision": self.decision, "boxes": boxes}
+            boxes = None if self.map_threshold is None else [list(box) for box in self.boxes]
+        values = {"score": self.score, "p_value": self.p_value, "decision": self.decision, "threshold": self.threshold}
+        return {"path": path, **values, "boxes": boxes}
 
     def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
         """Write NAME_overlay.png, NAME_map.png (16 bit), NAME_mask.png and NAME.json, and return their paths.

@@ -143,7 +143,7 @@ class Model:
         p = float(p_values(score, self.calibration)) if self.calibration else None
         decision, level = None if self.threshold is None else score > self.threshold, self.metadata["map_threshold"]
         image, inside = (None, None) if array is None else (shown(array, self.metadata), inside_of(*array.shape[:2], self.metadata))
-        return Result(score, p, decision, map, path, image, level, inside=inside)
+        return Result(score, p, decision, map, path, image, self.threshold, level, inside=inside)
 
     def own_pixels(self, map: np.ndarray, height: int, width: int) -> np.ndarray:
         """A map in the pixels of its image, (height, width); outside the ROI it has its minimum inside."""
