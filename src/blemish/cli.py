@@ -1,8 +1,9 @@
 """The command `blemish`: every tool under one name, from any folder, with the configs of the installed package."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def refuse(problem: str) -> None:
     sys.exit(2)
 
 
+@contextlib.contextmanager
+def installed(name: str) -> Iterator[None]:
+    """Refuse a command where a package that it imports is absent, as where blemish runs exports alone."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("blemish"):
+            raise
+        export = "an exported detector runs without: python -m blemish.edge MODEL IMAGES OUTPUT"
+        refuse(f"{name}: needs {error.name}, not installed here; 'pip install blemish' brings what commands need, and {export}")
+
+
 def main() -> None:
     """The command `blemish`: `sys.argv` is the command, a tool's name and Hydra's overrides."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -182,12 +195,10 @@ def tool(name: str) -> None:
 
 def call(name: str, words: list[str], overrides: list[str]) -> None:
     """Compose the config from the overrides and do the work of a command, once for each job of a sweep; `words` precede the overrides."""
-    if absent := [package for package in ("torch", "lightning", "hydra", "timm") if not find_spec(package)]:
-        export = "an exported detector runs without: python -m blemish.edge MODEL IMAGES OUTPUT"
-        refuse(f"{name}: needs {', '.join(absent)}, not installed here; pip install blemish, or {export}")
-    import hydra
+    with installed(name):
+        import hydra
 
-    from blemish.run.config import check_overrides, configs, run_cli
+        from blemish.run.config import check_overrides, configs, run_cli
 
     typed = list(sys.argv)
     if name == "data" and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
@@ -197,7 +208,8 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     def task(cfg: Any) -> Any:
         sys.argv = typed  # for the record, and for further processes of a training
-        return run_cli(COMMANDS[name], cfg)
+        with installed(name):
+            return run_cli(COMMANDS[name], cfg)
 
     task.__module__ = f"blemish {name}"  # shown by Hydra's help
     main = hydra.main(str(configs()), name, version_base="1.3")(task)
