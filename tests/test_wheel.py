@@ -44,14 +44,22 @@ def wheel(tmp_path_factory) -> Path:
     return found
 
 
+def installed(wheel: Path, home: Path) -> Path:
+    """A virtual environment with the wheel and nothing else."""
+    venv.create(home, with_pip=False, symlinks=os.name != "nt")
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check"]
+    call(sys.executable, "-m", "pip", "--python", program(home, "python"), "install", *options, wheel, cwd=home)
+    return home
+
+
+def program(home: Path, name: str) -> Path:
+    return home / "Scripts" / f"{name}.exe" if os.name == "nt" else home / "bin" / name
+
+
 @pytest.fixture(scope="module")
 def home(wheel, tmp_path_factory) -> Path:
     """A virtual environment with the wheel, that has what it depends on from the environment of this test, but not its blemish."""
-    home = tmp_path_factory.mktemp("clean") / "venv"
-    venv.create(home, with_pip=False, symlinks=os.name != "nt")
-    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    options = ["--no-deps", "--no-index", "--disable-pip-version-check"]
-    call(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, cwd=home)
+    home = installed(wheel, tmp_path_factory.mktemp("clean") / "venv")
     (packages,) = home.rglob("site-packages/blemish")
     # a path in a .pth file brings the modules there, but does not follow the .pth files there, of which one is the checkout's
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
@@ -67,8 +75,8 @@ def away(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def blemish(home, away):
     """The installed command with these arguments, in a folder outside of the repository."""
-    command = next(path for name in ("bin/blemish", "Scripts/blemish.exe") if (path := home / name).exists())
-    return lambda *arguments, status=0: call(command, *arguments, cwd=away, status=status, BLEMISH_CACHE=str(away / "cache"))
+    command, cache = program(home, "blemish"), str(away / "cache")
+    return lambda *arguments, status=0: call(command, *arguments, cwd=away, status=status, BLEMISH_CACHE=cache)
 
 
 def test_every_config_is_in_the_wheel(wheel):
@@ -92,6 +100,17 @@ def test_the_command_says_what_there_is(blemish):
     assert "choose check or synthesize" in blemish("data", "chek", status=2).stderr
 
 
+def test_without_what_it_depends_on_it_says_what_is_missing(wheel, tmp_path):
+    home = installed(wheel, tmp_path / "venv")
+    assert call(program(home, "blemish"), "--version", cwd=tmp_path).stdout.startswith("blemish 0.")
+    refused = call(program(home, "blemish"), "predict", "input=a.png", cwd=tmp_path, status=2).stderr
+    assert "needs hydra" in refused and refused.count("\n") == 1
+    edge = [program(home, "python"), "-m", "blemish.edge"]
+    assert "python -m blemish.edge" in call(*edge, "--help", cwd=tmp_path).stdout
+    refused = call(*edge, "model.onnx", "images", "output", cwd=tmp_path, status=2).stderr
+    assert "pip install numpy pillow onnxruntime" in refused and refused.count("\n") == 1
+
+
 def test_trains_tests_and_predicts_away_from_the_repository(blemish, away):
     blemish("train", "model=padim", "data=textures", *QUICK)
     (run,) = (away / "results" / "runs" / "padim" / "textures" / "brick").iterdir()
@@ -112,7 +131,6 @@ def test_the_python_api_is_the_wheels(home, away):
     images.mkdir()
     for i in range(4):
         Image.effect_noise((80, 64), 10 + i).save(images / f"{i}.png")
-    python = next(path for name in ("bin/python", "Scripts/python.exe") if (path := home / name).exists())
-    done = call(python, "-c", API.format(home=str(home), images=str(images)), cwd=away)
+    done = call(program(home, "python"), "-c", API.format(home=str(home), images=str(images)), cwd=away)
     assert done.stdout.split()[-2:] == ["4", "1"]
     assert len(list((away / "api").glob("*_mask.png"))) == 4
