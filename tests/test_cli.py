@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from PIL import Image
 from report.test_tables import recorded
 from support import CONFIGS, DRAWN, tiny_overrides
 
@@ -64,6 +65,19 @@ def test_every_tool_is_a_command():
         (["train", "data=folder", "data.root=nowhere", "logger=none"], "nowhere: no such folder"),
         (["train", "recipe=bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
         (["train", "-m", "recipe=padim,bundeld"], "recipe=bundeld: no such file of configs/recipe; did you mean 'bundled'?"),
+        (["train", "-m", "model=padim,patchcoer"], "model=patchcoer: no such file of configs/model; did you mean 'patchcore'?"),
+        (["train", "-m", "model=padim,dfm", "model.n_features=3"], "model=dfm: model.n_features: no such key"),
+        (["train", "-m", "sweep=one_pass", "model.n_features=3"], "model.n_features: no such key"),
+        (["train", "-m", "model=glob(pxatch*)"], "model=glob(pxatch*): matches none of"),
+        (["train", "seed=1,2"], "seed=1,2: several values; -m"),
+        (["train", "++foo=3"], "foo: no such key of train; --help"),
+        (["train", "~alpha"], "~alpha: cannot be removed"),
+        (
+            ["train", "data=folder", "data.root=nowhere", "+data.tset_share=1"],
+            "data.tset_share: no such key of Folder; did you mean 'data.test_share'?",
+        ),
+        (["export", "model=padim"], "model: no such key of export"),
+        (["test", "+model=padim"], "model: no such key of test"),
         (["train", "data=folder", "data.root=nowhere", "alpha=5"], "alpha=5"),
         (["predict", "input=nowhere", "model=noise_residul"], "model=noise_residul: no such file of configs/model"),
         (["predict", "input=nowhere", "monitor_rate=2"], "monitor_rate=2"),
@@ -84,6 +98,50 @@ def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
     assert says in err
     assert "Traceback" not in out + err
     assert err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_a_misspelt_key_of_any_command_names_the_nearest(blemish, name, tmp_path):
+    key = "runs" if name in ("table", "report") else "output" if name not in ("train",) else "run_dir"
+    words = ["check"] if name == "data" else []
+    for text in (f"{key}z=1", f"+{key}z=1", f"++{key}z=1"):
+        status, _, err = blemish(name, *words, text)
+        assert status == 2 and err == f"error: {key}z: no such key of {name}; did you mean {key!r}?\n"
+    assert not list(tmp_path.iterdir()), "a failed start leaves nothing"
+
+
+ODD = ["schräg", "gut (1)", "[a]", "a$b", "5%", "loch #2", "a, b", "a=b", "0012", "12", "{x}", "it's"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_has_any_name_unquoted(blemish, tmp_path, name):
+    for number, part in enumerate(("n", "v", "t", "d", "m")):
+        folder = tmp_path / name / f"{part}{name}"
+        folder.mkdir(parents=True)
+        for image in range(2):
+            gray = 0 if part == "m" else 10 * number + image
+            Image.new("L", (16, 16), gray + 200 * (part == "m")).save(folder / f"{part.replace('m', 'd')}{image}.png")
+    keys = [f"data.{key}={part}{name}" for key, part in zip(("normal", "validation", "normal_test", "masks"), "nvtm", strict=True)]
+    listed = f"d{name}" if "," not in name else f"'d{name}'"
+    command = ["data", "check", "data=folder", "data.root=.", f"data.category={name}", *keys, f"data.abnormal=[{listed}]"]
+    status, out, err = blemish(*command)
+    assert status == 0, out + err
+    samples = read_manifest(tmp_path / "manifest.csv")
+    assert {(s.split, Path(s.path).parent.name[0], s.defect, bool(s.mask)) for s in samples} == {
+        ("train", "n", "good", False),
+        ("calibrate", "v", "good", False),
+        ("test", "t", "good", False),
+        ("test", "d", f"d{name}", True),
+    }
+    assert {Path(s.path).parent.parent.name for s in samples} == {name}
+
+
+def test_names_in_lists_and_sweeps():
+    assert cli.path_as_typed("data.abnormal=[kratzer,loch #2]", False) == "data.abnormal=['kratzer','loch #2']"
+    assert cli.path_as_typed("+change.data.normal=[1, '2, 3']", False) == "+change.data.normal=['1','2, 3']"
+    assert cli.path_as_typed("data.category=schräg,a=b", True) == "data.category='schräg','a=b'"
+    for text in ("data.abnormal=[]", "data.masks=null", "data.category=glob(*)", "data.category=a,b"):
+        assert cli.path_as_typed(text, True) == text
 
 
 @pytest.mark.parametrize("name", ["train", "data"])

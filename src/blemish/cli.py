@@ -1,6 +1,7 @@
 """The command `blemish`: every tool under one name, from any folder, with the configs of the installed package."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -127,20 +128,26 @@ COMMANDS = {work.__name__: work for work in (train, test, predict, data, export,
 ACTIONS = ("check", "synthesize")  # the first word of `data`, which stands for action=WORD
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("change.data.root", "data.roi", "change.data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex")
+PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.category", "data.masks")
+LISTS = ("data.normal", "data.validation", "data.normal_test", "data.abnormal")  # keys whose values are such names, or lists of them
+ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*(?:,|$)""")
 
 
 def path_as_typed(override: str, several: bool) -> str:
-    """Return the override of a path in quotes where Hydra would read something else, or nothing at all.
+    """Return the override of a path or name in quotes where Hydra would read something else, or nothing at all.
 
-    A folder named 2024 is no number, and brackets, commas and quotes in a name are no list. With `several`, a sweep over paths is kept.
+    A folder named 2024 is no number, and brackets, commas and quotes in a name are no list. With `several`, a sweep over paths is kept;
+    of LISTS, a list of names is.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.core.override_parser.types import QuotedString
     from hydra.errors import HydraException
 
+    from blemish.run.config import quoted
+
     key, _, value = override.partition("=")
-    if key.lstrip("+") not in PATHS or not value:
+    name = key.lstrip("+").removeprefix("change.")
+    if name not in PATHS + LISTS or not value:
         return override
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -148,8 +155,20 @@ def path_as_typed(override: str, several: bool) -> str:
         keep = several if parsed.is_sweep_override() else found is None or isinstance(found, str | QuotedString)
         keep = keep or (key == "resume" and isinstance(found, bool))
     except HydraException:
-        keep = False
-    return override if keep else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        keep, found = False, None
+    if keep:
+        return override
+    if name in LISTS and value[0] + value[-1] == "[]":
+        return f"{key}=[{quoted_items(value[1:-1])}]"
+    return f"{key}={quoted_items(value) if several and found is None else quoted(value)}"
+
+
+def quoted_items(text: str) -> str:
+    """Return names with commas between them, each in quotes."""
+    from blemish.run.config import quoted
+
+    items = [item for item in ITEM.findall(text) if item]
+    return ",".join(item if item[0] in "'\"" and item[-1] == item[0] else quoted(item) for item in items)
 
 
 def say(text: str, stream: Any = None) -> None:

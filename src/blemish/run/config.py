@@ -1,6 +1,7 @@
 """Hydra configs: composing them from overrides, checking their values, reading those of runs, building what they describe."""
 
 import contextlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from rich.console import Console
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.files import no_room
+from blemish.run.help import configs, groups, names, no_choice
 from blemish.run.record import ROI, is_interruption
 
 # a run's config may come from a stranger: in these groups it may call what their files call, and nothing anywhere else
@@ -31,24 +33,13 @@ EXTENSIBLE = (*ARGUMENTS, "image_sizes", "change")  # keys that take a further +
 OPTIONAL = ("recipe", "sweep", "launch", "paper")  # groups in which nothing needs to be chosen
 
 
-def configs() -> Path:
-    """Return the folder of the yaml files: inside an installed package, beside src/ in a checkout."""
-    inside = Path(__file__).parents[1] / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
-
-
-def names(group: str) -> list[str]:
-    """Return the choices of a config group, for instance all methods for `model`."""
-    return sorted(path.stem for path in (configs() / group).glob("*.yaml"))
-
-
 def composed(*overrides: str, config: str = "train", hydra: bool = False) -> DictConfig:
     """Return the config that a tool composes from these overrides, with Hydra's own node if `hydra`.
 
     A surrounding Hydra application is left as it is. InputError for a key or a choice that does not exist.
     """
     overrides = resolve_groups(overrides, config)
-    added = any(override.is_add() for override in parse(overrides))
+    added = any(override.is_add() or override.is_force_add() for override in parse(overrides))
     try:
         cfg = compose_plainly(overrides, config, hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -66,10 +57,18 @@ def compose_plainly(overrides: Sequence[str], config: str, hydra: bool = False) 
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise InputError(f"{reason_of(error)}; expected KEY=VALUE, with quotes around a value that has special characters") from None
+    parser, found = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            found.append(parser.parse_override(text))
+        except HydraException:
+            raise InputError(f"{text}: expected KEY=VALUE, with quotes around a value that has special characters") from None
+    return found
+
+
+def quoted(text: str) -> str:
+    """Return a value in quotes, as Hydra's grammar reads it."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def is_group(override: Override) -> bool:
@@ -77,26 +76,60 @@ def is_group(override: Override) -> bool:
 
 
 def resolve_groups(overrides: Sequence[str], config: str) -> list[str]:
-    """Return the overrides with an empty choice of an optional group, `recipe=null`, as Hydra takes it: `~recipe`."""
-    texts = {}
+    """Return the overrides with an empty choice of an optional group, `recipe=null`, as Hydra takes it: `~recipe`.
+
+    InputError for a group that this config does not have, or that needs a choice, and for the removal of any other key.
+    """
+    texts, own = {}, groups(config)
     for number, override in enumerate(parse(overrides)):
-        group, empty = override.key_or_group, override.value() in (None, "") and not override.is_delete()
+        group, empty = override.key_or_group, override.value() in (None, "")
         optional = group in OPTIONAL or (group, config) == ("model", "predict")
+        if is_group(override) and group not in own and (group, config) != ("paper", "train"):
+            raise InputError(unknown(group, [*keys_of(compose_plainly([], config)), *own], config))
         if empty and is_group(override) and not optional:
             raise InputError(no_choice(group, "null", names(group)))
+        if override.is_delete() and not optional and not group.startswith((*(f"{part}." for part in ARGUMENTS), "hydra")):
+            raise InputError(f"~{group}: cannot be removed; expected {group}=VALUE")
         texts[override.get_key_element() if optional else number] = f"~{group}" if empty and optional else override.input_line
     return list(texts.values())
 
 
 def check_overrides(overrides: Sequence[str], config: str, several: bool) -> list[str]:
-    """Return the overrides as Hydra takes them; InputError where they do not compose, or a sweep over `several` has an unknown choice."""
-    for override in parse(overrides):
-        if several and is_group(override) and isinstance(override.value(), ChoiceSweep):
-            for choice in (str(getattr(one, "text", one)) for one in override.value().list):
-                if choice not in (choices := names(override.key_or_group)):
-                    raise InputError(no_choice(override.key_or_group, choice, choices))
-    composed(*(first_values(overrides) if several else overrides), config=config)
+    """Return the overrides as Hydra takes them.
+
+    InputError where they do not compose: in a sweep over `several`, with any choice of a group.
+    """
+    if not several:
+        for override in parse(overrides):
+            if override.is_sweep_override():
+                value = override.input_line.partition("=")[2]
+                raise InputError(f"{override.input_line}: several values; -m sweeps over them, [{value}] is a list, quotes make one text")
+        composed(*overrides, config=config)
+        return resolve_groups(overrides, config)
+    cfg = composed(*first_values(overrides), config=config, hydra=True)
+    params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
+    texts = list({override.key_or_group: override.input_line for override in parse([*params, *overrides])}.values())
+    for number, override in enumerate(parse(texts)):
+        if is_group(override) and override.is_sweep_override():
+            for choice in choices_of(override):
+                chosen = f"{override.get_key_element()}={choice}"
+                try:
+                    composed(*first_values([*texts[:number], chosen, *texts[number + 1 :]]), config=config)
+                except InputError as error:
+                    raise InputError(f"{chosen}: {error}") from None
     return resolve_groups(overrides, config)
+
+
+def choices_of(override: Override) -> list[str]:
+    """Return the choices of a group in a sweep; InputError for one that does not exist, or where a pattern has none."""
+    value, known = override.value(), names(override.key_or_group)
+    if not isinstance(value, Glob):
+        found = [str(getattr(one, "text", one)) for one in value.list] if isinstance(value, ChoiceSweep) else []
+        if unknown := [choice for choice in found if choice not in known]:
+            raise InputError(no_choice(override.key_or_group, unknown[0], known))
+    elif not (found := value.filter(known)):
+        raise InputError(f"{override.input_line}: matches none of {', '.join(known)}")
+    return found
 
 
 def first_values(overrides: Sequence[str]) -> list[str]:
@@ -121,11 +154,10 @@ def check_keys(overrides: Sequence[str], config: str) -> None:
     for override in found:
         key = override.key_or_group
         takes_more = key.partition(".")[0] in EXTENSIBLE and key.partition(".")[0] in base
-        if is_group(override) or key.startswith("hydra") or (override.is_add() and takes_more):
+        if is_group(override) or key.startswith("hydra") or (takes_more and (override.is_add() or override.is_force_add())):
             continue
         if not any(f"{other}.".startswith(f"{key}.") for other in known):
-            groups = [path.name for path in configs().iterdir() if path.is_dir()]
-            raise InputError(unknown(key, [*known, *groups]) + (f" (+{key}=VALUE adds it)" if takes_more else ""))
+            raise InputError(unknown(key, [*known, *groups(config)], config) + (f" (+{key}=VALUE adds it)" if takes_more else ""))
 
 
 def keys_of(cfg: Any, place: str = "") -> list[str]:
@@ -134,15 +166,12 @@ def keys_of(cfg: Any, place: str = "") -> list[str]:
     return [key for name, value in items for own in [f"{place}{name}"] for key in (keys_of(value, f"{own}.") or [own])]
 
 
-def unknown(key: str, known: Sequence[str]) -> str:
-    """Return the message for a key that does not exist, with the most similar known key."""
+def unknown(key: str, known: Sequence[str], config: str) -> str:
+    """Return the message for a key that a tool does not have, with the most similar of its own."""
+    known = [other for other in known if not other.endswith("_target_")]
     same = [other for other in known if other.rpartition(".")[2] == key]
-    return f"{key}: no such key; {f'did you mean {same[0]!r}?' if same else nearest(key, known)}".rstrip("; ")
-
-
-def no_choice(group: str, name: str, choices: Sequence[str]) -> str:
-    where = "not installed, or misspelt" if group.startswith("hydra/") else f"no such file of configs/{group}"
-    return f"{group}={name}: {where}; {nearest(name, choices)}choose {', '.join(choices)}"
+    near = f"did you mean {same[0]!r}?" if same else nearest(key, known).rstrip() or "--help lists them"
+    return f"{key}: no such key of {config}; {near}"
 
 
 def reason_of(error: Exception) -> str:
@@ -285,4 +314,7 @@ def build(part: DictConfig, **more: Any) -> Any:
         if cause is not None:
             raise cause from None
         place = re.search(r"full_key: (\S+)", str(error))
+        if place and (name := re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))):
+            arguments = [f"{place[1]}.{one}" for one in inspect.signature(class_of(part)).parameters]
+            raise InputError(unknown(f"{place[1]}.{name[1]}", arguments, class_of(part).__name__)) from error
         raise InputError(f"{place[1] + ': ' if place else ''}{error.__cause__ or error}") from error

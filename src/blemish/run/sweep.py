@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
-from hydra.core.override_parser.types import Glob, Quote, QuotedString
+from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +25,19 @@ from threadpoolctl import threadpool_limits
 from blemish.data.synthetic import write as synthesize
 from blemish.edge.errors import InputError
 from blemish.files import is_locked, read_json, write_csv
-from blemish.run.config import build, check_config, command_line, composed, configs, first_values, parse, plain, resolve_groups, run_cli
+from blemish.run.config import (
+    build,
+    check_config,
+    command_line,
+    composed,
+    configs,
+    first_values,
+    parse,
+    plain,
+    quoted,
+    resolve_groups,
+    run_cli,
+)
 from blemish.run.record import FINISHED, STATE, finish_for, read_record
 from blemish.run.terminal import report
 from blemish.run.train import train
@@ -93,11 +105,6 @@ def pinned(texts: Sequence[str]) -> tuple[list[str], Path]:
             raise InputError(f"{pattern}: none of {', '.join(found) or 'no folders'}")
         more.append("data.category=" + ",".join(map(quoted, chosen)))
     return more, Path(cfg.sweep.dir)
-
-
-def quoted(text: str) -> str:
-    """Return a value in quotes, as Hydra's grammar reads it."""
-    return QuotedString(text, Quote.single).with_quotes()
 
 
 def cell(cfg: DictConfig) -> float | None:
