@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
 from report.test_tables import recorded
-from support import CONFIGS, DRAWN, tiny_overrides
+from support import CONFIGS, DRAWN, METHODS, composed, tiny_overrides
 
 from blemish import cli
 from blemish.data.manifest import read_manifest
+from blemish.run.config import keys_of
+from blemish.run.help import groups, names, sections
 
 
 @pytest.fixture
@@ -144,12 +147,40 @@ def test_names_in_lists_and_sweeps():
         assert cli.path_as_typed(text, True) == text
 
 
-@pytest.mark.parametrize("name", ["train", "data"])
-def test_a_commands_help_is_hydras(blemish, name):
+CHOSEN = [("train", f"model={name}") for name in METHODS] + [("train", f"data={name}") for name in names("data")]
+CHOSEN += [("train", f"recipe={name}") for name in names("recipe")] + [("train", f"trainer={name}") for name in names("trainer")]
+CHOSEN += [("reproduce", f"paper={name}") for name in names("paper")] + [("predict", "model=noise_residual"), ("data", "data=gdxray")]
+CHOSEN += [("train", "store=on"), ("train", "logger=wandb"), ("train", "sweep=search"), ("train", "launch=joblib")]
+
+
+@pytest.mark.parametrize(("name", "choice"), [*((name, "") for name in cli.COMMANDS), *CHOSEN])
+def test_help_lists_every_key_with_its_default(name, choice):
+    listed = {key: value for keys in sections(name, [choice]).values() for key, (value, _) in keys.items() if not key.endswith(".")}
+    cfg = composed(*filter(None, [choice]), config=name)
+    composed_to = {key for key in keys_of(cfg) if not key.endswith("_target_")}
+    assert {key for key in composed_to if not any(f"{key}.".startswith(f"{other}.") for other in listed)} == set()
+    for key in set(listed) - set(groups(name)):
+        value = OmegaConf.to_container(cfg, resolve=False)
+        for part in key.split("."):
+            value = value[part]
+        assert listed[key] == value or OmegaConf.to_container(OmegaConf.create(f"a: {listed[key]}"), resolve=False)["a"] == value
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_the_help_of_a_command(blemish, name):
     status, out, _ = blemish(name, "--help")
     assert status == 0
-    assert out.startswith(f"blemish {name} is powered by Hydra.")
-    assert "data: folder, gdxray, mtd, mvtec, textures" in out
+    assert out.startswith(f"usage: blemish {name} ")
+    assert f"  {'runs' if name in ('table', 'report') else 'output' if name != 'train' else 'run_dir'}=" in out
+    for key, (_, comment) in sections(name, [])["keys"].items():
+        assert comment, f"{key}: a comment in configs/{name}.yaml is its line of help"
+
+
+def test_help_is_of_what_was_chosen(blemish):
+    out = blemish("train", "model=noise_residual", "data=folder", "-h")[1]
+    assert "model.h_relative=2.0" in out and "data.abnormal=[]" in out and "model.n_features" not in out
+    assert "your own images" in out.lower()
+    assert blemish("train", "model=padmi", "--help")[::2] == (2, blemish("train", "model=padmi")[2])
 
 
 def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
@@ -239,7 +270,7 @@ cli.main()
     [
         (["--help"], 0),
         (["--version"], 0),
-        (["train", "--help"], 0),
+        (["train", "model=padim", "--help"], 0),
         (["train", "recipe=bundeld"], 2),
         (["table", "runs=runs", "output=table.csv"], 0),
         (["report", "runs=runs"], 0),

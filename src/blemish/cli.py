@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from blemish.edge.errors import InputError
+
 # Each function below is a command: its name is that of its tool and its yaml, its docstring is its line of help.
 # It imports what it needs when it is called: help and errors need no torch.
 
@@ -177,6 +179,11 @@ def say(text: str, stream: Any = None) -> None:
     stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")  # a file's name may be no text
 
 
+def shown(words: list[str]) -> str:
+    """Return the words of a command as they are typed: `blemish train`, or `python tools/train.py`."""
+    return " ".join(["python", *words] if words[0].endswith(".py") else [Path(words[0]).name, *words[1:]])
+
+
 def refuse(problem: str) -> None:
     sys.stderr.write(f"error: {problem}\n")
     sys.exit(2)
@@ -214,13 +221,22 @@ def tool(name: str) -> None:
 
 def call(name: str, words: list[str], overrides: list[str]) -> None:
     """Compose the config from the overrides and do the work of a command, once for each job of a sweep; `words` precede the overrides."""
+    from blemish.run import help
+
+    if {"--help", "-h"} & set(overrides):
+        try:
+            say(help.page(shown(words), COMMANDS[name].__doc__, name, overrides))
+        except InputError as error:
+            refuse(str(error))
+        return
+
     with installed(name):
         import hydra
 
         from blemish.run.config import check_overrides, configs, run_cli
 
     typed = list(sys.argv)
-    if name == "data" and not set(overrides) & {"--help", "-h", "--hydra-help", "--info", "--cfg", "-c"}:
+    if name == "data" and not set(overrides) & {"--hydra-help", "--info", "--cfg", "-c"}:
         if not overrides or overrides[0] not in ACTIONS:
             refuse(f"{name}: found {overrides[0] if overrides else 'nothing'}; choose {' or '.join(ACTIONS)}, before all KEY=VALUE")
         overrides = [f"action={overrides[0]}", *overrides[1:]]

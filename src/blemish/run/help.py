@@ -2,15 +2,18 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from blemish.edge.checks import nearest
 from blemish.edge.errors import InputError
 
-LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.]+):(?: +(?P<value>[^# ].*?))??(?: +# *(?P<comment>.*))?")
-DEFAULT = re.compile(r" *- (?P<override>override )?/?(?P<group>[\w/]+)(?:: *(?P<choice>\S+))?(?: +#.*)?")
+COMMENT = re.compile(r" *#(.*(?:\n +#.*)*)")  # behind a value, and on lines of its own below
 
 
 class File(NamedTuple):
@@ -38,34 +41,39 @@ def no_choice(group: str, name: str, choices: Sequence[str]) -> str:
     return f"{group}={name}: {where}; {nearest(name, choices)}choose {', '.join(choices)}"
 
 
+@cache
 def read(name: str) -> File:
-    """Return what the file configs/NAME.yaml says, without Hydra's own settings."""
+    """Return what the file configs/NAME.yaml says, without Hydra's own settings; a key that ends in a dot has others below it."""
     text = (configs() / f"{name}.yaml").read_text(encoding="utf-8")
-    package = [] if "# @package _global_" in text else name.split("/")[:-1]
-    about, keys, bases, choices, place = [], {}, [], {}, [(-1, part) for part in package]
-    for line in text.splitlines():
-        comment = line.strip().removeprefix("#").strip()
-        if line.startswith("#") and not (keys or place[len(package) :]):
-            about += [comment] * (not comment.startswith("@package"))
-        elif line.lstrip().startswith("#"):
-            if line.startswith(" ") and keys:  # goes on
-                last = next(reversed(keys))
-                keys[last] = (keys[last][0], f"{keys[last][1]} {comment}")
-        elif place and place[-1][1] == "defaults" and (found := DEFAULT.fullmatch(line)):
-            if found["choice"]:
-                choices[found["group"]] = None if found["choice"] == "null" else found["choice"].strip('"')
-            elif found["group"] != "_self_":
-                bases.append(found["group"])
-        elif found := LINE.fullmatch(line):
-            while place[len(package) :] and place[-1][0] >= len(found["indent"]):
-                place.pop()
-            place.append((len(found["indent"]), found["key"]))
-            key = ".".join(part for _, part in place)
-            if found["key"] == "defaults":
-                bases += [f"{'/'.join(package)}/{one}" for one in re.findall(r"\w+", found["value"] or "")]
-            elif found["key"] != "_target_" and place[len(package)][1] != "hydra" and (found["value"] or found["comment"]):
-                keys[key] = (found["value"] or "", found["comment"] or "")
-    return File(" ".join(about), keys, bases, {group: one for group, one in choices.items() if not group.startswith("hydra/")})
+    about = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    group = name.rpartition("/")[0]
+    bases, choices = [], {}
+    for one in (yaml.safe_load(text) or {}).get("defaults", []):
+        if isinstance(one, str):
+            bases += [f"{group}/{one}".lstrip("/")] * (one != "_self_")
+        else:
+            choices |= {key.split()[-1].lstrip("/"): choice for key, choice in one.items() if "hydra/" not in key}
+    place = "" if "@package _global_" in about or not group else f"{group}."
+    keys = dict(commented(yaml.compose(text, yaml.SafeLoader), text, place))
+    return File(" ".join(line for line in about if not line.startswith("@package")), keys, bases, choices)
+
+
+def commented(node: yaml.Node, text: str, place: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield (key, (value, comment)) of everything in a node of a yaml file's text."""
+    for key_node, value in node.value:
+        key, colon = f"{place}{key_node.value}", key_node.end_mark.index + 1
+        below = isinstance(value, yaml.MappingNode) and not value.flow_style
+        ends = (colon,) if below else (value.end_mark.index, colon)
+        found = next((found[1] for end in ends if (found := COMMENT.match(text, end))), "")
+        comment = " ".join(found.replace("#", " ").split())
+        if key_node.value in ("defaults", "hydra", "_target_"):
+            continue
+        if below:
+            yield from [(f"{key}.", ("", comment))] if comment else []
+            yield from commented(value, text, f"{key}.")
+        else:
+            shown = value.value if isinstance(value, yaml.ScalarNode) else text[value.start_mark.index : value.end_mark.index]
+            yield key, (" ".join(shown.split()), comment)
 
 
 def groups(config: str) -> dict[str, str | None]:
@@ -79,36 +87,44 @@ def composed_keys(files: Iterable[str]) -> dict[str, tuple[str, str]]:
     keys = {}
     for name in files:
         file = read(name)
-        for key, (value, comment) in (composed_keys(file.bases) | file.keys).items():
+        for key, (value, comment) in [*composed_keys(file.bases).items(), *file.keys.items()]:
             keys[key] = (value, comment or keys.get(key, ("", ""))[1])
     return keys
 
 
 def sections(config: str, overrides: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the keys of a command, {"": those of its own, group: those of the choice there}, for the choices made by overrides."""
+    """Return the keys of a command by title, those of its own first, then those of the choice in each group, as overrides choose."""
     choices = groups(config)
     typed = {group: choice for group, _, choice in (text.lstrip("+").partition("=") for text in overrides) if group in choices}
     for group, choice in typed.items():
         if choice not in (*names(group), "null", ""):
             raise InputError(no_choice(group, choice, names(group)))
-    chosen = {group: choice for group, choice in (choices | typed).items() if choice not in (None, "null", "")}
+    chosen = choices | typed
     for group, choice in list(chosen.items()):
-        chosen |= read(f"{group}/{choice}").choices | {group: typed[group] for group in typed if group in chosen}
-    keys = composed_keys([config, *(f"{group}/{chosen[group]}" for group in choices if group in chosen)])
-    found = {"": {group: (chosen.get(group, "null"), " | ".join(names(group))) for group in choices}} | {group: {} for group in choices}
-    for key, row in keys.items():
-        group = key.partition(".")[0]
-        found[group if group in choices else ""][key] = row
+        if choice not in (None, "null", ""):
+            chosen |= read(f"{group}/{choice}").choices | typed
+    files = {group: f"{group}/{chosen[group]}" for group in choices if chosen[group] not in (None, "null", "")}
+    titles = {group: f"{group}={chosen[group]}: {read(file).about}".rstrip(": ") for group, file in files.items()}
+    found = {"keys": {group: (chosen[group] or "null", " | ".join(names(group))) for group in choices}}
+    for key, row in composed_keys([config, *files.values()]).items():
+        if key not in choices:
+            found.setdefault(titles.get(key.partition(".")[0], "keys"), {})[key] = row
     return found
 
 
 def page(command: str, about: str, config: str, overrides: Sequence[str]) -> str:
     """Return the help of a command: every key with its default and the comment in its file."""
-    more = "-m runs one job for each of several values, KEY=A,B; --cfg job prints the config; --hydra-help lists Hydra's own options."
+    more = "-m runs a job for each of several values, KEY=A,B; --cfg job prints the config; --hydra-help lists the options of Hydra."
     parser = argparse.ArgumentParser(usage=f"{command} [KEY=VALUE …]", description=about, epilog=more, add_help=False)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30)
-    for group, keys in sections(config, overrides).items():
-        rows = parser.add_argument_group(group or "keys")
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=32)
+    for title, keys in sections(config, overrides).items():
+        title, _, text = title.partition(": ")
+        same = [key for key, (value, _) in keys.items() if value == f"${{{key.rpartition('.')[2]}}}"]
+        text = f"{text} (Set above: {', '.join(same)}.)" if same else text
+        rows = parser.add_argument_group(title, text.replace("%", "%%") or None)
         for key, (value, comment) in keys.items():
-            rows.add_argument(f"{key}={value}", help=comment.replace("%", "%%"))
+            if key not in same:
+                needed = "required; " if comment else "required"
+                name, text = (f"{key}=", f"{needed}{comment}") if value == "???" else (f"{key}={value}", comment)
+                rows.add_argument(f"{key}…" if key.endswith(".") else name, help=text.replace("%", "%%"))
     return parser.format_help()
