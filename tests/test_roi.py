@@ -284,5 +284,7 @@ def test_exports_hold_roi_and_letterbox(both, shapes, tmp_path, more):
         (result,) = model.predict([array])
         assert result.score == pytest.approx(float(found[image.name]), rel=1e-4)
         expected = detector.predict(array)
-        assert (result.decision, result.p_value) == (expected.decision, expected.p_value)
+        told, expected_told = result.to_dict(), expected.to_dict()
+        assert all(told[key] == expected_told[key] for key in ("decision", "p_value", "threshold")) and told.keys() == expected_told.keys()
+        assert result.map_threshold == expected.map_threshold
         np.testing.assert_allclose(result.map, expected.map, rtol=2e-3, atol=2e-3)

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from blemish.edge.errors import InputError
     from blemish.edge.result import Result
 
+    __version__: str
+
 __all__ = ["AnomalyDetector", "InputError", "Result", "__version__"]
 
 _HOMES = {"AnomalyDetector": "blemish.api", "InputError": "blemish.edge.errors", "Result": "blemish.edge.result"}

@@ -39,7 +39,7 @@ SETTINGS += ("workers", "seed", "alpha")  # keys of train.yaml
 PLACES = {"epochs": "trainer.max_epochs", "calibration": "data.calibration", "progress": "trainer.enable_progress_bar"}
 OTHERS = ("recipe", "value_range", "device", *PLACES)
 
-One = str | os.PathLike[str] | np.ndarray | Tensor | Picture  # an image, or a folder or batch of them
+Images = str | os.PathLike[str] | np.ndarray | Tensor | Picture  # an image, or a folder or batch of them
 
 
 class AnomalyDetector:
@@ -128,7 +128,7 @@ class AnomalyDetector:
     def _low(self) -> float | None:
         return None if self.scale is None else self.scale[0]
 
-    def train(self, train: One | Iterable[Any], val: One | Iterable[Any] | None = None) -> "AnomalyDetector":
+    def train(self, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
         """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself."""
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         model = build(self.cfg.model)
@@ -155,7 +155,7 @@ class AnomalyDetector:
     @overload
     def predict(self, images: list[Any] | tuple[Any, ...]) -> list[Result]: ...
     @overload
-    def predict(self, images: One) -> Result | list[Result]: ...
+    def predict(self, images: Images) -> Result | list[Result]: ...
     def predict(self, images: Any) -> Any:
         """Return the Result of one image, or the list of those of a folder (searched at any depth, sorted), a batch or a list.
 
@@ -268,10 +268,9 @@ class AnomalyDetector:
             yield self._result(one, rule)
 
     def _result(self, one: ImageResult, rule: Rule) -> Result:
-        map = None if one.map is None else one.map[:]
-        return Result(
-            one.score, rule.p_value(one.score), rule.decide(one.score), map, one.path, one.image, rule.level, self._low, one.inside
-        )
+        score, map = one.score, None if one.map is None else one.map[:]
+        levels = {"threshold": rule.threshold.value, "map_threshold": rule.level, "low": self._low}
+        return Result(score, rule.p_value(score), rule.decide(score), map, one.path, one.image, inside=one.inside, **levels)
 
 
 def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
