@@ -11,6 +11,7 @@ from support import CONFIGS, composed
 from blemish.api import AnomalyDetector
 from blemish.edge.errors import InputError
 from blemish.run.config import OPTIONAL, build, check_overrides, module_of, plain, resolve_groups
+from blemish.run.results import preprocessing_of
 from blemish.run.train import train
 
 
@@ -185,6 +186,18 @@ def test_every_number_of_a_data_set_is_checked_before_anything_is_read(name, tmp
     for key, _ in scalars(plain(cfg)["data"], "data."):
         for value in ABSURD:
             refused(cfg, key, value, lambda cfg: build(cfg.data))
+
+
+def test_tiles_of_a_radiograph_have_their_own_size_unless_told_otherwise(tmp_path):
+    def sizes(*overrides):
+        cfg = composed("data=gdxray", *overrides)
+        return cfg.image_size, cfg.data.image_size, cfg.crop
+
+    assert sizes("data.unit=tile", "recipe=padim") == (96, 96, None) and sizes("data.unit=tile", "data.tile=64") == (64, 64, None)
+    assert sizes("data.unit=tile", "image_size=128", "crop=112") == (128, 128, 112) and sizes() == (256, 256, None)
+    cfg = composed("data=gdxray", "data.unit=tile", "data.stride=80", "data.window=dtype")
+    assert preprocessing_of(cfg)[2:4] == (96, 16)  # whole radiographs are cut into such tiles
+    assert preprocessing_of(composed("data=gdxray"))[2] is None
 
 
 def test_a_share_and_a_count_are_told_apart_by_the_point():

@@ -31,6 +31,7 @@ from blemish.run.record import ROI, is_interruption
 ARGUMENTS = ("model", "data", "trainer", "logger")  # what is called there checks its own arguments
 EXTENSIBLE = (*ARGUMENTS, "image_sizes", "change")  # keys that take a further +KEY.NAME=VALUE
 OPTIONAL = ("recipe", "sweep", "launch", "paper")  # groups in which nothing needs to be chosen
+TILE_SIZES = {"image_size": "${data.tile}", "crop": "null"}  # with data.unit=tile
 
 
 def composed(*overrides: str, config: str = "train", hydra: bool = False) -> DictConfig:
@@ -78,7 +79,8 @@ def is_group(override: Override) -> bool:
 def resolve_groups(overrides: Sequence[str], config: str) -> list[str]:
     """Return the overrides with an empty choice of an optional group, `recipe=null`, as Hydra takes it: `~recipe`.
 
-    InputError for a group that this config does not have, or that needs a choice, and for the removal of any other key.
+    data.unit=tile sets image_size to the side of the tiles, and no crop, unless these are chosen. InputError for a group that this config does
+    not have, or that needs a choice, and for the removal of any other key.
     """
     texts, own = {}, groups(config)
     for number, override in enumerate(parse(overrides)):
@@ -91,6 +93,9 @@ def resolve_groups(overrides: Sequence[str], config: str) -> list[str]:
         if override.is_delete() and not optional and not group.startswith((*(f"{part}." for part in ARGUMENTS), "hydra")):
             raise InputError(f"~{group}: cannot be removed; expected {group}=VALUE")
         texts[override.get_key_element() if optional else number] = f"~{group}" if empty and optional else override.input_line
+    values = {override.key_or_group: override.value() for override in parse(overrides)}
+    if values.get("data.unit") == "tile" and config in ("train", "data") and not values.keys() & {"update", "data.image_size"}:
+        texts = {key: f"{key}={value}" for key, value in TILE_SIZES.items() if key not in values} | texts
     return list(texts.values())
 
 

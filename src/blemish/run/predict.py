@@ -78,6 +78,11 @@ def predict(cfg: DictConfig) -> Predicted:
         preprocessing = Preprocessing(Geometry(), fit_window(filter(is_readable, paths)), roi=Roi(cfg.roi, root) if cfg.roi else None)
     else:
         preprocessing = preprocessing_of(saved, cfg.roi, root)
+    if preprocessing.tile and not saved.get("tiling") and len(model.calibration):
+        log.warning(
+            "data.unit=tile: the threshold was calibrated on tiles; its bound is for each tile of %d px, not for an image",
+            preprocessing.tile,
+        )
     window = chosen_window(cfg)
     preprocessing = preprocessing._replace(window=preprocessing.window | window)
     values = ValueCheck(model.ranges, preprocessing.window, "window", named=window)

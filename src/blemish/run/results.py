@@ -39,11 +39,17 @@ class ImageResult(NamedTuple):
 
 
 def preprocessing_of(saved: DictConfig, roi: str | None = None, root: str | Path | None = None) -> Preprocessing:
-    """Return the preprocessing of a run from its config, with another ROI, or with images below another root."""
+    """Return the preprocessing of a run from its config, with another ROI, or with images below another root.
+
+    A run on data that are tiles cuts images into such tiles.
+    """
     data, roi = saved.data, roi or saved.data.get("roi")
     window = {dtype: tuple(ends) for dtype, ends in data.window.items()} if hasattr(data.window, "items") else {}
     geometry = Geometry(data.image_size, data.crop, data.resize)
-    return Preprocessing(geometry, window, saved.tiling, saved.overlap, None if roi is None else Roi(roi, root or data.root))
+    tile, overlap = saved.tiling, saved.overlap
+    if data.get("unit") == "tile" and data.crop is None:  # the tiles of GDXray
+        tile, overlap = data.tile, data.tile - (data.stride or data.tile)
+    return Preprocessing(geometry, window, tile, overlap, None if roi is None else Roi(roi, root or data.root))
 
 
 class Rule:
