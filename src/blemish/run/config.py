@@ -79,8 +79,8 @@ def is_group(override: Override) -> bool:
 def resolve_groups(overrides: Sequence[str], config: str) -> list[str]:
     """Return the overrides with an empty choice of an optional group, `recipe=null`, as Hydra takes it: `~recipe`.
 
-    data.unit=tile sets image_size to the side of the tiles, and no crop, unless these are chosen. InputError for a group that this config does
-    not have, or that needs a choice, and for the removal of any other key.
+    data.unit=tile sets image_size to the side of the tiles, and no crop, unless these are chosen. InputError for a group that this config
+    does not have, or that needs a choice, and for the removal of any other key.
     """
     texts, own = {}, groups(config)
     for number, override in enumerate(parse(overrides)):
