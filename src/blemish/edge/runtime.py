@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -71,7 +71,11 @@ class Model:
         check_file(path)
         return (by_onnxruntime if path.suffix == ".onnx" else by_openvino)(path, threads)
 
-    def predict(self, images: Any, batch_size: int = 1, maps: bool = True) -> list[Result] | Iterator[Result]:
+    @overload
+    def predict(self, images: Iterator[Any], batch_size: int = 1, maps: bool = True) -> Iterator[Result]: ...
+    @overload
+    def predict(self, images: Any, batch_size: int = 1, maps: bool = True) -> list[Result]: ...
+    def predict(self, images: Any, batch_size: int = 1, maps: bool = True) -> Any:
         """Results of one image or of several, in their order; from an iterator, such as a camera's frames, by an iterator.
 
         An image is a file, a picture of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16 or float32 in the file's own
