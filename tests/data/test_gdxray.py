@@ -5,12 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from support import DATA, save
+from support import DATA, composed, save
 
 from blemish.data.gdxray import Defect, GDXray, Row, frame_range, held_share, read_boxes
 from blemish.data.manifest import parse_boxes, parse_tile
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import grid
+from blemish.run.predict import predict
+from blemish.run.train import train
 
 OWN = {"unit": "image", "tile": 16, "stride": None, "min_cover": 0.25, "train_share": 0.7, "train_frames": None}
 OWN |= {**DATA, "image_size": None, "batch_size": 1, "protocol": "paper"}
@@ -208,6 +210,22 @@ def test_an_unfit_mask_makes_nothing_normal(root, content):
         prepared(root, "W0001", unit="tile")
     data = prepared(root, "W0001", unit="tile", on_error="skip")
     assert [s.split for s in data.samples if "0003" in s.path] == ["skipped"]
+
+
+def test_tiles_are_put_together_to_the_radiograph_in_pictures_and_predictions(root, tmp_path):
+    generator = np.random.default_rng(0)
+    for path in sorted(root.glob("Castings/C0001/C0001_0???.png")):
+        save(path, generator.integers(100, 140, (40, 56), np.uint8))
+    data = ["data=gdxray", f"data.root='{root}'", "data.category=C0001", "data.unit=tile", "data.tile=16", "data.train_frames=6-10"]
+    quick = ["model=padim", "backbone=test_resnet", "weights=random", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
+    cfg = composed(*data, *quick, f"run_dir='{tmp_path}/run'", "save.pictures=-1", "save.curves=false")
+    train(cfg)
+    pictures = {path.name for path in (tmp_path / "run/images").iterdir()}
+    assert pictures == {f"{'defect' if i in (2, 5) else 'good'}_C0001_{i:04}.png" for i in range(1, 6)} and cfg.image_size == 16
+    whole = root / "Castings/C0001/C0001_0002.png"
+    predict(composed(f"run='{tmp_path}/run'", f"input='{whole}'", f"output='{tmp_path}/out'", config="predict"))
+    with Image.open(tmp_path / "out/C0001_0002_map.png") as image:
+        assert image.size == (56, 40)
 
 
 ANNOTATED = {"C0001": (72, 72), "C0002": (60, 90), "C0008": (22, 37), "C0010": (16, 37), "C0019": (18, 37)}

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.distributed import all_gather_object, gather_object
 
 from blemish import draw
+from blemish.data.images import to_image
+from blemish.data.manifest import Sample, parse_tile
+from blemish.data.module import ImageData
+from blemish.data.tiles import bytes_of
 from blemish.edge.calibration import Threshold
 from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
@@ -100,10 +104,14 @@ class Evaluate(ImageCallback):
 
     def on_test_start(self, trainer, module) -> None:
         samples = [sample for sample in trainer.datamodule.samples if sample.split == "test"]
-        self.keys, self.wanted = [sample.key for sample in samples], draw.choose(samples, self.pictures)
+        self.keys = [sample.key for sample in samples]
+        images = {sample.path: sample._replace(tile="") for sample in sorted(samples, key=lambda sample: sample.label)}  # of tiles too
+        chosen = draw.choose((images[path] for path in dict.fromkeys(sample.path for sample in samples)), self.pictures)
+        self.wanted = {sample.key for sample in samples if sample.path in chosen}
         self.image, self.pixel = ImageMetrics(), PixelMetrics(self.limit)
         self.tested: dict[str, ScoredImage] = {}
         self.kept: dict[str, Picture] = {}
+        self.joined: dict[str, ScoredImage] = {}  # images put together from tiles
         self.rule = Rule(module.calibration, self.alpha, module.map_threshold)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
@@ -128,7 +136,7 @@ class Evaluate(ImageCallback):
                     image = batch.image[i].detach() if batch.image.shape[1] else trainer.datamodule.image(key)
                     again = None if reconstruct is None else to_bytes(reconstruct(image[None])[0])
                     unit = None if map is None else ((map[i] - low[i]) / (high[i] - low[i]).clamp_min(1e-30)).half().numpy()
-                    box = box_inside(mask[i])
+                    box = ... if trainer.datamodule.sample(key).tile else box_inside(mask[i])
                     self.kept[key] = Picture(*(one if one is None else one[box] for one in (to_bytes(image), mask[i].numpy(), unit, again)))
 
     def on_test_end(self, trainer, module) -> None:
@@ -145,8 +153,31 @@ class Evaluate(ImageCallback):
         self.kept = {key: picture for *_, kept in parts for key, picture in kept.items()}
         tested = {key: one for _, _, part, _ in parts for key, one in part.items()}
         self.tested = {key: tested[key] for key in self.keys if key in tested}  # in the manifest's order
+        data = getattr(trainer.datamodule, "data", trainer.datamodule)  # of a store
+        tiles = [sample for sample in map(data.sample, self.kept) if sample.tile]
+        for path in {sample.path: None for sample in tiles}:
+            self._put_together(data, path, [sample for sample in tiles if sample.path == path])
         with self.times.stage("metrics") if self.times else contextlib.nullcontext():
             self.tables = self.image.compute(), self.pixel.compute(), self.pixel.bounds()
+
+    def _put_together(self, data: ImageData, path: str, tiles: Sequence[Sample]) -> None:
+        """Replace the pictures of tiles by one of their image, whose pixels are IGNORED where no tile was tested."""
+        images, parts = data.images(list(tiles)), [self.tested[tile.key] for tile in tiles]
+        image = bytes_of(images.source(data.root / path), data.window)  # (H, W, 3)
+        size = image.shape[:2]
+        map, mask = np.full(size, -np.inf, np.float32), np.full(size, IGNORED, np.uint8)
+        for tile, one in zip(tiles, parts, strict=True):
+            (x, y, w, h), own = parse_tile(tile.tile), self.kept.pop(tile.key).map
+            spot = slice(y, y + h), slice(x, x + w)
+            mask[spot] = images.mask(tile, size)
+            if own is not None:
+                values = torch.from_numpy(one.low + own.astype(np.float32) * (one.high - one.low))
+                map[spot] = np.maximum(map[spot], to_image(values, h, w, data.geometry).numpy())
+        worst = max(parts, key=lambda one: (one.label, one.score))
+        score, low, high = max(one.score for one in parts), min(one.low for one in parts), max(one.high for one in parts)
+        unit = None if np.isnan(high) else ((np.maximum(map, low) - low) / max(high - low, 1e-30)).astype(np.float16)
+        self.joined[path] = worst._replace(score=score, low=low, high=high)
+        self.kept[path] = Picture(image, mask, unit, None)
 
     @property
     def threshold(self) -> Threshold:
@@ -216,7 +247,7 @@ class Evaluate(ImageCallback):
         The lines of the curves are beside them as JSON, with at most CURVE_POINTS points each.
         """
         files, screen = [], Console(stderr=True)
-        names = draw.file_names({key: one.defect for key, one in self.tested.items() if key in self.kept})
+        names = draw.file_names({key: one.defect for key, one in (self.tested | self.joined).items() if key in self.kept})
         for key, name in track(names.items(), "drawing", console=screen, transient=True, disable=not screen.is_terminal):
             path = Path(folder) / name
             if path.exists() and not is_result(path):
@@ -241,7 +272,7 @@ class Evaluate(ImageCallback):
         return files
 
     def _strip(self, key: str) -> Image.Image:
-        one, picture, scale = self.tested[key], self.kept[key], self.scale
+        one, picture, scale = (self.tested | self.joined)[key], self.kept[key], self.scale
         map = picture.map
         if map is not None:
             map = one.low + map.astype(np.float64) * (one.high - one.low)
