@@ -244,7 +244,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     def task(cfg: Any) -> Any:
         sys.argv = typed  # for the record, and for further processes of a training
         with installed(name):
-            return run_cli(COMMANDS[name], cfg)
+            return run_cli(COMMANDS[name], cfg, shown(words))
 
     task.__module__ = f"blemish {name}"  # shown by Hydra's help
     main = hydra.main(str(configs()), name, version_base="1.3")(task)

@@ -10,7 +10,7 @@ from support import CONFIGS, composed
 
 from blemish.api import AnomalyDetector
 from blemish.edge.errors import InputError
-from blemish.run.config import OPTIONAL, build, check_overrides, module_of, plain, resolve_groups
+from blemish.run.config import OPTIONAL, build, check_overrides, module_of, plain, resolve_groups, run_cli
 from blemish.run.results import preprocessing_of
 from blemish.run.train import train
 
@@ -119,6 +119,28 @@ def test_none_of_a_group_may_be_chosen(group):
 def test_what_does_not_exist_is_told_in_one_line(text, says):
     with pytest.raises(InputError, match=f"^[^\n]*{says}[^\n]*$"):
         composed(text)
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, capsys):
+    def stop(cfg):
+        raise KeyboardInterrupt
+
+    def said(cfg) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(stop, cfg, "python tools/train.py")
+        assert stopped.value.code == 130
+        return capsys.readouterr().err
+
+    cfg = composed()
+    assert "nothing to resume" in said(cfg)
+    cfg.run_dir = str(tmp_path / "a run")
+    (tmp_path / "a run").mkdir()
+    assert "nothing to resume" in said(cfg)
+    (tmp_path / "a run" / "model.ckpt").touch()
+    assert f"'run={cfg.run_dir}'" in said(cfg)
+    (tmp_path / "a run" / "last.ckpt").touch()
+    assert said(cfg).endswith(f": python tools/train.py 'resume={cfg.run_dir}'\n")
+    assert said(composed(config="table")) == said(None) == "stopped\n"
 
 
 def scalars(cfg, place: str = ""):

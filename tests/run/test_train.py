@@ -186,6 +186,17 @@ def test_a_failed_run_says_so_in_its_folder(tiny, tmp_path):
     assert counts["skipped/square"] == 1
 
 
+def test_a_failed_start_leaves_no_folder_but_one_that_was_there(tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    for folder in ("runs/deep/one", "mine"):
+        for option in ("tiling=128", "+trainer.max_epocs=3"):
+            with pytest.raises(InputError, match=option.partition("=")[0].lstrip("+")):
+                train(tiny_run(tiny, tmp_path / folder, "model=padim", "store=on", option))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "notes.txt").exists() and read_record(tmp_path / "mine")["status"] == "failed"
+
+
 def test_wrong_runs_are_refused(finished, tmp_path):
     with pytest.raises(InputError, match=r"no config\.yaml"):
         load(tmp_path)

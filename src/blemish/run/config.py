@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -16,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +28,7 @@ from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_
 from blemish.edge.errors import InputError
 from blemish.files import no_room
 from blemish.run.help import configs, groups, names, no_choice
-from blemish.run.record import ROI, is_interruption
+from blemish.run.record import ROI, STATE, is_interruption
 
 # a run's config may come from a stranger: in these groups it may call what their files call, and nothing anywhere else
 ARGUMENTS = ("model", "data", "trainer", "logger")  # what is called there checks its own arguments
@@ -198,12 +201,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-def run_cli(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Do the work of a tool; bad input and a full disk end it with one message and status 2, Ctrl-C with status 130."""
+def run_cli(work: Callable[[DictConfig], Any], cfg: DictConfig, command: str = "blemish train") -> Any:
+    """Do the work of a tool; bad input and a full disk end it with one message and status 2, Ctrl-C with status 130.
+
+    command: the words before the overrides, as they are typed.
+    """
     try:
         return work(cfg)
     except BaseException as error:
         if is_interruption(error):
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the first process of a training on several devices
+                Console(stderr=True, soft_wrap=True, highlight=False).print(f"stopped{how_to_resume(cfg, command)}", markup=False)
             sys.exit(130)
         if isinstance(error, InputError | OmegaConfBaseException):  # the second for a value that a config lacks
             problem = error
@@ -220,6 +228,19 @@ def renaming(keys: str, by: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(re.sub(keys, by, str(error))) from error
+
+
+def how_to_resume(cfg: DictConfig | None, command: str) -> str:
+    """Return what can be done with what an interrupted command has left; nothing for one that does not train."""
+    if cfg is None or "run_dir" not in cfg:
+        return ""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"; the same command with sweep.name={cfg.sweep.name} resume=true takes up what is not finished"
+    if cfg.run_dir and (Path(cfg.run_dir) / STATE).is_file():
+        return f"; to continue after its last epoch: {command} {shlex.quote(f'resume={cfg.run_dir}')}"
+    if cfg.run_dir and (Path(cfg.run_dir) / "model.ckpt").is_file():
+        return f" after the fit; the model is complete, for test and predict: {shlex.quote(f'run={cfg.run_dir}')}"
+    return "; there is nothing to resume: the same command starts anew"
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -245,6 +245,7 @@ class Record:
 
     def __init__(self, run_dir: str | Path, metadata: Mapping):
         self.path = Path(run_dir) / RECORD
+        self.started = False  # whether the run has come so far that its folder is kept if it fails
         self.clock = time.perf_counter()
         self.content = {"status": "running", "started": now(), "ended": None, "wall_seconds": None, "error": None, **dict.fromkeys(FIELDS)}
         self.content |= {"peak_memory_mb": None, "command": shlex.join(sys.argv), "environment": environment()}

@@ -24,7 +24,7 @@ def test(cfg: DictConfig) -> dict:
     saved, model = load(run, cfg.device)
     for key in keys_of(cfg.change):
         if key.split(".")[0] not in ARGUMENTS and key not in keys_of(saved):
-            raise InputError(f"change.{unknown(key, keys_of(saved))}")
+            raise InputError(f"change.{unknown(key, keys_of(saved), 'the run')}")
     saved = OmegaConf.merge(saved, cfg.change)
     cfg.output = cfg.output or str(run / "retest")
     folder = Path(cfg.output)

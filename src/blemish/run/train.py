@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import logging
 import math
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -30,7 +31,7 @@ from blemish.run.checkpoint import Streamed, device_of, portable_config, save_ch
 from blemish.run.config import build, check_config, default_folder, module_of, plain
 from blemish.run.evaluate import SCORES, Calibrate, Evaluate
 from blemish.run.progress import ProgressBar
-from blemish.run.record import ROI, STATE, Record, lock_run_folder, truth_kind
+from blemish.run.record import ROI, STATE, Record, is_first_process, lock_run_folder, truth_kind
 from blemish.run.results import Rule
 from blemish.run.resume import resume_callbacks, resume_config, state_in
 from blemish.run.timing import StageTimes
@@ -76,9 +77,10 @@ def train(cfg: DictConfig) -> dict:
     cfg.run_dir = str(folder)
     with run_context(folder, cfg, cfg.overwrite, [STATE, ROI, "manifest.csv"] if resumed else []) as record:
         run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
-        save_split(folder, images)
         if not (past or images.tile):
             model.check_images(len(images.samples_of("train")), len(images.samples_of("calibrate")))
+        record.started = True
+        save_split(folder, images)
         model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
         started = time.perf_counter()
         if past:
@@ -121,7 +123,7 @@ class Run:
 
     def test(self, fit_seconds: float | None) -> dict:
         """Test the fitted model, write and record the results, and return the metrics, whose computation counts as test time."""
-        started = time.perf_counter()
+        self.record.started, started = True, time.perf_counter()
         self.trainer.test(self.model, datamodule=self.data, verbose=False)
         with self.times.stage("metrics"):
             self.evaluate.metrics(fit_seconds, None)
@@ -294,7 +296,11 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
 
 @contextlib.contextmanager
 def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[str] = (), key: str = "run_dir") -> Iterator[Record]:
-    """Lock a run folder, chosen by `key`, during the block, and record how the block ended; files to `keep` are not cleared before."""
+    """Lock a run folder, chosen by `key`, during the block, and record how the block ended; files to `keep` are not cleared before.
+
+    A folder that was not there before goes again, with those above it, where the run fails before it has started.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if is_first_process() else []
     lock_run_folder(folder, overwrite, keep, key)
     record = None
     try:
@@ -304,7 +310,12 @@ def run_context(folder: Path, cfg: DictConfig, overwrite: bool, keep: Sequence[s
             yield record
     except BaseException as error:
         full = no_room(error, folder)
-        if record:
+        if made and not (record and record.started):
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in made[1:]:
+                with contextlib.suppress(OSError):  # another run is there by now
+                    path.rmdir()
+        elif record:
             record.fail(full or error)
         if full:
             raise full from error
