@@ -74,6 +74,8 @@ def test_every_tool_is_a_command():
         (["train", "-m", "model=glob(pxatch*)"], "model=glob(pxatch*): matches none of"),
         (["train", "seed=1,2"], "seed=1,2: several values; -m"),
         (["train", "++foo=3"], "foo: no such key of train; --help"),
+        (["train", "--alpha"], "unrecognized arguments: --alpha; --hydra-help"),
+        (["train", "--cfg", "jobs"], "'jobs'"),
         (["train", "~alpha"], "~alpha: cannot be removed"),
         (
             ["train", "data=folder", "data.root=nowhere", "+data.tset_share=1"],
@@ -239,6 +241,22 @@ def test_what_is_said_of_a_prediction(blemish, tiny, tmp_path):
     assert "1 images scored" in out and "in/b.png" in err and "out/failed.csv" in err
     (bad / "a.png").write_bytes(b"")
     assert blemish(*options)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "choices"),
+    [
+        ("blemish tr", " ".join(cli.COMMANDS)),
+        ("blemish train model=padi", "model=padim"),
+        ("/bin/blemish data check data=m", "data=mtd data=mvtec"),
+        ("blemish train model=padim model.n", "model.n_features="),
+        ("blemish table readm", "readme="),
+    ],
+)
+def test_the_shell_completes(blemish, monkeypatch, line, choices):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert blemish("-sc", "query=bash") == (0, f"{choices}\n", "")
+    assert blemish("-sc", "install=bash")[1].endswith(" blemish\n")
 
 
 @pytest.mark.slow

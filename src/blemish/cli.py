@@ -1,6 +1,7 @@
 """The command `blemish`: every tool under one name, from any folder, with the configs of the installed package."""
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -209,9 +210,23 @@ def main() -> None:
         return say("\n".join(["usage: blemish COMMAND [KEY=VALUE …]", "", *lines, "", "blemish COMMAND --help lists a command's keys."]))
     if name == "--version":
         return say(f"blemish {version('blemish')}")
+    if name == "-sc":
+        return complete()
     if name not in COMMANDS:
         refuse(f"{name}: no command of blemish; choose {', '.join(COMMANDS)}")
     return call(name, sys.argv[:2], sys.argv[2:])
+
+
+def complete() -> None:
+    """Shell completion by Hydra, for all commands: `-sc install=bash` prints what to evaluate, which asks by `-sc query=bash`."""
+    line = re.match(r"(\s*\S+)\s+(\S+)(\s.*)", os.environ.get("COMP_LINE", ""))
+    if not sys.argv[-1].startswith("query="):
+        call("train", sys.argv[:1], sys.argv[1:])
+    elif line and line[2] in COMMANDS:
+        os.environ["COMP_LINE"] = line[1] + line[3]
+        call(line[2], sys.argv[:1], sys.argv[1:])
+    else:
+        say(" ".join(COMMANDS))
 
 
 def tool(name: str) -> None:
@@ -232,11 +247,19 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     with installed(name):
         import hydra
+        from hydra._internal.utils import get_args_parser
 
         from blemish.run.config import check_overrides, configs, run_cli
 
+    parser = get_args_parser()
+    parser.error = lambda problem: refuse(f"{problem}; --hydra-help lists the options")
+    parser.parse_intermixed_args(overrides)
     typed = list(sys.argv)
-    if name == "data" and not set(overrides) & {"--hydra-help", "--info", "--cfg", "-c"}:
+    flags = [text for text in overrides if text.startswith("-")]
+    several, of_hydra = bool({"-m", "--multirun"} & set(flags)), set(flags) - {"-m", "--multirun"}
+    if name == "data" and of_hydra and "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = re.sub(rf" ({'|'.join(ACTIONS)})(?= )", "", os.environ["COMP_LINE"])
+    if name == "data" and not of_hydra:
         if not overrides or overrides[0] not in ACTIONS:
             refuse(f"{name}: found {overrides[0] if overrides else 'nothing'}; choose {' or '.join(ACTIONS)}, before all KEY=VALUE")
         overrides = [f"action={overrides[0]}", *overrides[1:]]
@@ -248,8 +271,6 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     task.__module__ = f"blemish {name}"  # shown by Hydra's help
     main = hydra.main(str(configs()), name, version_base="1.3")(task)
-    flags = [text for text in overrides if text.startswith("-")]
-    several, of_hydra = bool({"-m", "--multirun"} & set(flags)), set(flags) - {"-m", "--multirun"}
     overrides = [path_as_typed(text, several) for text in overrides]
     if not of_hydra:  # else Hydra does something of its own
         keys = [text for text in overrides if text not in flags]
