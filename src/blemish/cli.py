@@ -269,7 +269,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
         with installed(name):
             return run_cli(COMMANDS[name], cfg, shown(words))
 
-    task.__module__ = f"blemish {name}"  # shown by Hydra's help
+    task.__module__ = f"blemish {name}"  # the name of Hydra's jobs
     main = hydra.main(str(configs()), name, version_base="1.3")(task)
     overrides = [path_as_typed(text, several) for text in overrides]
     if not of_hydra:  # else Hydra does something of its own
