@@ -161,7 +161,7 @@ def test_maps_and_boxes_are_in_the_pixels_of_the_input(padim, tiny):
     assert result.map.shape == (90, 200)
     level = padim.map_threshold
     assert result.boxes == boxes_of(result.map, level)
-    assert (result.map_threshold, result.threshold, result.low) == (level, padim.threshold.value, padim.low)
+    assert (result.map_threshold, result.threshold, result.low) == (level, padim.threshold.value, padim.scale[0])
     regions = regionprops(label(result.map > level, connectivity=2), result.map)
     expected = sorted(regions, key=lambda roi: -roi.intensity_max)
     found = [(roi.bbox[1], roi.bbox[0], roi.bbox[3] - roi.bbox[1], roi.bbox[2] - roi.bbox[0]) for roi in expected]

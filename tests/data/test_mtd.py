@@ -14,7 +14,7 @@ from blemish.types import NO_TRUTH
 
 def pair(folder, name, top):
     """An image and its mask, whose left half is `top` with a blurred rim, as JPEG-like masks have."""
-    save(folder / "Imgs" / f"{name}.jpg", np.full((40, 20), 90, np.uint8))
+    save(folder / "Imgs" / f"{name}.jpg", np.full((40, 20), 90 + sum(name.encode()) % 50, np.uint8))  # not all alike
     mask = np.zeros((40, 20), np.uint8)
     mask[:, :10] = top
     mask[:, 10] = top // 3

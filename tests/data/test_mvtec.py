@@ -15,7 +15,7 @@ def root(tmp_path):
     image, mask = np.full((16, 16), 90, np.uint8), np.zeros((16, 16), np.uint8)
     mask[4:8, 6:12] = 255
     for i in range(8):
-        save(tmp_path / f"screw/train/good/{i:03}.png", image)
+        save(tmp_path / f"screw/train/good/{i:03}.png", image + np.uint8(i))
     for i in range(3):
         save(tmp_path / f"screw/test/good/{i:03}.png", image)
         for defect in ("scratch_neck", "thread"):

@@ -78,10 +78,10 @@ and so on in {", ".join(GROUPS.values())}; data.category is a series, or several
     train_frames: str | None
 
     def __post_init__(self) -> None:
+        check_choice("data", ("image", "tile"), unit=self.unit)
+        check_whole("data", 8, tile=self.tile)  # before image_size, which may come from it
         self.side, self.stride = self.tile, self.tile if self.stride is None else self.stride
         super().__post_init__()  # from here on `tile` is the side of the loaders' tiles
-        check_choice("data", ("image", "tile"), unit=self.unit)
-        check_whole("data", 8, tile=self.side)
         check_whole("data", 1, self.side, stride=self.stride)
         check_number("data", "[0, 1]", min_cover=self.min_cover)
         check_number("data", "(0, 1)", train_share=self.train_share)
