@@ -236,7 +236,8 @@ def tool(name: str) -> None:
 
 def call(name: str, words: list[str], overrides: list[str]) -> None:
     """Compose the config from the overrides and do the work of a command, once for each job of a sweep; `words` precede the overrides."""
-    from blemish.run import help
+    with installed(name):
+        from blemish.run import help
 
     if {"--help", "-h"} & set(overrides):
         try:
