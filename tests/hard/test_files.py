@@ -305,7 +305,7 @@ def test_images_of_one_value(method, kind, tmp_path):
 
 
 def test_a_file_that_claims_more_than_it_can_hold_takes_no_memory(tmp_path):
-    resource = pytest.importorskip("resource", reason="memory is measured by getrusage")
+    resource = pytest.importorskip("resource", reason="getrusage, which measures the peak memory, is POSIX only")
     paths = [tmp_path / name for name in ("claim.bmp", "claim8.tif", "claim16.tif")]
     imwrite(paths[0], np.zeros((16, 16), np.uint8))
     content = bytearray(paths[0].read_bytes())

@@ -378,7 +378,7 @@ def panel_boxes(strip: Image.Image) -> dict[str, tuple[int, int, int, int]] | No
 
 
 def html(data: Mapping) -> str:
-    """The HTML page. The browser is told to run this very script and to load nothing."""
+    """Return the HTML page; its content security policy allows this script alone and loads nothing."""
     markup, style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     # inside a script element only < could end it; JSON may have it as an escape
     text = json.dumps(plain(data), separators=(",", ":")).replace("<", "\\u003c")

@@ -87,7 +87,7 @@ def pinned(texts: Sequence[str]) -> tuple[list[str], Path]:
     cfg = composed(*first_values(texts))
     check_config(cfg)
     if cfg.resume not in (None, False, True):
-        raise InputError(f"resume={cfg.resume}: expected resume=true for a sweep, with the sweep.name of before")
+        raise InputError(f"resume={cfg.resume}: expected resume=true and the sweep.name of the interrupted sweep")
     name = str(cfg.sweep.name or time.strftime("%Y%m%d-%H%M%S"))
     if not re.fullmatch(r"[\w.+-]+", name):
         raise InputError(f"sweep.name={name}: expected letters, digits, dots, dashes")
