@@ -1,102 +1,72 @@
-"""Which settings a recipe should have: python benchmarks/recipes.py --data FOLDER… [--sizes 256 384] [--backbones …] [--output CSV].
+"""Which settings a recipe should have, on drawn defects: python benchmarks/recipes.py METHOD ["SETTINGS" …] --data FOLDER… [--seeds 0 1 2].
 
 FOLDER is what `tools/data.py synthesize` made: training images alone, a part of them held out, once as they are and once with a drawn
-defect each. Every candidate is fitted to the rest and ranked by its image AUROC on the held-out pairs; no test image of any data set is
-read. One pass of the network per backbone and size serves all candidates of all methods. The CSV gets a row per candidate.
+defect each. Every candidate, a string of overrides such as "model.stages=[2,3] image_size=384" or "recipe=METHOD", is a run of its own on
+each folder; no test image of any data set is read. The maps of a frozen backbone are computed once for all candidates. Rows that the CSV
+has are not measured again; the means over the folders are printed last.
 """
 
 import argparse
 import csv
-import time
+import logging
+import statistics
+import tempfile
 from pathlib import Path
 
-import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
-from sklearn.metrics import roc_auc_score
 
-from blemish.data.images import prepare
-from blemish.detector import OnePassDetector
-from blemish.edge.geometry import Geometry
-from blemish.edge.reading import find_images, read
-from blemish.features.extractor import Features
-from blemish.methods.spade import SPADE, describe
-from blemish.ops.neighbours import nearest
-from blemish.run.config import build
+from blemish.run.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = [1, 2, 3, 4]
-CANDIDATES = {
-    "padim": ["", "model.stages=[2,3]", "model.stages=[2,3] model.n_features=200"],
-    "patchcore": ["", "model.stages=[2]", "model.stages=[3]", "model.reweight=false"],
-    "dfm": ["", "model.stages=[2]", "model.stages=[4]", "model.stages=[2,3]", "model.pool=2", "model.keep=0.9", "model.keep=0.995"],
-    "dfkde": ["", "model.stages=[3]", "model.stages=[2]", "model.stages=[2,3]", "model.stages=[2,3,4]", "model.components=64"],
-    "dfkdm": ["model.density=gaussian", "model.density=gaussian model.stages=[2,3]", "model.density=gaussian model.components=64"],
-    "spade": ["", "model.neighbors=5", "model.global_stage=3", "model.global_stage=3 model.neighbors=5", "model.neighbors=1"],
-}
-BATCH = 16
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+HEADER = ("data", "backbone", "method", "settings", "seed", *METRICS, "fit_seconds")
 
 
-@torch.inference_mode()
-def maps_of(features: Features, paths: list[Path], size: int) -> list[list[torch.Tensor]]:
-    """The maps of all images in batches, float16."""
-    batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-    images = (torch.stack([prepare(read(path), {}, Geometry(size)) for path in batch]) for batch in batches)
-    return [[stage.half() for stage in features(image)] for image in images]
-
-
-def near(model: SPADE, maps: list[torch.Tensor]) -> torch.Tensor:
-    return nearest(describe(maps[model.deep]), model.images, min(model.neighbors, len(model.images)))[0].mean(1)
-
-
-@torch.inference_mode()
-def rank(model: OnePassDetector, train: list, good: list, bad: list, size: int) -> float:
-    """Image AUROC of a method fitted to the maps `train`; SPADE is judged by its image score, without its costly map."""
-    wanted = [STAGES.index(stage) for stage in model.backbone.stages]
-
-    def chosen(batch):
-        return [batch[i].float() for i in wanted]
-
-    state = model.new_state(sum(len(batch[0]) for batch in train))
-    for batch in train:
-        state.update(model.collect(chosen(batch)))
-    state.gather()
-    model.fit(state)
-    score = near if isinstance(model, SPADE) else lambda model, maps: model.score(maps, (size, size)).score
-    scores = [torch.cat([score(model, chosen(batch)) for batch in part]) for part in (good, bad)]
-    label = torch.cat([torch.full((len(score),), value) for value, score in enumerate(scores)])
-    return roc_auc_score(label, torch.cat(scores))
+def measure(folder: Path, overrides: list[str], seed: int) -> list[str]:
+    """One run on a folder of drawn defects; returns its metrics and seconds of fitting."""
+    parts = [f"{key}={folder / name}" for key, name in (("data.root", "."), ("data.masks", "masks"))]
+    fixed = ["data=folder", "data.normal=normal", "data.normal_test=normal_test", "data.abnormal=[defects]", *parts, "protocol=paper"]
+    quiet = ["logger=none", "save.checkpoint=false", "save.state=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
+    with tempfile.TemporaryDirectory() as run:
+        metrics = train(compose("train", overrides=[*overrides, *fixed, *quiet, f"seed={seed}", f"run_dir={run}/run"]))
+    fit = metrics.get("fit_seconds")
+    return [f"{metrics[name]:.4f}" if metrics.get(name) is not None else "" for name in METRICS] + [f"{fit or 0:.1f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method")
+    parser.add_argument("settings", nargs="*", default=[""])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
-    parser.add_argument("--backbones", nargs="+", default=["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
-    parser.add_argument("--methods", nargs="+", default=list(CANDIDATES))
-    parser.add_argument("--output", type=Path, default=Path("results/recipes.csv"))
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="by default results/recipes/METHOD.csv")
     args = parser.parse_args()
+    args.output = args.output or Path("results/recipes", f"{args.method}.csv")
 
-    console = Console(highlight=False)
-    new = not args.output.exists()
-    with args.output.open("a", newline="") as file, initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        table = csv.writer(file, lineterminator="\n")
-        if new:
-            table.writerow(("data", "backbone", "image_size", "method", "settings", "image_auroc", "seconds"))
-        for folder in args.data:
-            for backbone in args.backbones:
-                features = Features(backbone, STAGES, "bundled", 0)
-                for size in args.sizes:
-                    parts = [maps_of(features, find_images(folder / name), size) for name in ("normal", "normal_test", "defects")]
-                    for method in args.methods:
-                        for settings in CANDIDATES[method]:
-                            overrides = [f"model={method}", f"backbone={backbone}", "weights=bundled", *settings.split()]
-                            started = time.perf_counter()
-                            value = rank(build(compose("train", overrides=overrides).model).eval(), *parts, size)
-                            row = (folder.name, backbone, size, method, settings, f"{value:.4f}", f"{time.perf_counter() - started:.1f}")
-                            table.writerow(row)
-                            file.flush()
-                            console.print(*row)
+    logging.disable(logging.INFO)
+    console = Console(highlight=False, width=160)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if not args.output.exists():
+        args.output.write_text(",".join(HEADER) + "\n")
+    with args.output.open() as file:
+        rows = {tuple(row[:5]): row for row in csv.reader(file)}
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for settings in args.settings:
+            mine = []
+            for folder in args.data:
+                for seed in args.seeds:
+                    key = (folder.name, args.backbone, args.method, settings, str(seed))
+                    if key not in rows:
+                        chosen = [f"model={args.method}", f"backbone={args.backbone}", "weights=bundled", "store=on", *settings.split()]
+                        rows[key] = [*key, *measure(folder.resolve(), chosen, seed)]
+                        with args.output.open("a", newline="") as file:
+                            csv.writer(file, lineterminator="\n").writerow(rows[key])
+                        console.print(*rows[key][:5], *rows[key][5:])
+                    mine.append(rows[key])
+            means = [statistics.fmean(values) for values in ([float(row[i]) for row in mine if row[i]] for i in (5, 6, 7, 8)) if values]
+            console.print(f"MEAN {args.method} [{settings}]", *(f"{value:.3f}" for value in means), markup=False)
 
 
 if __name__ == "__main__":
