@@ -171,14 +171,6 @@ def test_the_tables_are_what_was_measured(tmp_path):
         assert copy.read_bytes() == page.read_bytes(), f"{name(page)}: python tools/table.py makes another table"
 
 
-def test_not_cut_means_the_epochs_of_the_method():
-    for row in read_rows(MEASURED):
-        if row["epochs"] and row["variant"] is None:
-            recipe = yaml.safe_load((CONFIGS / "model" / f"{row['method']}.yaml").read_text(encoding="utf-8"))
-            assert row["epochs"] == recipe["trainer"]["max_epochs"], row["method"]
-            assert row["epoch_size"] is None, row["method"]
-
-
 def test_the_readme_fits_on_a_screen():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 85
     pictures = [ROOT / link for link in links(ROOT / "README.md") if link.startswith("docs/images/")]

@@ -168,10 +168,10 @@ def efforts(tmp_path):
         "a": ("dfkde", 0.2, {}),
         "b": ("padim", 0.5, {}),
         "c": ("padim", 0.6, {"variant": "recipe"}),
-        "d": ("lake", 0.04, {"variant": "cut", "epochs": 4}),
-        "e": ("vae", 0.3, {"variant": "cut", "epochs": 4}),
-        "f": ("vae", 0.4, {"epochs": 200}),
-        "g": ("riad", 0.1, {"epochs": 300}),
+        "d": ("lake", 0.04, {"variant": "cut", "epochs": 4, "steps": 4, "batch": 8}),
+        "e": ("vae", 0.3, {"variant": "cut", "epochs": 4, "steps": 4, "batch": 8}),
+        "f": ("vae", 0.4, {"epochs": 200, "steps": 2000, "batch": 32}),
+        "g": ("riad", 0.1, {"epochs": 300, "steps": 3000, "batch": 1}),
     }.items():
         recorded(tmp_path / name, method, "wood", 0, value, **metadata)
     change_metrics(tmp_path / "a", pixel_auroc=None, pixel_ap=None, aupro=None)
@@ -182,29 +182,29 @@ def test_rows_by_effort_have_the_best_first(efforts):
     names = [[row[0] for row in grid.rows] for grid in tables.by_effort(efforts)]
     assert names == [
         ["padim, recipe", "padim", "dfkde"],
-        ["vae, 200 epochs", "riad, 300 epochs"],
-        ["vae, cut, 4 epochs", "lake, cut, 4 epochs"],
+        ["vae, 2,000 × 32", "riad, 3,000 × 1"],
+        ["vae, cut, 4 × 8", "lake, cut, 4 × 8"],
     ]
     assert all(grid.title for grid in tables.by_effort(efforts))
 
 
 def test_highlights_are_the_best_of_each_method(efforts):
-    assert [row[0] for row in tables.highlights(efforts, 3).rows] == ["padim, recipe", "vae, 200 epochs", "riad, 300 epochs"]
+    assert [row[0] for row in tables.highlights(efforts, 3).rows] == ["padim, recipe", "vae, 2,000 × 32", "riad, 3,000 × 1"]
     grid = tables.highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
-    assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 200 epochs", "riad, 300 epochs", "lake, cut, 4 epochs", "dfkde"}
+    assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 2,000 × 32", "riad, 3,000 × 1", "lake, cut, 4 × 8", "dfkde"}
     assert grid.columns == ["method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
     assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
 
 
 SIZES = {"256 → 224": {}, "256 → 224, tiles of 512": {"tiling": 512}, "256 → 224, letterbox, roi": {"resize": "letterbox", "roi": "d"}}
-EPOCHS = {
-    "padim, 5 epochs": {},
-    "padim, 5 epochs of 9 images": {"epoch_size": 9},
-    "padim, 5 epochs of 9 tiles": {"epoch_size": 9, "tiling": 32},
+STEPS = {
+    "padim": {"epochs": 4},
+    "padim, 5,000 × 9": {"epochs": 5, "steps": 5000, "batch": 9},
+    "padim, 8 × 2": {"epochs": 6, "steps": 8, "batch": 2},
 }
 
 
-@pytest.mark.parametrize(("column", "settings"), [(2, SIZES), (0, {name: {"epochs": 5, **of} for name, of in EPOCHS.items()})])
+@pytest.mark.parametrize(("column", "settings"), [(2, SIZES), (0, STEPS)])
 def test_settings_make_rows_of_their_own(tmp_path, column, settings):
     for number, metadata in enumerate(settings.values()):
         recorded(tmp_path / f"{number}", "padim", "wood", 0, 0.5 + number / 10, **metadata)

@@ -56,6 +56,14 @@ def test_failed_cells_are_listed_and_finished_ones_kept(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_seeds_are_repeated_only_where_the_first_was_quick(tiny, tmp_path):
+    _, said, rows = sweep(tiny, tmp_path, "model=dfkde,dfm", "seed=0,1", "sweep.repeat_seconds=0")
+    assert len(rows) == 2 and said.count("left out") == 2
+    _, said, rows = sweep(tiny, tmp_path, "model=dfkde,dfm", "seed=0,1", "sweep.repeat_seconds=600", "resume=true")
+    assert [row["status"] for row in rows.values()] == ["finished"] * 4, said
+
+
+@pytest.mark.slow
 def test_a_cell_over_its_limit_is_stopped_and_can_go_on(tiny, tmp_path):
     endless = ["model=autoencoder", "trainer.max_epochs=1000000", "sweep.minutes=0.15"]
     epochs = []

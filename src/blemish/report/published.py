@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,26 +93,28 @@ def differences(config: Mapping, setting: Mapping | None, category: str | None) 
     """The differences of a run's config from a table's setting, {dotted key: value or {category: value}}, as short texts."""
     if not setting:
         return [UNSTATED]
-    texts, unknown = [], []
-    for key, wanted in setting.items():
-        name, have = key.rpartition(".")[2], looked_up(config, key)
-        if isinstance(wanted, Mapping):
-            if category is None:
-                continue
-            wanted = wanted.get(category)
-        if key.partition(".")[0] not in config:
-            unknown.append(name)
-            continue
-        # the name of a backbone without a tag states the architecture but not the weights
-        same = str(have).partition(".")[0] == wanted if key == "backbone" and "." not in str(wanted) else have == wanted
-        texts += [] if same else [f"{name} {have} for {wanted}"]
-    if unknown:
+    compared = list(settings_compared(config, setting, category))
+    texts = [f"{key.rpartition('.')[2]} {have} for {wanted}" for key, wanted, have, same in compared if same is False]
+    if unknown := [key.rpartition(".")[2] for key, _, _, same in compared if same is None]:
         texts.append(f"{', '.join(unknown)} not recorded")
     if "backbone" in setting and config.get("weights") == "random":
         texts.append("weights random for trained ones")
     if config.get("protocol", "paper") != "paper":
         texts.append(f"protocol {config['protocol']}, which trains on fewer images")
     return texts
+
+
+def settings_compared(config: Mapping, setting: Mapping, category: str | None) -> Iterator[tuple[str, Any, Any, bool | None]]:
+    """Yield (key, the table's value, the config's, whether they are the same; None where the config does not record it)."""
+    for key, wanted in setting.items():
+        if isinstance(wanted, Mapping):
+            if category is None:
+                continue
+            wanted = wanted.get(category)
+        have, recorded = looked_up(config, key), key.partition(".")[0] in config
+        # the name of a backbone without a tag states the architecture but not the weights
+        untagged = key == "backbone" and "." not in str(wanted)
+        yield key, wanted, have, (str(have).partition(".")[0] == wanted if untagged else have == wanted) if recorded else None
 
 
 def looked_up(config: Mapping, key: str) -> Any:

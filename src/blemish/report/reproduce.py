@@ -27,7 +27,16 @@ log = logging.getLogger(__name__)
 
 # config keys by which a finished run is known to be that of another setting
 IDENTITY = ("model", "backbone", "weights", "image_size", "crop", "resize", "data.roi", "protocol", "trainer.max_epochs", "epoch_size")
-OWN = ("paper", "categories", "seeds", "image_sizes", "tolerance", "published", "output")  # keys that tools/train.py does not have
+OWN = (
+    "paper",
+    "differs",
+    "categories",
+    "seeds",
+    "image_sizes",
+    "tolerance",
+    "published",
+    "output",
+)  # keys that tools/train.py does not have
 NOT_RUN, PARTLY = "not run", "needs all categories"
 
 
@@ -71,6 +80,7 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], train: Callable = train
     comparison = [output / "comparison.csv", output / "comparison.md"]
     Outputs().check(comparison)  # before days of training
     cells = cells_of(cfg, typed, tables, output)
+    show_settings(console, cells, tables, values["differs"] or [])
     todo = [cell for cell in cells if not finished(cell)]
     images, weights = missing(todo, scan)
     lacking = [cell for cell in todo if weights or cell.category in images]
@@ -106,6 +116,23 @@ def cells_of(cfg: Any, typed: Sequence[str], tables: Sequence[Mapping], output: 
             own.data.category, own.seed, own.image_size, own.run_dir = category, seed, sizes.get(category, cfg.image_size), str(folder)
             cells.append(Cell(category, seed, folder, own, plain(own)))
     return cells
+
+
+def show_settings(console: Console, cells: Sequence[Cell], tables: Sequence[Mapping], differs: Sequence[str]) -> None:
+    """Print each setting that the published tables state beside ours, and what differs that no setting states."""
+    first = cells[0]
+    run = {"method": module_of(first.cfg.model), "dataset": module_of(first.cfg.data), "category": first.category, "config": first.plain}
+    figures = {figure.source: figure for metric in papers.METRICS if (figure := published(tables, run, metric))}
+    for source, figure in figures.items():
+        setting = figure.table.get("setting") or {}
+        lines = list(papers.settings_compared(first.plain, setting, first.category))
+        answer = {True: "same", False: "differs", None: "not recorded"}
+        rows = [[key, answer[same], str(wanted), str(have)] for key, wanted, have, same in lines]
+        notes = figure.table.get("notes") or "nothing else"
+        grid = Grid(f"settings beside {source}", ["setting", "verdict", "published", "ours"], 4, rows, set(), [f"Its source says: {notes}"])
+        show(console, grid, bold=False)
+    for text in differs or ["nothing known beside the settings above"]:
+        console.print(f"differs: {text}")
 
 
 def all_categories(tables: Sequence[Mapping], data: str) -> list[str]:

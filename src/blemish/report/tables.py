@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 COSTS = {"fit_seconds": "fit s", "test_seconds": "test s", "peak_memory_mb": "MB"}
 IDENTITY = (*SETTING, "seed", "started", "manifest_digest")  # columns that tell two runs apart
-RUN = (*SETTING, "seed", *METRICS, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
+RUN = (*SETTING, "seed", "steps", "batch", *METRICS, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
-NUMBERS = ("epochs", "epoch_size", "image_size", "crop", "tiling", "seed", "cores", *METRICS, *COSTS)  # the other columns are text
+NUMBERS = ("epochs", "epoch_size", "steps", "batch", "image_size", "crop", "tiling", "seed", "cores", *METRICS, *COSTS)  # not text
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised for records and metrics that no run has left
 
 
@@ -77,6 +77,8 @@ def row_from(record: Mapping, metrics: Mapping, folder: Path) -> dict:
     row = {
         **{name: record.get(name) for name in SETTING},
         "seed": int(record["seed"]),
+        "steps": record.get("steps"),
+        "batch": record.get("batch"),
         **{name: metrics[name] for name in (*METRICS, "fit_seconds", "test_seconds")},
         "peak_memory_mb": memory["host"],
         "cpu": machine["cpu"],
@@ -144,11 +146,10 @@ def signed(value: float) -> str:
 
 
 def label(group: Mapping) -> list[str]:
-    """Method, backbone, pixels and protocol of a group."""
-    epochs = group["epochs"] and f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)}"
-    if epochs and group["epoch_size"]:
-        epochs += f" of {group['epoch_size']} {'tiles' if group['tiling'] else 'images'}"
-    method = ", ".join(filter(None, (group["method"], group["variant"], epochs)))
+    """Method, with the steps of its training × images per step, backbone, pixels and protocol of a group."""
+    trainings = sorted({(run["steps"], run["batch"]) for run in group["runs"] if run["steps"]})
+    steps = ", ".join(f"{steps:,} × {batch}" for steps, batch in trainings)
+    method = ", ".join(filter(None, (group["method"], group["variant"], steps)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
     size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
     pixels = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "roi" * bool(group["roi"]))
@@ -287,10 +288,11 @@ def matrix(rows: Sequence[Mapping], title: str, metric: str, tables: Sequence[Ma
         values = {c: [run[metric] for run in group["runs"]] for c, group in groups.items()}
         seeds = {tuple(group["seeds"]) for group in groups.values()}
         shown = ",".join(map(str, sorted(set().union(*seeds)))) + " (not everywhere)" * (len(seeds) > 1)
-        row = [*label(next(iter(groups.values()))), shown, *(spread(values.get(c, [])) for c in categories)]
+        runs = [run for group in groups.values() for run in group["runs"]]
+        row = [*label({**next(iter(groups.values())), "runs": runs}), shown, *(spread(values.get(c, [])) for c in categories)]
         row += [f"{spread(averages(groups.values(), metric))} ({len(groups)})"]
         ours.append(len(cells))
-        cells.append(row + costs([run for group in groups.values() for run in group["runs"]]))
+        cells.append(row + costs(runs))
         if tables:
             cells += published_rows({c: figure_of(tables, group, metric) for c, group in groups.items()}, values, categories, notes)
     end = 5 + len(categories)

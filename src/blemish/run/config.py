@@ -186,7 +186,10 @@ def reason_of(error: Exception) -> str:
     """Return one line on why overrides do not compose."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return no_choice(group, name, error.options)
+        if group.startswith("hydra/"):
+            return no_choice(group, name, error.options)
+        group, _, name = error.missing_cfg_file.partition("/")
+        return no_choice(group, name, names(group))
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("See https"))
 
 

@@ -32,8 +32,9 @@ def configs() -> Path:
 
 
 def names(group: str) -> list[str]:
-    """Return the choices of a config group, for instance all methods for `model`."""
-    return sorted(path.stem for path in (configs() / group).glob("*.yaml"))
+    """Return the choices of a config group, for instance all methods for `model`; those of its folders come last, as FOLDER/NAME."""
+    found = [path.relative_to(configs() / group).with_suffix("").as_posix() for path in (configs() / group).rglob("*.yaml")]
+    return sorted(found, key=lambda name: ("/" in name, name))
 
 
 def no_choice(group: str, name: str, choices: Sequence[str]) -> str:
@@ -50,10 +51,11 @@ def read(name: str) -> File:
     bases, choices = [], {}
     for one in (yaml.safe_load(text) or {}).get("defaults", []):
         if isinstance(one, str):
-            bases += [f"{group}/{one}".lstrip("/")] * (one != "_self_")
+            base = one.partition("@")[0]
+            bases += [base.lstrip("/") if base.startswith("/") else f"{group}/{base}".lstrip("/")] * (base != "_self_")
         else:
             choices |= {key.split()[-1].lstrip("/"): choice for key, choice in one.items() if "hydra/" not in key}
-    place = "" if "@package _global_" in about or not group else f"{group}."
+    place = "" if "@package _global_" in about or not group else f"{group.partition('/')[0]}."
     keys = dict(commented(yaml.compose(text, yaml.SafeLoader), text, place))
     return File(" ".join(line for line in about if not line.startswith("@package")), keys, bases, choices)
 

@@ -56,6 +56,8 @@ SETTING = (
 FIELDS = (
     *SETTING,
     "seed",
+    "steps",  # of the optimiser, None for a method that does not train
+    "batch",  # images or tiles per step
     "weights_digest",
     "manifest_digest",
     "truth",  # what the pixel metrics are measured against, see `truth_kind`

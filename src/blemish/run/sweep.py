@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -111,11 +112,16 @@ def cell(cfg: DictConfig) -> float | None:
     """Run one cell of a multirun and return its objective; None without one, or for a cell that failed.
 
     With resume=true a finished cell is left as it is, and a stopped training is continued. RuntimeError for a failed cell if there is an
-    objective, as the search has to know.
+    objective, as the search has to know. Where the cell of seed 0 took longer than `sweep.repeat_seconds`, other seeds are left out.
     """
     overrides = [text for key, text in command_line() if key not in ("resume", "objective")]
     root = Path(cfg.sweep.dir)
     folder = Path(cfg.run_dir) if cfg.run_dir else root / cell_name(overrides)
+    if cfg.seed and (limit := cfg.sweep.repeat_seconds) is not None:
+        first = cell_of(root / cell_name(["seed=0" if root_of(text) == "seed" else text for text in overrides]))
+        if first.status != FINISHED or first.seconds > limit:
+            screen.print(f"{folder.name}: left out, with seed 0 it took {first.seconds or math.inf:.0f} s or failed", markup=False)
+            return None
     root.mkdir(parents=True, exist_ok=True)
     with (root / CELLS).open("a", encoding="utf-8") as file:  # short enough to be written in one piece
         file.write(os.path.relpath(folder, root) + "\n")

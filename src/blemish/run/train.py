@@ -87,6 +87,8 @@ def train(cfg: DictConfig) -> dict:
             model.update(run.trainer, run.data)
         elif isinstance(model, OnePassDetector | TrainedDetector):
             run.trainer.fit(model, datamodule=run.data, ckpt_path=state_in(folder) if resumed else None, weights_only=True)
+        if isinstance(model, TrainedDetector):
+            record.note(steps_of(run.trainer, images))
         fit_seconds = None if resumed else time.perf_counter() - started  # of a resumed training only the last part was seen
         loaders = [run.data.calibrate_dataloader()] if model.expects_calibration else []
         if past and cfg.protocol == "clean":
@@ -292,6 +294,12 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "truth": truth_kind(data.samples),
         "counts": dict(sorted(counts.items())),
     }
+
+
+def steps_of(trainer: Trainer, data: ImageData) -> dict[str, int]:
+    """Return the number of steps that a finished training took, and of images or tiles per step."""
+    batches, together = trainer.fit_loop.epoch_loop.batch_progress.total.completed, trainer.accumulate_grad_batches
+    return {"steps": math.ceil(batches / together), "batch": data.batch_size * together * trainer.world_size}
 
 
 @contextlib.contextmanager
