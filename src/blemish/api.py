@@ -30,7 +30,7 @@ from blemish.run.evaluate import Calibrate
 from blemish.run.monitor import unusual
 from blemish.run.predict import anomalous, write
 from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
-from blemish.run.train import calibrated, expected_warnings, trainer_of
+from blemish.run.train import build_model, calibrated, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class AnomalyDetector:
     def train(self, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
         """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself."""
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
-        model = build(self.cfg.model)
+        model = build_model(self.cfg)
         data = self._data(normal, held_out) if model.needs_fit else self._data([], normal + held_out)
         model.check_images(data.count("train"), data.count("calibrate"))
         data.setup()

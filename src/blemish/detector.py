@@ -26,6 +26,7 @@ Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
 Stages = Sequence[int | str]  # numbers or names, as `Features` has them
 DTYPES = ("uint8", "uint16", "float32")
 FEW_IMAGES = 5  # training images below which a run warns
+AUGMENT = 1  # the purpose of its random numbers, which are not those of a loss
 NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Detector(pl.LightningModule):
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
 
     def __init__(self):
@@ -103,6 +105,7 @@ class Detector(pl.LightningModule):
         """Return (accepts_cached_maps, needs_images) for a split."""
         maps = type(self).features is Detector.features and isinstance(getattr(self, "backbone", None), Features)
         if split == "train":
+            maps = maps and self.augment is None
             return maps, not maps or self.needs_images
         maps = maps and type(self).forward is Detector.forward
         return maps, not maps
@@ -250,10 +253,10 @@ class TrainedDetector(Detector):
     def processes(self) -> int:
         return self.trainer.world_size if self._trainer else 1
 
-    def generator(self) -> torch.Generator:
-        """Random numbers of one step, from seed, step and process alone, so that a resumed training draws the same."""
+    def generator(self, *purpose: int) -> torch.Generator:
+        """Random numbers of one step, from seed, step, process and purpose alone, so that a resumed training draws the same."""
         step = self.trainer.fit_loop.total_batch_idx if self._trainer else 0
-        return stream(self.hparams.seed, step, self.global_rank, device=self.device)
+        return stream(self.hparams.seed, step, self.global_rank, *purpose, device=self.device)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -279,7 +282,12 @@ class TrainedDetector(Detector):
             for batch in loader:
                 yield self.trainer.strategy.batch_to_device(batch)
 
+    def augmented(self, batch: Batch) -> Batch:
+        """The batch of a training step with its images changed at random; the masks, which no loss looks at, stay as they are."""
+        return batch if self.augment is None else batch._replace(image=self.augment(batch.image, self.generator(AUGMENT)))
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        batch = self.augmented(batch)
         loss = self.loss(batch)
         self.watch(loss, batch)
         return loss * self.share(batch)

@@ -81,6 +81,7 @@ class GANomaly(TrainedDetector):
         return self.w_con * F.l1_loss(fake.float(), x) + self.w_enc * F.mse_loss(again.float(), code.float())
 
     def training_step(self, batch: Batch, index: int) -> None:
+        batch = self.augmented(batch)
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         optimizers = self.optimizers()
         for optimizer in optimizers:

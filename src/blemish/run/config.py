@@ -248,7 +248,7 @@ def how_to_resume(cfg: DictConfig | None, command: str) -> str:
 
 def check_config(cfg: DictConfig) -> None:
     """Raise InputError for an impossible value of train.yaml or the trainer; data and model check their own in their constructors."""
-    for name in ("save", "sweep", "store", "trainer"):
+    for name in ("augment", "save", "sweep", "store", "trainer"):
         if name in cfg and not OmegaConf.is_dict(cfg[name]):
             raise InputError(f"{name}={cfg[name]}: expected {name}.KEY=VALUE, see configs/train.yaml")
     check_whole("", 0, LARGEST_SEED, seed=cfg.seed)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
+from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
 from blemish.data.module import ImageData
 from blemish.detector import Detector, OnePassDetector, TrainedDetector
@@ -64,7 +65,7 @@ def train(cfg: DictConfig) -> dict:
     model = load_for_update(cfg, past) if past else None
     images = described(cfg)
     try:
-        model = model or build(cfg.model)
+        model = model or build_model(cfg)
     except InputError as error:
         if str(error).startswith("weights=") and isinstance(cfg.model.weights, str):
             images.setup()  # where the images are missing too, say so first
@@ -173,6 +174,15 @@ def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders:
         trainer.predict(model, dataloaders=loader, return_predictions=False)
         found.append(calibrate.values)
     model.calibration = torch.cat(found).to(model.device)
+
+
+def build_model(cfg: DictConfig) -> Detector:
+    """Return the method of a config, ready to be fitted; InputError for an augmentation of images that are looked at once."""
+    model, augment = build(cfg.model), Augment(**cfg.augment)
+    if augment and not isinstance(model, TrainedDetector):
+        raise InputError(f"augment={cfg.augment}: {module_of(cfg.model)} is not trained by steps; expected rotate=0 flip=false crop=null")
+    model.augment = augment or None
+    return model
 
 
 def described(cfg: DictConfig) -> ImageData:
