@@ -85,10 +85,11 @@ def test_networks_are_the_papers_for_resnet18():
 def test_networks_are_the_papers_for_wide_resnet50():
     shapes, beyond = shapes_of("wide_resnet50_2", [1, 2, 3])
     assert shapes == [Shape(256, 3, 128), Shape(512, 4, 256), Shape(1024, 6, 512)]
-    assert beyond == Shape(2048, 3, 512)
+    assert beyond == Shape(2048, 3, 1024)  # the official code calls its embedding with width_per_group=128
     fusion = weights(3, 256, 512) + 2 * weights(3, 512, 1024)
-    inside = weights(3, 512, 512) + weights(1, 512, 2048)
-    bottleneck = weights(1, 3072, 512) + inside + weights(1, 3072, 2048) + 2 * (weights(1, 2048, 512) + inside)
+    inside = weights(3, 1024, 1024) + weights(1, 1024, 2048)
+    bottleneck = weights(1, 3072, 1024) + inside + weights(1, 3072, 2048) + 2 * (weights(1, 2048, 1024) + inside)
+    assert fusion + bottleneck == 58_885_120  # counted in the official code, without the layers that it does not use
     decoder = 0
     for blocks, into, hidden, width in ((3, 2048, 512, 1024), (4, 1024, 256, 512), (6, 512, 128, 256)):
         first = weights(1, into, hidden) + weights(2, hidden, hidden) + weights(1, hidden, width) + weights(2, into, width)
@@ -128,6 +129,7 @@ def test_fewer_stages(stages):
 
 
 def test_a_network_that_ends_at_the_last_stage():
+    assert shapes_of("resnet50", [3, 4])[1] == Shape(4096, 3, 1024)
     shapes, beyond = shapes_of("test_resnet", [3, 4])
     assert shapes == [Shape(192, 1, 48), Shape(96, 1, None)]
     assert beyond == Shape(192, 1, None)

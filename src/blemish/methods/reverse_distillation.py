@@ -92,7 +92,7 @@ class Shape(NamedTuple):
 
 
 def shapes_of(backbone: str, stages: Sequence[int]) -> tuple[list[Shape], Shape]:
-    """The shapes of a backbone's stages, and that of the next one, which is twice as wide as the last if the network ends there.
+    """The shapes of a backbone's stages, and that of the next one, which is the last one's twice as wide if the network ends there.
 
     A network other than a ResNet gets two plain residual blocks a stage. InputError unless each stage halves the grid of the one before.
     """
@@ -112,9 +112,8 @@ def shapes_of(backbone: str, stages: Sequence[int]) -> tuple[list[Shape], Shape]
         raise InputError(f"model.stages={list(stages)}: {backbone} has strides {strides} there; expected each twice the one before")
     shapes = [shape(info[i]) for i in chosen]
     after = [shape(stage) for stage in info if stage["reduction"] == 2 * strides[-1]]
-    beyond = after[-1] if after else shapes[-1]._replace(width=2 * shapes[-1].width)
-    # the official code's embedding is that of a ResNet even where the backbone is a wide one
-    return shapes, beyond._replace(hidden=beyond.hidden and beyond.width // 4)
+    last = shapes[-1]
+    return shapes, after[-1] if after else Shape(2 * last.width, last.blocks, last.hidden and 2 * last.hidden)
 
 
 class Embedding(nn.Module):
