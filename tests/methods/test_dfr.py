@@ -71,15 +71,17 @@ def test_autoencoder_is_one_of_1x1_convolutions(batch_norm):
     torch.testing.assert_close(got, x)
 
 
-def test_loss_and_map():
-    model = prepared(dfr(latent=4), images(8))
+@pytest.mark.parametrize("relative", [False, True])
+def test_loss_and_map(relative):
+    model = prepared(dfr(latent=4, relative=relative), images(8))
     pictures = images(3, seed=1)
     with torch.no_grad():
         x = model.embed(model.features(pictures), (64, 64))  # (B, P, D)
         difference = (x - model.autoencoder(x.flatten(0, 1)).view_as(x)).double().numpy()
         assert float(model.loss(batch(pictures))) == pytest.approx((difference**2).mean(), rel=1e-5)
         score, map = model(pictures)
-    cells = torch.from_numpy(np.sqrt((difference**2).sum(-1)).reshape(3, 1, 16, 16))
+    errors = np.linalg.norm(difference, axis=-1) / (np.linalg.norm(x.double(), axis=-1) if relative else 1)
+    cells = torch.from_numpy(errors.reshape(3, 1, 16, 16))
     expected = F.interpolate(cells, (64, 64), mode="bilinear", align_corners=False)[:, 0]
     np.testing.assert_allclose(map, expected, rtol=1e-4)
     np.testing.assert_allclose(score, expected.amax((1, 2)), rtol=1e-4)

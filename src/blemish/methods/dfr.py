@@ -17,14 +17,15 @@ from blemish.ops.rng import seeded
 from blemish.types import Batch, Prediction
 
 CODE = 2  # the linear layer that makes the code
+TINY = 1e-6  # least norm of a feature that errors are relative to
 
 
 class DFR(TrainedDetector):
     """Anomaly = L2 distance of a position's regional feature from its reconstruction by a narrow autoencoder of single positions.
 
     A regional feature is all stages' mean over a square of `region` pixels. `latent` is the width of the autoencoder's code, or the share
-    of the training features' variance whose number of principal components it becomes. The score is the map's maximum, as in the official
-    code; the paper itself is about segmentation.
+    of the training features' variance whose number of principal components it becomes. `relative` divides the distance by the feature's
+    norm. The score is the map's maximum, as in the official code; the paper itself is about segmentation.
     """
 
     quick = ("trainer.max_epochs=20", "model.learning_rate=0.01")
@@ -38,14 +39,16 @@ class DFR(TrainedDetector):
         region: int,
         latent: int | float,
         batch_norm: bool,
+        relative: bool,
         learning_rate: float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(region=COUNT, latent=SHARE_OR_COUNT, batch_norm=(True, False), learning_rate=POSITIVE)
+        self.check_arguments(region=COUNT, latent=SHARE_OR_COUNT, learning_rate=POSITIVE)
+        self.check_arguments(batch_norm=(True, False), relative=(True, False))
         self.backbone = Features(backbone, stages, weights, seed)
-        self.region, self.latent = region, latent
+        self.region, self.latent, self.relative = region, latent, relative
         self.autoencoder = nn.Sequential()  # filled by `before_training`
 
     def embed(self, maps: Maps, size: tuple[int, int]) -> Tensor:
@@ -84,6 +87,8 @@ class DFR(TrainedDetector):
         x = self.embed(maps, size)  # (B, P, D)
         # the official code has the mean of the squares, which is in the same order at the regions' centres
         error = (self.autoencoder(x.flatten(0, 1)).view_as(x) - x).norm(dim=-1).float()  # (B, P)
+        if self.relative:
+            error = error / x.norm(dim=-1).clamp_min(TINY)
         map = smooth_upsample(error.unflatten(1, [cells(pixels, self.region) for pixels in size]), size, 0.0)  # (B, H, W)
         return Prediction(map.amax((1, 2)), map)
 
