@@ -19,6 +19,7 @@ from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.extractor import Features
 from blemish.ops.gaussian import merge_moments
+from blemish.ops.maps import TOP, top_mean
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
 
@@ -60,6 +61,7 @@ class Detector(pl.LightningModule):
     min_images = 1  # smallest number of training images
     expects_calibration = False  # set before a fit that `calibrate` will follow
     map_threshold: float | None = None  # the method's own threshold for maps
+    map_share: float | None = 0.0  # of the map whose largest values are averaged for the score, see `set_score`; None: it is not the map's
     decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous
     reconstruct: Callable[[Tensor], Tensor] | None = None  # images (B, 3, H, W) to their reconstruction in [0, 1], if the method has one
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
@@ -78,6 +80,18 @@ class Detector(pl.LightningModule):
         for name, rule in rules.items():
             check = partial(check_choice, "model", rule) if isinstance(rule, tuple) else rule
             check(**{name: self.hparams[name]})
+
+    def set_score(self, score: str | float, *own: str) -> None:
+        """Choose how `from_map` scores images: max of the map, mean of its top 1 %, or of a share in (0, 1]; or a rule of the method's own.
+
+        InputError for anything else.
+        """
+        self.check_arguments(score=number("(0, 1]", also=tuple(dict.fromkeys([*own, "max", "top"]))))
+        self.map_share = None if score in own else {"max": 0.0, "top": TOP}.get(score, score)
+
+    def from_map(self, map: Tensor, own: Tensor | None = None) -> Prediction:
+        """The prediction for anomaly maps (B, H, W); `own` are the scores (B,) of the method's own rule, where that is chosen."""
+        return Prediction(own if self.map_share is None else top_mean(map, self.map_share), map)
 
     def add_buffers(self, *names: str) -> None:
         """Register buffers that stay empty until the fit."""
@@ -122,7 +136,7 @@ class Detector(pl.LightningModule):
 
     def test_step(self, batch: Batch, index: int) -> Prediction:
         prediction = self(batch.image) if batch.maps is None else self.score(batch.maps, tuple(batch.image.shape[-2:]))
-        return apply_ignore_mask(prediction, batch.ignore_mask)
+        return apply_ignore_mask(prediction, batch.ignore_mask, self.map_share)
 
     predict_step = test_step
 
@@ -143,21 +157,23 @@ class Detector(pl.LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None) -> Prediction:
+def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None, share: float | None) -> Prediction:
     """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
 
-    Ignored pixels take the least map value of the others. A score that equals the largest value of its map becomes the largest of the
-    other pixels; the score of an image, or a tile, that is ignored completely is −∞.
+    Ignored pixels take the least map value of the others. The score of an image, or a tile, that is ignored completely is −∞; otherwise a
+    score of the map's `share` (`Detector.map_share`) becomes that of the other pixels.
     """
     score, map = prediction
     if ignore_mask is None:
         return prediction
+    if map is not None and share is not None:
+        parts = [pixels[~ignored] for pixels, ignored in zip(map, ignore_mask, strict=True)]
+        score = torch.cat([top_mean(part[None], share) if len(part) else score[:1] for part in parts])
     score = score.masked_fill(ignore_mask.all(2).all(1), -torch.inf)
     if map is None:
         return Prediction(score)
-    most, least = (map.masked_fill(ignore_mask, end) for end in (-torch.inf, torch.inf))
-    most, least = most.amax((1, 2)), least.amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
-    return Prediction(torch.where(score == map.amax((1, 2)), most, score), torch.where(ignore_mask, least[:, None, None], map))
+    least = map.masked_fill(ignore_mask, torch.inf).amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
+    return Prediction(score, torch.where(ignore_mask, least[:, None, None], map))
 
 
 class OnePassDetector(Detector):

@@ -133,10 +133,10 @@ def test_numpy_places_as_torch_does(height, width, dtype, colour, roi, seed, dat
     if where is None:
         return
     assert np.array_equal(where, other)
-    for score in (float(map.max()), 0.123):
-        judged = edge.apply_ignore_mask(score, map, where)
-        again = apply_ignore_mask(Prediction(torch.tensor([score]), torch.from_numpy(map)[None]), other[None])
-        assert judged[0] == pytest.approx(float(again.score), rel=1e-6) and np.array_equal(judged[1], again.map[0])
+    for share in (0.0, 0.1, None):
+        judged = edge.apply_ignore_mask(0.123, map, where, share)
+        again = apply_ignore_mask(Prediction(torch.tensor([0.123]), torch.from_numpy(map)[None]), other[None], share)
+        assert judged[0] == pytest.approx(float(again.score), rel=1e-5) and np.array_equal(judged[1], again.map[0])
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(58, 8, 8), (79, 9, 13), (8, 58, 8)])

@@ -11,7 +11,7 @@ from blemish.edge.errors import InputError
 
 TEACHERS = ["cflow", "dfr", "reverse_distillation", "stfpm"]
 WRONG = {
-    "autoencoder": [{"loss": "l1"}, {"score": "sum"}, {"image_size": 40}, {"window": 10}, {"sigma": -1}],
+    "autoencoder": [{"loss": "l1"}, {"score": "mean"}, {"image_size": 40}, {"window": 10}, {"sigma": -1}],
     "cflow": [{"condition": 6}, {"fibres": 0}],
     "dfkdm": [{"density": "mixture"}],
     "dfm": [{"score": "likelihood"}],
@@ -27,7 +27,8 @@ WRONG = {
     "self_similarity": [{"threshold": {"mode": "best"}}, {"threshold": {"mode": "cdf", "value": 95}}, {"neighbors": 11}],
     "spade": [{"neighbors": 0}, {"outlier_filter": "svm"}, {"nu": 1.0}, {"nu": 0.0}],
     "stfpm": [{"stages": ["layer1"]}],
-    "vae": [{"score": "max"}, {"sigma": -1}],
+    "subspace": [{"score": 0}, {"score": 1.5}],
+    "vae": [{"score": "reconstruction"}, {"sigma": -1}],
 }
 
 

@@ -6,7 +6,7 @@ from support import batch, images, make, stripes, trained
 from torch.distributions import Normal, kl_divergence
 
 
-def vae(score="reconstruction", kl_weight=1.0, sigma=0.0):
+def vae(score="max", kl_weight=1.0, sigma=0.0):
     return make("vae", side=32, latent=8, kl_weight=kl_weight, score=score, sigma=sigma)
 
 

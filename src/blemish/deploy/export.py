@@ -204,6 +204,7 @@ def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Prepro
             "manifest": record.get("manifest_digest"),
         },
         "threshold": rule.threshold.value,
+        "map_share": model.map_share,
         "map_threshold": rule.level if cfg.maps else None,
         "calibration": rule.scores,
         "input": cfg.input,
@@ -391,11 +392,11 @@ def score_of_run(model: Detector, preprocessing: Preprocessing, array: np.ndarra
     else:
         found = model(prepare(array, window, geometry, inside)[None])
         ignored = ignore_mask(*array.shape[:2], geometry, inside)
-        by_map = found.map is not None and ignored is not None and float(found.score) == float(found.map.max())
-        score, map = found if ignored is None else apply_ignore_mask(Prediction(*found), ignored[None])
+        by_map = found.map is not None and ignored is not None and model.map_share is not None
+        score, map = found if ignored is None else apply_ignore_mask(Prediction(*found), ignored[None], model.map_share)
         score, map = float(score), None if map is None else map[0].numpy()
     if by_map and not maps:
-        raise InputError("maps=false: the score is the largest value of the map inside the ROI or the letterbox; expected maps=true")
+        raise InputError("maps=false: the score is that of the map inside the ROI or the letterbox; expected maps=true")
     return score, map
 
 

@@ -102,14 +102,18 @@ def fill_masked(array: np.ndarray, inside: np.ndarray | None, window: Mapping) -
     return np.where(inside if array.ndim == 2 else inside[..., None], array, grey)
 
 
-def apply_ignore_mask(score: float, map: np.ndarray | None, ignore_mask: np.ndarray | None) -> tuple[float, np.ndarray | None]:
+def apply_ignore_mask(
+    score: float, map: np.ndarray | None, ignore_mask: np.ndarray | None, share: float | None
+) -> tuple[float, np.ndarray | None]:
     """Score and map of an image without the pixels of an ignore mask (h, w); see `detector.apply_ignore_mask`."""
     if ignore_mask is not None and ignore_mask.all():  # as a tile may be
         return -np.inf, map if map is None else np.full_like(map, map.max())
     if map is None or ignore_mask is None:
         return score, map
-    seen = map[~ignore_mask]
-    return float(seen.max()) if score == float(map.max()) else score, np.where(ignore_mask, seen.min(), map)
+    seen = np.sort(map[~ignore_mask])
+    if share is not None:
+        score = float(seen[-max(1, int(share * len(seen))) :].mean())
+    return score, np.where(ignore_mask, seen[0], map)
 
 
 def middle(padded: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:

@@ -103,7 +103,8 @@ class Model:
                     found = [self._by_tiles(arrays[0], size)]
             else:
                 inputs, ignore_masks = zip(*map(self._prepared, chosen, arrays), strict=True)
-                found = [apply_ignore_mask(*one, mask) for one, mask in zip(self._scored(inputs), ignore_masks, strict=True)]
+                share, pairs = self.metadata["map_share"], zip(self._scored(inputs), ignore_masks, strict=True)
+                found = [apply_ignore_mask(*one, mask, share) for one, mask in pairs]
             yield from ((*one, *scores) for *one, scores in zip(chosen, arrays, found, strict=True))
 
     def _prepared(self, image: Any, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,7 +135,7 @@ class Model:
             for (x, y, w, h), (score, found) in zip(chunk, self._scored(batch), strict=True):
                 seen = None if inside is None else mirrored(inside[y : y + h, x : x + w], side)
                 ignore_mask = None if seen is None else mask_to_network(~seen, geometry, True)
-                score, found = apply_ignore_mask(score, found, ignore_mask)
+                score, found = apply_ignore_mask(score, found, ignore_mask, self.metadata["map_share"])
                 best = max(best, score)
                 if found is not None:
                     blend.add(to_image(found, side, side, geometry), x, y)

@@ -34,8 +34,8 @@ class Autoencoder(ConvAutoencoder):
     """Anomaly = what a code of `latent` values, learned on normal images, cannot reproduce of a pixel.
 
     loss=l2: squared error (paper, eq. 1); ssim: 1 − SSIM over `window`×`window` pixels (eq. 8 and 9). The map is the loss before it is
-    averaged over the pixels, blurred by a Gaussian of `sigma` pixels, which the paper does without. The image's score is the `score` of
-    its map: max, as MVTec AD's authors rank images (Bergmann et al. 2021, IJCV 129, section 5), or mean; the paper scores pixels only.
+    averaged over the pixels, blurred by a Gaussian of `sigma` pixels, which the paper does without. The image's score is by
+    default the map's maximum, as MVTec AD's authors rank images (Bergmann et al. 2021, IJCV 129, section 5); the paper scores pixels only.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Autoencoder(ConvAutoencoder):
         latent: int,
         loss: str,
         window: int,
-        score: str,
+        score: str | float,
         learning_rate: float,
         weight_decay: float,
         seed: int,
@@ -53,11 +53,12 @@ class Autoencoder(ConvAutoencoder):
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         errors = {"l2": squared_error, "ssim": partial(dissimilarity, window=window)}
-        self.check_arguments(loss=tuple(errors), window=integer(1, 31), score=("max", "mean"), sigma=check_blur)
+        self.check_arguments(loss=tuple(errors), window=integer(1, 31), sigma=check_blur)
         if window % 2 == 0:
             raise InputError(f"model.window={window}: expected an odd number of pixels")
-        self.error, self.sigma, self.ranking = errors[loss], sigma, score
+        self.error, self.sigma = errors[loss], sigma
         self.build(outputs=1)
 
     def reconstruct(self, image: Tensor) -> Tensor:
@@ -70,4 +71,4 @@ class Autoencoder(ConvAutoencoder):
 
     def forward(self, image: Tensor) -> Prediction:
         map = blur(self.error(image, self.reconstruct(image)), self.sigma)  # (B, H, W)
-        return Prediction(map.amax((1, 2)) if self.ranking == "max" else map.mean((1, 2)), map)
+        return self.from_map(map)

@@ -50,10 +50,12 @@ class CFlow(TrainedDetector):
         clamp: float,
         fibres: int,
         learning_rate: float,
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(blocks=COUNT, fibres=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=integer(4))
         if condition % 4:
             raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
@@ -137,7 +139,7 @@ class CFlow(TrainedDetector):
         normal = sum(smooth_upsample(stage, size, 0.0) for stage in relative)  # (B, H, W)
         # the official map is the maximum of all sums minus the sum: the same order, but float32 could not distinguish small sums
         map = -normal.clamp_min(torch.finfo(torch.float32).tiny).log()  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
 
 def learning_rate_factor(progress: float) -> float:

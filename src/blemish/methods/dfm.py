@@ -22,10 +22,11 @@ class DFM(OnePassDetector):
 
     min_images = 2
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, pool: int, keep: float, score: str, seed: int):
+    def __init__(self, backbone: str, stages: Stages, weights: str, pool: int, keep: float, score: str | float, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(score=("fre", "nll"), pool=COUNT, keep=SHARE_OR_COUNT)
+        self.set_score(score, "fre", "nll")
+        self.check_arguments(pool=COUNT, keep=SHARE_OR_COUNT)
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.rule = pool, keep, score
         self.add_buffers("mean", "axes", "variance", "rows")  # (D,), (k, D), (k,), (N, D) for an update; D = C·h·w of the pooled map
@@ -54,4 +55,5 @@ class DFM(OnePassDetector):
         if self.rule == "nll":
             return Prediction(pca.negative_log_likelihood(space, rows))
         residual = (rows - pca.inverse(space, pca.transform(space, rows))).view_as(x)  # (B, C, h, w)
-        return Prediction(residual.flatten(1).norm(dim=1), smooth_upsample(residual.norm(dim=1), size, sigma=0.0))
+        map = smooth_upsample(residual.norm(dim=1), size, sigma=0.0)  # (B, H, W)
+        return self.from_map(map, residual.flatten(1).norm(dim=1))

@@ -41,10 +41,12 @@ class DFR(TrainedDetector):
         batch_norm: bool,
         relative: bool,
         learning_rate: float,
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(region=COUNT, latent=SHARE_OR_COUNT, learning_rate=POSITIVE)
         self.check_arguments(batch_norm=(True, False), relative=(True, False))
         self.backbone = Features(backbone, stages, weights, seed)
@@ -90,7 +92,7 @@ class DFR(TrainedDetector):
         if self.relative:
             error = error / x.norm(dim=-1).clamp_min(TINY)
         map = smooth_upsample(error.unflatten(1, [cells(pixels, self.region) for pixels in size]), size, 0.0)  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(f"{prefix}autoencoder.linear{CODE}.weight")

@@ -27,9 +27,20 @@ class Mutual(OnePassDetector):
     min_images = 2
     quick = ("model.stages=[2]",)
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, neighborhoods: Sequence[int], share: float, sigma: float, seed: int):
+    def __init__(
+        self,
+        backbone: str,
+        stages: Stages,
+        weights: str,
+        neighborhoods: Sequence[int],
+        share: float,
+        sigma: float,
+        score: str | float,
+        seed: int,
+    ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         odd = partial(check_whole, "model", 1, each=True)
         self.check_arguments(neighborhoods=odd, share=partial(check_number, "model", "(0, 1]"), sigma=check_blur)
         if even := [side for side in neighborhoods if side % 2 == 0]:
@@ -65,7 +76,7 @@ class Mutual(OnePassDetector):
                 cells = lowest_mean(distance, itself, counts).unflatten(1, stage.shape[2:])  # (B, h, w)
                 found.append(smooth_upsample(cells, size, self.sigma))
         map = torch.stack(found).mean(0)  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
 
 def patches_of(maps: Tensor, side: int) -> Tensor:

@@ -88,7 +88,7 @@ class NoiseResidual(Detector):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Prediction:
         nfa = self.alarms(image).log10_nfa
-        return Prediction(-nfa.amin((1, 2)), -nfa)
+        return self.from_map(-nfa)
 
     def detect(self, image: Tensor) -> list[list[Detection]]:
         """The detections of every image (B, 3, H, W) in [0, 1], strongest first."""

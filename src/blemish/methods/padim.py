@@ -19,9 +19,21 @@ class PaDiM(OnePassDetector):
     the image's score is its maximum.
     """
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, n_features: int, epsilon: float, sigma: float, align: str, seed: int):
+    def __init__(
+        self,
+        backbone: str,
+        stages: Stages,
+        weights: str,
+        n_features: int,
+        epsilon: float,
+        sigma: float,
+        align: str,
+        score: str | float,
+        seed: int,
+    ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(n_features=COUNT, epsilon=POSITIVE, sigma=check_blur, align=("bilinear", "nearest"))
         self.backbone = Features(backbone, stages, weights, seed)
         channels = self.backbone.channels
@@ -74,7 +86,7 @@ class PaDiM(OnePassDetector):
         else:
             distance = gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
         map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
     # a checkpoint holds only the lower triangles: the factors are zero above
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -35,10 +35,19 @@ class PatchSVDD(TrainedDetector):
     quick = ("trainer.max_epochs=10", "model.learning_rate=0.002", "model.dim=16", "image_size=128")
 
     def __init__(
-        self, dim: int, weight: float, pairs: int, strides: Mapping[int, int], learning_rate: float, weight_decay: float, seed: int
+        self,
+        dim: int,
+        weight: float,
+        pairs: int,
+        strides: Mapping[int, int],
+        learning_rate: float,
+        weight_decay: float,
+        score: str | float,
+        seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(dim=COUNT, pairs=COUNT, weight=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, learning_rate=POSITIVE)
         strides = {int(size): stride for size, stride in strides.items()} if isinstance(strides, Mapping) else strides
         complete = isinstance(strides, dict) and set(strides) == set(SIZES)
@@ -114,7 +123,7 @@ class PatchSVDD(TrainedDetector):
             codes = self.patches(image, size)  # (B, h, w, D)
             distance, _ = nearest(codes.flatten(0, 2), getattr(self, f"bank{size}"), 1)
             map = map * paint(distance.view(codes.shape[:3]), tuple(image.shape[-2:]), size, self.strides[size])  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)

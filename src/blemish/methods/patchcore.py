@@ -30,7 +30,7 @@ class PatchCore(OnePassDetector):
     and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows (after an update, which adds
     `coreset_ratio` of the new patches, an upper bound of it).
     The image's score is its largest distance, re-weighted by eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all);
-    the map is upsampled and blurred by `sigma` pixels.
+    the map is upsampled and blurred by `sigma` pixels. With another `score` than max it is that of the map.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class PatchCore(OnePassDetector):
         projection: int,
         reweight: bool | int,
         sigma: float,
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score, "max")
         self.check_arguments(coreset_ratio=number("(0, 1]"), embed_dim=integer(1, also=(None,)), projection=COUNT, sigma=check_blur)
         self.check_arguments(reweight=integer(2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
@@ -105,12 +107,14 @@ class PatchCore(OnePassDetector):
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         x = embed(maps, self.embed_dim)  # (B, P, D)
         distance, index = (v.view(x.shape[:2]) for v in nearest(x.flatten(0, 1), self.bank, 1))  # (B, P)
+        map = smooth_upsample(distance.unflatten(1, maps[0].shape[-2:]), size, self.sigma)  # (B, H, W)
+        if self.map_share is not None:
+            return self.from_map(map)
         score, worst = distance.max(1)  # (B,)
         if self.neighbours and len(self.bank) > 1:
             x = x.gather(1, worst[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]  # (B, D)
             score = score * weight(x, score, self.bank, index.gather(1, worst[:, None])[:, 0], self.neighbours)
-        grid = maps[0].shape[-2:]
-        return Prediction(score, smooth_upsample(distance.unflatten(1, grid), size, self.sigma))
+        return self.from_map(map, score)
 
 
 def embed(maps: Maps, embed_dim: int | None) -> Tensor:

@@ -39,10 +39,12 @@ class ReverseDistillation(TrainedDetector):
         sigma: float,
         learning_rate: float,
         betas: Sequence[float],
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(loss=("flattened", "position"), stages=check_stages, sigma=check_blur, learning_rate=POSITIVE)
         self.check_arguments(betas=number("[0, 1)", each=True), backbone=partial(check_text, ""))
         self.flattened, self.sigma = loss == "flattened", sigma
@@ -71,7 +73,7 @@ class ReverseDistillation(TrainedDetector):
         # half-pixel centres as everywhere here; the official code aligns the corners
         stages = [smooth_upsample(cosine_distance(t, r), size, self.sigma) for t, r in zip(taught, self.restored(taught), strict=True)]
         map = sum(stages)  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [*self.embedding.parameters(), *self.decoder.parameters()]

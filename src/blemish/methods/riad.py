@@ -36,11 +36,13 @@ class RIAD(TrainedDetector):
         smooth: int,
         learning_rate: float,
         milestones: Sequence[int],
+        score: str | float,
         seed: int,
         scales: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(channels=COUNT, smooth=COUNT, scales=COUNT, cells=integer(1, each=True), learning_rate=POSITIVE)
         self.check_arguments(sets=integer(2))  # with one set the image would be masked completely
         integer(1, each=True)(milestones=milestones or [1])
@@ -81,7 +83,7 @@ class RIAD(TrainedDetector):
         map = torch.stack([1 - similarity(image, again, self.scales) for again in inpaintings]).mean(0)  # (B, H, W)
         # zeros beside the image, as at its border the errors of normal images are largest
         map = F.avg_pool2d(map[:, None], self.smooth, stride=1, padding=self.smooth // 2)[:, 0]
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)

@@ -44,10 +44,12 @@ class SelfSimilarity(OnePassDetector):
         threshold: Mapping[str, str | float],
         validation: float,
         most_tiles: int,
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(tile=COUNT, tile_input=COUNT, words=COUNT, restarts=COUNT, most_tiles=COUNT)
         self.check_arguments(stride=integer(1, tile), neighbors=integer(1, words), variance=number("(0, 1]"), validation=number("[0, 1)"))
         check_rule(threshold)
@@ -130,7 +132,7 @@ class SelfSimilarity(OnePassDetector):
         distance = pairwise(x.flatten(0, 2), self.words)  # (B·h·w, words)
         nearest = distance.topk(min(self.neighbors, len(self.words)), largest=False).values.mean(1).view(x.shape[:3])  # (B, h, w)
         map = paint(nearest, size, self.tile, self.stride)
-        return Prediction(map.amax((1, 2)), map)
+        return self.from_map(map)
 
 
 def labelled(tiles: Tensor, number: int, width: int) -> Tensor:

@@ -48,10 +48,12 @@ class SPADE(OnePassDetector):
         outlier_filter: str | None,
         nu: float,
         sigma: float,
+        score: str | float,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score, "neighbors")
         check_stages(stages=stages, global_stage=[global_stage])
         self.check_arguments(neighbors=COUNT, outlier_filter=("none", "ocsvm", None), nu=number("(0, 1)"), sigma=check_blur)
         stages = list(stages)
@@ -98,7 +100,8 @@ class SPADE(OnePassDetector):
         stages = [rows(stage) for stage in maps[: self.local]]
         images = zip(*stages, strict=True)
         found = [correspondences(image, [stage[near] for stage in gallery], grids) for image, near in zip(images, index, strict=True)]
-        return Prediction(distance.mean(1), smooth_upsample(torch.stack(found).unflatten(1, grids[0]), size, self.sigma))
+        map = smooth_upsample(torch.stack(found).unflatten(1, grids[0]), size, self.sigma)  # (B, H, W)
+        return self.from_map(map, distance.mean(1))
 
 
 def describe(map: Tensor) -> Tensor:

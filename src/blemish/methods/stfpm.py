@@ -21,9 +21,20 @@ class STFPM(TrainedDetector):
 
     quick = ("trainer.max_epochs=8",)
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, learning_rate: float, momentum: float, weight_decay: float, seed: int):
+    def __init__(
+        self,
+        backbone: str,
+        stages: Stages,
+        weights: str,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+        score: str | float,
+        seed: int,
+    ):
         super().__init__()
         self.save_hyperparameters()
+        self.set_score(score)
         self.check_arguments(learning_rate=POSITIVE, momentum=number("[0, 1)"), weight_decay=NOT_NEGATIVE)
         self.backbone = Features(backbone, stages, weights, seed)
         # a seed of its own: with weights=random the student would start as its teacher and have nothing to learn
@@ -45,7 +56,7 @@ class STFPM(TrainedDetector):
         errors = self.errors(image, self.features(image))
         # eq. 4 brings every stage to the image's size before it multiplies; the official code multiplies at 64 × 64 and resizes the product
         map = prod(smooth_upsample(error, size, sigma=0.0) for error in errors)  # (B, H, W)
-        return Prediction(map.amax((1, 2)), map)  # the maximum, in paper and code
+        return self.from_map(map)  # the maximum, in paper and code
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # the official code keeps the epoch that is best on 20 % of the normal images; here all of them train, and the last epoch counts

@@ -6,8 +6,8 @@ import torch
 from kornia.geometry.transform import rotate
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RunningCovariance, Stages
-from blemish.edge.checks import check_share_or_count, check_whole
+from blemish.detector import SHARE_OR_COUNT, Maps, OnePassDetector, RunningCovariance, Stages
+from blemish.edge.checks import check_whole
 from blemish.features.extractor import Features
 from blemish.ops.gaussian import pack_triangle, unpack_triangle
 from blemish.ops.maps import align, check_blur, smooth_upsample
@@ -18,18 +18,20 @@ class Subspace(OnePassDetector):
     """Anomaly = squared distance ‖R(x − μ)‖² of a patch from the principal subspace of all normal patches (paper, eq. 6).
 
     R holds the axes that principal components with a share `keep` of the variance leave out. A training image also counts as rotated by
-    `rotations` angles. The score of an image is the mean of the `top` share of its map, or of so many pixels.
+    `rotations` angles.
     """
 
-    quick = ("model.top=1",)
+    quick = ("model.score=max",)
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, top: float | int, sigma: float, seed: int):
+    def __init__(
+        self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, sigma: float, score: str | float, seed: int
+    ):
         super().__init__()
         self.save_hyperparameters()
-        share = partial(check_share_or_count, "model")
-        self.check_arguments(keep=share, top=share, rotations=partial(check_whole, "model", 0), sigma=check_blur)
+        self.set_score(score)
+        self.check_arguments(keep=SHARE_OR_COUNT, rotations=partial(check_whole, "model", 0), sigma=check_blur)
         self.backbone = Features(backbone, stages, weights, seed)
-        self.keep, self.rotations, self.top, self.sigma = keep, rotations, top, sigma
+        self.keep, self.rotations, self.sigma = keep, rotations, sigma
         self.needs_images = rotations > 0
         self.add_buffers("mean", "residual", "scatter")  # (D,), (D − k, D), and for an update the triangle of Σ(x − μ)(x − μ)ᵀ
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))
@@ -65,5 +67,4 @@ class Subspace(OnePassDetector):
         x = align(maps).float()  # (B, D, h, w)
         along = torch.nn.functional.conv2d(x - self.mean[:, None, None], self.residual[:, :, None, None])  # (B, D − k, h, w)
         map = smooth_upsample(along.square().sum(1), size, self.sigma)  # (B, H, W)
-        count = self.top if isinstance(self.top, int) else max(int(self.top * size[0] * size[1]), 1)
-        return Prediction(map.flatten(1).topk(count).values.mean(1), map)
+        return self.from_map(map)

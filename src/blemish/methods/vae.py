@@ -14,8 +14,8 @@ class VAE(ConvAutoencoder):
 
     Training minimises the negative evidence lower bound ‖x − x̂‖² + `kl_weight`·KL(q(z|x) ‖ N(0, I)), x̂ decoded from a draw of q; for a
     Gaussian p(x|z) of variance σ², kl_weight is 2σ². All is divided by the number of values of an image, so that losses and scores are
-    comparable between sizes. The image's score is the map's largest value (score=reconstruction), or the bound with the mean in place of
-    a draw (score=elbo). The map is blurred by a Gaussian of `sigma` pixels.
+    comparable between sizes. The image's score is that of its map, or the bound with the mean in place of a draw (score=elbo).
+    The map is blurred by a Gaussian of `sigma` pixels.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class VAE(ConvAutoencoder):
         crop: int | None,
         latent: int,
         kl_weight: float,
-        score: str,
+        score: str | float,
         learning_rate: float,
         weight_decay: float,
         seed: int,
@@ -32,8 +32,9 @@ class VAE(ConvAutoencoder):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.check_arguments(score=("reconstruction", "elbo"), kl_weight=NOT_NEGATIVE, sigma=check_blur)
-        self.kl_weight, self.sigma, self.ranking = kl_weight, sigma, score
+        self.set_score(score, "elbo")
+        self.check_arguments(kl_weight=NOT_NEGATIVE, sigma=check_blur)
+        self.kl_weight, self.sigma = kl_weight, sigma
         self.build(outputs=2)
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,5 +59,4 @@ class VAE(ConvAutoencoder):
         mean, log_variance = self.posterior(image)
         error = squared_error(image, self.decoder(mean))  # (B, H, W)
         map = blur(error, self.sigma)
-        score = map.amax((1, 2)) if self.ranking == "reconstruction" else self.bound(image, error, mean, log_variance)
-        return Prediction(score, map)
+        return self.from_map(map, self.bound(image, error, mean, log_variance))

@@ -10,6 +10,7 @@ from torch import Tensor
 from blemish.edge import geometry
 from blemish.edge.checks import check_number
 
+TOP = 0.01  # share of a map that `score: top` averages
 MOST = 1000  # largest σ of a blur in pixels; its kernel has eight times as many
 
 
@@ -33,6 +34,15 @@ def smooth_upsample(map: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 def blur(map: Tensor, sigma: float) -> Tensor:
     """A map (B, H, W) after a Gaussian blur of `sigma` pixels, as `smooth_upsample` does it; σ = 0 leaves it as it is."""
     return smooth_upsample(map, tuple(map.shape[-2:]), sigma) if sigma else map
+
+
+def top_mean(map: Tensor, share: float) -> Tensor:
+    """Score (B,) of maps (B, …): the mean of the largest values, which are a `share` of the map, but at least one of them."""
+    values = map.flatten(1)
+    count = max(1, int(share * values.shape[1]))
+    if count in (1, values.shape[1]):
+        return values.amax(1) if count == 1 else values.mean(1)
+    return values.topk(count).values.mean(1)
 
 
 @lru_cache(maxsize=64)

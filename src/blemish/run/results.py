@@ -180,7 +180,7 @@ def forward(
     masks = [ignore_mask(*array.shape[:2], geometry, inside) for array, inside in pairs]
     none = torch.zeros(images.shape[2:], dtype=torch.bool)
     mask = None if all(one is None for one in masks) else torch.stack([none if one is None else one for one in masks]).to(model.device)
-    score, map = apply_ignore_mask(model(images), mask)
+    score, map = apply_ignore_mask(model(images), mask, model.map_share)
     return list(zip(score.tolist(), repeat(None) if map is None else map.cpu(), strict=False))
 
 

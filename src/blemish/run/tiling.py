@@ -129,7 +129,7 @@ def score_image(
     image = Stitched(map.shape, preprocessing, inside, lambda rows: map.file.write(rows.tobytes()))
     for corners, inputs, ignore_mask in tile_batches(array, preprocessing, batch_size, inside):
         ignore_mask = None if ignore_mask is None else ignore_mask.to(model.device)
-        scores, maps = apply_ignore_mask(model(inputs.to(model.device)), ignore_mask)
+        scores, maps = apply_ignore_mask(model(inputs.to(model.device)), ignore_mask, model.map_share)
         for i, corner in enumerate(corners):
             image.add(*corner, float(scores[i]), None if maps is None else maps[i])
     if inside is not None and image.score == -np.inf:
