@@ -1,4 +1,4 @@
-"""Decisions from the scores of held-out normal images: a threshold with a bound on false alarms (split conformal prediction).
+"""Decisions from the scores of normal images: a threshold with a bound on false alarms (conformal prediction).
 
 Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; as anomaly detection: Laxhammar and Falkman, 2010.
 """
@@ -14,16 +14,27 @@ from .checks import check_number
 from .errors import InputError
 
 RARE = 0.01  # probability below which a number of false alarms is worth a warning
+CONFIDENCE = 0.95  # of a bound that holds for one set of calibration images
+SPLIT, FULL, CROSS = "split", "full", "cross"
+PROMISES = {  # how calibration images were scored, which decides what a threshold from their scores promises
+    SPLIT: "normal calibration image{s}",  # held out from the fit: P(false alarm) ≤ alpha
+    FULL: "normal image{s} that the detector was also fitted to, each scored without itself",  # P(false alarm) ≤ alpha
+    CROSS: "normal image{s} that the detector was also fitted to, each scored by a fit without it",  # nothing is proven
+}
 
 
 class Threshold(NamedTuple):
-    """An image is anomalous if its score is above `value`; on average over calibration sets, at most alpha of the normal images are."""
+    """An image is anomalous if its score is above `value`; on average over calibration sets, at most alpha of the normal images are.
+
+    This is proven for the `promise` SPLIT and FULL. With CROSS alpha is the share of the calibration images themselves.
+    """
 
     value: float | None  # None: no calibration image, no decision
     alpha: float | None  # the bound that holds: as requested, or the smallest that n images reach, 1 / (n + 1); None: set by hand
     requested: float | None
     n: int  # calibration images
     above: int = 0  # of them, with a score above a value that was set by hand
+    promise: str = SPLIT  # one of PROMISES
 
     @property
     def by_hand(self) -> bool:
@@ -33,19 +44,28 @@ class Threshold(NamedTuple):
     def reachable(self) -> bool:
         return self.by_hand or self.alpha <= self.requested
 
+    @property
+    def conditional(self) -> float | None:
+        """The bound on the false alarms of this very threshold, with CONFIDENCE over the draw of the n images; None where none is proven."""
+        proven = self.promise == SPLIT and not self.by_hand and self.n
+        return conditional_bound(self.n, self.requested, CONFIDENCE) if proven else None
+
     def explain(self) -> str:
         """What the threshold promises, in one sentence."""
-        images = f"{self.n} normal calibration image" + "s" * (self.n != 1)
+        images = f"{self.n} {PROMISES[self.promise].format(s='s' * (self.n != 1))}"
         if self.value is None:
             return "There are no calibration images, so there is no threshold and no image is decided on."
         if self.by_hand:
             found = f"of {images} {self.above} score above it" if self.n else "there are no calibration images to compare it with"
             return f"The threshold {self.value:.6g} was set by hand, without a bound on false alarms; {found}."
-        promise = f"at most {100 * self.alpha:.3g} % of normal images like them are expected above {self.value:.6g}, to be called anomalous"
+        least = "about" if self.promise == CROSS else "at most"
+        promise = f"{least} {100 * self.alpha:.3g} % of normal images like them are expected above {self.value:.6g}, to be called anomalous"
+        promise += f"; with {100 * CONFIDENCE:.3g} % confidence at most {100 * self.conditional:.3g} %" if self.conditional else ""
+        promise += ", which is measured, not proven" if self.promise == CROSS else ""
         if self.reachable:
             return f"From {images}: {promise}."
         needed = math.ceil(1 / exact(self.requested)) - 1
-        return f"From {images} {100 * self.requested:.3g} % false alarms cannot be promised (that takes {needed} images), but {promise}."
+        return f"From {images}, {100 * self.requested:.3g} % false alarms cannot be promised (that takes {needed} images), but {promise}."
 
 
 def exact(alpha: float) -> Fraction:
@@ -60,8 +80,8 @@ def rank(n: int, alpha: float) -> int:
     return math.ceil((n + 1) * (1 - exact(alpha)))
 
 
-def conformal_threshold(scores: ArrayLike, alpha: float) -> Threshold:
-    """The k-th smallest of the scores (n,) of normal images, k as `rank`.
+def conformal_threshold(scores: ArrayLike, alpha: float, promise: str = SPLIT) -> Threshold:
+    """The k-th smallest of the scores (n,) of normal images, k as `rank`; `promise` says how they were scored, see PROMISES.
 
     If they and a new normal image are exchangeable, the new one scores above it with probability ≤ alpha, ties included. With
     n < ceil(1 / alpha) − 1 no threshold has that bound: the largest score is returned, with its bound 1 / (n + 1).
@@ -70,7 +90,26 @@ def conformal_threshold(scores: ArrayLike, alpha: float) -> Threshold:
     scores = _finite(scores)
     n, k = len(scores), rank(len(scores), alpha)
     bound = float(alpha) if k <= n else 1 / (n + 1)
-    return Threshold(float(np.sort(scores)[min(k, n) - 1]) if n else None, bound, float(alpha), n)
+    return Threshold(float(np.sort(scores)[min(k, n) - 1]) if n else None, bound, float(alpha), n, promise=promise)
+
+
+def conditional_bound(n: int, alpha: float, confidence: float) -> float:
+    """The false alarm rate that a threshold from n held-out scores at `alpha` does not exceed with `confidence` over their draw.
+
+    The rate given the n scores is Beta(n + 1 − k, k), k as `rank`, or below it where scores are tied (Vovk 2012, as below): its
+    quantile x has P(Binomial(n, x) ≤ n − k) = 1 − confidence. As Clopper and Pearson's bound from n − k alarms of n.
+    """
+    above = n - min(rank(n, alpha), n)
+    low, high = above / n, 1.0
+    for _ in range(60):  # halve the interval down to the precision of floats
+        rate = (low + high) / 2
+        terms = (log_choose(n, j) + j * math.log(rate) + (n - j) * math.log1p(-rate) for j in range(above + 1))
+        low, high = (rate, high) if sum(map(math.exp, terms)) > 1 - confidence else (low, rate)
+    return high
+
+
+def log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
@@ -89,10 +128,10 @@ def chance_of_alarms(alarms: int, normal: int, alpha: float, n: int) -> float:
     return min(1.0, sum(math.exp(term) for term in terms) / (normal + 1))  # the last quotient makes the third term a binomial coefficient
 
 
-def by_hand(value: float, scores: ArrayLike) -> Threshold:
+def by_hand(value: float, scores: ArrayLike, promise: str = SPLIT) -> Threshold:
     """A threshold set by hand, with how many of the scores (n,) of normal images are above it."""
     scores = _finite(scores)
-    return Threshold(float(value), None, None, len(scores), int((scores > value).sum()))
+    return Threshold(float(value), None, None, len(scores), int((scores > value).sum()), promise)
 
 
 def p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:

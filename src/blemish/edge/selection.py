@@ -1,0 +1,116 @@
+"""Decisions on many images at once: how many alarms of a folder may be false, whatever threshold is chosen after looking.
+
+`adjusted` controls the expected share of false alarms (Benjamini and Hochberg 1995; for p-values from one calibration set Bates, Candès,
+Lei, Romano and Sesia 2023, arXiv 2104.08279). `false_alarm_bounds` bounds their number at all thresholds at once, by an envelope of the
+p-values of normal images that is found by sampling from their joint distribution, as Song, Jin and Candès 2026 (arXiv 2605.20726) propose.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .calibration import CONFIDENCE
+from .errors import InputError
+
+DRAWS = 999  # of the envelope's level: with so many the bound holds exactly, and more make it hardly tighter
+RANKS = 24  # ranks among the calibration scores at which the envelope is checked, dense at the high scores
+SHRINK = 0.9  # ratio of the numbers of normal images that are tried
+SEED = 0  # of the draws
+
+
+def adjusted(p_values: ArrayLike) -> np.ndarray:
+    """Benjamini and Hochberg's adjusted p-values (m,): selecting those ≤ q has an expected share of false alarms of at most q."""
+    p = _checked(p_values)
+    order = np.argsort(p)
+    steps = p[order] * len(p) / np.arange(1, len(p) + 1)
+    values = np.empty_like(p)
+    values[order] = np.minimum(np.minimum.accumulate(steps[::-1])[::-1], 1.0)
+    return values
+
+
+def false_alarm_bounds(p_values: ArrayLike, n: int, confidence: float = CONFIDENCE) -> np.ndarray:
+    """An upper bound (m,) int on the normal images among those that score at least as high as each, valid for all m at once.
+
+    p_values (m,) of a folder are from one set of n held-out normal scores, see `p_values`; if these and the scores of the folder's normal
+    images, whatever their number, are exchangeable, the probability that any of the m bounds is too small is at most 1 − confidence.
+
+    Let V(c) be the number of normal images with at most c calibration scores at or above theirs. Of m₀ normal images its law is
+    negative hypergeometric, and the law of all V(c) together depends on m₀ and n alone. `_envelope` has B with P(any V(c) > B(c)) ≤ δ.
+    As V(c) ≤ B(c) leaves at least R(c) − B(c) defects among the R(c) images, m₀ ≤ m − R(c) + B(c), which in turn allows the
+    envelope of a smaller m₀ (closed testing; B grows with m₀). Between two ranks V grows by no more than R does.
+    """
+    p = _checked(p_values)
+    m, calibration = len(p), np.rint(p * (n + 1)).astype(int) - 1  # (m,) calibration scores at or above each
+    if m == 0 or n == 0:
+        return np.arange(1, m + 1)
+    if calibration.min() < 0 or calibration.max() > n:
+        raise InputError(f"p-values: not of {n} calibration scores; expected multiples of 1/{n + 1}")
+    ranks = _ranks(n)
+    reached = np.searchsorted(np.sort(calibration), ranks, "right")  # (C,) R(c)
+    sizes = _sizes(m)
+    for size, below in zip(sizes, (*sizes[1:], 0), strict=True):  # descending
+        bound = _envelope(m, n, size, confidence)  # (C,)
+        normal = int((m - reached + bound).min())  # at most so many images are normal
+        if normal > below:
+            break
+    own = np.searchsorted(np.sort(calibration), calibration, "right")  # (m,) R at each image
+    grown = bound + np.maximum(own[:, None] - reached, 0)  # (m, C)
+    return np.minimum(np.minimum(grown.min(1), own), min(normal, size)).clip(0)
+
+
+@lru_cache(maxsize=64)
+def _envelope(m: int, n: int, normal: int, confidence: float) -> np.ndarray:
+    """B(c) (C,) at `_ranks`, the largest over the sizes of `_sizes(m)` up to `normal`, so that it grows with `normal`."""
+    ranks, best = _ranks(n), np.zeros(len(_ranks(n)), int)
+    for size in (size for size in _sizes(m) if size <= normal):
+        tail = _tail(size, n, ranks)  # (C, size + 1) P(V(c) ≥ v)
+        drawn = _counts(size, n, ranks)  # (DRAWS, C)
+        least = np.sort(tail[np.arange(len(ranks)), drawn].min(1))  # (DRAWS,)
+        # one more draw is below the k-th smallest of these with a probability of at most k / (DRAWS + 1)
+        level = least[max(int((1 - confidence) * (DRAWS + 1) + 1e-9), 1) - 1]
+        best = np.maximum(best, (tail >= level).sum(1) - 1)
+    return best
+
+
+def _ranks(n: int) -> np.ndarray:
+    """At most RANKS numbers of calibration scores from 0 to n − 1, ever farther apart."""
+    return np.unique(np.geomspace(1, n, RANKS).round().astype(int)) - 1
+
+
+@lru_cache(maxsize=64)
+def _sizes(m: int) -> tuple[int, ...]:
+    """Numbers of normal images, from m down to 1."""
+    sizes = [m]
+    while sizes[-1] > 1:
+        sizes.append(min(int(sizes[-1] * SHRINK), sizes[-1] - 1))
+    return tuple(sizes)
+
+
+def _tail(m: int, n: int, ranks: np.ndarray) -> np.ndarray:
+    """P(V(c) ≥ v) (C, m + 1) for v = 0 … m: V(c) counts which of m scores come before the (c + 1)-th of n others in a random order."""
+    logs = np.concatenate([[0.0], np.log(np.arange(1, m + n + 1)).cumsum()])  # of factorials
+    v, c = np.arange(m + 1), ranks[:, None]
+    before = logs[v + c] - logs[v] - logs[c]
+    after = logs[m - v + n - c - 1] - logs[m - v] - logs[n - c - 1]
+    mass = np.exp(before + after - (logs[m + n] - logs[m] - logs[n]))
+    return np.minimum(mass[:, ::-1].cumsum(1)[:, ::-1], 1.0)
+
+
+def _counts(m: int, n: int, ranks: np.ndarray) -> np.ndarray:
+    """Draws (DRAWS, C) of all V(c) together: uniform scores are beaten by the gaps between the n others, which are gamma distributed."""
+    rng = np.random.default_rng([SEED, m, n])
+    gaps = rng.standard_gamma(np.diff(np.concatenate([[0], ranks + 1, [n + 1]])), (DRAWS, len(ranks) + 1))
+    shares, left, counts = gaps / gaps[:, ::-1].cumsum(1)[:, ::-1], np.full(DRAWS, m), []
+    for k in range(len(ranks)):
+        inside = rng.binomial(left, shares[:, k].clip(0, 1))
+        left = left - inside
+        counts.append(m - left)
+    return np.stack(counts, 1)
+
+
+def _checked(p_values: ArrayLike) -> np.ndarray:
+    p = np.asarray(p_values, np.float64)
+    if p.ndim != 1 or not ((p > 0) & (p <= 1)).all():
+        raise InputError(f"p-values: shape {p.shape}; expected (m,) numbers in (0, 1]")
+    return p
