@@ -405,3 +405,13 @@ def test_no_defect_type_has_the_name_of_a_row_of_tables(root, name):
             return [s._replace(defect=name) if s.label else s._replace(defect="fine") for s in super().scan()]
 
     assert {(s.label, s.defect) for s in prepared(root, Renamed).samples} == {(0, "good"), (1, f"{name} (defect)")}
+
+
+def test_what_is_known_reaches_the_loaders(root):
+    data = prepared(root, shots=8, defects=1, contamination=0.1, protocol="clean")
+    assert data.knowledge == "8 shots, 1 defects, 0.1 contaminated"
+    assert [len(data.samples_of(split)) for split in ("train", "calibrate", "defects", "test")] == [7, 2, 1, 4]
+    assert next(iter(data.loader("defects"))).label.tolist() == [1]
+    for wrong in ({"shots": 0}, {"defects": -1}, {"contamination": 1.0}, {"shots": 2, "protocol": "unlabelled"}):
+        with pytest.raises(InputError, match="unlabelled" if "protocol" in wrong else next(iter(wrong))):
+            data_of(root, **wrong)

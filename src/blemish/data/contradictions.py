@@ -31,6 +31,8 @@ def find(samples: Sequence[Sample], root: Path, train: str = "train") -> Contrad
     """The contradictions among samples with digests; `train` is the split that is trained on. Reads the masks of normal images."""
     learnt = [one for one in samples if one.label == ANOMALOUS and one.split in LEARNT]
     wrong = [(one, f"label {ANOMALOUS} in split {one.split}; expected split test") for one in learnt]
+    odd = [one for one in samples if one.split == "defects" and one.label != ANOMALOUS]
+    wrong += [(one, f"label {one.label} in split defects; expected label {ANOMALOUS}") for one in odd]
     masked = [one for one in samples if one.label == NORMAL and (one.mask or one.boxes) and one.split != "skipped"]
     marks = threaded(lambda one: _marks(one, root), masked)
     filled = [one for one, some in zip(masked, marks, strict=True) if some]

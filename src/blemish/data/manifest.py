@@ -11,7 +11,8 @@ from blemish.edge.errors import InputError
 from blemish.files import write_csv
 from blemish.types import ANOMALOUS, NORMAL, UNKNOWN
 
-SPLITS = ("train", "fitted", "calibrate", "test", "unlabelled", "skipped")  # fitted: trained on by the run that this one updates
+# fitted: trained on by the run that this one updates; defects: labelled ones to train on
+SPLITS = ("train", "fitted", "defects", "calibrate", "test", "unlabelled", "skipped")
 GOOD = "good"  # the defect type of normal images
 RESERVED = (GOOD, "all", "pooled")  # rows of tables of metrics, which no defect type can be
 REQUIRED = ("path", "split", "label", "defect")  # columns that a manifest must have

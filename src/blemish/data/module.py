@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blemish.data import contradictions
+from blemish.data import contradictions, knowledge
 from blemish.data.dataset import Images, TileBatches, Tiles, collate, threaded
 from blemish.data.images import check_not_all_ignored
 from blemish.data.manifest import Sample, lines_of, manifest_digest, read_manifest, with_defect
@@ -44,7 +44,8 @@ class ImageData(LightningDataModule):
     protocol: "clean" holds out a share `calibration` of the normal training images, "paper" trains on all, "unlabelled"
     on the test images. window: value range of 16-bit
     and float images, "auto" (fitted to the training images), "dtype" (all of uint16), [lo, hi] or {dtype: [lo, hi]}. on_error: "stop" at
-    the first unusable image, or "skip" them. manifest: CSV that replaces the scan. roi: a mask or a folder of masks, see `Roi`.
+    the first unusable image, or "skip" them. manifest: CSV that replaces the scan. roi: a mask or a folder of masks, see `Roi`. shots,
+    defects, contamination: see `knowledge.limit`.
     InputError for any other value.
 
     Set up, it has samples, digest (of the manifest), ranges (of the values of the training images by dtype, unless set before), window
@@ -71,6 +72,9 @@ class ImageData(LightningDataModule):
     manifest: str | Path | None = None
     resize: str = "stretch"
     roi: str | Path | np.ndarray | None = None
+    shots: int | None = None
+    defects: int | Sequence[str] = 0
+    contamination: float = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -83,6 +87,9 @@ class ImageData(LightningDataModule):
         check_whole("", 1, batch_size=self.batch_size)
         check_whole("", 0, workers=self.workers)
         check_whole("", 0, LARGEST_SEED, seed=self.seed)
+        knowledge.check(self.shots, self.defects, self.contamination)
+        if self.protocol == "unlabelled" and self.knowledge:
+            raise InputError(f"protocol=unlabelled: fits to the test images; expected clean or paper with {self.knowledge}")
         self.root = Path(self.root).expanduser()
         self.category = None if self.category is None else str(self.category)  # a folder named 0001 arrives as a number
         self.geometry = Geometry(self.image_size, self.crop, self.resize)
@@ -106,6 +113,11 @@ class ImageData(LightningDataModule):
         check_whole("", 0, tile and tile - 1, overlap=overlap)
         check_whole("", 1, also=(None,), epoch_size=epoch_size)
         self.tile, self.overlap, self.epoch_size = tile, overlap, epoch_size
+
+    @property
+    def knowledge(self) -> str | None:
+        """What differs from training on all normal images in words, as "4 shots"; None if nothing does."""
+        return knowledge.describe(self.shots, self.defects, self.contamination)
 
     def scan(self) -> list[Sample]:
         """All samples below self.folder(), with paths relative to self.root and splits "train", "test" or "unlabelled"."""
@@ -191,7 +203,8 @@ class ImageData(LightningDataModule):
                 found = f"digest {digests[sample.path]}, there {sample.digest}"
                 raise InputError(f"{self.root / sample.path}: changed since the manifest {self.manifest} was written ({found})")
         samples = [sample._replace(digest=digests[sample.path]) for sample in samples]
-        return self._held_out(self._without_unusable(samples) if self.on_error == "skip" else samples)
+        samples = self._without_unusable(samples) if self.on_error == "skip" else samples
+        return self._held_out(knowledge.limit(samples, self.shots, self.defects, self.contamination, self.seed))
 
     def _digest_of(self, path: str) -> str:
         try:

@@ -14,7 +14,7 @@ from blemish.features.extractor import Features
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.types import Prediction
 
-VALUES = 2**24  # distances held at a time
+VALUES = 2**20  # distances held at a time: as many as stay in a processor's cache until their smallest are found
 
 
 class Mutual(OnePassDetector):
@@ -86,13 +86,16 @@ def patches_of(maps: Tensor, side: int) -> Tensor:
 
 def matches(patches: Tensor, others: Tensor) -> Tensor:
     """Distance (B, P, N) of each patch (B, P, C) to its nearest patch of each other image (N, P, C)."""
-    rows, found = patches.flatten(0, 1), []  # (B·P, C)
-    for chunk in others.split(max(VALUES // (len(rows) * others.shape[1]), 1)):
-        square = chunk.square().sum(2).flatten()[None]  # (1, n·P)
-        distance = torch.addmm(square, rows, chunk.flatten(0, 1).T, alpha=-2)  # (B·P, n·P) squared, less the squares of the rows
-        found.append(distance.unflatten(1, chunk.shape[:2]).amin(2))  # (B·P, n)
-    nearest = torch.cat(found, dim=1) + rows.square().sum(1, keepdim=True)
-    return nearest.clamp_min(0).sqrt().unflatten(0, patches.shape[:2])
+    chunks = others.split(max(VALUES // (patches.shape[1] * others.shape[1]), 1))
+    squares = others.square().sum(2).split(len(chunks[0]))
+    found = []
+    for rows in patches:  # (P, C)
+        parts = []
+        for chunk, square in zip(chunks, squares, strict=True):
+            distance = torch.addmm(square.flatten()[None], rows, chunk.flatten(0, 1).T, alpha=-2)  # (P, n·P), less the squares of the rows
+            parts.append(distance.unflatten(1, chunk.shape[:2]).amin(2))  # (P, n)
+        found.append(torch.cat(parts, dim=1) + rows.square().sum(1, keepdim=True))
+    return torch.stack(found).clamp_min(0).sqrt()
 
 
 def lowest_mean(distance: Tensor, itself: Tensor, counts: Tensor) -> Tensor:

@@ -153,7 +153,8 @@ def label(group: Mapping) -> list[str]:
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
     size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
     pixels = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "roi" * bool(group["roi"]))
-    return [method, backbone, ", ".join(filter(None, pixels)), str(group["protocol"])]
+    protocol = ", ".join(filter(None, (str(group["protocol"]), group["knowledge"])))
+    return [method, backbone, ", ".join(filter(None, pixels)), protocol]
 
 
 def place(group: Mapping) -> str:

@@ -32,8 +32,11 @@ def configs() -> Path:
 
 
 def names(group: str) -> list[str]:
-    """Return the choices of a config group, for instance all methods for `model`; those of its folders come last, as FOLDER/NAME."""
-    found = [path.relative_to(configs() / group).with_suffix("").as_posix() for path in (configs() / group).rglob("*.yaml")]
+    """Return the choices of a config group, for instance all methods for `model`; `_NAME.yaml` is the base of others.
+
+    Those of a group's folders come last, as FOLDER/NAME.
+    """
+    found = [path.relative_to(configs() / group).with_suffix("").as_posix() for path in (configs() / group).rglob("[!_]*.yaml")]
     return sorted(found, key=lambda name: ("/" in name, name))
 
 

@@ -51,6 +51,7 @@ SETTING = (
     "resize",  # letterbox, None where images are stretched
     "roi",  # digest of the mask or masks
     "protocol",
+    "knowledge",  # few normal images, labelled defects or contamination, None for all normal images
 )
 # what a record holds beside its status, times, error, command and environment; None until noted
 FIELDS = (

@@ -291,6 +291,7 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "category": cfg.data.get("category"),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
+        "knowledge": data.knowledge,
         "image_size": cfg.data.image_size,
         "crop": cfg.data.crop,
         "tiling": data.tile,
