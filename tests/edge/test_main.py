@@ -13,7 +13,15 @@ from blemish.edge.reading import read
 from blemish.edge.runtime import FORMAT, Model
 
 GEOMETRY = {"image_size": 32, "crop": None, "resize": "stretch", "window": {}, "size": [32, 32], "source": None}
-METADATA = {"format": FORMAT, "threshold": 50.0, "map_threshold": 40.0, "calibration": [10.0, 20.0, 50.0], "batch": None, "tiling": None}
+METADATA = {
+    "format": FORMAT,
+    "threshold": 50.0,
+    "map_share": 0.0,
+    "map_threshold": 40.0,
+    "calibration": [10.0, 20.0, 50.0],
+    "batch": None,
+    "tiling": None,
+}
 METADATA |= {**GEOMETRY, "input": "uint8", "ranges": {}, "roi": None}
 
 
