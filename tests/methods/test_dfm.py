@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
 from support import fitted, images, make
 
 
@@ -28,7 +29,7 @@ def test_reconstruction_error_is_the_plain_chain():
     residual = rows - reduce.inverse_transform(reduce.transform(rows))
     cells = np.linalg.norm(residual.reshape(x.shape), axis=1)  # (B, h, w)
     score, map = model(images(4, seed=1))
-    assert len(model.variance) == reduce.n_components_
+    assert model.axes.shape[:2] == (1, reduce.n_components_)
     np.testing.assert_allclose(score, np.linalg.norm(residual, axis=1), rtol=1e-4)
     expected = F.interpolate(torch.from_numpy(cells)[:, None], (64, 64), mode="bilinear", align_corners=False)[:, 0]
     np.testing.assert_allclose(map, expected, rtol=1e-4)
@@ -60,12 +61,45 @@ def test_training_images_are_reconstructed():
     assert own.max() < 1e-3 * other.min()
 
 
-@pytest.mark.parametrize(("side", "pool", "cells"), [(64, 2, 4), (64, 1, 8), (64, 4, 4), (80, 2, 5), (72, 2, 4), (128, 4, 4), (16, 4, 2)])
+@pytest.mark.parametrize(("side", "pool", "cells"), [(64, 2, 4), (64, 1, 8), (64, 4, 2), (80, 2, 5), (72, 2, 4), (128, 4, 4), (16, 4, 1)])
 def test_grid(side, pool, cells):
-    """Stage 2 has stride 8; pooling stops at four cells a side, and loses no border where it does not divide the grid."""
+    """Stage 2 has stride 8; pooling loses no border where it does not divide the grid."""
     x = dfm(pool=pool).embed([torch.ones(1, 3, side // 8, side // 8)])
     assert x.shape[2:] == (cells, cells)
     torch.testing.assert_close(x, torch.ones_like(x))
+
+
+def two_kinds(n, seed=0):
+    """Dark and bright images by turns."""
+    return 0.3 * images(n, seed) + 0.6 * (torch.arange(n) % 2)[:, None, None, None]
+
+
+def test_each_group_has_a_subspace_of_its_own():
+    model = fitted(dfm(groups=2), two_kinds(24))
+    rows = pooled(model, two_kinds(4, seed=1)).flatten(1).numpy()
+    residuals = []
+    for kind in (0, 1):
+        reduce = reduced(model, two_kinds(24)[kind::2])
+        residuals.append(np.linalg.norm(rows - reduce.inverse_transform(reduce.transform(rows)), axis=1))
+    np.testing.assert_allclose(model(two_kinds(4, seed=1)).score, np.min(residuals, 0), rtol=1e-3)
+
+
+def test_a_group_may_be_one_image():
+    pictures = torch.cat([0.3 * images(6), 0.7 + 0.3 * images(1, 2)])
+    model = fitted(dfm(groups=2, keep=1.0), pictures)
+    assert model(pictures).score.max() < 1e-3 * model(images(2, 1)).score.min()
+
+
+def test_likelihood_of_groups_is_that_of_a_mixture():
+    model = fitted(dfm(score="nll", groups=2, keep=3), two_kinds(30))
+    reduce = reduced(model, two_kinds(30), 3)
+    train, test = (
+        reduce.transform(pooled(model, pictures).flatten(1).numpy()) / reduce.explained_variance_**0.5
+        for pictures in (two_kinds(30), two_kinds(4, seed=1))
+    )
+    reference = GaussianMixture(2, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=0).fit(train)
+    expected = -reference.score_samples(test) + 0.5 * np.log(reduce.explained_variance_).sum()
+    np.testing.assert_allclose(model(two_kinds(4, seed=1)).score, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_stages_are_joined():
