@@ -1,6 +1,5 @@
-"""SPADE against its paper written plainly, the arithmetic of its correspondences, and its outlier filter."""
+"""SPADE against its paper written plainly, its search, and its outlier filter."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,19 @@ from support import fitted, images, make
 
 from blemish.edge.errors import InputError
 from blemish.methods import spade
-from blemish.methods.spade import correspondences, inliers
+from blemish.methods.spade import inliers, nearest_distance
 
 
 def detector(**changes):
     return make("spade", **{"neighbors": 3, "nu": 0.1, **changes})
 
 
-def concatenated(maps):
-    """(B, h, w, ΣC): every stage resized to the first, the nearest sample by integer arithmetic."""
-    h, w = maps[0].shape[-2:]
-    parts = [m[:, :, [i * m.shape[2] // h for i in range(h)]][..., [j * m.shape[3] // w for j in range(w)]] for m in maps]
-    return torch.cat(parts, 1).permute(0, 2, 3, 1).double().numpy()
+def resized(stage, grid, align):
+    """A stage (B, C, h', w') on a grid (h, w): the nearest sample by integer arithmetic, or torch's bilinear resizing in float64."""
+    h, w = grid
+    if align == "bilinear":
+        return F.interpolate(stage.double(), grid, mode="bilinear", align_corners=False)
+    return stage.double()[:, :, [i * stage.shape[2] // h for i in range(h)]][..., [j * stage.shape[3] // w for j in range(w)]]
 
 
 def plain_map(query, gallery):
@@ -33,47 +33,43 @@ def plain_map(query, gallery):
     return np.array([[np.linalg.norm(others - x, axis=1).min() for x in row] for row in query])
 
 
-@pytest.mark.parametrize(("stages", "global_stage"), [((1, 2, 3), 4), ((1, 2, 3), 3), ((2,), 3), ((1, 3), 1)])
-def test_is_the_paper(stages, global_stage):
-    model, test = fitted(detector(stages=list(stages), global_stage=global_stage), images(7)), images(2, seed=1)
+@pytest.mark.parametrize(("matching", "align"), [("concatenated", "bilinear"), ("concatenated", "nearest"), ("per_stage", "bilinear")])
+@pytest.mark.parametrize(("stages", "global_stage"), [((1, 2, 3), 4), ((2,), 3), ((1, 3), 1)])
+def test_is_the_paper(stages, global_stage, matching, align):
+    model, test = fitted(detector(stages=list(stages), global_stage=global_stage, matching=matching, align=align), images(7)), images(2, 1)
     train_maps, test_maps = model.features(images(7)), model.features(test)
     at = list(dict.fromkeys([*stages, global_stage])).index(global_stage)
     globals_ = [maps[at].double().mean((2, 3)).numpy() for maps in (train_maps, test_maps)]
-    gallery, query = (concatenated(maps[: len(stages)]) for maps in (train_maps, test_maps))
+    count = len(stages)
     for b, (score, map) in enumerate(zip(*model(test), strict=True)):
         away = np.linalg.norm(globals_[0] - globals_[1][b], axis=1)
         near = away.argsort()[:3]
         assert float(score) == pytest.approx(away[near].mean(), rel=1e-5)
-        distance = torch.from_numpy(plain_map(query[b], gallery[near]))
-        up = F.interpolate(distance[None, None], (64, 64), mode="bilinear", align_corners=False)[0, 0].numpy()
-        np.testing.assert_allclose(map, gaussian_filter(up, 4.0, mode="reflect", truncate=4), rtol=2e-3)
+        expected = []
+        for group in [[s] for s in range(count)] if matching == "per_stage" else [range(count)]:
+            grid = train_maps[group[0]].shape[-2:]
+            parts = ([resized(maps[s][keep], grid, align) for s in group] for maps, keep in ((test_maps, [b]), (train_maps, near)))
+            query, gallery = (torch.cat(part, 1).permute(0, 2, 3, 1).numpy() for part in parts)
+            distance = torch.from_numpy(plain_map(query[0], gallery))
+            expected.append(F.interpolate(distance[None, None], (64, 64), mode="bilinear", align_corners=False)[0, 0].numpy())
+        np.testing.assert_allclose(map, gaussian_filter(np.mean(expected, 0), 4.0, mode="reflect", truncate=4), rtol=2e-3)
 
 
-# in the fourth the cells of the coarse stages overlap; in the last not every position of the finer stage is used
-GRIDS = [((8, 8),), ((8, 8), (4, 4), (2, 2)), ((8, 12), (2, 3)), ((9, 7), (5, 4), (3, 2)), ((6, 6), (6, 6), (3, 3)), ((4, 4), (6, 6))]
+def test_the_score_may_be_the_maps():
+    model, other = (fitted(detector(score=score), images(5)) for score in ("max", "neighbors"))
+    score, map = model(images(2, 1))
+    assert torch.equal(score, map.amax((1, 2))) and torch.equal(map, other(images(2, 1)).map)
+    assert model.not_exportable and not other.not_exportable
 
 
-@pytest.mark.parametrize("tile", [2**22, 300])
-@pytest.mark.parametrize("grids", GRIDS)
-def test_correspondences_are_the_distances_of_the_concatenation(grids, tile, monkeypatch):
+@pytest.mark.parametrize("tile", [2**20, 50])
+def test_nearest_distances_are_those_to_all_parts(tile, monkeypatch):
     monkeypatch.setattr(spade, "TILE", tile)
     g = torch.Generator().manual_seed(0)
-    channels = [3, 5, 7][: len(grids)]
-    query = [5 + torch.randn(1, c, *grid, generator=g) for c, grid in zip(channels, grids, strict=True)]
-    gallery = [5 + torch.randn(4, c, *grid, generator=g) for c, grid in zip(channels, grids, strict=True)]
-    resized = [torch.cat([F.interpolate(m.double(), grids[0]) for m in maps], 1).flatten(2).mT for maps in (query, gallery)]
-    expected = pairwise_distances(resized[0][0].numpy(), resized[1].flatten(0, 1).numpy()).min(1)
-    found = correspondences([q.flatten(2)[0].T for q in query], [m.flatten(2).mT for m in gallery], grids)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("grids", [((8, 8), (4, 4)), ((8, 8), (4, 4), (2, 2)), ((9, 7), (5, 4), (3, 2))])
-def test_images_of_one_value_are_alike(grids):
-    """The first guess is the nearest then, and no pair is left to look at any finer."""
-    query = [torch.zeros(h * w, 5) for h, w in grids]
-    assert torch.equal(correspondences(query, [q.expand(3, -1, -1) for q in query], grids), torch.zeros(math.prod(grids[0])))
-    found = correspondences(query, [1 + q.expand(3, -1, -1) for q in query], grids)
-    torch.testing.assert_close(found, torch.full_like(found, math.sqrt(5 * len(grids))))
+    query, *parts = (5 + torch.randn(n, 6, generator=g) for n in (30, 20, 7, 25))
+    expected = pairwise_distances(query.double().numpy(), torch.cat(parts).double().numpy()).min(1)
+    np.testing.assert_allclose(nearest_distance(query, parts), expected, rtol=1e-4)
+    assert nearest_distance(query, [parts[0], query]).max() < 1e-2
 
 
 def test_a_training_image_finds_itself():
