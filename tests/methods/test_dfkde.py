@@ -23,18 +23,19 @@ def pooled(model, pictures):
     return model.features(pictures)[0].double().mean((2, 3)).numpy()
 
 
-def plain_dfkde(model, train, test, components, bandwidth):
+def plain_dfkde(model, train, test, components, bandwidth, scaling="scale"):
     reduce = PCA(components, svd_solver="full").fit(pooled(model, train))
     x, z = reduce.transform(pooled(model, train)), reduce.transform(pooled(model, test))
-    longest = np.linalg.norm(x, axis=1).max()
-    return -gaussian_kde((x / longest).T, bandwidth).logpdf((z / longest).T)
+    lengths = [np.linalg.norm(rows, axis=1, keepdims=True) for rows in (x, z)]
+    x, z = (rows / (lengths[0].max() if scaling == "scale" else own) for rows, own in zip((x, z), lengths, strict=True))
+    return -gaussian_kde(x.T, bandwidth).logpdf(z.T)
 
 
 @pytest.mark.parametrize("bandwidth", ["scott", "silverman", 0.7])
-@pytest.mark.parametrize("components", [3, 16])
-def test_is_the_plain_chain(components, bandwidth):
-    model = fitted(dfkde(components=components, bandwidth=bandwidth), images(40))
-    expected = plain_dfkde(model, images(40), images(5, seed=1), components, bandwidth)
+@pytest.mark.parametrize(("components", "scaling"), [(3, "scale"), (16, "scale"), (3, "norm")])
+def test_is_the_plain_chain(components, bandwidth, scaling):
+    model = fitted(dfkde(components=components, bandwidth=bandwidth, scaling=scaling), images(40))
+    expected = plain_dfkde(model, images(40), images(5, seed=1), components, bandwidth, scaling)
     score, map = model(images(5, seed=1))
     assert map is None
     np.testing.assert_allclose(score, expected, rtol=1e-3, atol=1e-3)

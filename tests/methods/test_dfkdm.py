@@ -30,9 +30,22 @@ def test_is_the_density_of_the_components(density):
     reduce = PCA(6, svd_solver="full").fit(x)
     expected = -log_density(density, reduce.transform(x), reduce.transform(q))
     score = model(images(5, seed=1)).score.double().numpy()
-    # scaling all features by one length moves every log density of the kernel density by the same amount
-    shift = len(model.variance) * float(model.length.log()) if density == "kde" else 0.0
+    # scaling all features by one length moves every log density by the same amount
+    shift = len(model.variance) * float(model.length.log())
     np.testing.assert_allclose(score + shift, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [(1, "gaussian"), (2, "kde")])
+def test_auto_takes_the_likelier_density(kinds, expected):
+    """One cloud is a Gaussian; two far apart are none."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 3, generator=g) + 20 * (torch.arange(60) % kinds)[:, None]
+    model = make("dfkdm", components=3, density="auto")
+    model.fit_density(rows)
+    assert ("gaussian" if len(model.points) == 1 else "kde") == expected
+    other = make("dfkdm", components=3, density=expected)
+    other.fit_density(rows)
+    assert torch.equal(model.negative_log_density(rows), other.negative_log_density(rows))
 
 
 def test_folders_of_scenes_give_f1(tiny, tmp_path):

@@ -1,61 +1,75 @@
 """DFKDE: a Gaussian kernel density of the image's deep feature, reduced by PCA."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, number
 from blemish.features.extractor import Features
-from blemish.ops import kde, pca
+from blemish.ops import pca
+from blemish.ops.density import Density, gaussian, kernels, leave_one_out, log_density
 from blemish.types import Prediction
 
 RESOLUTION = 1e-6  # of a feature's norm: float32 networks differ by so much from batch to batch
+FOR_CHOICE = 4096  # rows whose likelihoods choose a density
+
+log = logging.getLogger(__name__)
 
 
 class VectorDensity:
     """The part of a Detector that scores vectors by −log density on at most `components` principal components, in float64.
 
     `density` kde is a Gaussian kernel density whose kernel has the shape of the covariance, by the rule `bandwidth` (scott, silverman or a
-    factor); gaussian is the multivariate Gaussian of mean and covariance, which is diagonal on the principal components.
+    factor); gaussian is the multivariate Gaussian of mean and covariance; auto the one of the two with the larger leave-one-out likelihood
+    of the training vectors. `scaling` of the coordinates: none, scale by the largest norm of the training vectors', norm by their own.
     """
 
-    def add_density(self, components: int, density: str, bandwidth: str | float) -> None:
+    def add_density(self, components: int, density: str, bandwidth: str | float, scaling: str = "none") -> None:
         self.check_arguments(components=COUNT, bandwidth=number("(0, inf)", also=("scott", "silverman")))
-        self.components, self.density, self.bandwidth = components, density, bandwidth
-        self.add_buffers("mean", "axes", "variance")  # (D,), (k, D), (k,)
-        self.add_buffers("length", "points", "factor", "centre")  # (), (N, k), (k, k), (k,): empty for a Gaussian
+        self.components, self.density, self.bandwidth, self.scaling = components, density, bandwidth, scaling
+        self.add_buffers("mean", "axes", "variance", "length")  # (D,), (k, D), (k,), ()
+        self.add_buffers("points", "factor", "centre")  # (N, k) or for a Gaussian (1, k), (k, k), (k,)
 
-    @property
-    def space(self) -> pca.PCA:
-        return pca.PCA(self.mean, self.axes, self.variance)
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Coordinates (B, k) of vectors (B, D)."""
+        z = pca.transform(pca.PCA(self.mean, self.axes, self.variance), rows)
+        return z / (z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny) if self.scaling == "norm" else self.length)
 
-    def fit_density(self, rows: Tensor, scaled: bool = False) -> None:
-        """Fit to vectors (N, D); `scaled` divides their coordinates by the largest norm among them before the kernel density."""
+    def fit_density(self, rows: Tensor) -> None:
+        """Fit to vectors (N, D)."""
         self.mean, self.axes, self.variance = principal(rows, self.components)
-        if self.density == "kde":
-            coordinates = pca.transform(self.space, rows)  # (N, k)
-            self.length = coordinates.norm(dim=1).amax() if scaled else coordinates.new_ones(())
-            self.points, self.factor, self.centre = kde.fit(coordinates / self.length, self.bandwidth)
+        self.length = self.mean.new_ones(())
+        if self.scaling == "scale":
+            self.length = self.coordinates(rows).norm(dim=1).amax()
+        z, density = self.coordinates(rows), self.density
+        if density == "auto":
+            some = z[:: -(-len(z) // FOR_CHOICE)]
+            single, many = (float(leave_one_out(some, bandwidth).mean()) for bandwidth in (None, self.bandwidth))
+            density = "kde" if many > single else "gaussian"
+            log.info("density=auto: %s; leave-one-out log likelihood %.2f of the kernels, %.2f of the Gaussian", density, many, single)
+        self.points, self.factor, self.centre = kernels(z, self.bandwidth) if density == "kde" else gaussian(z)
 
     def negative_log_density(self, rows: Tensor) -> Tensor:
         """−log density (B,) of vectors (B, D), float32."""
-        if self.density == "gaussian":
-            return pca.negative_log_likelihood(self.space, rows).float()
-        coordinates = pca.transform(self.space, rows) / self.length  # (B, k)
-        return -kde.log_density(kde.KDE(self.points, self.factor, self.centre), coordinates).float()
+        return -log_density(Density(self.points, self.factor, self.centre), self.coordinates(rows)).float()
 
 
 class DFKDE(VectorDensity, OnePassDetector):
-    """Anomaly = −log density of the feature: global average pool, `components` principal components, unit largest norm, Gaussian KDE.
+    """Anomaly = −log density of the feature: global average pool, `components` principal components, Gaussian KDE.
 
-    Where the training images span fewer directions than `components`, there are as many components as directions.
+    scaling=scale divides the coordinates by the largest norm among the training images, which moves all scores by one constant; norm
+    divides those of each image by its own. Where the training images span fewer directions than `components`, there are as many
+    components as directions.
     """
 
     min_images = 2
 
-    def __init__(self, backbone: str, stages: Stages, weights: str, components: int, bandwidth: str | float, seed: int):
+    def __init__(self, backbone: str, stages: Stages, weights: str, components: int, bandwidth: str | float, scaling: str, seed: int):
         super().__init__()
         self.save_hyperparameters()
-        self.add_density(components, "kde", bandwidth)
+        self.check_arguments(scaling=("scale", "norm"))
+        self.add_density(components, "kde", bandwidth, scaling)
         self.add_buffers("rows")  # (N, D) the features, for an update
         self.backbone = Features(backbone, stages, weights, seed)
 
@@ -65,7 +79,7 @@ class DFKDE(VectorDensity, OnePassDetector):
 
     def fit(self, state: RowBuffer) -> None:
         self.rows = state.compute()
-        self.fit_density(self.rows, scaled=True)
+        self.fit_density(self.rows)
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.rows)

@@ -1,4 +1,4 @@
-"""Gaussian kernel density with the data's own covariance as the kernel's shape."""
+"""Densities of few points in few dimensions: Gaussian kernels shaped by the data's own covariance, or a single Gaussian."""
 
 import math
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from blemish.ops.neighbours import pairwise
 TILE = 2**22  # distances held at a time: 32 MB of float64
 
 
-class KDE(NamedTuple):
-    """Kernels of covariance L Lᵀ around the training points, which are stored whitened by L; float64."""
+class Density(NamedTuple):
+    """The mean of N(point, L Lᵀ) over the points, which are stored whitened by L; a single Gaussian has one, its mean. In float64."""
 
     points: Tensor  # (N, D) L⁻¹ (point − mean)
     factor: Tensor  # (D, D) L, lower triangular
@@ -21,19 +21,36 @@ class KDE(NamedTuple):
 
 
 @torch.no_grad()
-def fit(points: Tensor, bandwidth: str | float) -> KDE:
-    """Density of points (N, D), as `scipy.stats.gaussian_kde`: kernel covariance = factor² · sample covariance.
+def kernels(points: Tensor, bandwidth: str | float) -> Density:
+    """Density of points (N, D), as `scipy.stats.gaussian_kde`: kernel covariance = `bandwidth_factor`² · sample covariance.
 
-    The factor is n^(−1/(d+4)) for "scott", (n(d+2)/4)^(−1/(d+4)) for "silverman", or the number given.
     InputError if the points are not finite or span fewer than D dimensions, as they then have no density.
     """
+    mean, lower = moments(points)
+    factor = lower * bandwidth_factor(bandwidth, *points.shape)
+    return Density(_whiten(points.double() - mean, factor), factor, mean)
+
+
+@torch.no_grad()
+def gaussian(points: Tensor) -> Density:
+    """The Gaussian with the mean and sample covariance of points (N, D); InputError as for `kernels`."""
+    mean, lower = moments(points)
+    return Density(torch.zeros_like(mean)[None], lower, mean)
+
+
+def bandwidth_factor(bandwidth: str | float, count: int, dims: int) -> float:
+    """n^(−1/(d+4)) for "scott", (n(d+2)/4)^(−1/(d+4)) for "silverman", or the number given."""
+    rules = {"scott": float(count), "silverman": count * (dims + 2) / 4}
+    return rules[bandwidth] ** (-1 / (dims + 4)) if bandwidth in rules else float(bandwidth)
+
+
+def moments(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of points (N, D), and L (D, D) with L Lᵀ their sample covariance; float64. InputError if they have no density."""
     if not points.isfinite().all():
         raise InputError("points: NaN or infinity, a density needs finite points")
     count, dims = points.shape
     if count <= dims:
         raise InputError(f"points: {count} points in {dims} dimensions have no density; use at least {dims + 1} or fewer dimensions")
-    rules = {"scott": float(count), "silverman": count * (dims + 2) / 4}
-    width = rules[bandwidth] ** (-1 / (dims + 4)) if bandwidth in rules else float(bandwidth)
     points = points.double()
     mean = points.mean(0)
     centred = points - mean
@@ -43,14 +60,13 @@ def fit(points: Tensor, bandwidth: str | float) -> KDE:
     constant = deviation <= eps * count * points.abs().amax(0)
     if constant.any() or torch.linalg.eigvalsh(covariance / torch.outer(deviation, deviation))[0] <= eps * max(count, dims):
         raise InputError(f"points: they span fewer than their {dims} dimensions, a density needs full rank; reduce them by PCA first")
-    factor = torch.linalg.cholesky(covariance) * width
-    return KDE(_whiten(centred, factor), factor, mean)
+    return mean, torch.linalg.cholesky(covariance)
 
 
 @torch.no_grad()
-def log_density(kde: KDE, rows: Tensor) -> Tensor:
+def log_density(density: Density, rows: Tensor) -> Tensor:
     """Natural logarithm (Q,) float64 of the density at rows (Q, D); finite and still ordered where the density itself underflows."""
-    points, factor, mean = (part.double() for part in kde)
+    points, factor, mean = (part.double() for part in density)
     rows = _whiten(rows.double() - mean, factor)  # (Q, D)
     level = math.log(len(points)), 0.5 * len(mean) * math.log(2 * math.pi), factor.diagonal().log().sum()
     if torch.compiler.is_exporting():
@@ -63,6 +79,41 @@ def log_density(kde: KDE, rows: Tensor) -> Tensor:
             distance = pairwise(some, part)  # (q, n)
             out.copy_(torch.logaddexp(out, torch.logsumexp(-0.5 * distance.square(), 1)))
     return result - level[0] - level[1] - level[2]
+
+
+@torch.no_grad()
+def leave_one_out(points: Tensor, bandwidth: str | float | None) -> Tensor:
+    """Log density (N,) at each of points (N, D) of what is fitted to the others: `kernels`, or for bandwidth=None the `gaussian`.
+
+    −∞ where the others span fewer than D dimensions. Without point i, at u from the mean, the covariance S becomes
+    (S (N − 1) − u uᵀ N/(N − 1)) / (N − 2), whose inverse and determinant follow from those of S (Sherman and Morrison).
+    """
+    count, dims = points.shape
+    mean, lower = moments(points)
+    if count - 1 <= dims:
+        return mean.new_full((count,), -math.inf)
+    z = _whiten(points.double() - mean, lower)  # (N, D)
+    square = z.square().sum(1)  # (N,) uᵀS⁻¹u
+    left = 1 - square * count / (count - 1) ** 2  # (N,) det of the others' scatter as a share of that of all
+    singular = left <= torch.finfo(torch.float64).eps * count
+    left = left.masked_fill(singular, 1)
+    level = 0.5 * dims * math.log(2 * math.pi) + lower.diagonal().log().sum() + 0.5 * dims * math.log((count - 1) / (count - 2))
+    level = level + 0.5 * left.log()  # (N,) −log of the others' Gaussian at its mean
+
+    def length(plain: Tensor, along: Tensor) -> Tensor:
+        """vᵀS⁻¹v without point i, from `plain` vᵀS⁻¹v and `along` uᵀS⁻¹v."""
+        slope = count / (count - 1) ** 2 / left
+        return (count - 2) / (count - 1) * (plain + along.square() * (slope if plain.ndim == 1 else slope[:, None]))
+
+    if bandwidth is None:
+        ratio = count / (count - 1)  # of x − the others' mean, and u
+        result = -0.5 * length(ratio**2 * square, ratio * square)
+    else:
+        factor = bandwidth_factor(bandwidth, count - 1, dims)
+        product = z @ z.T  # (N, N)
+        distance = length(square[:, None] + square - 2 * product, square[:, None] - product).fill_diagonal_(math.inf)
+        result = torch.logsumexp(-0.5 * distance / factor**2, 1) - math.log(count - 1) - dims * math.log(factor)
+    return (result - level).masked_fill(singular, -math.inf)
 
 
 def _whiten(centred: Tensor, factor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""Principal components, and the likelihood that DFM computes from them (Ahuja et al. 2019, arXiv 1909.11786)."""
+"""Principal components."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -73,9 +72,3 @@ def transform(pca: PCA, rows: Tensor, whiten: bool = False) -> Tensor:
 def inverse(pca: PCA, scores: Tensor) -> Tensor:
     """Rows (…, D) of the subspace that have these coordinates (…, k)."""
     return scores @ pca.components + pca.mean
-
-
-def negative_log_likelihood(pca: PCA, rows: Tensor) -> Tensor:
-    """−log N(z; 0, diag(variance)), (…,) in nats, of the coordinates z of rows (…, D)."""
-    energy = transform(pca, rows, whiten=True).square().sum(-1)  # (…,)
-    return 0.5 * (energy + pca.variance.log().sum() + len(pca.variance) * math.log(2 * math.pi))
