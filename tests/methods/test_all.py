@@ -25,7 +25,12 @@ WRONG = {
     "patchcore": [{"coreset_ratio": 0.0}, {"coreset_ratio": 1.5}, {"embed_dim": 0}, {"reweight": 1}, {"reweight": -2}, {"projection": 0}],
     "reverse_distillation": [{"loss": "mean"}, {"stages": [1, 3]}, {"stages": ["layer1"]}],
     "riad": [{"smooth": 4}, {"scales": 0}],
-    "self_similarity": [{"threshold": {"mode": "best"}}, {"threshold": {"mode": "cdf", "value": 95}}, {"neighbors": 11}],
+    "self_similarity": [
+        {"normalize": "l2"},
+        {"threshold": {"mode": "best"}},
+        {"threshold": {"mode": "cdf", "value": 95}},
+        {"neighbors": 11},
+    ],
     "spade": [{"matching": "all"}, {"align": "cubic"}, {"neighbors": 0}, {"outlier_filter": "svm"}, {"nu": 1.0}, {"nu": 0.0}],
     "stfpm": [{"stages": ["layer1"]}],
     "subspace": [{"score": 0}, {"score": 1.5}],

@@ -23,9 +23,9 @@ from blemish.ops.maps import starts
 from blemish.run import checkpoint, train
 
 
-def detector(neighbors=2, mode="cdf", value=0.95, validation=0.2, most_tiles=1000):
+def detector(neighbors=2, mode="cdf", value=0.95, validation=0.2, most_tiles=1000, normalize="l1"):
     rule = {"mode": mode, "value": value}
-    return make("self_similarity", neighbors=neighbors, threshold=rule, validation=validation, most_tiles=most_tiles)
+    return make("self_similarity", neighbors=neighbors, threshold=rule, validation=validation, most_tiles=most_tiles, normalize=normalize)
 
 
 def images(n, seed=0, height=56, width=72):
@@ -52,16 +52,18 @@ def tiles_of(image, tile=32, stride=8):
 
 
 @torch.no_grad()
-def plain_features(model, image):
+def plain_features(model, image, normalize="none"):
     crops = [image[None, :, y : y + 32, x : x + 32] for y, x in tiles_of(image)]
     resized = [F.interpolate(crop, (64, 64), mode="bilinear", align_corners=False) for crop in crops]
-    return np.stack([Features.forward(model.backbone, tile)[0].double().mean((2, 3))[0].numpy() for tile in resized])  # (P, D)
+    rows = np.stack([Features.forward(model.backbone, tile)[0].double().mean((2, 3))[0].numpy() for tile in resized])  # (P, D)
+    return rows / np.abs(rows).sum(1, keepdims=True) if normalize == "l1" else rows
 
 
-def test_is_the_plain_chain():
+@pytest.mark.parametrize("normalize", ["l1", "none"])
+def test_is_the_plain_chain(normalize):
     train, image = images(5), images(1, seed=1, height=60, width=67)[0]
-    model, _ = fitted(detector(), train.split(2))
-    rows = np.concatenate([plain_features(model, one) for one in train[1:]])  # one of five is held out
+    model, _ = fitted(detector(normalize=normalize), train.split(2))
+    rows = np.concatenate([plain_features(model, one, normalize) for one in train[1:]])  # one of five is held out
     reduce = PCA(0.95, svd_solver="full").fit(rows)
     scale = StandardScaler().fit(reduce.transform(rows))
     words = model.words.double().numpy() * np.sign(np.sum(model.axes.numpy() * reduce.components_, 1))  # axes may point either way
@@ -75,7 +77,7 @@ def test_is_the_plain_chain():
     inertia = ((z[:, None] - words) ** 2).sum(2).min(1).sum()
     assert inertia <= 1.05 * KMeans(10, n_init=10, random_state=0).fit(z).inertia_
 
-    z = standardised(plain_features(model, image))
+    z = standardised(plain_features(model, image, normalize))
     distance = np.sort(np.linalg.norm(z[:, None] - words, axis=2), 1)[:, :2].mean(1)
     total, times = np.zeros(image.shape[1:]), np.zeros(image.shape[1:])
     for (y, x), value in zip(tiles_of(image), distance, strict=True):
@@ -132,7 +134,7 @@ def test_the_state_holds_no_more_than_allowed(most):
 
 
 def test_validation_images_are_not_in_the_dictionary():
-    model, rows = fitted(detector(), images(10).split(4))
+    model, rows = fitted(detector(normalize="none"), images(10).split(4))
     each = len(tiles_of(images(1)))
     assert (rows[:, 1] > 0).sum() == 2 * each
     assert (rows[:, 1] == 0).sum() == 8 * each

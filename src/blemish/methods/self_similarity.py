@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, integer, number
@@ -23,10 +24,11 @@ MOST = 2**24  # pixels of held-out images used for the threshold
 class SelfSimilarity(OnePassDetector):
     """Anomaly = mean distance of a tile to its `neighbors` nearest words; a pixel's is the mean of its tiles', an image's the largest.
 
-    Tiles of `tile` pixels at `stride` are resized to `tile_input`; their pooled features, on the principal components that hold `variance`
-    and standardised, are clustered by k-means into `words`. The buffer `threshold` is for maps, from the pixels of validation images by
-    threshold = {mode: cdf | zscore | fixed, value}: for it the share `validation` of the training images is left out of the dictionary.
-    `most_tiles` bounds the tiles kept of the training images for either purpose. Images may have any size.
+    Tiles of `tile` pixels at `stride` are resized to `tile_input`; their pooled features, divided by their sum of magnitudes (normalize=l1)
+    or as they are, on the principal components that hold `variance` and standardised, are clustered by k-means into `words`. The buffer
+    `threshold` is for maps, from the pixels of validation images by threshold = {mode: cdf | zscore | fixed, value}: for it the share
+    `validation` of the training images is left out of the dictionary. `most_tiles` bounds the tiles kept of the training images for
+    either purpose. Images may have any size.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class SelfSimilarity(OnePassDetector):
         tile: int,
         stride: int,
         tile_input: int,
+        normalize: str,
         variance: float,
         words: int,
         restarts: int,
@@ -52,9 +55,10 @@ class SelfSimilarity(OnePassDetector):
         self.set_score(score)
         self.check_arguments(tile=COUNT, tile_input=COUNT, words=COUNT, restarts=COUNT, most_tiles=COUNT)
         self.check_arguments(stride=integer(1, tile), neighbors=integer(1, words), variance=number("(0, 1]"), validation=number("[0, 1)"))
+        self.check_arguments(normalize=("l1", "none"))
         check_rule(threshold)
         self.backbone = TileFeatures(backbone, stages, weights, seed, tile, stride, tile_input)
-        self.tile, self.stride = tile, stride
+        self.tile, self.stride, self.normalize = tile, stride, normalize
         self.share, self.count, self.restarts, self.neighbors = float(variance), words, restarts, neighbors
         self.rule, self.validation, self.most_tiles, self.seed = dict(threshold), validation, most_tiles, seed
         self.add_buffers("mean", "axes", "variance", "words", "threshold")  # (D,), (k, D), (k,), (words, k), ()
@@ -78,7 +82,7 @@ class SelfSimilarity(OnePassDetector):
 
     def collect(self, maps: Maps) -> Tensor:
         """Tiles of each image, (n, 2 + D): the image's number, its grid's width for validation or 0 for the dictionary, the feature."""
-        return torch.cat([self.collect_image(grid, next(self.numbers)) for grid in maps[0]])
+        return torch.cat([self.collect_image(grid, next(self.numbers)) for grid in self.described(maps)])
 
     def collect_image(self, grid: Tensor, number: int) -> Tensor:
         """`collect` for one image (D, h, w), whose draw depends on its number alone, whichever process has it."""
@@ -105,7 +109,7 @@ class SelfSimilarity(OnePassDetector):
             grid = tiles[which].T.unflatten(1, (-1, int(width[which][0])))  # (D, h, w)
             # the image's own size is not known: assume that no tile was moved to be flush with the border
             size = tuple(self.tile + self.stride * (side - 1) for side in grid.shape[1:])
-            maps.append(self.score([grid[None]], size).map[0])
+            maps.append(self.map_of(grid[None], size)[0])
         self.threshold = self.mean.new_tensor(threshold_of(torch.cat([self.mean[:0], *(map.flatten() for map in maps)]), **self.rule))
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -128,11 +132,18 @@ class SelfSimilarity(OnePassDetector):
         return pca.PCA(self.mean, self.axes, self.variance)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        x = pca.transform(self.space, maps[0].movedim(1, -1), whiten=True)  # (B, h, w, k)
+        return self.from_map(self.map_of(self.described(maps), size))
+
+    def described(self, maps: Maps) -> Tensor:
+        """The features of all tiles (B, D, h, w)."""
+        return F.normalize(maps[0].float(), p=1, dim=1) if self.normalize == "l1" else maps[0]
+
+    def map_of(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map (B, H, W) of images of `size` from the features of their tiles (B, D, h, w)."""
+        x = pca.transform(self.space, features.movedim(1, -1), whiten=True)  # (B, h, w, k)
         distance = pairwise(x.flatten(0, 2), self.words)  # (B·h·w, words)
         nearest = distance.topk(min(self.neighbors, len(self.words)), largest=False).values.mean(1).view(x.shape[:3])  # (B, h, w)
-        map = paint(nearest, size, self.tile, self.stride)
-        return self.from_map(map)
+        return paint(nearest, size, self.tile, self.stride)
 
 
 def labelled(tiles: Tensor, number: int, width: int) -> Tensor:
