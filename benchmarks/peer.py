@@ -59,7 +59,7 @@ SETTINGS = {
     "patchcore": {"stages": [2, 3], "coreset_ratio": 0.01, "neighbors": 9},
 }
 # what blemish has to be told to do as anomalib does
-ALIKE = {"padim": ["model.align=nearest"], "patchcore": ["model.embed_dim=null"]}
+ALIKE = {"padim": ["model.align=nearest"], "patchcore": ["model.embedding=concatenate"]}
 NAMES = {"neighbors": "reweight"}
 
 

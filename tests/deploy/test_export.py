@@ -100,9 +100,9 @@ def scaled(pictures: torch.Tensor, side: int) -> torch.Tensor:
 SETTINGS = [
     ("padim", "model.n_features=3", "model.align=nearest"),  # more images than channels: the triangular form, of fewer than BLOCKS rows
     ("padim", "model.n_features=7"),
-    ("patchcore", "model.embed_dim=null"),
+    ("patchcore", "model.embedding=concatenate", "model.num_neighbors=3"),
     ("patchcore", "model.embed_dim=16", "model.reweight=false"),
-    ("patchcore", "model.embed_dim=16", "model.reweight=3", "model.coreset_ratio=0.002"),  # a bank of two rows
+    ("patchcore", "model.embedding=mean", "model.embed_dim=15", "model.reweight=3", "model.coreset_ratio=0.002"),  # a bank of two rows
     ("dfkdm", "model.density=gaussian"),
     ("lake", "model.density=gaussian"),
     ("dfm", "model.score=nll"),

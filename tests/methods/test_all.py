@@ -22,7 +22,10 @@ WRONG = {
     "noise_residual": [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}],
     "padim": [{"align": "cubic"}],
     "patch_svdd": [{"strides": {64: 16, 32: 3}}],
-    "patchcore": [{"coreset_ratio": 0.0}, {"coreset_ratio": 1.5}, {"embed_dim": 0}, {"reweight": 1}, {"reweight": -2}, {"projection": 0}],
+    "patchcore": [
+        *({"coreset_ratio": 0.0}, {"coreset_ratio": 1.5}, {"embed_dim": 0}, {"reweight": 1}, {"reweight": -2}, {"projection": 0}),
+        *({"embedding": "max"}, {"patch_size": 2}, {"coreset": "all"}, {"num_neighbors": 0}),
+    ],
     "reverse_distillation": [{"loss": "mean"}, {"stages": [1, 3]}, {"stages": ["layer1"]}],
     "riad": [{"smooth": 4}, {"scales": 0}],
     "self_similarity": [

@@ -9,12 +9,12 @@ from support import fitted, images, make
 
 from blemish.edge.errors import InputError
 from blemish.methods import patchcore
-from blemish.methods.patchcore import embed, forecast
+from blemish.methods.patchcore import embed, forecast, weight
 from blemish.ops.coreset import project
 
 
 def detector(ratio=0.05, **changes):
-    return make("patchcore", coreset_ratio=ratio, **{"embed_dim": None, "projection": 1000, **changes})
+    return make("patchcore", coreset_ratio=ratio, **{"embedding": "concatenate", "projection": 1000, **changes})
 
 
 def plain_patches(model, pictures):
@@ -32,19 +32,20 @@ def plain_coreset(patches, count, start):
     return chosen
 
 
-def plain_score(patches, bank, b):
-    """Distances (h, w) and the score by eq. 6 and 7 for the patches (h, w, D) of one image."""
-    distance = np.array([[np.linalg.norm(bank - x, axis=1).min() for x in row] for row in patches])
+def plain_score(patches, bank, n, b):
+    """Distances (h, w) and the score by eq. 6 and 7, the exponents divided by √D, for the patches (h, w, D) of one image."""
+    distance = np.array([[np.sort(np.linalg.norm(bank - x, axis=1))[:n].mean() for x in row] for row in patches])
     test = patches[np.unravel_index(distance.argmax(), distance.shape)]
     nearest = bank[np.linalg.norm(bank - test, axis=1).argmin()]
     around = bank[np.linalg.norm(bank - nearest, axis=1).argsort()[:b]]
-    factor = 1 - np.exp(np.linalg.norm(test - nearest)) / np.exp(np.linalg.norm(around - test, axis=1)).sum() if b else 1
+    exponents = [np.linalg.norm(rows - test, axis=-1) / np.sqrt(len(test)) for rows in (nearest, around)]
+    factor = 1 - np.exp(exponents[0]) / np.exp(exponents[1]).sum() if b else 1
     return distance, factor * distance.max()
 
 
-@pytest.mark.parametrize(("reweight", "b"), [(True, 9), (False, 0), (4, 4)])
-def test_is_the_paper(reweight, b):
-    model = fitted(detector(reweight=reweight), images(6))
+@pytest.mark.parametrize(("reweight", "b", "n"), [(True, 9, 1), (False, 0, 1), (4, 4, 3)])
+def test_is_the_paper(reweight, b, n):
+    model = fitted(detector(reweight=reweight, num_neighbors=n), images(6))
     flat = plain_patches(model, images(6)).reshape(-1, sum(model.backbone.channels))
     start = int(torch.randint(len(flat), (1,), generator=torch.Generator().manual_seed(0)))  # nothing was drawn for a projection
     chosen = plain_coreset(flat, int(0.05 * len(flat)), start)
@@ -54,10 +55,18 @@ def test_is_the_paper(reweight, b):
 
     found = model(images(3, seed=1))
     for patches, score, map in zip(plain_patches(model, images(3, seed=1)), *found, strict=True):
-        distance, expected = plain_score(patches, flat[chosen], b)
+        distance, expected = plain_score(patches, flat[chosen], n, b)
         assert float(score) == pytest.approx(expected, rel=1e-4)
         up = F.interpolate(torch.from_numpy(distance)[None, None], (64, 64), mode="bilinear", align_corners=False)[0, 0].numpy()
         np.testing.assert_allclose(map, gaussian_filter(up, 4.0, mode="reflect", truncate=4), rtol=1e-3)
+
+
+def test_the_reweighting_matters():
+    """With distances in the tens exp saturates unless they are divided by √D: the factor would be that of the nearest row alone, 0."""
+    bank = torch.randn(50, 1024, generator=torch.Generator().manual_seed(0))
+    x = bank[:1] + 2 * torch.randn(8, 1024, generator=torch.Generator().manual_seed(1))  # distances of about 64 and 72
+    factor = weight(x, (x - bank[0]).norm(dim=1), bank, torch.zeros(8, dtype=torch.long), 9)
+    assert ((factor > 0.85) & (factor < 0.95)).all()
 
 
 def test_the_coreset_is_chosen_in_the_projection_and_kept_unprojected():
@@ -69,26 +78,54 @@ def test_the_coreset_is_chosen_in_the_projection_and_kept_unprojected():
     torch.testing.assert_close(model.bank, flat[plain_coreset(small.double().numpy(), len(model.bank), start)], rtol=1e-4, atol=1e-5)
 
 
-def plain_pooling(maps, embed_dim):
-    """The official order: 3×3 means, resized, each stage pooled, all pooled."""
-    size = maps[0].shape[-2:]
-    parts = [F.interpolate(F.avg_pool2d(m, 3, 1, 1), size, mode="bilinear").flatten(2).transpose(1, 2) for m in maps]
-    return F.adaptive_avg_pool1d(torch.cat([F.adaptive_avg_pool1d(p, embed_dim) for p in parts], 2), embed_dim)
+def plain_pooling(x, count):
+    """Adaptive average pooling of the last axis, window by window."""
+    length = x.shape[-1]
+    return np.stack([x[..., i * length // count : -(-(i + 1) * length // count)].mean(-1) for i in range(count)], -1)
 
 
-@pytest.mark.parametrize("embed_dim", [1, 7, 20, 55])
-def test_pools_the_stages_to_equal_shares(embed_dim):
+def plain_embedding(maps, embedding, k, embed_dim):
+    """The order of the authors' code: the k×k values of every cell, resized, each stage pooled, all pooled; or of their means."""
+    parts = []
+    for stage in maps:
+        cells = F.unfold(stage.double(), k, padding=k // 2).unflatten(1, (-1, k * k)).unflatten(3, stage.shape[2:])  # (B, C, k², h, w)
+        cells = cells.flatten(1, 2) if embedding == "official" else cells.mean(2)
+        cells = F.interpolate(cells, maps[0].shape[-2:], mode="bilinear").flatten(2).mT.numpy()
+        parts.append(cells if embedding == "concatenate" else plain_pooling(cells, embed_dim))
+    x = np.concatenate(parts, -1)
+    return x if embedding == "concatenate" else plain_pooling(x, embed_dim)
+
+
+@pytest.mark.parametrize("embedding", ["official", "mean", "concatenate"])
+@pytest.mark.parametrize(("patch_size", "embed_dim"), [(1, 7), (3, 20), (3, 55), (5, 64), (3, 300)])
+def test_embeddings(embedding, patch_size, embed_dim):
     maps = [torch.rand(2, 16, 6, 6), torch.rand(2, 40, 3, 3)]
-    torch.testing.assert_close(embed(maps, embed_dim), plain_pooling(maps, embed_dim))
+    found = embed(maps, embedding, patch_size, embed_dim)
+    assert found.is_contiguous()
+    np.testing.assert_allclose(found, plain_embedding(maps, embedding, patch_size, embed_dim), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("embed_dim", [56, 64, 1000])
-def test_pooling_to_more_channels_keeps_its_distances_in_no_more_room(embed_dim):
-    maps = [torch.rand(2, 16, 6, 6), torch.rand(2, 40, 3, 3)]
-    x = embed(maps, embed_dim)
-    assert x.shape == (2, 36, 56)
-    expected = plain_pooling([m.double() for m in maps], embed_dim).flatten(0, 1)
-    torch.testing.assert_close(torch.pdist(x.flatten(0, 1).double()), torch.pdist(expected), rtol=1e-4, atol=1e-5)
+def test_three_stages_get_equal_shares():
+    maps = [torch.rand(2, channels, 8 // 2**i, 8 // 2**i) for i, channels in enumerate((6, 10, 22))]
+    for embedding in ("official", "mean"):
+        for embed_dim in (30, 31):
+            expected = plain_embedding(maps, embedding, 3, embed_dim)
+            np.testing.assert_allclose(embed(maps, embedding, 3, embed_dim), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_random_coreset_and_none():
+    every, drawn, few = (
+        fitted(detector(ratio, coreset=coreset), images(6)) for ratio, coreset in ((0.1, "none"), (0.2, "random"), (0.1, "random"))
+    )
+    assert len(every.bank) == every.patches == 384
+    assert len(drawn.bank) == 76
+    assert every(images(6)).map.abs().max() == 0
+    assert not len(drawn.radius)
+    assert len({tuple(row) for row in drawn.bank.tolist()} & {tuple(row) for row in every.bank.tolist()}) == len(drawn.bank)
+    drawn.cut(0.1)
+    assert torch.equal(drawn.bank, few.bank)
+    with pytest.raises(InputError, match=r"ratio=0\.1"):
+        every.cut(0.1)
 
 
 def test_a_cut_is_a_fit_at_the_smaller_ratio():

@@ -25,12 +25,14 @@ NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
 class PatchCore(OnePassDetector):
     """Anomaly = distance of a patch to the nearest of the memory bank (paper, eq. 6), a coreset of all normal patches (eq. 5, algorithm 1).
 
-    A patch is the 3×3 means of the stages (section 3.1), pooled to `embed_dim` channels. The coreset is `coreset_ratio` of all patches,
-    chosen farthest first after a sparse random projection to `projection` dimensions drawn from `seed`. `bank` is in the order of choice,
-    and `radius[i]` is the largest projected distance of a normal patch to its first i + 1 rows (after an update, which adds
-    `coreset_ratio` of the new patches, an upper bound of it).
-    The image's score is its largest distance, re-weighted by eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all);
-    the map is upsampled and blurred by `sigma` pixels. With another `score` than max it is that of the map.
+    A patch is made of `patch_size` × `patch_size` cells of the stages (section 3.1) by `embedding`, see `embed`. The coreset is
+    `coreset_ratio` of all patches: `greedy` takes the farthest first, after a sparse random projection to `projection` dimensions drawn
+    from `seed`, `random` draws them, `none` takes all. `bank` is in the order of choice. `radius[i]`, of a greedy coreset only, is the
+    largest projected distance of a normal patch to the first i + 1 rows (after an update, which adds `coreset_ratio` of the new patches,
+    an upper bound of it).
+    A patch's distance is the mean of those to its `num_neighbors` nearest rows. The image's score is the largest of them, re-weighted by
+    eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all); the map is upsampled and blurred by `sigma` pixels. With another
+    `score` than max it is that of the map.
     """
 
     def __init__(
@@ -38,9 +40,13 @@ class PatchCore(OnePassDetector):
         backbone: str,
         stages: Stages,
         weights: str,
-        embed_dim: int | None,
+        embedding: str,
+        patch_size: int,
+        embed_dim: int,
+        coreset: str,
         coreset_ratio: float,
         projection: int,
+        num_neighbors: int,
         reweight: bool | int,
         sigma: float,
         score: str | float,
@@ -49,42 +55,55 @@ class PatchCore(OnePassDetector):
         super().__init__()
         self.save_hyperparameters()
         self.set_score(score, "max")
-        self.check_arguments(coreset_ratio=number("(0, 1]"), embed_dim=integer(1, also=(None,)), projection=COUNT, sigma=check_blur)
+        self.check_arguments(embedding=("official", "mean", "concatenate"), patch_size=(1, 3, 5, 7, 9), embed_dim=COUNT, sigma=check_blur)
+        self.check_arguments(coreset=("greedy", "random", "none"), coreset_ratio=number("(0, 1]"), projection=COUNT, num_neighbors=COUNT)
         self.check_arguments(reweight=integer(2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
         self.backbone = Features(backbone, stages, weights, seed)
-        self.embed_dim, self.coreset_ratio, self.projection, self.sigma, self.seed = embed_dim, coreset_ratio, projection, sigma, seed
+        self.embedding, self.patch_size, self.embed_dim = embedding, patch_size, embed_dim
+        self.coreset, self.coreset_ratio, self.projection = coreset, coreset_ratio, projection
+        self.num_neighbors, self.sigma, self.seed = num_neighbors, sigma, seed
         self.add_buffers("bank", "radius")  # (M, D), (M,)
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # number of patches of all training images
         self.register_buffer("nested", torch.tensor(True))  # no update: the first rows are a coreset of all patches themselves
 
     def new_state(self, images: int) -> RowBuffer:
         # of images fitted before, only the bank is left
-        return PatchBuffer(images - int(self.fitted) if self.updating else images, self.projection)
+        capacity = images - int(self.fitted) if self.updating else images
+        return PatchBuffer(capacity, self.projection if self.coreset == "greedy" else 0)
 
     def collect(self, maps: Maps) -> Tensor:
-        return embed(maps, self.embed_dim)
+        return embed(maps, self.embedding, self.patch_size, self.embed_dim)
 
     def fit(self, state: RowBuffer) -> None:
         patches = state.compute().flatten(0, 1)  # (N·P, D)
-        generator = torch.Generator().manual_seed(self.seed)
-        count = coreset_size(len(patches), self.coreset_ratio)
-        projected = project(patches, self.projection, generator)
-        if self.updating:  # farthest first continues among the new patches, from the present bank
-            start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed))
-            indices, radius = farthest_first(projected, count, start)
-            # the old patches keep their radius, though new rows may be nearer to them
-            self.radius = torch.cat([self.radius, radius.clamp_min(self.radius[-1])])
-            self.bank, self.nested = torch.cat([self.bank, patches[indices]]), torch.full_like(self.nested, False)
+        rows, radius = self.choose(patches)
+        if self.updating:
+            if len(radius):  # the old patches keep their radius, though new rows may be nearer to them
+                radius = torch.cat([self.radius, radius.clamp_min(self.radius[-1])])
+            rows = torch.cat([self.bank, rows])
         else:
-            indices, self.radius = farthest_first(projected, count, generator)
-            self.bank, self.nested = patches[indices], torch.full_like(self.nested, True)
             self.patches.zero_()
+        self.bank, self.radius = rows, radius
+        self.nested = torch.full_like(self.nested, not self.updating and self.coreset != "none")
         self.patches += len(patches)
         if len(self.bank) < FEW_PATCHES:
             found = len(self.bank), int(self.patches), self.coreset_ratio
             log.warning("the bank has %d of %d patches (model.coreset_ratio=%g): expected a larger ratio, or more images", *found)
-        log.info("coreset: %d of %d patches, covering radius %.4g", len(self.bank), self.patches, self.radius[-1])
+        covering = f", covering radius {self.radius[-1]:.4g}" if len(radius) else ""
+        log.info("coreset: %d of %d patches%s", len(self.bank), self.patches, covering)
+
+    def choose(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """The coreset (M, D) of patches (N, D), which continues the bank's in an update, and its covering radius after each row."""
+        if self.coreset == "none":
+            return patches, patches.new_empty(0)
+        count, generator = coreset_size(len(patches), self.coreset_ratio), torch.Generator().manual_seed(self.seed)
+        if self.coreset == "random":
+            return patches[torch.randperm(len(patches), generator=generator)[:count].to(patches.device)], patches.new_empty(0)
+        projected = project(patches, self.projection, generator)
+        start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed)) if self.updating else generator
+        indices, radius = farthest_first(projected, count, start)
+        return patches[indices], radius
 
     def restore(self, state: RowBuffer) -> None:
         """Do nothing: `fit` uses the bank, and the patches it was chosen from are gone."""
@@ -92,11 +111,11 @@ class PatchCore(OnePassDetector):
     def cut(self, ratio: float) -> None:
         """Reduce the bank to the coreset of a smaller `coreset_ratio`, as a fit with it would have given: greedy choices are nested.
 
-        Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one], or if
-        the bank was updated: its second part depends on the first.
+        Calibration scores belong to the larger bank and are dropped. InputError if the ratio is not in (0, the present one], if the
+        bank was updated (its second part depends on the first), or if it is in no order of choice (`coreset: none`).
         """
         if not self.nested:
-            raise InputError(f"ratio={ratio}: an updated bank cannot be cut; cut the run before its update")
+            raise InputError(f"ratio={ratio}: a bank that was updated, or is no coreset, cannot be cut; cut the run before, or fit again")
         count = coreset_size(int(self.patches), ratio) if ratio > 0 else 0
         if not 1 <= count <= len(self.bank):
             present = len(self.bank) / max(1, int(self.patches))
@@ -105,63 +124,68 @@ class PatchCore(OnePassDetector):
         self.calibration = self.calibration.new_empty(0, 2)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        x = embed(maps, self.embed_dim)  # (B, P, D)
-        distance, index = (v.view(x.shape[:2]) for v in nearest(x.flatten(0, 1), self.bank, 1))  # (B, P)
-        map = smooth_upsample(distance.unflatten(1, maps[0].shape[-2:]), size, self.sigma)  # (B, H, W)
+        x = self.collect(maps)  # (B, P, D)
+        distance, index = nearest(x.flatten(0, 1), self.bank, min(self.num_neighbors, len(self.bank)))  # (B·P, n)
+        patch, first, index = (v.view(x.shape[:2]) for v in (distance.mean(1), distance[:, 0], index[:, 0]))  # (B, P)
+        map = smooth_upsample(patch.unflatten(1, maps[0].shape[-2:]), size, self.sigma)  # (B, H, W)
         if self.map_share is not None:
             return self.from_map(map)
-        score, worst = distance.max(1)  # (B,)
+        score, worst = patch.max(1, keepdim=True)  # (B, 1)
         if self.neighbours and len(self.bank) > 1:
-            x = x.gather(1, worst[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]  # (B, D)
-            score = score * weight(x, score, self.bank, index.gather(1, worst[:, None])[:, 0], self.neighbours)
-        return self.from_map(map, score)
+            x = x.gather(1, worst[:, :, None].expand(-1, -1, x.shape[2]))[:, 0]  # (B, D)
+            first, index = first.gather(1, worst), index.gather(1, worst)[:, 0]
+            score = score * weight(x, first[:, 0], self.bank, index, self.neighbours)[:, None]
+        return self.from_map(map, score[:, 0])
 
 
-def embed(maps: Maps, embed_dim: int | None) -> Tensor:
-    """Patch features (B, P, D) of the stages on the finest one's grid: 3×3 means, with channels pooled to `embed_dim` unless that is None.
+def embed(maps: Maps, embedding: str, patch_size: int, embed_dim: int) -> Tensor:
+    """Patch features (B, P, D) of the stages on the finest one's grid, of k×k cells each (k = `patch_size`), padded by zeros.
 
-    As in the official code borders are padded by zeros, coarse stages are resized bilinearly, and every stage is pooled before all are,
-    which gives each the same share. An `embed_dim` above the number C of channels would only repeat them: D is then C, and the
-    distances are those of the pooled features.
+    `official`, as the authors' code: the C·k² values of a patch of each stage are pooled to D = `embed_dim`, and then those of all stages
+    together, which gives each stage the same share. `mean`: means over the k×k cells come first, then the same two poolings, of
+    channels. `concatenate`: these means as they are, D = ΣC. Coarse stages are resized bilinearly.
     """
-    channels = tuple(stage.shape[1] for stage in maps)
-    pooled = embed_dim is not None and embed_dim < sum(channels)
-    smooth = [F.avg_pool2d(stage.float(), 3, stride=1, padding=1) for stage in maps]
-    if pooled:  # pooling channels and resizing are both linear: on the stage's own grid pooling costs less
-        smooth = [pool(part.flatten(2).mT, embed_dim).mT.unflatten(2, part.shape[-2:]) for part in smooth]
-    x = align(smooth, mode="bilinear").flatten(2).transpose(1, 2)  # (B, P, ΣC)
-    if embed_dim is None:
-        return x.contiguous()
-    return pool(x, embed_dim) if pooled else x @ pooling_root(channels, embed_dim).to(x)
-
-
-def pool(x: Tensor, count: int) -> Tensor:
-    """Adaptive average pooling of the channels of (B, P, C) to `count`."""
-    if torch.compiler.is_exporting():  # as a product with a constant
-        return x @ F.adaptive_avg_pool1d(torch.eye(x.shape[-1])[None], count)[0]
-    return F.adaptive_avg_pool1d(x, count)
+    parts, count, k = [], len(maps), patch_size
+    for stage in maps:
+        part = stage.float().contiguous(memory_format=torch.channels_last)  # so that D is contiguous at the end
+        if embedding == "official":
+            part = F.conv2d(part, pooling(part.shape[1], k, embed_dim, count).to(part), padding=k // 2)
+        else:
+            part = F.avg_pool2d(part, k, stride=1, padding=k // 2)
+        if embedding == "mean":
+            part = F.conv2d(part, pooling(part.shape[1], 1, embed_dim, count).to(part))
+        parts.append(part)
+    x = align(parts, mode="bilinear").movedim(1, 3).flatten(1, 2)  # (B, P, D), or (B, P, S·D)
+    if embedding != "concatenate" and x.shape[2] > embed_dim:
+        x = x @ pooling(x.shape[2], 1, embed_dim, 1)[:, :, 0, 0].mT.to(x)
+    return x.contiguous()
 
 
 @lru_cache(maxsize=8)
-def pooling_root(channels: tuple[int, ...], embed_dim: int) -> Tensor:
-    """The symmetric (C, C) float64 matrix whose product with channels has the same norm as their pooling, stage by stage and then all."""
+def pooling(channels: int, patch_size: int, embed_dim: int, stages: int) -> Tensor:
+    """Adaptive average pooling of the C·k² values around a cell to `embed_dim`, as the weight (D, C, k, k) of a convolution.
+
+    Where the second pooling, of D values of each of S stages to D, mixes no two stages, it is included: (D / S, C, k, k).
+    """
     with torch.inference_mode(False):
-        ones = torch.eye(sum(channels), dtype=torch.float64).split(channels, dim=1)
-        stages = torch.cat([F.adaptive_avg_pool1d(one[None], embed_dim)[0] for one in ones], 1)  # (C, S·embed_dim)
-        pool = F.adaptive_avg_pool1d(stages[None], embed_dim)[0]  # (C, embed_dim)
-        value, vector = torch.linalg.eigh(pool @ pool.T)
-        # unlike a triangular factor the symmetric root is unique, so that a bank fits the queries of another machine
-        return (vector * value.clamp(min=0).sqrt()) @ vector.T
+        length, at = channels * patch_size**2, torch.arange(embed_dim)[:, None]
+        index = torch.arange(length)
+        inside = (index >= at * length // embed_dim) & (index < ((at + 1) * length + embed_dim - 1) // embed_dim)  # (D, C·k²)
+        rows = inside / inside.sum(1, keepdim=True)
+        if embed_dim % stages == 0:
+            rows = rows.unflatten(0, (-1, stages)).mean(1)
+        return rows.unflatten(1, (channels, patch_size, patch_size))
 
 
 def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int) -> Tensor:
     """The factor (B,) of eq. 7 for patches x (B, D) at `distance` (B,) from their nearest bank rows `index` (B,).
 
-    1 - exp‖x - m*‖ / Σ exp‖x - m‖ over the `count` rows m of the bank nearest to m*, including itself: smallest where the bank is
-    dense, near 1 where it is sparse.
+    1 - exp(‖x - m*‖ / √D) / Σ exp(‖x - m‖ / √D) over the `count` rows m of the bank nearest to m*, including itself: smallest where
+    the bank is dense, near 1 where it is sparse. The paper does not divide; its exponentials then saturate at distances in the tens.
     """
     _, around = nearest(bank[index], bank, min(count, len(bank)))  # (B, b)
-    return 1 - torch.exp(distance - distances(x, bank[around]).logsumexp(1))
+    scale = x.shape[1] ** 0.5
+    return 1 - torch.exp(distance / scale - (distances(x, bank[around]) / scale).logsumexp(1))
 
 
 def coreset_size(patches: int, ratio: float) -> int:
