@@ -20,7 +20,7 @@ WRONG = {
     "ganomaly": [{"image_size": 40}, {"clip": 0.0}],
     "lake": [{"density": "histogram"}],
     "noise_residual": [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}],
-    "padim": [{"align": "cubic"}],
+    "padim": [{"align": "cubic"}, {"draws": 0}],
     "patch_svdd": [{"strides": {64: 16, 32: 3}}],
     "patchcore": [
         *({"coreset_ratio": 0.0}, {"coreset_ratio": 1.5}, {"embed_dim": 0}, {"reweight": 1}, {"reweight": -2}, {"projection": 0}),

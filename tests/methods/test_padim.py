@@ -29,7 +29,7 @@ def plain_padim(model, train, test):
     def embedding(pictures):
         maps = model.features(pictures)
         resized = [F.interpolate(m, maps[0].shape[-2:], mode=model.align) for m in maps]
-        return torch.cat(resized, 1)[:, model.drawn].double().numpy()  # (B, d, h, w)
+        return torch.cat(resized, 1)[:, model.drawn[0]].double().numpy()  # (B, d, h, w)
 
     x, q = embedding(train), embedding(test)
     distance = np.zeros((len(q), *q.shape[2:]))
@@ -76,7 +76,23 @@ def test_never_holds_more_than_the_smaller_form(n):
 
 def test_all_channels_if_fewer_than_asked():
     model = padim(n_features=10_000)
-    assert len(model.drawn) == sum(model.backbone.channels)
+    assert model.drawn.shape == (1, sum(model.backbone.channels))
+
+
+@pytest.mark.parametrize("n", [12, 30])
+def test_the_distance_of_several_draws_is_their_mean(n):
+    """Each draw is a PaDiM of its own, found again by its channels."""
+    several, _ = fitted(padim(draws=3), images(n))
+    assert len({tuple(drawn) for drawn in several.drawn.tolist()}) == 3
+    assert torch.equal(several.drawn[0], padim().drawn[0])
+    maps = []
+    for drawn, counts in zip(several.drawn, several.counts, strict=True):
+        one = padim()
+        one.drawn, one.counts = drawn[None], [counts]
+        maps.append(fitted(one, images(n))[0](images(3, seed=1)).map)
+    score, map = several(images(3, seed=1))
+    torch.testing.assert_close(map, torch.stack(maps).mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(score, map.amax((1, 2)))
 
 
 @pytest.mark.parametrize(("n", "name", "side"), [(30, "cholesky", 20), (15, "lower", 15)])

@@ -1,5 +1,7 @@
 """PaDiM: a Gaussian at every position of the feature grid (Defard, Setkov, Loesch, Audigier 2020, arXiv 2011.08785)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ class PaDiM(OnePassDetector):
     """Anomaly = Mahalanobis distance of a position's embedding to that position's normal embeddings (paper, eq. 2).
 
     The embedding is `n_features` channels, drawn once from `seed`, of the concatenated stages (section III-A), the coarse ones resized by
-    `align`: the paper repeats their cells (`nearest`). Σ gets `epsilon`·I (eq. 1); the map is upsampled and blurred by `sigma` pixels, and
-    the image's score is its maximum.
+    `align`: the paper repeats their cells (`nearest`). Of several `draws`, each with its own Gaussians, the distance is the mean. Σ gets
+    `epsilon`·I (eq. 1); the map is upsampled and blurred by `sigma` pixels, and the image's score is its maximum.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class PaDiM(OnePassDetector):
         stages: Stages,
         weights: str,
         n_features: int,
+        draws: int,
         epsilon: float,
         sigma: float,
         align: str,
@@ -34,30 +37,36 @@ class PaDiM(OnePassDetector):
         super().__init__()
         self.save_hyperparameters()
         self.set_score(score)
-        self.check_arguments(n_features=COUNT, epsilon=POSITIVE, sigma=check_blur, align=("bilinear", "nearest"))
+        self.check_arguments(n_features=COUNT, draws=COUNT, epsilon=POSITIVE, sigma=check_blur, align=("bilinear", "nearest"))
         self.backbone = Features(backbone, stages, weights, seed)
-        channels = self.backbone.channels
-        order = torch.randperm(sum(channels), generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("drawn", order[:n_features].sort().values)  # (d,)
+        channels, generator = self.backbone.channels, torch.Generator().manual_seed(seed)
+        order = torch.stack([torch.randperm(sum(channels), generator=generator) for _ in range(draws)])
+        self.register_buffer("drawn", order[:, :n_features].sort(1).values)  # (R, d)
         self.first = [sum(channels[:s]) for s in range(len(channels))]  # a stage's first channel in the concatenation
-        stage_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))[self.drawn]
-        self.counts = stage_of.bincount(minlength=len(channels)).tolist()  # drawn channels of each stage
-        self.add_buffers("mean", "cholesky", "woodbury", "lower")  # (P, d), then either (P, d, d), or (N, P, d) and (P, N, N)
+        stage_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))[self.drawn]  # (R, d)
+        self.counts = [row.bincount(minlength=len(channels)).tolist() for row in stage_of]  # drawn channels of each stage
+        # of R·P positions: (R·P, d), then either (R·P, d, d), or (N, R·P, d) and (R·P, N, N)
+        self.add_buffers("mean", "cholesky", "woodbury", "lower")
         self.epsilon, self.sigma, self.align = epsilon, sigma, align
 
     def embed(self, maps: Maps) -> Tensor:
-        """The drawn channels of all stages at every position of the finest grid, (B, P, d)."""
+        """The channels of each draw at every position of the finest grid, (B, R·P, d)."""
+        draws = zip(self.drawn, self.counts, strict=True)
+        # copied, so that the channels of a position are contiguous: batched products would copy position by position otherwise
+        return torch.cat([self.embed_draw(maps, drawn.split(counts)) for drawn, counts in draws], 1)
+
+    def embed_draw(self, maps: Maps, drawn: Sequence[Tensor]) -> Tensor:
+        """The channels that a draw takes of each stage, (B, P, d)."""
         parts = []
-        for stage, first, drawn in zip(maps, self.first, self.drawn.split(self.counts), strict=True):
+        for stage, first, channels in zip(maps, self.first, drawn, strict=True):
             # it costs less to draw before resizing
-            if len(drawn) or not parts:  # the first stage sets the grid even if no channel of it was drawn
-                parts.append(stage.index_select(1, drawn - first).float())
-        # the channels of a position contiguous: batched products would copy position by position otherwise
-        return align(parts, self.align).flatten(2).transpose(1, 2).contiguous()  # (B, P, d)
+            if len(channels) or not parts:  # the first stage sets the grid even if no channel of it was drawn
+                parts.append(stage.index_select(1, channels - first).float())
+        return align(parts, self.align).flatten(2).mT
 
     def new_state(self, images: int) -> RowBuffer | RunningCovariance:
         # both forms are exact: use the smaller of N·P·d samples and P·d·d second moments
-        return RowBuffer(images) if images <= len(self.drawn) else RunningCovariance()
+        return RowBuffer(images) if images <= self.drawn.shape[1] else RunningCovariance()
 
     def collect(self, maps: Maps) -> Tensor:
         return self.embed(maps)
@@ -77,14 +86,16 @@ class PaDiM(OnePassDetector):
             state.update(gaussian.samples_of(self.mean, self.woodbury, self.lower))
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        grid = maps[0].shape[-2:]
-        if len(self.mean) != grid.numel():
-            raise InputError(f"image_size: PaDiM was fitted to {len(self.mean)} positions and now gets {grid.numel()}; keep the image size")
-        x = self.embed(maps).transpose(0, 1)  # (P, B, d)
+        grid, draws = maps[0].shape[-2:], len(self.drawn)
+        if len(self.mean) != draws * grid.numel():
+            fitted = len(self.mean) // draws
+            raise InputError(f"image_size: PaDiM was fitted to {fitted} positions and now gets {grid.numel()}; keep the image size")
+        x = self.embed(maps).transpose(0, 1)  # (R·P, B, d)
         if len(self.cholesky):
             distance = gaussian.mahalanobis_cholesky(x, self.mean, self.cholesky)
         else:
-            distance = gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (P, B)
+            distance = gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (R·P, B)
+        distance = distance.unflatten(0, (draws, -1)).mean(0)  # (P, B)
         map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
         return self.from_map(map)
 
