@@ -98,7 +98,7 @@ def scaled(pictures: torch.Tensor, side: int) -> torch.Tensor:
 
 
 SETTINGS = [
-    ("padim", "model.n_features=3", "model.align=nearest"),  # more images than channels: the triangular form, of fewer than BLOCKS rows
+    ("padim", "model.n_features=3", "model.draws=2", "model.align=bilinear"),  # more images than channels: the triangular form, of fewer than BLOCKS rows
     ("padim", "model.n_features=7"),
     ("patchcore", "model.embedding=concatenate", "model.num_neighbors=3"),
     ("patchcore", "model.embed_dim=16", "model.reweight=false"),
@@ -124,7 +124,7 @@ def test_the_score_of_a_graph_is_that_of_its_method(setting, monkeypatch):
         if found.map is not None:
             torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-5)
     if setting[0] == "padim" and setting[1:]:
-        assert len(model.cholesky) == 64 * 4 and gaussian.BLOCKS == 4
+        assert len(model.cholesky) == 64 * 4 * len(model.drawn) and gaussian.BLOCKS == 4
 
 
 def module_of(model, side: int, maps: bool) -> ExportModule:
