@@ -12,7 +12,7 @@ from blemish.edge.errors import InputError
 TEACHERS = ["cflow", "dfr", "reverse_distillation", "stfpm"]
 WRONG = {
     "autoencoder": [{"loss": "l1"}, {"score": "mean"}, {"image_size": 40}, {"window": 10}, {"sigma": -1}],
-    "cflow": [{"condition": 6}, {"fibres": 0}],
+    "cflow": [{"condition": 6}, {"fibre_batch": 0}],
     "dfkdm": [{"density": "mixture"}],
     "dfkde": [{"scaling": "none"}],
     "dfm": [{"score": "likelihood"}, {"groups": 0}],

@@ -13,8 +13,8 @@ from blemish.methods.cflow import CFlow, learning_rate_factor
 from blemish.ops.flow import ConditionalFlow, log_likelihood, positional_encoding
 
 
-def cflow(fibres=64) -> CFlow:
-    return make("cflow", stages=[1, 2], blocks=2, condition=16, fibres=fibres, learning_rate=2e-3)
+def cflow(fibre_batch=64) -> CFlow:
+    return make("cflow", stages=[1, 2], blocks=2, condition=16, fibre_batch=fibre_batch, learning_rate=2e-3)
 
 
 def full_encoding(dim: int, height: int, width: int) -> torch.Tensor:
@@ -23,12 +23,14 @@ def full_encoding(dim: int, height: int, width: int) -> torch.Tensor:
     return torch.stack([torch.cat([columns[x], rows[y]]) for y in range(height) for x in range(width)])
 
 
-def projected(flow: ConditionalFlow, condition: torch.Tensor) -> torch.Tensor:
-    return condition @ flow.weight_condition.mT + flow.bias_hidden[:, None]
+def under(flow: ConditionalFlow, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flow of vectors (n, C) under conditions (n, condition), which are projected plainly."""
+    projected = condition @ flow.weight_condition.mT + flow.bias_hidden[:, None]
+    return flow(x, [projected], [torch.arange(len(condition))])
 
 
 def test_fibre_batches_hold_every_position_once_with_its_own_place():
-    model = cflow(fibres=100)
+    model = cflow(fibre_batch=100)
     maps = model.features(images(3))
     found = list(model.fibre_batches(maps))
     for stage, map in enumerate(maps):
@@ -49,7 +51,7 @@ def test_loss_takes_the_fibre_batches_one_by_one():
     with torch.no_grad():
         for stage, x, places, (columns, rows) in model.fibre_batches(model.maps(one)):
             condition = full_encoding(16, len(rows), len(columns))[places]
-            z, log_det = (part.double().numpy() for part in model.flows[stage](x, projected(model.flows[stage], condition)))
+            z, log_det = (part.double().numpy() for part in under(model.flows[stage], x, condition))
             channels = z.shape[1]
             log_p = -0.5 * (z**2).sum(1) - channels * 0.5 * np.log(2 * np.pi) + log_det
             expected.append(np.log1p(np.exp(-log_p / channels)).mean())
@@ -106,8 +108,8 @@ def test_map_is_in_the_order_of_the_official_one():
     for flow, map_s, top in zip(model.flows, maps, model.highest, strict=True):
         height, width = map_s.shape[-2:]
         x = map_s.permute(0, 2, 3, 1).flatten(1, 2)
-        condition = projected(flow, full_encoding(16, height, width))
-        logs = torch.stack([log_likelihood(*flow(one, condition)) for one in x]) / map_s.shape[1]
+        condition = full_encoding(16, height, width)
+        logs = torch.stack([log_likelihood(*under(flow, one, condition)) for one in x]) / map_s.shape[1]
         relative = (logs.double() - top).exp().view(2, 1, height, width)
         total = total + F.interpolate(relative, (64, 64), mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close((-map.double()).exp(), total, rtol=1e-4, atol=1e-7)

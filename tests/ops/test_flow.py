@@ -25,8 +25,13 @@ def flow(channels: int, condition: int = 8, blocks: int = 3, clamp: float = 1.9)
 
 
 def projected_by(net: ConditionalFlow, condition: torch.Tensor) -> torch.Tensor:
-    """What conditions (N, condition) add to the hidden units of every block, plainly."""
+    """What conditions (N, condition) add to the hidden units of every block, plainly: (K, N, hidden)."""
     return condition @ net.weight_condition.mT + net.bias_hidden[:, None]
+
+
+def under(net: ConditionalFlow, x: torch.Tensor, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flow of vectors (…, N, C), each under a condition of its own."""
+    return net(x, [projected], [torch.arange(projected.shape[1])])
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,15 +48,15 @@ def test_the_likelihood_is_a_density():
     x = torch.cartesian_prod(axis, axis)
     for seed in range(2):
         projected = projected_by(net, normal(1, 4, seed=seed).expand(len(x), 4))
-        integral = log_likelihood(*net(x, projected)).exp().sum() * (axis[1] - axis[0]) ** 2
+        integral = log_likelihood(*under(net, x, projected)).exp().sum() * (axis[1] - axis[0]) ** 2
         assert integral.item() == pytest.approx(1, abs=1e-3)
 
 
 def test_leading_dimensions_share_the_conditions():
     net, x, projected = flow(5), normal(3, 6, 5), projected_by(flow(5), normal(6, 8, seed=1))
-    z, log_det = net(x, projected)
+    z, log_det = under(net, x, projected)
     for i in range(3):
-        one = net(x[i], projected)
+        one = under(net, x[i], projected)
         torch.testing.assert_close((z[i], log_det[i]), one)
 
 
@@ -98,7 +103,7 @@ def test_it_is_a_chain_of_freias_blocks(channels):
         block.w_perm.data = net.rotation[k]
         (expected,), log_det = block((expected,), [condition])
         total = total + log_det
-    z, log_det = net(x, projected_by(net, condition))
+    z, log_det = under(net, x, projected_by(net, condition))
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(log_det, total)
 
@@ -107,11 +112,14 @@ def test_it_is_a_chain_of_freias_blocks(channels):
 def test_places_are_projected_as_their_whole_conditions(left, right):
     net, columns, rows = flow(5), normal(7, left, seed=1), normal(3, right, seed=2)
     y, x = (torch.randint(length, (40,), generator=torch.Generator().manual_seed(0)) for length in (3, 7))
-    found, expected = net.project(columns, rows, x, y), projected_by(net, torch.cat([columns[x], rows[y]], 1))
+    of_columns, of_rows = net.project(columns, rows)
+    found, expected = of_columns[:, x] + of_rows[:, y], projected_by(net, torch.cat([columns[x], rows[y]], 1))
     torch.testing.assert_close(found, expected)
     parameters, weights = (net.weight_condition, net.bias_hidden), normal(*found.shape, seed=3)
     ours, plain = (torch.autograd.grad((projected * weights).sum(), parameters) for projected in (found, expected))
     torch.testing.assert_close(ours, plain)
+    vectors = normal(40, 5, seed=4)
+    torch.testing.assert_close(net(vectors, (of_columns, of_rows), (x, y)), under(net, vectors, expected))
 
 
 def test_positional_encoding():

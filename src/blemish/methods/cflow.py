@@ -33,8 +33,8 @@ class CFlow(TrainedDetector):
     """Anomaly = −log of the likelihoods of a position's feature vectors, summed over the stages.
 
     Each stage has a flow of `blocks` couplings, clamped at `clamp`, whose condition is a sinusoidal encoding of the position in `condition`
-    numbers. The vectors of a stage, from all positions and images of a batch in random order, are split into groups of `fibres`, and each
-    group is one step of the optimiser. The score is the map's maximum.
+    numbers. The vectors of a stage, from all positions and images of a batch in random order, are split into groups of `fibre_batch`, and
+    each group is one step of the optimiser. The score is the map's maximum.
     """
 
     quick = ("trainer.max_epochs=4", "model.learning_rate=0.002", "model.blocks=4")
@@ -48,7 +48,7 @@ class CFlow(TrainedDetector):
         blocks: int,
         condition: int,
         clamp: float,
-        fibres: int,
+        fibre_batch: int,
         learning_rate: float,
         score: str | float,
         seed: int,
@@ -56,14 +56,14 @@ class CFlow(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         self.set_score(score)
-        self.check_arguments(blocks=COUNT, fibres=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=integer(4))
+        self.check_arguments(blocks=COUNT, fibre_batch=COUNT, clamp=POSITIVE, learning_rate=POSITIVE, condition=integer(4))
         if condition % 4:
             raise InputError(f"model.condition={condition}: expected a multiple of 4, sin and cos in two directions")
         self.backbone = Features(backbone, stages, weights, seed)
         with seeded(seed):
             self.flows = nn.ModuleList(ConditionalFlow(channels, condition, blocks, clamp) for channels in self.backbone.channels)
         self.register_buffer("highest", torch.zeros(len(self.flows)))  # log-likelihood per dimension, of the training images
-        self.condition, self.fibres, self.learning_rate = condition, fibres, learning_rate
+        self.condition, self.fibre_batch, self.learning_rate = condition, fibre_batch, learning_rate
         self.queue: list[FibreBatch] = []  # of the current batch, last first
 
     def loss(self, batch: Batch) -> Tensor:
@@ -71,18 +71,19 @@ class CFlow(TrainedDetector):
         if not self.queue:
             self.queue = list(self.fibre_batches(self.maps(batch)))[::-1]
         stage, x, places, grid = self.queue.pop()
-        likelihood = log_likelihood(*self.flows[stage](x, self.condition_at(stage, places, grid)))  # (n,)
+        flow = self.flows[stage]
+        likelihood = log_likelihood(*flow(x, flow.project(*grid), split(places, grid)))  # (n,)
         # the official code's loss: the paper's eq. 6 is the mean of −log p itself, which has no lower bound
         return -F.logsigmoid(likelihood / x.shape[-1]).mean()
 
     def fibre_batches(self, maps: Maps) -> Iterator[FibreBatch]:
-        """Batches of at least `fibres` vectors, where there are so many, with every position of every image once."""
+        """Batches of at least `fibre_batch` vectors, where there are so many, with every position of every image once."""
         generator = self.generator()
         for stage, map in enumerate(maps):
             rows, grid = self.rows(map).flatten(0, 1), self.encodings(map)  # (B·P, C)
             order = torch.randperm(len(rows), generator=generator, device=rows.device)
             # the official code drops an incomplete last batch; here its vectors are spread over the others
-            for drawn in order.tensor_split(max(1, int(self.summed(len(rows))) // self.fibres)):
+            for drawn in order.tensor_split(max(1, int(self.summed(len(rows))) // self.fibre_batch)):
                 yield FibreBatch(stage, rows[drawn], drawn % map[0, 0].numel(), grid)
 
     def rows(self, map: Tensor) -> Tensor:
@@ -91,11 +92,6 @@ class CFlow(TrainedDetector):
     def encodings(self, map: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = (positional_encoding(self.condition // 2, length, map.device) for length in map.shape[-2:])
         return columns, rows
-
-    def condition_at(self, stage: int, places: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
-        """The projected condition of a stage's flow at places (n,), see `FibreBatch`."""
-        width = len(grid[0])
-        return self.flows[stage].project(*grid, places % width, places // width)
 
     def configure_optimizers(self) -> dict:
         if self.trainer.accumulate_grad_batches != 1:
@@ -117,13 +113,14 @@ class CFlow(TrainedDetector):
     def likelihood(self, maps: Maps) -> list[Tensor]:
         """Log-likelihood of every position divided by the number of dimensions, (B, h, w) per stage."""
         likelihoods = []
-        for stage, map in enumerate(maps):
+        for flow, map in zip(self.flows, maps, strict=True):
             rows, grid = self.rows(map), self.encodings(map)  # (B, P, C)
+            tables = flow.project(*grid)
             # an exported graph takes all rows at once, as its batch size is free
             step = rows.shape[1] if torch.compiler.is_exporting() else max(1, ROWS // len(map))
             places = torch.arange(rows.shape[1], device=map.device).split(step)
             parts = zip(rows.split(step, dim=1), places, strict=True)
-            logs = [log_likelihood(*self.flows[stage](x, self.condition_at(stage, at, grid))) for x, at in parts]  # (B, p) each
+            logs = [log_likelihood(*flow(x, tables, split(at, grid))) for x, at in parts]  # (B, p) each
             likelihoods.append(torch.cat(logs, 1).unflatten(1, map.shape[-2:]) / map.shape[1])
         return likelihoods
 
@@ -140,6 +137,12 @@ class CFlow(TrainedDetector):
         # the official map is the maximum of all sums minus the sum: the same order, but float32 could not distinguish small sums
         map = -normal.clamp_min(torch.finfo(torch.float32).tiny).log()  # (B, H, W)
         return self.from_map(map)
+
+
+def split(places: Tensor, grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The columns and rows (n,) of places (n,), see `FibreBatch`."""
+    width = len(grid[0])
+    return places % width, places // width
 
 
 def learning_rate_factor(progress: float) -> float:

@@ -1,6 +1,8 @@
 """A normalising flow of affine couplings with a condition, and CFlow's positional encoding as one."""
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -32,33 +34,41 @@ class ConditionalFlow(nn.Module):
         # with the signs of r they are uniform among the orthogonal matrices, reflections included
         self.register_buffer("rotation", q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
 
-    def project(self, columns: Tensor, rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """What the conditions [columns[x], rows[y]] of N places add to the hidden units of every block, (blocks, N, hidden).
+    def project(self, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What columns (w, a) and rows (h, b) of a grid, a + b = condition, add to the hidden units: (K, w, hidden), (K, h, hidden).
 
-        columns (w, a) and rows (h, b) with a + b = condition, x and y (N,). The product with W₁ is taken before the places are picked, as a
-        grid has far fewer columns and rows than places.
+        A place adds the sum of its column's and its row's part. The products with W₁ are taken here, as a grid has far fewer columns and
+        rows than places.
         """
-        of_columns, of_rows = self.weight_condition.flatten(0, 1).split([columns.shape[1], rows.shape[1]], dim=1)  # (K·hidden, a), (…, b)
-        bias = self.bias_hidden.flatten()
-        picked = F.embedding(x, F.linear(columns, of_columns)) + F.embedding(y, F.linear(rows, of_rows, bias))  # (N, K·hidden)
-        return picked.unflatten(1, self.bias_hidden.shape).movedim(1, 0)
+        of_columns, of_rows = self.weight_condition.split([columns.shape[1], rows.shape[1]], dim=2)  # (K, hidden, a), (K, hidden, b)
+        return columns @ of_columns.mT, rows @ of_rows.mT + self.bias_hidden[:, None]
 
-    def forward(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent vectors (…, N, channels) of x (…, N, channels), and log |det ∂z/∂x| (…, N); `projected` is from `project`."""
+    def forward(self, x: Tensor, tables: Sequence[Tensor], places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Latent vectors (…, N, channels) of x (…, N, channels), and log |det ∂z/∂x| (…, N).
+
+        tables: (K, n, hidden) each, from `project`. places (N,): the row of each table that is added for a vector.
+        """
         scale = 0.1 * F.softplus(self.stretch, beta=0.5)  # (K, C)
         log_det = scale.log().sum()
         # scale, offset and rotation are one affine map
         mixing, shift = scale[:, :, None] * self.rotation.mT, self.offset[:, None] @ self.rotation.mT  # (K, C, C), (K, 1, C)
-        rows = zip(self.weight_kept, self.weight_out, self.bias_out, mixing, shift, projected, strict=True)
-        for weight_kept, weight_out, bias_out, mix, move, added in rows:
+        blocks = zip(self.weight_kept, self.weight_out, self.bias_out, mixing, shift, *tables, strict=True)
+        for weight_kept, weight_out, bias_out, mix, move, *block_tables in blocks:
             kept, moved = x.split([x.shape[-1] - self.moved, self.moved], dim=-1)
+            # gathered block by block: those of all blocks together would not stay in a processor's cache
+            added = reduce(torch.add, map(F.embedding, places, block_tables))  # (N, hidden)
             # half precision would be too coarse for the sum of a determinant
-            out = F.linear((kept @ weight_kept.T + added).relu_(), weight_out, bias_out).to(bias_out.dtype)
+            out = F.linear(affine(kept, weight_kept.T, added).relu_(), weight_out, bias_out).to(bias_out.dtype)
             s, t = out.chunk(2, dim=-1)  # (…, N, moved) each
             log_scale = self.clamp * torch.tanh(0.1 * s)
             log_det = log_det + log_scale.sum(-1)
-            x = torch.cat([kept, torch.addcmul(0.1 * t, moved, log_scale.exp())], -1) @ mix + move
+            x = affine(torch.cat([kept, torch.addcmul(0.1 * t, moved, log_scale.exp())], -1), mix, move)
         return x, log_det
+
+
+def affine(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """x·W + b, in one pass over the result where x has two dimensions."""
+    return torch.addmm(offset, x, weight) if x.ndim == 2 else x @ weight + offset
 
 
 def log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
