@@ -9,11 +9,12 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 from support import batch, images, make
 
+from blemish.methods import riad
 from blemish.methods.riad import draw_masks, gradient_magnitude, similarities, similarity
 
 
 def model_of(**changes):
-    return make("riad", channels=4, **changes)
+    return make("riad", **{"channels": 4, **changes})
 
 
 def plain_gms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -100,3 +101,34 @@ def test_the_map_is_a_mean_over_the_window_with_zeros_beside_the_image():
     raw = np.mean([[1 - similarity(image, again, 2).numpy()] for again in model.inpaintings(image)], (0, 1))
     np.testing.assert_allclose(found.map.numpy(), ndimage.uniform_filter(raw, (0, 5, 5), mode="constant"), atol=1e-6)
     torch.testing.assert_close(found.score, found.map.amax((1, 2)))
+
+
+def test_features_that_are_computed_again_change_nothing(monkeypatch):
+    """Loss, gradients and BatchNorm's statistics with and without checkpoints."""
+    found, pictures = [], batch(images(2))
+    for limit in (0, 2**24):
+        monkeypatch.setattr(riad, "LARGE", limit)
+        model = model_of().train()
+        loss = model.loss(pictures)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters()), *(b for b in model.buffers() if b.is_floating_point())])
+    for again, held in zip(*found, strict=True):
+        torch.testing.assert_close(again, held)
+
+
+def test_the_network_is_the_papers():
+    """Channels and kernels of the known re-implementation, and a map of each scale."""
+    net = model_of(channels=64).net
+    kernels = {convolution.kernel_size for block in net.down for convolution in block if isinstance(convolution, torch.nn.Conv2d)}
+    assert kernels == {(3, 3), (4, 4)}
+    assert [block[0].out_channels for block in net.down] == [64, 128, 256, 512, 512]
+    assert {up.kernel_size for up in net.up} == {(4, 4)}
+
+
+def test_hidden_cells_are_mid_grey():
+    model, seen = model_of().eval(), []
+    model.net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.inpaint(images(1), 8, partial(draw_masks, generator=torch.Generator().manual_seed(0)))
+    masks = draw_masks((64, 64), 8, 3, torch.Generator().manual_seed(0))[:, None]
+    torch.testing.assert_close(seen[0], (2 * images(1) - 1) * (1 - masks))

@@ -1,13 +1,15 @@
 """RIAD: what cannot be inpainted from its surroundings (Zavrtanik, Kristan, Skočaj 2021, Pattern Recognition 112, 107706)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from blemish.detector import COUNT, POSITIVE, TrainedDetector, integer
+from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector, integer
 from blemish.edge.errors import InputError
 from blemish.ops.losses import dissimilarity
 from blemish.ops.rng import seeded, stream
@@ -16,6 +18,7 @@ from blemish.types import Batch, Prediction
 WINDOW = 11  # side of SSIM's window, pixels
 FLAT = 0.0026  # c of the similarity, for images in [0, 1]
 HALVINGS = 4  # of the U-Net
+LARGE = 2**24  # values of a set's finest feature map above which a training computes features again rather than hold them
 
 
 class RIAD(TrainedDetector):
@@ -35,6 +38,7 @@ class RIAD(TrainedDetector):
         sets: int,
         smooth: int,
         learning_rate: float,
+        weight_decay: float,
         milestones: Sequence[int],
         score: str | float,
         seed: int,
@@ -44,7 +48,7 @@ class RIAD(TrainedDetector):
         self.save_hyperparameters()
         self.set_score(score)
         self.check_arguments(channels=COUNT, smooth=COUNT, scales=COUNT, cells=integer(1, each=True), learning_rate=POSITIVE)
-        self.check_arguments(sets=integer(2))  # with one set the image would be masked completely
+        self.check_arguments(weight_decay=NOT_NEGATIVE, sets=integer(2))  # with one set the image would be masked completely
         integer(1, each=True)(milestones=milestones or [1])
         if smooth % 2 == 0:
             raise InputError(f"model.smooth={smooth}: expected an odd number of pixels")
@@ -58,8 +62,18 @@ class RIAD(TrainedDetector):
         if any(side % multiple for side in image.shape[-2:]):
             raise InputError(f"image_size: sides {tuple(image.shape[-2:])}; RIAD with cells of {cell} px needs multiples of {multiple}")
         masks = masks(tuple(image.shape[-2:]), cell, self.sets)[:, None, None].to(image.device)  # (n, 1, 1, H, W), 1 where hidden
-        hidden = (image * (1 - masks)).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (n·B, 3, H, W)
-        return (self.net(hidden).unflatten(0, (self.sets, -1)) * masks).sum(0)
+        hidden = (2 * image - 1) * (1 - masks)  # (n, B, 3, H, W) in [−1, 1], hidden cells are mid-grey
+        if self.training:  # each set by itself, whose statistics BatchNorm takes
+            return torch.stack([self.fill(part) * mask for part, mask in zip(hidden, masks, strict=True)]).sum(0)
+        return (self.net(channels_last(hidden.flatten(0, 1))).unflatten(0, (self.sets, -1)) * masks).sum(0)
+
+    def fill(self, hidden: Tensor) -> Tensor:
+        """The network's images (B, 3, H, W) of a set; of LARGE features only the result is held until the backward pass."""
+        hidden = channels_last(hidden)
+        if len(hidden) * hidden[0, 0].numel() * self.hparams.channels <= LARGE:
+            return self.net(hidden)
+        again = partial(frozen_statistics, self.net)
+        return checkpoint(self.net, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again()))
 
     def loss(self, batch: Batch) -> Tensor:
         generator = self.generator()
@@ -86,7 +100,7 @@ class RIAD(TrainedDetector):
         return self.from_map(map)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.hparams.milestones), 0.1)}
 
 
@@ -136,7 +150,7 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
 class UNet(nn.Module):
     """Images (B, 3, H, W) to images in [0, 1], with a skip at each of HALVINGS scales; `channels` on the finest, at most 8 times as many.
 
-    The paper does not mention the sigmoid, which keeps inpainted pixels within the values of images.
+    The sigmoid keeps inpainted pixels within the values of images: in [−1, 1] it is the tanh of half its argument.
     """
 
     def __init__(self, channels: int):
@@ -144,9 +158,9 @@ class UNet(nn.Module):
         widths = [channels * min(2**level, 8) for level in range(HALVINGS + 1)]
         inputs, strides = [3, *widths], [1] + [2] * HALVINGS
         self.down = nn.ModuleList(pair(inputs[level], widths[level], strides[level]) for level in range(HALVINGS + 1))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i + 1], widths[i], 2, stride=2) for i in range(HALVINGS))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i + 1], widths[i], 4, stride=2, padding=1) for i in range(HALVINGS))
         self.join = nn.ModuleList(pair(2 * widths[i], widths[i], 1) for i in range(HALVINGS))
-        self.last = nn.Conv2d(channels, 3, 1)
+        self.last = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
@@ -159,8 +173,26 @@ class UNet(nn.Module):
 
 
 def pair(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Two convolutions of 3×3 with BatchNorm and ReLU, the first with a stride."""
+    """Two convolutions with BatchNorm and ReLU, of 3×3 pixels; the first has a stride, and 4×4 pixels where that is 2."""
     parts = []
     for width, step in ((inputs, stride), (outputs, 1)):
-        parts += [nn.Conv2d(width, outputs, 3, step, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        parts += [nn.Conv2d(width, outputs, 2 + step, step, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*parts)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """A block in which BatchNorm layers leave their running statistics as they are, as of a batch that they have seen already."""
+    layers = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
