@@ -1,16 +1,11 @@
 """The background model, which redraws every patch from its most similar patches elsewhere, and the channels that are modelled."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.noise import patches
-from blemish.noise.patches import Neighbours
-
-TREES = 4
-ROUNDS = 2  # of propagation after the trees
+from blemish.noise.patches import Index, Neighbours
 
 
 def signed_root(features: Tensor) -> Tensor:
@@ -18,103 +13,144 @@ def signed_root(features: Tensor) -> Tensor:
     return features.sign() * features.abs().sqrt()
 
 
-def whiten(features: Tensor, channels: int) -> Tensor:
-    """The largest principal components (B, min(channels, ⌊c/2⌋), H, W) of each image's features (B, c, H, W), with variance one.
+def whitening(features: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean (B, c, 1) and axes (B, c, k) of the k = min(channels, ⌊c/2⌋) largest components of features (B, c, P), scaled to variance one.
 
     Components beyond the rank of the features are zero, so that the shape does not depend on the data.
     """
-    b, c, h, w = features.shape
+    c, size = features.shape[1:]
     k = min(channels, c // 2)
-    x = features.flatten(2).double()
-    x = x - x.mean(2, keepdim=True)
-    values, axes = torch.linalg.eigh(x @ x.mT / (h * w - 1))  # ascending
+    x = features.double()
+    mean = x.mean(2, keepdim=True)
+    x = x - mean
+    values, axes = torch.linalg.eigh(x @ x.mT / (size - 1))  # ascending
     values, axes = values[:, -k:], axes[:, :, -k:]
     present = values > 1e-10 * values[:, -1:].clamp_min(1e-30)
-    scale = torch.where(present, values.clamp_min(1e-30).rsqrt(), 0)
-    return ((axes * scale[:, None]).mT @ x).view(b, k, h, w).to(features.dtype)
+    return mean, axes * torch.where(present, values.clamp_min(1e-30).rsqrt(), 0)[:, None]
 
 
-def weights(distance: Tensor, h: float | Tensor) -> Tensor:
-    """exp(−msd/h²) of each patch's neighbours (Q, n), normalised to 1; all equal where all underflow."""
-    raw = torch.exp(-distance / h**2)
-    total = raw.sum(1, keepdim=True)
-    return torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), 1 / distance.shape[1])
+def whiten(features: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
+    """Features (B, c, H, W) as components (B, k, H, W) by `whitening`."""
+    x = axes.mT @ (features.flatten(2).double() - mean)
+    return x.unflatten(2, features.shape[2:]).to(features.dtype)
 
 
-def nearest_distance(image: Tensor, patch: int, box: tuple[int, int]) -> Tensor:
-    """The image's own scale for h: median over some 500 patches, evenly spread in raster order, of the rms distance to the nearest."""
-    h, w = patches.grid(*image.shape[1:], patch)
-    query = torch.arange(0, h * w, max(1, h * w // 500), device=image.device)
-    nearest = patches.exact(image, query, patch, 1, box).distance[:, 0]
-    return nearest.median().sqrt().clamp_min(1e-6)
+def weights(distance: Tensor, h: float, relative: bool = False) -> Tensor:
+    """exp(−msd/h²) of each patch's neighbours (B, Q, n), normalised to 1; all equal where all underflow.
+
+    If `relative`, h is a multiple of the image's own scale: the median over its patches of the rms distance to the nearest.
+    """
+    width = h * distance[:, :, 0].sqrt().median(1).values.clamp_min(1e-6)[:, None, None] if relative else h
+    raw = torch.exp(-distance / width**2)
+    total = raw.sum(2, keepdim=True)
+    return torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), 1 / distance.shape[2])
 
 
 def model(
-    image: Tensor, patch: int, neighbors: int, h: float, relative: bool, box: tuple[int, int], search: str, tile: int, seed: int
+    images: Tensor,
+    patch: int,
+    neighbors: int,
+    h: float,
+    relative: bool,
+    box: tuple[int, int],
+    search: str,
+    tile: int,
+    seed: int,
+    bank: Tensor | None = None,
+    index: Index | None = None,
 ) -> Tensor:
-    """The background (C, H, W) of one image: at every pixel the mean of the estimates of all patches that cover it.
+    """The background (B, C, H, W) of images: at every pixel the mean of the estimates of the patches that cover it.
 
-    h is in the image's units, or if `relative` a multiple of the image's `nearest_distance`; box is the range of excluded offsets. `exact`
-    searches the full image; `trees` is fast and searches, in an image with a side above `tile`, windows of that side that share patch − 1
-    pixels, so that memory is bounded. Either finds n neighbours only where `patches.enough` holds.
+    Patches are redrawn from the same image, outside the range `box` of offsets, or from reference images `bank` (N, C, H', W') with their
+    `index`. h is in the image's units, or see `weights`. `exact` compares all patches. `trees` redraws every second one, in a checkerboard,
+    and searches an image with a side above `tile` in windows of one size that share patch − 1 pixels, so that memory is bounded. Either
+    finds n neighbours only where `patches.enough` holds.
     """
-    h = h * nearest_distance(image, patch, box) if relative else h
-    total, cover = torch.zeros_like(image), torch.zeros_like(image[:1])
-    for top, left, view in windows(image, tile if search == "trees" else max(image.shape), patch - 1):
-        width = view.shape[2]
-        for row, estimate in estimates(view, patch, neighbors, h, box, search, seed):
-            rows = len(estimate) // (width - patch + 1) + patch - 1  # the pixel rows that this band of patches covers
-            part = (slice(None), slice(top + row, top + row + rows), slice(left, left + width))
-            total[part] += F.fold(estimate.T, (rows, width), patch)
-            cover[part] += F.fold(torch.ones_like(estimate[:, : patch * patch]).T, (rows, width), patch)
-    return total / cover
+    height, width = images.shape[2:]
+    fast = search == "trees"
+    if fast:  # grids of odd sides, for a checkerboard that covers all corners
+        images = F.pad(images, (0, (width - patch) % 2, 0, (height - patch) % 2), mode="replicate")
+    views, corners = windows(images, tile if fast and bank is None else max(images.shape[2:]), patch - 1)  # (B·n, C, h, w)
+    shape = patches.grid(*views.shape[2:], patch)
+    fast = fast and (index is not None or shape[0] * shape[1] >= 16 * patches.leaf_size(box))
+    total, cover = torch.zeros_like(images), torch.zeros_like(images[:, :1])
+    chunk = max(1, patches.workspace(images.device) // views[0].numel())
+    for start in range(0, len(views), chunk):
+        part = views[start : start + chunk]
+        middle = part.mean((2, 3), keepdim=True)
+        table = patches.vectors(part - middle, patch) if bank is None else patches.vectors(part, patch)
+        source = table if bank is None else patches.vectors(bank, patch)
+        query = table.unflatten(0, (len(part), -1))[:, :: 2 if fast else 1].flatten(0, 1)
+        if not fast:
+            found = exact(query, source, shape, neighbors, box, len(part), bank is None)
+        else:
+            if bank is None:
+                where, _ = patches.within(part - middle, patch, neighbors, box, seed)
+            else:
+                where, _ = patches.among(part, index, patches.grid(*bank.shape[2:], patch), patch, neighbors)
+            found = by_distance(source, query, where)
+        mix = weights(found.distance.unflatten(0, (len(part), -1)), h, relative).flatten(0, 1)
+        estimate = F.embedding_bag(found.index, source, per_sample_weights=mix, mode="sum").unflatten(0, (len(part), -1))
+        drawn, often = spread(estimate, shape, patch, fast)
+        drawn = drawn + middle * often if bank is None else drawn
+        for number, (top, left) in enumerate(corners[start : start + chunk]):
+            image = (start + number) // (len(corners) // len(images))
+            at = (image, slice(None), slice(top, top + part.shape[2]), slice(left, left + part.shape[3]))
+            total[at] += drawn[number]
+            cover[at] += often[0]
+    return (total / cover)[:, :, :height, :width]
 
 
-def windows(image: Tensor, side: int, shared: int) -> list[tuple[int, int, Tensor]]:
-    """(top, left, view) of evenly spread views of at most `side` pixels a side that share at least `shared` pixels."""
+def exact(query: Tensor, source: Tensor, shape: tuple[int, int], neighbors: int, box: tuple[int, int], images: int, own: bool) -> Neighbours:
+    """`patches.exact` of a batch: each image in itself if `own`, with patch numbers of the batch, or else all in the source."""
+    if not own:
+        return patches.exact(query, source, neighbors)
+    size = len(query) // images
+    found = [patches.exact(q, q, neighbors, shape, box) for q in query.split(size)]
+    return Neighbours(torch.cat([f.index + i * size for i, f in enumerate(found)]), torch.cat([f.distance for f in found]))
 
-    def starts(size: int) -> list[int]:
-        if size <= side:
-            return [0]
+
+def by_distance(source: Tensor, query: Tensor, index: Tensor) -> Neighbours:
+    """Neighbours (Q, n), −1 for none, with their mean squared differences, nearest first."""
+    msd = patches.distances(source, query, index.clamp_min(0)) / source.shape[1]
+    msd, order = msd.masked_fill(index < 0, torch.inf).sort(1)
+    return Neighbours(index.clamp_min(0).long().gather(1, order), msd)
+
+
+def spread(estimate: Tensor, shape: tuple[int, int], patch: int, checkerboard: bool) -> tuple[Tensor, Tensor]:
+    """Sums (B, C, H, W) of the patch estimates (B, Q, C·p²) over each pixel, and how many (1, 1, H, W) they are."""
+    h, w = shape
+    size = (h + patch - 1, w + patch - 1)
+    count = torch.ones_like(estimate[:1, :, : patch**2])
+    if not checkerboard:
+        return F.fold(estimate.mT, size, patch), F.fold(count.mT, size, patch)
+
+    def both(x: Tensor) -> Tensor:
+        # rows 2i and 2i + 1 of the grid have (w + 1)/2 and (w − 1)/2 patches
+        x = F.pad(x, (0, 0, 0, w // 2)).unflatten(1, (-1, w))  # (B, (h + 1)/2, w, C·p²)
+        first = F.fold(x[:, :, : w // 2 + 1].flatten(1, 2).mT, size, patch, stride=2)
+        second = F.fold(x[:, :-1, w // 2 + 1 :].flatten(1, 2).mT, (size[0] - 2, size[1] - 2), patch, stride=2)
+        return first + F.pad(second, (1, 1, 1, 1))
+
+    return both(estimate), both(count)
+
+
+def windows(images: Tensor, side: int, shared: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Views (B·n, C, h, w) of one size, of at most `side` pixels a side that share at least `shared`, and the corner (y, x) of each."""
+
+    def starts(size: int) -> tuple[list[int], int]:
         count = -(-(size - shared) // (side - shared))
-        return [round(k * (size - side) / (count - 1)) for k in range(count)]
+        length = -(-(size + (count - 1) * shared) // count)
+        length += (size - length) % 2  # grids keep their parity
+        return [0] if count == 1 else [round(k * (size - length) / (count - 1)) for k in range(count)], length
 
-    height, width = image.shape[1:]
-    return [(y, x, image[:, y : y + side, x : x + side]) for y in starts(height) for x in starts(width)]
-
-
-def estimates(
-    image: Tensor, patch: int, neighbors: int, h: float | Tensor, box: tuple[int, int], search: str, seed: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Bands of patch estimates Σ_k w_k Q_k, each as (first row of the patch grid, estimates (rows·w, C·p²))."""
-    shape = patches.grid(*image.shape[1:], patch)
-    size, w = shape[0] * shape[1], shape[1]
-    rows = max(1, patches.workspace(image.device) // (w * image.shape[0] * patch**2))
-    if search == "trees" and size >= 8 * patches.leaf_size(box):
-        middle = image.mean()
-        table = patches.vectors(image - middle, patch)  # (P, C·p²)
-        found = patches.trees(table, shape, image.shape[0], neighbors, box, TREES, ROUNDS, seed)
-        for start in range(0, size, rows * w):
-            band = slice(start, start + rows * w)
-            mix = weights(found.distance[band], h)
-            yield start // w, F.embedding_bag(found.index[band], table, per_sample_weights=mix, mode="sum") + middle
-    else:
-        for start in range(0, size, rows * w):
-            query = torch.arange(start, min(start + rows * w, size), device=image.device)
-            yield start // w, redraw(image, patches.exact(image, query, patch, neighbors, box), patch, h)
+    (tops, height), (lefts, width) = (starts(size) for size in images.shape[2:])
+    corners = [(y, x) for y in tops for x in lefts]
+    views = torch.stack([images[:, :, y : y + height, x : x + width] for y, x in corners], 1).flatten(0, 1)
+    return views, corners * len(images)
 
 
-def redraw(image: Tensor, found: Neighbours, patch: int, h: float | Tensor) -> Tensor:
-    """The estimates (Q, C·p²) of patches from their neighbours, without a table of all patches."""
-    rows = max(1, patches.workspace(image.device) // (found.index.shape[1] * image.shape[0] * patch**2))
-    mix = weights(found.distance, h)  # (Q, n)
-    pieces = zip(found.index.split(rows), mix.split(rows), strict=True)
-    return torch.cat([(patches.vectors_at(image, i, patch) * m[..., None]).sum(1) for i, m in pieces])
-
-
-def residual(
-    image: Tensor, patch: int, neighbors: int, h: float, relative: bool, box: tuple[int, int], search: str, tile: int, seed: int
-) -> Tensor:
-    """u − model (B, C, H, W), image by image; exactly 0 within float32 rounding, which is all that a perfectly periodic image leaves."""
-    r = torch.stack([u - model(u, patch, neighbors, h, relative, box, search, tile, seed) for u in image])
-    return torch.where(r.abs() > 1e-5 * image.abs().amax((1, 2, 3), keepdim=True), r, 0)
+def residual(images: Tensor, **settings) -> Tensor:
+    """u − `model` (B, C, H, W); exactly 0 within float32 rounding, which is all that a perfectly periodic image leaves."""
+    r = images - model(images, **settings)
+    return torch.where(r.abs() > 1e-5 * images.abs().amax((1, 2, 3), keepdim=True), r, 0)

@@ -1,8 +1,12 @@
-"""The most similar patches elsewhere in the image, for each of its patches: an exact search, and a fast one with trees.
+"""The most similar patches for each patch of some images, elsewhere in the same image or in reference images.
 
-Patches are numbered in raster order of their top-left corners: patch y·w + x of the (h, w) = (H − p + 1, W − p + 1) grid. Distances are
-mean squared differences over all p²·C values (the paper's msd). Offsets within `box`, (−8, 8) along both axes, are excluded: a patch
-never meets itself or its surroundings. All shapes follow from the image's shape, so nothing waits for the device.
+Patches are numbered in raster order of their top-left corners, image after image: patch (i·h + y)·w + x of the (h, w) = (H − p + 1, W − p + 1)
+grids. Distances are mean squared differences over all p²·C values (the paper's msd). Within an image offsets inside `box`, (−8, 8) along
+both axes, are excluded: a patch never meets itself or its surroundings. All shapes follow from those of the images, so nothing waits for
+the device.
+
+`exact` is the definition. The fast search compares KEYS principal components of the patches instead of all values: random trees whose
+leaves have one size, then twice the neighbours of the adjacent patches, moved along.
 """
 
 import math
@@ -12,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPS = 64  # a leaf's distances are reduced to the least of each of 64 groups before the n best are picked
+KEYS = 32  # numbers of a patch that the fast search compares
+SPLIT = 16  # the first of them, of which trees take their directions
+TREES = 4
+ROUNDS = 2  # of propagation after the trees
+GROUPS = 32  # a leaf's distances are reduced to the least of each of 32 groups before the n best are picked
+LEAF = 64  # of the trees of reference images
 FAR = 2**31 - 1
 
 
@@ -21,6 +30,16 @@ class Neighbours(NamedTuple):
 
     index: Tensor  # (Q, n) int64 patch numbers; 0 where there is no neighbour
     distance: Tensor  # (Q, n) float32 msd; inf where there is no neighbour
+
+
+class Index(NamedTuple):
+    """The patches of reference images, ready to be searched."""
+
+    axes: Tensor  # (1, C·p², K) principal axes
+    keys: Tensor  # (M, K)
+    leaves: Tensor  # (T, 2^levels, L) int32 patch numbers
+    directions: Tensor  # (T, 2^levels − 1, S) of every inner node, in breadth-first order
+    limits: Tensor  # (T, 2^levels − 1) a patch whose product with the direction is larger goes to the second child
 
 
 def grid(height: int, width: int, patch: int) -> tuple[int, int]:
@@ -36,30 +55,18 @@ def enough(height: int, width: int, patch: int, neighbors: int, exclusion: int) 
 
 
 def leaf_size(box: tuple[int, int]) -> int:
-    """Smallest leaf of a search tree: at most two thirds of it lie in the exclusion box, which leaves enough groups for the n best."""
-    return max(256, 3 * (box[1] - box[0] + 1) ** 2 // 2)
+    """Smallest leaf of a tree: at most two thirds of it, which has every second patch, lie in the exclusion box."""
+    return max(128, 3 * (box[1] - box[0] + 1) ** 2 // 4)
 
 
 def workspace(device: torch.device) -> int:
     """Numbers a temporary may hold; on a CPU what fits its cache, where the allocator also keeps the pages."""
-    return 2**21 if device.type == "cpu" else 2**26
+    return 2**18 if device.type == "cpu" else 2**26
 
 
-def vectors(image: Tensor, patch: int) -> Tensor:
-    """(C, H, W) -> all patches (h·w, C·p²)."""
-    return F.unfold(image[None], patch)[0].T.contiguous()
-
-
-def vectors_at(image: Tensor, index: Tensor, patch: int) -> Tensor:
-    """(C, H, W) and patch numbers (...,) -> those patches (..., C·p²), without a table of all."""
-    c, width = image.shape[0], image.shape[2]
-    w = width - patch + 1
-    corner = torch.div(index, w, rounding_mode="floor") * width + index % w
-    side = torch.arange(patch, device=image.device)
-    inside = (side[:, None] * width + side).flatten()  # (p²,)
-    pixels = (corner[..., None] + inside).flatten()
-    found = image.flatten(1).index_select(1, pixels).view(c, *index.shape, patch * patch)  # (C, ..., p²)
-    return found.movedim(0, -2).flatten(-2)
+def vectors(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> all patches (B·h·w, C·p²)."""
+    return F.unfold(images, patch).transpose(1, 2).flatten(0, 1)
 
 
 def boxed(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], box: tuple[int, int]) -> Tensor:
@@ -69,121 +76,174 @@ def boxed(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], box: tuple[i
     return torch.maximum(y, x) <= 0
 
 
-def place(index: Tensor, w: int) -> tuple[Tensor, Tensor]:
+def place(index: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     """(y, x) of patch numbers, as short integers for cheap comparisons; enough for sides up to 16,383 px."""
-    return torch.div(index, w, rounding_mode="floor").to(torch.int16), (index % w).to(torch.int16)
+    return (torch.div(index, w, rounding_mode="floor") % h).to(torch.int16), (index % w).to(torch.int16)
 
 
-def exact(image: Tensor, query: Tensor, patch: int, neighbors: int, box: tuple[int, int]) -> Neighbours:
-    """The exact neighbours of query patches (Q,) among all patches of the image (C, H, W), by tiled matrix products in bounded memory."""
-    h, w = grid(*image.shape[1:], patch)
-    centred = image - image.mean()  # |P|² + |Q|² − 2P·Q loses digits to a large mean
-    rows = 1024
-    cols = max(neighbors, workspace(image.device) // rows)
+def exact(
+    query: Tensor, bank: Tensor, neighbors: int, shape: tuple[int, int] | None = None, box: tuple[int, int] = (0, 0), start: int = 0
+) -> Neighbours:
+    """The exact neighbours of patches (Q, D) among patches (M, D), by tiled matrix products in bounded memory.
+
+    With `shape`, the grid (h, w) of one image, the queries are its patches start, start + 1, … and the bank all of them.
+    """
+    middle = bank.mean(0)  # |P|² + |Q|² − 2P·Q loses digits to a large mean
+    bank, query = bank - middle, query - middle
+    rows, cols = 512, max(neighbors, 4 * workspace(bank.device) // 512)
     parts = []
-    for q in query.split(rows):
-        a = vectors_at(centred, q, patch)  # (rows, D)
-        best = torch.full((len(q), neighbors), math.inf, device=image.device)
-        index = torch.zeros((len(q), neighbors), dtype=torch.int64, device=image.device)
-        for start in range(0, h * w, cols):
-            other = torch.arange(start, min(start + cols, h * w), device=image.device)
-            b = vectors_at(centred, other, patch)  # (cols, D)
-            d = torch.addmm(b.square().sum(1)[None] + a.square().sum(1)[:, None], a, b.T, alpha=-2)
-            d = d.clamp_min_(0).masked_fill_(boxed(place(q[:, None], w), place(other, w), box), math.inf)
+    for first in range(0, len(query), rows):
+        a = query[first : first + rows]
+        own = torch.arange(start + first, start + first + len(a), device=bank.device)
+        best = torch.full((len(a), neighbors), math.inf, device=bank.device)
+        index = torch.zeros((len(a), neighbors), dtype=torch.int64, device=bank.device)
+        for begin in range(0, len(bank), cols):
+            b = bank[begin : begin + cols]
+            other = torch.arange(begin, begin + len(b), device=bank.device)
+            d = torch.addmm(b.square().sum(1)[None] + a.square().sum(1)[:, None], a, b.T, alpha=-2).clamp_min_(0)
+            if shape is not None:
+                d = d.masked_fill_(boxed(place(own[:, None], *shape), place(other, *shape), box), math.inf)
             d, where = torch.cat([best, d], 1).topk(neighbors, 1, largest=False)
-            best, index = d, torch.cat([index, other.expand(len(q), -1)], 1).gather(1, where)
+            best, index = d, torch.cat([index, other.expand(len(a), -1)], 1).gather(1, where)
         # the differences themselves: the products were good enough to choose, not to weigh
-        for i, d, x in zip(index.split(128), best.split(128), a.split(128), strict=True):
-            msd = (vectors_at(centred, i, patch) - x[:, None]).square_().mean(-1)
-            parts.append((i, msd.masked_fill(d.isinf(), math.inf)))
+        msd = distances(bank, a, index) / bank.shape[1]
+        parts.append((index, msd.masked_fill(best.isinf(), math.inf)))
     return Neighbours(torch.cat([i for i, _ in parts]), torch.cat([d for _, d in parts]))
 
 
-def trees(
-    table: Tensor, shape: tuple[int, int], channels: int, neighbors: int, box: tuple[int, int], count: int, rounds: int, seed: int
-) -> Neighbours:
-    """An approximate search of all patches, a centred table (P, C·p²) on a grid of `shape` (h, w): random trees, then propagation.
+def principal_axes(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> the axes (B, C·p², K) of the largest variances of every image's patches, largest first, from 4,000 of them or so."""
+    h, w = grid(*images.shape[2:], patch)
+    step = max(1, math.isqrt(h * w // 4000))
+    x = F.unfold(images, patch, stride=step)  # (B, D, n)
+    x = x - x.mean(2, keepdim=True)
+    return torch.linalg.eigh(x @ x.mT).eigenvectors[:, :, -KEYS:].flip(2)
 
-    A tree halves the patches again and again at the median of a random direction of large variance, so that its leaves have one size;
-    within a leaf each patch is compared with all others by a matrix product. Propagation then tries the neighbours of the adjacent
-    patches, moved along.
+
+def project(images: Tensor, axes: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> the numbers (B·h·w, K) of all patches along their image's axes (B, C·p², K), or those of all (1, C·p², K)."""
+    b, c = images.shape[:2]
+    groups = len(axes)
+    kernel = axes.mT.reshape(-1, c, patch, patch)
+    return F.conv2d(images.reshape(b // groups, groups * c, *images.shape[2:]), kernel, groups=groups).reshape(b, axes.shape[2], -1).mT.flatten(0, 1)
+
+
+def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """A fast search of images (B, C, H, W), with grids of odd sides, for the patches of even number: index and distance (B·Q, n) of keys.
+
+    Even numbers are a checkerboard. A tree's leaf has queries and candidates, which are patches of even or, in every second tree, of odd
+    number; each query is compared with all candidates by a matrix product. −1 and inf where there is no neighbour.
     """
-    p = math.isqrt(table.shape[1] // channels)
-    size = len(table)
-    norm = table.square().sum(1)
-    keys = table @ low_frequencies(p, channels, table.device).to(table.dtype)  # (P, K)
-    levels = max(0, math.floor(math.log2(size / leaf_size(box))))
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randn(count, max(levels, 1), keys.shape[1], generator=generator).to(table.device)
-    found = [search_leaves(table, norm, shape[1], plant(keys, levels, s), neighbors, box) for s in starts]
+    shape = grid(*images.shape[2:], patch)
+    size = shape[0] * shape[1]
+    keys = project(images, principal_axes(images, patch), patch)
+    first = size * torch.arange(len(images), device=images.device)[:, None]
+    even, odd = (first + torch.arange(parity, size, 2, device=images.device) for parity in (0, 1))  # (B, Q), (B, Q − 1)
+    levels = max(0, math.floor(math.log2(even.shape[1] / leaf_size(box))))
+    found = []
+    for tree in range(TREES):
+        starts = random_starts(tree, levels, seed, keys)
+        queries, candidates, *_ = plant(keys, starts, even, odd if tree % 2 else None)
+        found.append(search_leaves(keys, queries, candidates, shape, even.numel(), neighbors, box))
     index, distance = merge(found, neighbors)
-    del found
-    for _ in range(rounds):
-        index, distance = propagate(table, index, distance, shape, box)
-    index = index.clamp_min(0).long()
-    msd = distances(table, index) / table.shape[1]
-    msd, order = msd.masked_fill(distance.isinf(), math.inf).sort(1)
-    return Neighbours(index.gather(1, order), msd)
+    for _ in range(ROUNDS):
+        index, distance = propagate(keys[0::2] if len(images) == 1 else keys[even.flatten()], keys, index, distance, shape, shape, box)
+    return index, distance
 
 
-def low_frequencies(patch: int, channels: int, device: torch.device) -> Tensor:
-    """The lowest cosines of a patch for each channel, as columns (C·p², K), which hold nearly all of a natural patch's energy."""
-    side = torch.arange(patch, device=device)
-    waves = torch.cos(math.pi * (side[:, None] + 0.5) * side / patch)
-    waves = waves / waves.norm(dim=0)  # (p, p) pixel by frequency
-    pairs = [(u, v) for u in range(patch) for v in range(patch) if u + v < min(5, patch)]
-    flat = torch.stack([torch.outer(waves[:, u], waves[:, v]).flatten() for u, v in pairs], 1)  # (p², K/C)
-    return torch.block_diag(*[flat] * channels)
+def build(images: Tensor, patch: int, seed: int) -> Index:
+    """The index of all patches of reference images (N, C, H, W)."""
+    axes = principal_axes(images.movedim(0, 1).flatten(1, 2)[None], patch)
+    keys = project(images, axes, patch)
+    levels = max(0, math.floor(math.log2(len(keys) / LEAF)))
+    every = torch.arange(len(keys), device=keys.device)[None]
+    trees = [plant(keys, random_starts(tree, levels, seed, keys), every)[1:] for tree in range(TREES)]
+    leaves, directions, limits = (torch.stack(parts) for parts in zip(*trees, strict=True))
+    return Index(axes, keys, leaves.int(), directions, limits)
 
 
-def plant(keys: Tensor, levels: int, starts: Tensor) -> Tensor:
-    """Patches (P, K) sorted into a tree's leaves (2^levels, L) of one size; the number P fills the vacant places.
+def among(images: Tensor, index: Index, shape: tuple[int, int], patch: int, neighbors: int) -> tuple[Tensor, Tensor]:
+    """A fast search of an index, of references with grids of `shape`, for the patches of even number of images: as `within`."""
+    own = grid(*images.shape[2:], patch)
+    keys = project(images, index.axes, patch).unflatten(0, (len(images), -1))[:, ::2].flatten(0, 1)  # (B·Q, K)
+    found = []
+    for leaves, directions, limits in zip(*index[2:], strict=True):
+        node = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+        for _ in range(int(math.log2(len(leaves)))):
+            height = (directions[node] * keys[:, :SPLIT]).sum(1)
+            node = 2 * node + 1 + (height > limits[node])
+        candidate = leaves[node - len(limits)]  # (B·Q, L)
+        distance, order = distances(index.keys, keys, candidate).topk(min(neighbors, candidate.shape[1]), 1, largest=False)
+        found.append((candidate.gather(1, order), distance))
+    best, distance = merge(found, neighbors)
+    for _ in range(ROUNDS):
+        best, distance = propagate(keys, index.keys, best, distance, own, shape, None)
+    return best, distance
 
-    starts (levels, K) are random directions, which one step of the power method turns towards each node's large variances.
+
+def random_starts(tree: int, levels: int, seed: int, keys: Tensor) -> Tensor:
+    """Random directions (levels, S), one for each level of a tree."""
+    return torch.randn(levels, min(SPLIT, keys.shape[1]), generator=torch.Generator().manual_seed(TREES * seed + tree)).to(keys)
+
+
+def plant(keys: Tensor, starts: Tensor, queries: Tensor, candidates: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort patches into a tree: the leaves (B·2^levels, L) of queries (B, Q) and of candidates, by default the same, for each of B images.
+
+    A node is halved at the median along a random direction, which one step of the power method turns towards its large variances; the
+    candidates at their own median. To fill leaves of one size some patches come twice. Also directions and medians of all nodes (B = 1).
     """
-    size = len(keys)
-    length = -(-size // 2**levels)
-    empty = length * 2**levels - size
-    order = torch.cat([torch.arange(size, device=keys.device), torch.full((empty,), size, device=keys.device)])[None]
-    keys = torch.cat([keys, keys.new_zeros(1, keys.shape[1])])
-    for start in starts[:levels]:
-        x = keys[order]  # (nodes, places, K)
-        x = x - x.mean(1, keepdim=True)
-        direction = ((x @ start)[:, None] @ x)[:, 0]  # (nodes, K)
-        height = (x @ direction[:, :, None])[..., 0]
-        # vacant places go to both sides in turn, or the last leaf would have nothing else
-        vacant = order == size
-        height = torch.where(vacant, torch.where(vacant.cumsum(1) % 2 == 0, math.inf, -math.inf), height)
-        order = order.gather(1, height.argsort(1)).view(2 * len(order), -1)
-    return order
+    leaves = 2 ** len(starts)
+    queries = torch.cat([queries, queries[:, : -queries.shape[1] % leaves]], 1)
+    other = candidates is not None
+    if other:
+        candidates = torch.cat([candidates, candidates[:, : -candidates.shape[1] % leaves]], 1)
+    keys = keys[:, :SPLIT].contiguous()
+    directions, limits = [], []
+    for start in starts:
+        x = keys[queries]  # (nodes, places, S)
+        centred = x - x.mean(1, keepdim=True)
+        direction = ((centred @ start)[:, None] @ centred)[:, 0]  # (nodes, S)
+        height, order = (x @ direction[:, :, None])[..., 0].sort(1)
+        queries = queries.gather(1, order).view(2 * len(queries), -1)
+        directions.append(direction)
+        limits.append(height[:, height.shape[1] // 2 - 1])
+        if other:
+            order = (keys[candidates] @ direction[:, :, None])[..., 0].argsort(1)
+            candidates = candidates.gather(1, order).view(2 * len(candidates), -1)
+    directions = torch.cat(directions) if len(starts) else keys.new_empty(0, keys.shape[1])
+    return queries, candidates if other else queries, directions, torch.cat(limits) if len(starts) else keys.new_empty(0)
 
 
-def search_leaves(table: Tensor, norm: Tensor, w: int, leaves: Tensor, keep: int, box: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The `keep` nearest patches within each patch's leaf: patch numbers (P, keep) and squared distances (P, keep), −1 and inf for none.
+def search_leaves(
+    keys: Tensor, queries: Tensor, candidates: Tensor, shape: tuple[int, int], count: int, keep: int, box: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The `keep` nearest candidates in the leaf of each of `count` patches of even number: index and distance (count, keep), −1 and inf for none.
 
     Distance and column share one int32 (positive floats are ordered as integers), so that a minimum over a group includes its place. Of
     two among the n best in one group the worse is lost, but this is a hundred times cheaper than a full sort, and other trees find it.
     """
-    size, length = len(table), leaves.shape[1]
+    size, length = shape[0] * shape[1], candidates.shape[1]
+    keep = min(keep, GROUPS)
     low = 2 ** (length - 1).bit_length() - 1
-    column = torch.arange(length, device=table.device, dtype=torch.int32)
-    spare = -length % GROUPS
-    index = torch.empty(size + 1, keep, dtype=torch.int32, device=table.device)
-    distance = torch.empty(size + 1, keep, device=table.device)
-    for part in leaves.split(max(1, workspace(table.device) // length**2)):
-        member = part.clamp_max(size - 1)
-        x, n = table[member], norm[member]
-        d = torch.baddbmm(n[:, None] + n[:, :, None], x, x.mT, alpha=-2).clamp_min_(0)  # (leaves, L, L)
-        y, x = place(member, w)
-        barred = boxed((y[:, :, None], x[:, :, None]), (y[:, None], x[:, None]), box) | (part == size)[:, None]
+    column = torch.arange(length, device=keys.device, dtype=torch.int32)
+    norm = keys.square().sum(1)
+    index = torch.empty(count, keep, dtype=torch.int32, device=keys.device)
+    distance = torch.empty(count, keep, device=keys.device)
+    leaves = max(1, workspace(keys.device) // (queries.shape[1] * length))
+    for q, c in zip(queries.split(leaves), candidates.split(leaves), strict=True):
+        d = torch.baddbmm(norm[c][:, None] + norm[q][:, :, None], keys[q], keys[c].mT, alpha=-2).clamp_min_(0)  # (leaves, Q, L)
+        y, x = place(c, *shape)
+        own = place(q, *shape)
+        barred = boxed((own[0][:, :, None], own[1][:, :, None]), (y[:, None], x[:, None]), box)
         key = (d.view(torch.int32) & ~low).bitwise_or_(column).masked_fill_(barred, FAR)
-        key = F.pad(key, (0, spare), value=FAR).unflatten(2, (-1, GROUPS)).amin(2)
-        key = key.topk(min(keep, GROUPS), 2, largest=False).values  # (leaves, L, keep)
+        key = F.pad(key, (0, -length % GROUPS), value=FAR).unflatten(2, (-1, GROUPS)).amin(2)
+        key = key.topk(keep, 2, largest=False).values  # (leaves, Q, keep)
         where = (key & low).clamp_max_(length - 1).long()
-        there = member[:, None].expand(-1, length, -1).gather(2, where).masked_fill_(key == FAR, -1)
-        index[part.flatten()] = there.flatten(0, 1).int()
-        distance[part.flatten()] = (key & ~low).view(torch.float32).masked_fill_(key == FAR, math.inf).flatten(0, 1)
-    return index[:size], distance[:size]
+        there = c[:, None].expand(-1, q.shape[1], -1).gather(2, where).masked_fill_(key == FAR, -1)
+        row = (torch.div(q, size, rounding_mode="floor") * ((size + 1) // 2) + q % size // 2).flatten()
+        index[row] = there.flatten(0, 1).int()
+        distance[row] = (key & ~low).view(torch.float32).masked_fill_(key == FAR, math.inf).flatten(0, 1)
+    return index, distance
 
 
 def merge(found: list[tuple[Tensor, Tensor]], keep: int) -> tuple[Tensor, Tensor]:
@@ -200,30 +260,44 @@ def merge(found: list[tuple[Tensor, Tensor]], keep: int) -> tuple[Tensor, Tensor
     return torch.cat([i for i, _ in parts]), torch.cat([d for _, d in parts])
 
 
-def distances(table: Tensor, index: Tensor) -> Tensor:
-    """Squared distances (P, M) of each patch of the table (P, D) to the patches index (P, M)."""
-    rows = max(1, workspace(table.device) // (index.shape[1] * table.shape[1]))
+def distances(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
+    """Squared distances (Q, n) of patches (Q, D) to the patches `index` (Q, n) of a bank (M, D)."""
+    rows = max(1, 2 * workspace(bank.device) // (index.shape[1] * bank.shape[1]))
     parts = [
-        table.index_select(0, i.flatten()).view(*i.shape, -1).sub_(own[:, None]).square_().sum(-1)
-        for i, own in zip(index.split(rows), table.split(rows), strict=True)
+        bank.index_select(0, i.flatten()).view(*i.shape, -1).sub_(own[:, None]).square_().sum(-1)
+        for i, own in zip(index.split(rows), query.split(rows), strict=True)
     ]
     return torch.cat(parts)
 
 
-def propagate(table: Tensor, index: Tensor, distance: Tensor, shape: tuple[int, int], box: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """One round: the four best of each of the four adjacent patches, moved along, compete with the neighbours found so far."""
-    h, w = shape
-    device = index.device
-    y = torch.arange(h, device=device, dtype=index.dtype)[:, None, None]
-    x = torch.arange(w, device=device, dtype=index.dtype)[None, :, None]
-    best = index[:, :4].view(h, w, -1)
+def propagate(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    distance: Tensor,
+    own: tuple[int, int],
+    shape: tuple[int, int],
+    box: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """One round: the four best of each of the four diagonal patches, moved along, compete with the neighbours (B·Q, n) found so far.
+
+    Queries are the patches of even number on grids `own`; the bank has grids of `shape`, and `box` excludes offsets if they are the same.
+    """
+    h, w = own
+    images = len(index) * 2 // (h * w)
+    number = torch.arange(0, h * w, 2, device=index.device, dtype=index.dtype)
+    y, x = torch.div(number, w, rounding_mode="floor"), number % w  # (Q,)
+    best = index[:, :4].view(images, -1, 4)
     moved = []
-    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-        from_y, from_x = (y + dy).clamp(0, h - 1), (x + dx).clamp(0, w - 1)
-        there = best[from_y[:, 0], from_x[..., 0]]  # (h, w, 4)
-        to_y = (torch.div(there, w, rounding_mode="floor") + y - from_y).clamp(0, h - 1)
-        to_x = (there % w + x - from_x).clamp(0, w - 1)
-        moved.append(torch.where(boxed((y, x), (to_y, to_x), box), -1, to_y * w + to_x).flatten(0, 1))
-    candidate = torch.cat(moved, 1)  # (P, 16)
-    reach = distances(table, candidate.clamp_min(0)).masked_fill_(candidate < 0, math.inf)
+    for dy, dx in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        from_y, from_x = y + dy, x + dx
+        inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
+        there = best[:, torch.where(inside, torch.div(from_y * w + from_x, 2, rounding_mode="floor"), 0).long()]  # (B, Q, 4)
+        to_y, to_x = torch.div(there, shape[1], rounding_mode="floor") % shape[0] - dy, there % shape[1] - dx
+        valid = inside[:, None] & (there >= 0) & (to_y >= 0) & (to_y < shape[0]) & (to_x >= 0) & (to_x < shape[1])
+        if box is not None:
+            valid &= ~boxed((y[:, None], x[:, None]), (to_y, to_x), box)
+        moved.append(torch.where(valid, there - dy * shape[1] - dx, -1))
+    candidate = torch.cat(moved, 2).flatten(0, 1)  # (B·Q, 16)
+    reach = distances(bank, query, candidate.clamp_min(0)).masked_fill_(candidate < 0, math.inf)
     return merge([(index, distance), (candidate, reach)], index.shape[1])
