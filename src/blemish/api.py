@@ -24,6 +24,7 @@ from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.result import Result
 from blemish.features.weights import BUNDLED
+from blemish.run.auto import AUTO, FEW, choose
 from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
 from blemish.run.evaluate import Calibrate
@@ -49,6 +50,7 @@ class AnomalyDetector:
     says what is white: 255 of uint8, 65535 of uint16, 1 of floats. InputError for an option, a value or an image that cannot be used.
 
     Args:
+        method: as in configs/model, or "auto": `train` chooses it by the number of images, and logs which and why.
         roi: mask as a file or an array (H, W) or (H, W, C), white inside the ROI, see `data.masks.interpret`.
         options: SETTINGS of train.yaml; recipe (False: the paper's settings); epochs of a method that trains; calibration (share held out);
             value_range ((lo, hi) of deep images); device; progress; every constructor argument of the method. Without `backbone` and
@@ -56,6 +58,8 @@ class AnomalyDetector:
     """
 
     def __init__(self, method: str = "self_similarity", *, roi: str | Path | np.ndarray | None = None, **options: Any):
+        self._auto = dict(options) if method == AUTO else None  # what `train` chooses a method with
+        method = choose(FEW + 1, 0)[0] if method == AUTO else method
         self._begin(configured(method, options), options.get("device", "auto"), one_mask(roi))
         if "epochs" in options and not isinstance(self.model, TrainedDetector):
             raise InputError(f"epochs={options['epochs']}: {method} fits in a single pass or not at all; leave epochs out")
@@ -131,6 +135,12 @@ class AnomalyDetector:
     def train(self, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
         """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself."""
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
+        if self._auto is not None:
+            method, reason = choose(len(normal) + len(held_out), 0)
+            log.info("%s: %s", method, reason)
+            alpha = self.alpha
+            self._begin(configured(method, self._auto), str(self.device), self.roi)
+            self.alpha = alpha
         model = build_model(self.cfg)
         data = self._data(normal, held_out) if model.needs_fit else self._data([], normal + held_out)
         model.check_images(data.count("train"), data.count("calibrate"))
@@ -209,6 +219,7 @@ class AnomalyDetector:
         path = Path(path).expanduser()
         cfg, model = load(path, device)
         detector = cls.__new__(cls)
+        detector._auto = None
         try:
             roi, cfg.data.roi, cfg.logger = one_mask(cfg.data.roi), None, None
             if "weights" in cfg.model:

@@ -250,6 +250,7 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
         import hydra
         from hydra._internal.utils import get_args_parser
 
+        from blemish.run import auto
         from blemish.run.config import check_overrides, configs, run_cli
 
     parser = get_args_parser()
@@ -275,7 +276,10 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
     overrides = [path_as_typed(text, several) for text in overrides]
     if not of_hydra:  # else Hydra does something of its own
         keys = [text for text in overrides if text not in flags]
-        overrides = [*flags, *run_cli(lambda _: check_overrides(keys, name, several), None)]
+        found = run_cli(lambda _: check_overrides(keys, name, several), None)
+        if name == "train" and not several:
+            found = run_cli(lambda _: auto.resolve(found), None)
+        overrides = [*flags, *found]
     sys.argv = [words[0], *overrides]
     if name == "train" and several and not of_hydra:
         from blemish.run.sweep import launch

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from blemish.data.synthetic import write as synthesize
 from blemish.edge.errors import InputError
 from blemish.files import is_locked, read_json, write_csv
+from blemish.run import auto
 from blemish.run.config import (
     build,
     check_config,
@@ -214,7 +215,7 @@ def as_command(command: list[str], overrides: list[str]) -> None:
         sys.argv = [*command, *overrides]  # for the record, and for further processes of a training
         report(run_cli(train, cfg), cfg.run_dir)
 
-    sys.argv = [command[0], *overrides]
+    sys.argv = [command[0], *run_cli(lambda _: auto.resolve(overrides), None)]
     hydra.main(config_path=str(configs()), config_name="train", version_base="1.3")(single)()
 
 

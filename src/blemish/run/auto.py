@@ -1,0 +1,37 @@
+"""recipe=auto: the recipe that fits the number of images and labels, by the curves of docs/choosing.md."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from blemish.run.config import build, composed, parse
+from blemish.types import NORMAL
+
+AUTO = "auto"
+FEW = 16  # normal images up to which a subspace ranks at least as well as a memory bank, at a fraction of its size
+LABELS = 10  # labelled defects from which a network that is taught them ranks better than methods that know normal images alone
+
+
+def choose(normal: int, defects: int, unlabelled: bool = False) -> tuple[str, str]:
+    """The recipe for so many normal images and labelled defects, or for images of which nothing is known, and the reason."""
+    if unlabelled or not normal:
+        return "mutual", "no image is known to be normal: they are compared with each other"
+    known = f"{normal} normal images, {defects} labelled defects"
+    if defects >= LABELS:
+        return "supersimplenet", f"{known}: from {LABELS} labelled defects on they are worth learning from"
+    if normal <= FEW:
+        return "subspace", f"{known}: up to {FEW} normal images, a subspace of their patches"
+    return "patchcore", f"{known}: more than {FEW} normal images, a memory bank of their patches"
+
+
+def resolve(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a training with recipe=auto replaced by the recipe chosen for its data, which is printed with the reason."""
+    found = parse(overrides)
+    if not any(one.key_or_group == "recipe" and one.value() == AUTO for one in found):
+        return list(overrides)
+    cfg = composed(*overrides)
+    samples = build(cfg.data).listed()
+    normal = sum(sample.split in ("train", "calibrate") and sample.label == NORMAL for sample in samples)
+    recipe, reason = choose(normal, sum(sample.split == "defects" for sample in samples), cfg.protocol == "unlabelled")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"recipe={recipe}: {reason} (recipe=auto)", markup=False)
+    return [f"recipe={recipe}" if one.key_or_group == "recipe" else one.input_line for one in found]
