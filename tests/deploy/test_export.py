@@ -98,7 +98,12 @@ def scaled(pictures: torch.Tensor, side: int) -> torch.Tensor:
 
 
 SETTINGS = [
-    ("padim", "model.n_features=3", "model.draws=2", "model.align=bilinear"),  # more images than channels: the triangular form, of fewer than BLOCKS rows
+    (
+        "padim",
+        "model.n_features=3",
+        "model.draws=2",
+        "model.align=bilinear",
+    ),  # more images than channels: the triangular form, of fewer than BLOCKS rows
     ("padim", "model.n_features=7"),
     ("patchcore", "model.embedding=concatenate", "model.num_neighbors=3"),
     ("patchcore", "model.embed_dim=16", "model.reweight=false"),

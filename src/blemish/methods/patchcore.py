@@ -61,6 +61,7 @@ class PatchCore(OnePassDetector):
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
         self.backbone = Features(backbone, stages, weights, seed)
         self.embedding, self.patch_size, self.embed_dim = embedding, patch_size, embed_dim
+        self.dims = sum(self.backbone.channels) if embedding == "concatenate" else embed_dim
         self.coreset, self.coreset_ratio, self.projection = coreset, coreset_ratio, projection
         self.num_neighbors, self.sigma, self.seed = num_neighbors, sigma, seed
         self.add_buffers("bank", "radius")  # (M, D), (M,)
@@ -134,7 +135,7 @@ class PatchCore(OnePassDetector):
         if self.neighbours and len(self.bank) > 1:
             x = x.gather(1, worst[:, :, None].expand(-1, -1, x.shape[2]))[:, 0]  # (B, D)
             first, index = first.gather(1, worst), index.gather(1, worst)[:, 0]
-            score = score * weight(x, first[:, 0], self.bank, index, self.neighbours)[:, None]
+            score = score * weight(x, first[:, 0], self.bank, index, self.neighbours, self.dims)[:, None]
         return self.from_map(map, score[:, 0])
 
 
@@ -143,7 +144,8 @@ def embed(maps: Maps, embedding: str, patch_size: int, embed_dim: int) -> Tensor
 
     `official`, as the authors' code: the C·k² values of a patch of each stage are pooled to D = `embed_dim`, and then those of all stages
     together, which gives each stage the same share. `mean`: means over the k×k cells come first, then the same two poolings, of
-    channels. `concatenate`: these means as they are, D = ΣC. Coarse stages are resized bilinearly.
+    channels. `concatenate`: these means as they are, D = ΣC. Coarse stages are resized bilinearly. A share of D larger than the number of
+    values that are pooled would only repeat them: there are then as many, turned so that distances are those of the pooled ones.
     """
     parts, count, k = [], len(maps), patch_size
     for stage in maps:
@@ -165,7 +167,8 @@ def embed(maps: Maps, embedding: str, patch_size: int, embed_dim: int) -> Tensor
 def pooling(channels: int, patch_size: int, embed_dim: int, stages: int) -> Tensor:
     """Adaptive average pooling of the C·k² values around a cell to `embed_dim`, as the weight (D, C, k, k) of a convolution.
 
-    Where the second pooling, of D values of each of S stages to D, mixes no two stages, it is included: (D / S, C, k, k).
+    Where the second pooling, of D values of each of S stages to D, mixes no two stages, it is included: (D / S, C, k, k). If that has more
+    rows than there are values, the symmetric root of the same norms takes its place: (C·k², C, k, k).
     """
     with torch.inference_mode(False):
         length, at = channels * patch_size**2, torch.arange(embed_dim)[:, None]
@@ -174,17 +177,22 @@ def pooling(channels: int, patch_size: int, embed_dim: int, stages: int) -> Tens
         rows = inside / inside.sum(1, keepdim=True)
         if embed_dim % stages == 0:
             rows = rows.unflatten(0, (-1, stages)).mean(1)
+            if len(rows) > length:
+                value, vector = torch.linalg.eigh(rows.double().T @ rows.double())
+                # unlike a triangular factor the symmetric root is unique, so that a bank fits the queries of another machine
+                rows = ((vector * value.clamp(min=0).sqrt()) @ vector.T).float()
         return rows.unflatten(1, (channels, patch_size, patch_size))
 
 
-def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int) -> Tensor:
+def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int, dims: int) -> Tensor:
     """The factor (B,) of eq. 7 for patches x (B, D) at `distance` (B,) from their nearest bank rows `index` (B,).
 
-    1 - exp(‖x - m*‖ / √D) / Σ exp(‖x - m‖ / √D) over the `count` rows m of the bank nearest to m*, including itself: smallest where
-    the bank is dense, near 1 where it is sparse. The paper does not divide; its exponentials then saturate at distances in the tens.
+    1 - exp(‖x - m*‖ / √D) / Σ exp(‖x - m‖ / √D), D = `dims`, over the `count` rows m of the bank nearest to m*, including itself:
+    smallest where the bank is dense, near 1 where it is sparse. The paper does not divide; its exponentials then saturate at distances
+    in the tens.
     """
     _, around = nearest(bank[index], bank, min(count, len(bank)))  # (B, b)
-    scale = x.shape[1] ** 0.5
+    scale = dims**0.5
     return 1 - torch.exp(distance / scale - (distances(x, bank[around]) / scale).logsumexp(1))
 
 
