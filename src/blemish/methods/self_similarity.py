@@ -31,6 +31,8 @@ class SelfSimilarity(OnePassDetector):
     either purpose. Images may have any size.
     """
 
+    quick = ("model.normalize=none",)  # a random network's features hardly differ but in magnitude
+
     def __init__(
         self,
         backbone: str,
