@@ -23,7 +23,7 @@ from blemish.run.train import train
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "results" / "performance" / "exports.json"
-SMALL = ["data=textures", "data.category=brick", "backbone=test_resnet", "weights=random", "batch_size=8", "trainer=cpu"]
+SMALL = ["data=textures", "data.category=brick", "backbone=test_resnet", "weights=random", "batch_size=8", "epoch_size=null", "trainer=cpu"]
 SILENT = ["logger=none", "trainer.enable_progress_bar=false", "save.pictures=0", "save.curves=false", "store=off", "save.state=false"]
 MORE = {
     "ganomaly": ["model.channels=8"],

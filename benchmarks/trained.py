@@ -33,7 +33,7 @@ METHODS = {
     "autoencoder": [],
     "vae": [],
     "lake": [],
-    "ganomaly": [],
+    "ganomaly": ["batch_size=16"],
     "riad": ["model.channels=16", "batch_size=8"],
     "patch_svdd": ["model.strides={64: 16, 32: 8}"],
 }
@@ -42,8 +42,8 @@ STORED = ("stfpm", "reverse_distillation", "cflow", "dfr", "dfr, vgg19")
 LONGER = {"dfr": 9, "patch_svdd": 9, "stfpm": 5, "dfr, vgg19": 2}
 TRAIN, TEST = 90, 38
 REPEATS = 2
-FIXED = ["data=mvtec", "data.category=screw", "protocol=paper", "image_size=256", "epoch_size=null", "trainer=cpu", "trainer.enable_progress_bar=false"]
-FIXED += ["logger=none", "save.pictures=0", "save.curves=false", "save.state=false", "save.checkpoint=false"]
+FIXED = ["data=mvtec", "data.category=screw", "protocol=paper", "image_size=256", "trainer=cpu", "trainer.enable_progress_bar=false"]
+FIXED += ["epoch_size=null", "logger=none", "save.pictures=0", "save.curves=false", "save.state=false", "save.checkpoint=false"]
 
 
 def once(method: str, epochs: int, options: list[str], folder: Path) -> dict:

@@ -57,7 +57,7 @@ def tiny_overrides(root: Path) -> list[str]:
     """What makes a quick run on `tiny` with timm's test network, that draws nothing."""
     data = ["data=folder", f"data.root='{root}'", "data.normal_test=normal_test", "data.abnormal=[square]", "data.masks=masks"]
     quick = ["backbone=test_resnet", "weights=random", "image_size=64", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
-    return [*data, "data.calibration=0.2", *quick, "batch_size=8", *UNDRAWN]
+    return [*data, "data.calibration=0.2", *quick, "batch_size=8", "epoch_size=null", *UNDRAWN]
 
 
 def tiny_run(root: Path, run_dir: Path, *overrides: str) -> DictConfig:

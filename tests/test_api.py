@@ -30,7 +30,8 @@ from blemish.edge.reading import read
 from blemish.run.predict import predict
 from blemish.run.train import train
 
-TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "batch_size": 8, "device": "cpu", "progress": False}
+TINY = {"backbone": "test_resnet", "weights": "random", "image_size": 64, "batch_size": 8, "epoch_size": None}
+TINY |= {"device": "cpu", "progress": False}
 # a method's file is tested here, not what it learns
 LEAST = {
     "cflow": {"blocks": 2},

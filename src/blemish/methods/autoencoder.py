@@ -17,7 +17,7 @@ from blemish.types import Batch, Prediction
 class ConvAutoencoder(TrainedDetector):
     """Encoder, decoder and optimiser of Bergmann et al., which Autoencoder, VAE and LAKE share."""
 
-    quick = ("trainer.max_epochs=15", "epoch_size=null", "model.learning_rate=0.002")
+    quick = ("trainer.max_epochs=15", "model.learning_rate=0.002")
 
     def build(self, outputs: int) -> None:
         """Make the networks from the saved hyperparameters, with `outputs` numbers of the encoder for each of the `latent` values."""

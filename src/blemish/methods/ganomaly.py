@@ -22,7 +22,7 @@ class GANomaly(TrainedDetector):
     many after each further one up to `max_channels`. `clip` bounds the norm of each network's gradient.
     """
 
-    quick = ("trainer.max_epochs=30", "epoch_size=null", "model.channels=8")
+    quick = ("trainer.max_epochs=30", "model.channels=8")
     clipped_by = "model.clip"
 
     def __init__(

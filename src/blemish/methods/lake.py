@@ -24,7 +24,7 @@ class LAKE(VectorDensity, ConvAutoencoder):
     reduced to at most `components` principal components (paper: neither), so that few images have a density.
     """
 
-    quick = ("trainer.max_epochs=10", "epoch_size=null", "model.learning_rate=0.002")
+    quick = ("trainer.max_epochs=10", "model.learning_rate=0.002")
     min_images = 2
 
     def __init__(
