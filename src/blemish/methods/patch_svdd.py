@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, NOT_NEGATIVE, POSITIVE, TrainedDetector
+from blemish.detector import COUNT, NOT_NEGATIVE, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.ops.maps import paint, starts
 from blemish.ops.neighbours import nearest
@@ -34,7 +34,7 @@ class PatchSVDD(TrainedDetector):
     a step. `strides` {64: s, 32: s} are those of inference, multiples of 2.
     """
 
-    quick = ("trainer.max_epochs=2", "epoch_size=null", "model.learning_rate=0.001", "model.dim=16", "model.pairs=1", "image_size=128")
+    quick = ("trainer.max_epochs=2", "model.learning_rate=0.001", "model.dim=16", "model.pairs=1", "image_size=128")
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PatchSVDD(TrainedDetector):
         super().__init__()
         self.save_hyperparameters()
         self.set_score(score)
-        self.check_arguments(dim=COUNT, pairs=COUNT, weight=NOT_NEGATIVE, learning_rate=POSITIVE)
+        self.check_arguments(dim=COUNT, pairs=COUNT, weight=NOT_NEGATIVE, learning_rate=NOT_NEGATIVE)
         strides = {int(size): stride for size, stride in strides.items()} if isinstance(strides, Mapping) else strides
         complete = isinstance(strides, dict) and set(strides) == set(SIZES)
         if not complete or any(stride not in range(STEP, size + 1, STEP) for size, stride in strides.items()):
