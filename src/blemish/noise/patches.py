@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEYS = 32  # numbers of a patch that the fast search compares
-SPLIT = 16  # the first of them, of which trees take their directions
+SPLIT = 8  # the first of them, of which trees take their directions
 TREES = 4
-ROUNDS = 2  # of propagation after the trees
+ROUNDS = 1  # of propagation after the trees
 GROUPS = 32  # a leaf's distances are reduced to the least of each of 32 groups before the n best are picked
+KEEP = 12  # of a tree
 LEAF = 64  # of the trees of reference images
 FAR = 2**31 - 1
 
@@ -56,7 +57,7 @@ def enough(height: int, width: int, patch: int, neighbors: int, exclusion: int) 
 
 def leaf_size(box: tuple[int, int]) -> int:
     """Smallest leaf of a tree: at most two thirds of it, which has every second patch, lie in the exclusion box."""
-    return max(128, 3 * (box[1] - box[0] + 1) ** 2 // 4)
+    return max(128, (box[1] - box[0] + 1) ** 2 // 2)
 
 
 def workspace(device: torch.device) -> int:
@@ -66,14 +67,14 @@ def workspace(device: torch.device) -> int:
 
 def vectors(images: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> all patches (B·h·w, C·p²)."""
-    return F.unfold(images, patch).transpose(1, 2).flatten(0, 1)
+    return F.unfold(images, patch).transpose(1, 2).contiguous().flatten(0, 1)
 
 
 def boxed(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], box: tuple[int, int]) -> Tensor:
     """Whether patches at `other` (y, x) lie in the exclusion box of those at `own` (y, x), broadcast against each other."""
     # distances from the middle of the box, doubled
-    y, x = ((2 * (there - here)).sub_(box[0] + box[1]).abs_().sub_(box[1] - box[0]) for here, there in zip(own, other, strict=True))
-    return torch.maximum(y, x) <= 0
+    y, x = ((2 * there - (2 * here + (box[0] + box[1]))).abs_() for here, there in zip(own, other, strict=True))
+    return torch.maximum(y, x, out=y) <= box[1] - box[0]
 
 
 def place(index: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
@@ -140,11 +141,12 @@ def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], see
     first = size * torch.arange(len(images), device=images.device)[:, None]
     even, odd = (first + torch.arange(parity, size, 2, device=images.device) for parity in (0, 1))  # (B, Q), (B, Q − 1)
     levels = max(0, math.floor(math.log2(even.shape[1] / leaf_size(box))))
+    ways = [4] * (levels // 2) + [2] * (levels % 2)
     found = []
     for tree in range(TREES):
-        starts = random_starts(tree, levels, seed, keys)
-        queries, candidates, *_ = plant(keys, starts, even, odd if tree % 2 else None)
-        found.append(search_leaves(keys, queries, candidates, shape, even.numel(), neighbors, box))
+        starts = random_starts(tree, len(ways), seed, keys)
+        queries, candidates, *_ = plant(keys, starts, ways, even, odd if tree % 2 else None)
+        found.append(search_leaves(keys, queries, candidates, shape, even.numel(), KEEP, box))
     index, distance = merge(found, neighbors)
     for _ in range(ROUNDS):
         index, distance = propagate(keys[0::2] if len(images) == 1 else keys[even.flatten()], keys, index, distance, shape, shape, box)
@@ -157,7 +159,7 @@ def build(images: Tensor, patch: int, seed: int) -> Index:
     keys = project(images, axes, patch)
     levels = max(0, math.floor(math.log2(len(keys) / LEAF)))
     every = torch.arange(len(keys), device=keys.device)[None]
-    trees = [plant(keys, random_starts(tree, levels, seed, keys), every)[1:] for tree in range(TREES)]
+    trees = [plant(keys, random_starts(tree, levels, seed, keys), [2] * levels, every)[1:] for tree in range(TREES)]
     leaves, directions, limits = (torch.stack(parts) for parts in zip(*trees, strict=True))
     return Index(axes, keys, leaves.int(), directions, limits)
 
@@ -186,30 +188,32 @@ def random_starts(tree: int, levels: int, seed: int, keys: Tensor) -> Tensor:
     return torch.randn(levels, min(SPLIT, keys.shape[1]), generator=torch.Generator().manual_seed(TREES * seed + tree)).to(keys)
 
 
-def plant(keys: Tensor, starts: Tensor, queries: Tensor, candidates: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plant(
+    keys: Tensor, starts: Tensor, ways: list[int], queries: Tensor, candidates: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sort patches into a tree: the leaves (B·2^levels, L) of queries (B, Q) and of candidates, by default the same, for each of B images.
 
     A node is halved at the median along a random direction, which one step of the power method turns towards its large variances; the
     candidates at their own median. To fill leaves of one size some patches come twice. Also directions and medians of all nodes (B = 1).
     """
-    leaves = 2 ** len(starts)
+    leaves = math.prod(ways)
     queries = torch.cat([queries, queries[:, : -queries.shape[1] % leaves]], 1)
     other = candidates is not None
     if other:
         candidates = torch.cat([candidates, candidates[:, : -candidates.shape[1] % leaves]], 1)
     keys = keys[:, :SPLIT].contiguous()
     directions, limits = [], []
-    for start in starts:
+    for start, children in zip(starts, ways, strict=True):
         x = keys[queries]  # (nodes, places, S)
         centred = x - x.mean(1, keepdim=True)
         direction = ((centred @ start)[:, None] @ centred)[:, 0]  # (nodes, S)
         height, order = (x @ direction[:, :, None])[..., 0].sort(1)
-        queries = queries.gather(1, order).view(2 * len(queries), -1)
+        queries = queries.gather(1, order).view(children * len(queries), -1)
         directions.append(direction)
         limits.append(height[:, height.shape[1] // 2 - 1])
         if other:
             order = (keys[candidates] @ direction[:, :, None])[..., 0].argsort(1)
-            candidates = candidates.gather(1, order).view(2 * len(candidates), -1)
+            candidates = candidates.gather(1, order).view(children * len(candidates), -1)
     directions = torch.cat(directions) if len(starts) else keys.new_empty(0, keys.shape[1])
     return queries, candidates if other else queries, directions, torch.cat(limits) if len(starts) else keys.new_empty(0)
 
