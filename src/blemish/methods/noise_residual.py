@@ -1,6 +1,7 @@
-"""Anomaly detection as detection in noise, in one single image (Davy, Ehret, Morel, Delbracio, ICIP 2018; Ehret et al., IPOL 2019)."""
+"""Anomaly detection as detection in noise (Davy, Ehret, Morel, Delbracio, ICIP 2018; Ehret et al., IPOL 2019): one image, or references."""
 
 import importlib
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,31 +10,40 @@ import torch
 import yaml
 from torch import Tensor
 
-from blemish.detector import COUNT, POSITIVE, Detector, integer
+from blemish.detector import COUNT, POSITIVE, Detector, Maps, OnePassDetector, RowBuffer, integer
 from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.noise import background, patches
-from blemish.noise.false_alarms import Alarms, Detection, detections, false_alarms, least, number_of_tests, reference_false_alarms
+from blemish.noise.false_alarms import Alarms, Detection, Law, detections, false_alarms, law_of, least, number_of_tests
+from blemish.noise.false_alarms import original_false_alarms, statistics
 from blemish.noise.gaussianise import gaussianise
-from blemish.noise.pyramid import from_cells, grow, mirrored, pyramid
+from blemish.noise.patches import Index
+from blemish.noise.pyramid import from_cells, grow, mirror, mirrored, pyramid
 from blemish.types import Prediction
 
+log = logging.getLogger(__name__)
 
-class NoiseResidual(Detector):
-    """Subtract from an image what its own patches explain, and test the residual against Gaussian noise at every pixel and scale.
+BORDER = 32  # mirrored pixels around the image of a network, whose own padding would stand out as an anomaly
+BUFFERS = ("bank", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
+
+
+class NoiseResidual(OnePassDetector):
+    """Subtract from an image what patches explain, its own or those of references, and test the residual as noise at every pixel and scale.
 
     The score is −min log10 NFA and the map −log10 NFA; `detect` gives the components of NFA ≤ `epsilon`, of which noise alone has no more
-    than `epsilon` on average, without any training. `residual_of` is the run folder of a trained reconstruction method: image minus
-    reconstruction then replaces the patch model's residual. `mode: measured` measures the tails of the discs' means too, which keeps the
-    bound on textures at the cost of power; `mode: reference` repeats the authors' program, including its known mistakes.
+    than `epsilon` on average. Without `references` nothing is trained: the patches are the image's own, and the law of the residual is
+    Gauss's (`mode: calibrated`), or has the tails that the image itself shows (`measured`, which keeps the bound on textures at the cost
+    of power); `original` repeats the authors' program, including its known mistakes. With `references`, a number of training images, the
+    patches are theirs, and the law is measured on residuals of one half of them by the other.
+
+    `residual_of` is the run folder of a trained reconstruction method: image minus reconstruction then replaces the patch model's residual.
     """
 
     needs_fit = False
     decides_by_map = True
     not_exportable = (
-        "it searches each image's own patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export "
-        "padim or patchcore"
+        "it searches patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export padim or patchcore"
     )
 
     def __init__(
@@ -46,36 +56,45 @@ class NoiseResidual(Detector):
         channels: int,
         scales: int,
         patch: int,
+        patch_cells: int,
         neighbors: int,
         h: float,
         h_relative: float,
         radii: Sequence[int],
+        energy: bool,
         epsilon: float,
         bound: str,
         search: str,
         tile: int,
         mode: str,
+        references: int | None,
         residual_of: str | None,
         seed: int,
     ):
         super().__init__()
         self.save_hyperparameters()
         self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"), patch=integer(2))
-        self.check_arguments(mode=("calibrated", "measured", "reference"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
+        self.check_arguments(mode=("calibrated", "measured", "original"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
         self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=integer(1, each=True), epsilon=POSITIVE)
+        self.check_arguments(patch_cells=integer(2), references=integer(2, also=(None,)), energy=(True, False))
+        self.features_too = source == "features" and residual_of is None
+        patch = patch_cells if self.features_too else patch
         self.check_arguments(tile=integer(2 * patch + 1, 16383))
         check_stages(stage=[stage])
-        self.backbone = Features(backbone, [stage], weights, seed) if source == "features" and residual_of is None else None
+        if references is not None and (residual_of is not None or mode == "original"):
+            raise InputError(f"references={references}: not with residual_of or mode=original; use null")
+        self.backbone = Features(backbone, [stage], weights, seed) if self.features_too else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
-        self.reference, self.measured, self.bound = mode == "reference", mode == "measured", bound
-        self.patch, self.neighbors = patch, neighbors
+        self.original, self.measured, self.bound, self.energy, self.references = mode == "original", mode == "measured", bound, energy, references
+        self.needs_fit, self.patch, self.neighbors, self.seed, self.told = references is not None, patch, neighbors, seed, False
+        self.add_buffers(*(f"{name}{level}" for level in range(scales if references else 0) for name in BUFFERS))
         self.similarity = {
             "patch": patch,
             "neighbors": neighbors,
-            "h": h if source == "pixels" else h_relative,
-            "relative": source == "features",
-            "box": (-patch, patch - 1) if self.reference else (-patch, patch),
+            "h": h_relative if self.features_too else h,
+            "relative": self.features_too,
+            "box": (-patch, patch - 1) if self.original else (-patch, patch),
             "search": search,
             "tile": tile,
             "seed": seed,
@@ -84,6 +103,72 @@ class NoiseResidual(Detector):
     @property
     def map_threshold(self) -> float:
         return -math.log10(self.epsilon)
+
+    @property
+    def promise(self) -> str:
+        """What the bound of `epsilon` rests on."""
+        if self.references is not None:
+            return f"bound measured on {len(self.bank0)} references"
+        kind = {"measured": "measured on the image itself", "calibrated": "for Gaussian residuals only", "original": "none"}
+        return f"bound {kind[self.hparams.mode]}"
+
+    def new_state(self, images: int) -> RowBuffer:
+        return Spread(images, self.references or 0)
+
+    def features(self, image: Tensor) -> Maps:
+        return [image]
+
+    def collect(self, maps: Maps) -> Tensor:
+        return maps[0]
+
+    def fit(self, state: RowBuffer) -> None:
+        """Index the references, and measure the law of the residuals of each half of them by the other."""
+        if self.references is None:
+            return
+        images = state.compute()
+        images = images[torch.linspace(0, len(images) - 1, min(self.references, len(images))).round().long()]
+        if len(images) < 2:
+            raise InputError(f"references={self.references}: found {len(images)} training image; expected 2 or more")
+        for level, u in enumerate(pyramid(images, self.scales)):
+            x = self.channels_of(u)
+            if self.features_too:
+                mean, axes = background.whitening(x.movedim(1, 0).flatten(1)[None], self.components)
+                self.set_buffers(level, white_mean=mean, white_axes=axes)
+                x = background.whiten(x, mean, axes)
+            if not self.has_room(x):
+                break
+            halves = x[::2], x[1::2]
+            residuals = [self.redrawn(a, b, patches.build(b, self.patch, self.seed)) for a, b in (halves, halves[::-1])]
+            self.set_buffers(level, bank=x, law=self.measure(torch.cat(residuals)), **patches.build(x, self.patch, self.seed)._asdict())
+        log.info("noise_residual: %s", self.promise)
+
+    def set_buffers(self, level: int, **values: Tensor) -> None:
+        for name, value in values.items():
+            setattr(self, f"{name}{level}", value)
+
+    def of_level(self, level: int, *names: str) -> list[Tensor]:
+        return [getattr(self, f"{name}{level}") for name in names]
+
+    def redrawn(self, x: Tensor, bank: Tensor, index: Index) -> Tensor:
+        return background.residual(x, **self.similarity, bank=bank, index=index)
+
+    def measure(self, residual: Tensor) -> Tensor:
+        """The laws (R, 5, C + 1) of residuals (N, C, h, w), all images together: rows as in `Law`."""
+        rows = []
+        for mean, energy, share in statistics(residual, self.radii, 0, self.energy):
+            together = [None if a is None else a.transpose(0, 1).flatten(1, 2)[None] for a in (mean, energy)]  # (1, C, N·h, w)
+            law = law_of(*together, share.repeat(1, 1, len(residual), 1), measured=True)
+            channels = residual.shape[1] + 1
+            rows.append(torch.stack([torch.nn.functional.pad(v.flatten(), (0, channels - v.numel())) for v in law]))
+        return torch.stack(rows)
+
+    def laws(self, level: int) -> list[Law] | None:
+        if self.references is None:
+            return None
+        (law,) = self.of_level(level, "law")
+        c = law.shape[2] - 1
+        t = c + self.energy
+        return [Law(*(v[:n].view(1, n, 1, 1) for v, n in zip(rows, (c, 1, 1, t, t), strict=True))) for rows in law]
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Prediction:
@@ -97,18 +182,23 @@ class NoiseResidual(Detector):
     @torch.no_grad()
     def alarms(self, image: Tensor) -> Alarms:
         """The smallest number of false alarms over channels, discs and scales at every pixel."""
+        if not self.told and self.references is None:
+            log.info("noise_residual: %s", self.promise)
+        self.told = True
         height, width = image.shape[2:]
-        noise = [gaussianise(r) for r in self.residuals(image)]  # S × (B, C, h, w)
-        channels, cells = noise[0].shape[1], noise[0].shape[2:]
-        tests = number_of_tests(channels, len(self.radii), *cells, len(noise), self.bound)
+        residuals = self.residuals(image)  # S × (B, C, h, w)
+        channels, cells = residuals[0].shape[1], residuals[0].shape[2:]
+        tests = number_of_tests(channels + self.energy, len(self.radii), *cells, len(residuals), self.bound)
         found = []
-        for level, x in enumerate(noise):
-            if self.reference:
-                alarms = reference_false_alarms(x, self.radii, cells.numel())
-            else:
-                alarms = false_alarms(x, self.radii, tests, self.margin(level), self.measured)
+        for level, x in enumerate(residuals):
             side = (-(-height // 2**level), -(-width // 2**level))
-            found.append([grow(from_cells(a, *side), height, width, level) for a in alarms])
+            if self.original:
+                nfa, radius = original_false_alarms(gaussianise(x), self.radii, math.prod(side))
+            else:
+                x = gaussianise(x) if self.references is None else x
+                nfa, radius = false_alarms(x, self.radii, tests, self.margin(level), self.measured, self.energy, self.laws(level))
+            radius = radius * round(height / x.shape[2])
+            found.append([grow(from_cells(a, *side), height, width, level) for a in (nfa, radius)])
         return least(found)
 
     def margin(self, level: int) -> int:
@@ -118,15 +208,22 @@ class NoiseResidual(Detector):
     def residuals(self, image: Tensor) -> list[Tensor]:
         """The residual (B, C, h, w) of every scale that has room for patches, finest first."""
         if self.reconstruction is not None:
-            residual = self.in_channels(255 * (image - self.reconstruction.reconstruct(image)))
+            residual = 255 * (image - self.reconstruction.reconstruct(image))
+            residual = residual.mean(1, keepdim=True) if self.grey else residual
             room = 4 * max(self.radii)
             return [r for s, r in enumerate(pyramid(residual, self.scales)) if s == 0 or min(r.shape[2:]) - 2 * mirrored(s) > room]
         residuals = []
-        for u in pyramid(image, self.scales):
-            x = self.in_channels(255 * u) if self.backbone is None else self.components_of(u)
-            if not patches.enough(*x.shape[2:], self.patch, self.neighbors, self.patch):
+        for level, u in enumerate(pyramid(image, self.scales)):
+            x = self.channels_of(u)
+            if not self.has_room(x) or (self.references is not None and not len(*self.of_level(level, "bank"))):
                 break
-            residuals.append(background.residual(x, **self.similarity))
+            if self.features_too:
+                white = self.of_level(level, "white_mean", "white_axes") if self.references else background.whitening(x.flatten(2), self.components)
+                x = background.whiten(x, *white)
+            if self.references is None:
+                residuals.append(background.residual(x, **self.similarity))
+            else:
+                residuals.append(self.redrawn(x, *self.of_level(level, "bank"), Index(*self.of_level(level, *Index._fields))))
         if not residuals:
             raise InputError(
                 f"an image of {image.shape[2]}×{image.shape[3]} px has {x.shape[2]}×{x.shape[3]} positions, where a patch of side "
@@ -134,12 +231,36 @@ class NoiseResidual(Detector):
             )
         return residuals
 
-    def in_channels(self, image: Tensor) -> Tensor:
-        return image.mean(1, keepdim=True) if self.grey else image
+    def has_room(self, x: Tensor) -> bool:
+        return patches.enough(*x.shape[2:], self.patch, self.neighbors, self.patch)
 
-    def components_of(self, image: Tensor) -> Tensor:
-        (map,) = self.backbone(image)
-        return background.whiten(background.signed_root(map), self.components)
+    def channels_of(self, image: Tensor) -> Tensor:
+        """What is modelled of images (B, 3, H, W) in [0, 1]: grey levels of 255, or the network's features before they are whitened."""
+        if not self.features_too:
+            return 255 * (image.mean(1, keepdim=True) if self.grey else image)
+        height, width = image.shape[2:]
+        rows, cols = (mirror(size, BORDER, image.device) for size in (height, width))
+        (map,) = self.backbone(image.index_select(2, rows).index_select(3, cols))
+        stride = round((height + 2 * BORDER) / map.shape[2])
+        first = BORDER // stride
+        return background.signed_root(map[:, :, first : first - (-height // stride), first : first - (-width // stride)])
+
+
+class Spread(RowBuffer):
+    """Rows evenly spread over all batches, about `wanted` of `capacity`."""
+
+    def __init__(self, capacity: int, wanted: int):
+        super().__init__(max(1, 2 * wanted))
+        self.step, self.seen = max(1, capacity // max(1, wanted)), 0
+
+    def update(self, rows: Tensor) -> None:
+        first = -self.seen % self.step
+        self.seen += len(rows)
+        rows = rows[first :: self.step][: self.capacity - int(self.count)]
+        if self.count and len(rows) and rows.shape[1:] != self.rows.shape[1:]:
+            raise InputError("image_size=null: references have one size; use a number")
+        if len(rows):
+            super().update(rows)
 
 
 def reconstruction(run: Path) -> Detector:

@@ -1,6 +1,7 @@
 """The number of false alarms of discs on Gaussian noise, and the list of detections."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor
 # name, largest log10 NFA of a detection of this strength, RGB; only colours and names depend on it
 STRENGTHS = (
     ("weak", -2.0, (1.0, 1.0, 1.0)),
-    ("mild", -3.0, (0.0, 1.0, 1.0)),
-    ("strong", -8.0, (0.0, 0.9, 0.0)),
-    ("extremely salient", -21.0, (1.0, 0.55, 0.0)),
+    ("mild", -2.72, (0.0, 1.0, 1.0)),
+    ("strong", -7.39, (0.0, 0.9, 0.0)),
+    ("extremely salient", -20.1, (1.0, 0.55, 0.0)),
 )
 TAIL = (0.05, 0.005)  # shares of the deviations between which their tail is measured
 
@@ -24,7 +25,7 @@ class Alarms(NamedTuple):
     """At every pixel the least likely of all tests that cover it."""
 
     log10_nfa: Tensor  # (B, H, W) float32
-    radius: Tensor  # (B, H, W) int64 radius of that disc, in pixels of its scale; 0 for none
+    radius: Tensor  # (B, H, W) int64 radius of that disc, in pixels of the image; 0 for none
     scale: Tensor  # (B, H, W) int64 pyramid level of that disc, 0 the finest
 
 
@@ -78,11 +79,11 @@ def log10_tail(t: Tensor) -> Tensor:
     return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
 
 
-def log10_weibull_tail(t: Tensor) -> Tensor:
-    """log10 P(T ≥ t) at every pixel of deviations t (B, C, H, W) ≥ 0, by a Weibull law fitted to the tail of each channel.
+def tail_line(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and intercept (B, C, 1, 1) of log(−log P) over log t for deviations t (B, C, H, W) ≥ 0: a Weibull law of each channel's tail.
 
-    log(−log P) is linear in log t (with slope 1 for Laplace, nearly 2 for Gauss), by least squares on the quantiles of TAIL. What lies
-    beyond them has no part in the law by which it is judged.
+    By least squares on the quantiles of TAIL (slope 1 for Laplace, nearly 2 for Gauss). What lies beyond them has no part in the law by
+    which it is judged.
     """
     ordered = t.flatten(2).sort(2, descending=True).values  # (B, C, P)
     count = ordered.shape[2]
@@ -92,37 +93,90 @@ def log10_weibull_tail(t: Tensor) -> Tensor:
     x = ordered[..., [rank - 1 for rank in ranks]].clamp_min(1e-30).log()  # (B, C, 20)
     middle = x.mean(2, keepdim=True)
     slope = ((x - middle) * y).sum(2, keepdim=True) / (x - middle).square().sum(2, keepdim=True).clamp_min(1e-12)  # (B, C, 1)
-    exponent = y.mean() + slope[..., None] * (t.clamp_min(1e-30).log() - middle[..., None])
-    return -exponent.exp() / math.log(10)
+    return slope[..., None], (y.mean() - slope * middle)[..., None]
 
 
-def false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float, margin: int = 0, measured: bool = False) -> tuple[Tensor, Tensor]:
-    """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are Gaussian where there is no anomaly.
+def log10_weibull_tail(t: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
+    """log10 P(T ≥ t) of a law by `tail_line`."""
+    return -(intercept + slope * t.clamp_min(1e-30).log()).exp() / math.log(10)
 
-    NFA = tests · P(|N| ≥ |m|/σ), m the mean over a disc and σ² its variance over the image; the least over discs and channels. Outside the
-    image the residual is zero, and σ² is that of a complete disc: a disc that leaves the image is compared with more noise than it
-    contains, so the border can lose a detection but not add a false one (reflecting the residual would, as means vary more there).
-    `margin` pixels at every side are not tested.
 
-    `measured` takes the larger of that probability and `log10_weibull_tail`: residuals of a texture are dependent, and their means have
-    heavier tails than Gauss. Alarms can only become fewer.
+class Law(NamedTuple):
+    """How the statistics of discs of one radius vary where there is no anomaly: (B, C, 1, 1) by image and channel, or B = 1 for all."""
+
+    variance: Tensor  # of the mean over a complete disc
+    energy: Tensor  # (B, 1, 1, 1) mean of the energy of a complete disc
+    freedom: Tensor  # (B, 1, 1, 1) degrees of freedom of the χ² law that has the energy's mean and variance
+    slope: Tensor | None  # of `tail_line`, with one more channel for the energy; None for Gauss and χ²
+    intercept: Tensor | None
+
+
+def deviations(mean: Tensor, energy: Tensor | None, law: Law) -> Tensor:
+    """Discs' means (B, C, H, W), and energies (B, 1, H, W) if there are any, as standard normal deviations t ≥ 0.
+
+    The energy is χ² with `freedom` degrees of freedom, whose cube root is nearly normal (Wilson and Hilferty) with a heavier far tail.
     """
-    height, width = noise.shape[2:]
-    x = noise[:, :, margin : height - margin, margin : width - margin].double()
-    ones = torch.ones_like(x[:1, :1])
-    lowest = torch.zeros_like(x[:, 0])  # (B, H, W)
-    which = torch.full_like(lowest, radii[0], dtype=torch.int64)
-    for radius, m, share in zip(radii, filter_discs(x, radii, max(radii)), filter_discs(ones, radii, max(radii)), strict=True):
-        sigma = (m.square().mean((2, 3), keepdim=True) / share.mean()).sqrt()  # (B, C, 1, 1)
-        t = m.abs() / sigma.clamp_min(1e-30)
-        p = torch.maximum(log10_tail(t), log10_weibull_tail(t)) if measured else log10_tail(t)
+    t = mean.abs() / law.variance.sqrt().clamp_min(1e-30)
+    if energy is None:
+        return t
+    spread = 2 / (9 * law.freedom)
+    root = (energy / law.energy.clamp_min(1e-30)).clamp_min(0) ** (1 / 3)
+    return torch.cat([t, ((root - 1 + spread) / spread.sqrt()).clamp_min(0)], 1)
+
+
+def law_of(mean: Tensor, energy: Tensor | None, share: Tensor, measured: bool) -> Law:
+    """The law of every image from its own discs, of which `share` (1, 1, H, W) lies inside the image."""
+    part = share.mean()
+    variance = mean.square().mean((2, 3), keepdim=True) / part
+    level = freedom = variance[:, :1]
+    if energy is not None:
+        level = energy.mean((2, 3), keepdim=True) / part
+        freedom = 2 * level.square() / ((energy - level * share).square().mean((2, 3), keepdim=True) / part).clamp_min(1e-30)
+    law = Law(variance, level, freedom, None, None)
+    return Law(*law[:3], *tail_line(deviations(mean, energy, law))) if measured else law
+
+
+def statistics(noise: Tensor, radii: tuple[int, ...], margin: int, energy: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """For each radius the means over discs (B, C, H, W), their energies Σ_c r² (B, 1, H, W) if asked for, and the discs' share inside."""
+    x = noise[:, :, margin : noise.shape[2] - margin, margin : noise.shape[3] - margin].double()
+    reach = max(radii)
+    discs = [filter_discs(x, radii, reach), filter_discs(torch.ones_like(x[:1, :1]), radii, reach)]
+    squares = filter_discs(x.square().sum(1, keepdim=True), radii, reach) if energy else [None] * len(radii)
+    yield from zip(discs[0], squares, discs[1], strict=True)
+
+
+def false_alarms(
+    noise: Tensor,
+    radii: tuple[int, ...],
+    tests: float,
+    margin: int = 0,
+    measured: bool = False,
+    energy: bool = False,
+    laws: Sequence[Law] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are noise where there is no anomaly.
+
+    NFA = tests · P(|N| ≥ t), t the deviation of the mean over a disc, and with `energy` also that of the sum of squares over channels; the
+    least over discs and channels. A disc's `Law` comes from the image itself unless given for every radius. Outside the image the residual
+    is zero, and the law is that of a complete disc: a disc that leaves the image is compared with more noise than it contains, so the
+    border can lose a detection but not add a false one (reflecting the residual would, as means vary more there). `margin` pixels at every
+    side are not tested.
+
+    With `measured` the probability is the larger of that and of `log10_weibull_tail`: residuals of a texture are dependent, and their
+    means have heavier tails than Gauss. Alarms can only become fewer.
+    """
+    lowest, which = None, None
+    for number, (radius, parts) in enumerate(zip(radii, statistics(noise, radii, margin, energy), strict=True)):
+        law = laws[number] if laws is not None else law_of(*parts, measured)
+        t = deviations(*parts[:2], law)
+        p = log10_tail(t) if law.slope is None else torch.maximum(log10_tail(t), log10_weibull_tail(t, law.slope, law.intercept))
         p = p.amin(1)
-        which = torch.where(p < lowest, radius, which)
-        lowest = torch.minimum(lowest, p)
+        which = torch.full_like(p, radius, dtype=torch.int64) if which is None else torch.where(p < lowest, radius, which)
+        lowest = p if lowest is None else torch.minimum(lowest, p)
     return F.pad(lowest, (margin,) * 4).float() + math.log10(tests), F.pad(which, (margin,) * 4)
 
 
-def reference_false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float) -> tuple[Tensor, Tensor]:
+def original_false_alarms(noise: Tensor, radii: tuple[int, ...], tests: float) -> tuple[Tensor, Tensor]:
     """`false_alarms` as in the authors' program, oddities included, to compare with its results.
 
     Circular discs, NFA clamped at 1, then the natural logarithm of C added to the log10 value; values displaced up and left by one pixel,

@@ -86,7 +86,7 @@ def train(cfg: DictConfig) -> dict:
         started = time.perf_counter()
         if past:
             model.update(run.trainer, run.data)
-        elif isinstance(model, OnePassDetector | TrainedDetector):
+        elif model.needs_fit:
             run.trainer.fit(model, datamodule=run.data, ckpt_path=state_in(folder) if resumed else None, weights_only=True)
         if isinstance(model, TrainedDetector):
             record.note(steps_of(run.trainer, images))
