@@ -68,7 +68,7 @@ def test_the_coreset_is_that_of_the_cpu():
     assert farthest_first(rows.cuda(), 100, 0).indices.tolist() == farthest_first(rows, 100, 0).indices.tolist()
 
 
-@pytest.mark.parametrize("changes", [{}, {"search": "exact"}, {"mode": "reference"}, {"mode": "measured"}, {"channels": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"search": "exact"}, {"mode": "original"}, {"mode": "measured"}, {"channels": 1}], ids=str)
 @torch.inference_mode()
 def test_the_noise_detector_is_that_of_the_cpu(changes):
     model = make("noise_residual", **changes).eval()

@@ -50,10 +50,11 @@ class OnDeviceOnly(FakeTensorMode):
         {},
         {"search": "exact"},
         {"channels": 1, "bound": "map"},
-        {"mode": "reference"},
+        {"mode": "original"},
         {"mode": "measured"},
         {"source": "features", "stage": 1, "scales": 2},
         {"tile": 48},
+        {"energy": True},
     ],
     ids=str,
 )

@@ -14,12 +14,12 @@ from blemish.noise.pyramid import grow, mirrored, pyramid
 
 
 @pytest.mark.parametrize("name", ["white", "disk", "five", "odd", "disk_fullres", "strong"])
-def test_oracle_reference_mode(oracle, name):
+def test_oracle_original_mode(oracle, name):
     z = oracle(f"nfa_{name}")
     noise = z["residual"][None]
     told = torch.from_numpy(z["log10_p_unit"]) > -38
     for tests, nfa, radius in ((1.0, "log10_p_unit", "radius_unit"), (float(z["M"] * z["N"]), "log10_nfa", "radius")):
-        ours, which = fa.reference_false_alarms(noise, (2, 4), tests)
+        ours, which = fa.original_false_alarms(noise, (2, 4), tests)
         torch.testing.assert_close(ours[0][told], torch.from_numpy(z[nfa])[told], rtol=0, atol=1e-4)
         assert torch.equal(which[0][told].float(), torch.from_numpy(z[radius])[told])
 
@@ -27,7 +27,7 @@ def test_oracle_reference_mode(oracle, name):
 @pytest.mark.parametrize("name", ["brick", "coffee"])
 def test_oracle_chain(oracle, name):
     z = oracle(f"chain_{name}")
-    ours, which = fa.reference_false_alarms(z["gaussianised"][None], (2, 4), float(z["M"] * z["N"]))
+    ours, which = fa.original_false_alarms(z["gaussianised"][None], (2, 4), float(z["M"] * z["N"]))
     torch.testing.assert_close(ours[0], torch.from_numpy(z["log10_nfa"]), rtol=0, atol=1e-4)
     assert torch.equal(which[0].float(), torch.from_numpy(z["radius"]))
 
@@ -41,11 +41,12 @@ def weibull(t):
     return stats.weibull_min.logsf(t, shape, scale=scale) / np.log(10)
 
 
+@pytest.mark.parametrize("energy", [False, True])
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("size", [(40, 40), (33, 57), (6, 9)])
-def test_definition(size, measured):
+def test_definition(size, measured, energy):
     noise = np.random.default_rng(1).normal(size=(2, 3, *size))
-    ours, which = fa.false_alarms(torch.tensor(noise), (2, 4), 77.0, measured=measured)
+    ours, which = fa.false_alarms(torch.tensor(noise), (2, 4), 77.0, measured=measured, energy=energy)
     lowest, radius = np.full((2, *size), np.inf), np.zeros((2, *size))
     for r in (2, 4):
         k = np.arange(-r, r + 1)
@@ -54,6 +55,12 @@ def test_definition(size, measured):
         m = np.stack([[ndimage.correlate(c, disc / disc.sum(), mode="constant") for c in image] for image in noise])
         sigma = np.sqrt((m**2).mean((2, 3), keepdims=True) / share.mean())
         t = np.abs(m) / sigma
+        if energy:
+            e = np.stack([ndimage.correlate((image**2).sum(0), disc / disc.sum(), mode="constant") for image in noise])[:, None]
+            level = e.mean((2, 3), keepdims=True) / share.mean()
+            freedom = 2 * level**2 / (((e - level * share) ** 2).mean((2, 3), keepdims=True) / share.mean())
+            root = ((e / level) ** (1 / 3) - 1 + 2 / (9 * freedom)) / np.sqrt(2 / (9 * freedom))
+            t = np.concatenate([t, np.maximum(root, 0)], 1)
         p = (np.log(2) + stats.norm.logsf(t)) / np.log(10)
         if measured:
             p = np.maximum(p, np.stack([[weibull(c) for c in image] for image in t]))
@@ -136,12 +143,45 @@ def test_measured_tails_keep_the_bound_on_what_textures_leave():
     crops = []
     for name in ("brick", "grass", "gravel"):
         image = torch.tensor(getattr(skimage.data, name)())[:128, :256].float()[None, None]
-        left = background.residual(image, 8, 16, 10.0, False, (-8, 8), "trees", 512, 0)  # (1, 1, 128, 256)
+        settings = {"patch": 8, "neighbors": 16, "h": 10.0, "relative": False, "box": (-8, 8), "search": "trees", "tile": 512, "seed": 0}
+        left = background.residual(image, **settings)  # (1, 1, 128, 256)
         crops += left.split(128, 3)
     noise = gaussianise(torch.cat(crops))
     plain, measured = (fa.false_alarms(noise, (2, 4), 2 * 128 * 128, measured=m)[0] for m in (False, True))
     assert (measured <= 0).sum() <= 6
     assert (plain <= 0).sum() > 60
+
+
+def test_the_energy_has_the_law_of_chi_square():
+    """Independent channels in a disc of 13 pixels: the degrees of freedom are found, and the cube root keeps the far tail's bound."""
+    noise = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(3))
+    ((mean, energy, share),) = fa.statistics(noise, (2,), 0, True)
+    law = fa.law_of(mean, energy, share, measured=False)
+    assert law.energy.item() == pytest.approx(4, rel=0.02)
+    assert law.freedom.item() == pytest.approx(4 * 13, rel=0.05)
+    x = torch.tensor(stats.chi2(52).isf([1e-2, 1e-4, 1e-8, 1e-16, 1e-30]) * 4 / 52).view(1, 1, 1, -1)
+    exact = fa.Law(law.variance[:, :1], torch.full((1, 1, 1, 1), 4.0), torch.full((1, 1, 1, 1), 52.0), None, None)
+    p = fa.log10_tail(fa.deviations(x * 0, x, exact))[0, 1, 0]
+    assert (p >= torch.tensor([-2.0, -4, -8, -16, -30])).all()
+    torch.testing.assert_close(p, torch.tensor([-2.0, -4, -8, -16, -30]).double(), rtol=0.15, atol=0.1)
+
+
+def test_the_energy_sees_what_means_cannot():
+    noise = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(4))
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+    patch = (y - 40).square() + (x - 50).square() <= 25
+    noise = torch.where(patch, torch.where((y + x) % 2 == 0, 3.0, -3.0), noise)  # a fine pattern: its mean is zero
+    mean, both = (fa.false_alarms(noise, (2, 4), 3 * 96 * 96, energy=energy)[0] for energy in (False, True))
+    assert both.min() < -6 < mean.min()
+    assert patch.flatten()[both.argmin()]
+
+
+def test_a_given_law_takes_the_place_of_the_images_own():
+    normal = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(5))
+    laws = [fa.law_of(m[:1], e[:1], share, measured=True) for m, e, share in fa.statistics(normal, (2, 4), 0, True)]
+    given = fa.false_alarms(normal[:1], (2, 4), 100.0, energy=True, laws=laws)[0]
+    torch.testing.assert_close(given, fa.false_alarms(normal[:1], (2, 4), 100.0, measured=True, energy=True)[0])
+    assert fa.false_alarms(3 * normal[:1], (2, 4), 100.0, energy=True, laws=laws)[0].min() < given.min() - 3  # all of it is too strong
 
 
 def test_detections_are_components():

@@ -16,7 +16,7 @@ def texture(height: int, width: int, channels: int) -> torch.Tensor:
 
 def by_definition(image, patch, neighbors, box):
     """Distances (P, P) with inf inside the box, by subtraction in float64."""
-    table = patches.vectors(image, patch).double()
+    table = patches.vectors(image[None], patch).double()
     msd = torch.stack([(table - row).square().mean(1) for row in table])
     h, w = patches.grid(*image.shape[1:], patch)
     y, x = torch.arange(h * w) // w, torch.arange(h * w) % w
@@ -32,45 +32,76 @@ def by_definition(image, patch, neighbors, box):
 def test_exact_is_the_definition(size, channels, patch, box, mean):
     image = texture(*size, channels) + mean
     msd, inside = by_definition(image, patch, 16, box)
-    found = patches.exact(image, torch.arange(len(msd)), patch, 16, box)
+    table = patches.vectors(image[None], patch)
+    found = patches.exact(table, table, 16, patches.grid(*size, patch), box)
     expected = msd.topk(16, 1, largest=False).values.float()
     atol = 0.05 if mean else 1e-3
     torch.testing.assert_close(found.distance, expected, rtol=1e-4, atol=atol)  # equal up to exchanges among near ties
     torch.testing.assert_close(msd.gather(1, found.index).float(), found.distance, rtol=1e-5, atol=atol)
     assert not inside.gather(1, found.index).any()
-    assert torch.equal(patches.vectors_at(image, found.index[:5], patch), patches.vectors(image, patch)[found.index[:5]])
 
 
-def test_trees_find_nearly_all_and_nothing_forbidden():
-    image = texture(96, 110, 3)
-    h, w = patches.grid(96, 110, 8)
-    exact = patches.exact(image, torch.arange(h * w), 8, 16, BOX)
-    found = patches.trees(patches.vectors(image - image.mean(), 8), (h, w), 3, 16, BOX, 6, 2, 0)
-    recall = (found.index[:, :, None] == exact.index[:, None]).any(1).float().mean()
-    assert recall > 0.95
-    own = torch.arange(h * w)[:, None]
-    assert torch.maximum((found.index // w - own // w).abs(), (found.index % w - own % w).abs()).min() > 8
-    assert (found.index.sort(1).values.diff(dim=1) > 0).all()  # none counted twice
-    assert (found.distance.diff(dim=1) >= 0).all()
-    table = patches.vectors(image, 8)
-    direct = (table[found.index[::50]] - table[::50, None]).square().mean(2)
-    torch.testing.assert_close(found.distance[::50], direct, rtol=1e-5, atol=1e-3)
+def test_the_fast_search_finds_most_and_nothing_forbidden():
+    images = torch.stack([texture(96, 110, 3), texture(110, 96, 3).mT])
+    shape, size = patches.grid(96, 110, 8), 89 * 103
+    assert shape == (89, 103)
+    index, _ = patches.within(images - images.mean((2, 3), keepdim=True), 8, 16, BOX, 0)
+    even = torch.arange(0, size, 2)
+    assert index.shape == (2 * len(even), 16)
+    for found, image, first in zip(index.split(len(even)), images, (0, size), strict=True):
+        found = found - first
+        assert found.min() >= 0
+        assert found.max() < size
+        table = patches.vectors(image[None], 8)
+        exact = patches.exact(table, table, 16, shape, BOX)
+        assert (found[:, :, None] == exact.index[::2][:, None]).any(1).float().mean() > 0.7
+        y, x = (found // 103 - even[:, None] // 103).abs(), (found % 103 - even[:, None] % 103).abs()
+        assert torch.maximum(y, x).min() > 8
+        assert (found.sort(1).values.diff(dim=1) > 0).all()  # none counted twice
 
 
-def test_trees_have_neighbours_even_where_all_patches_are_equal():
-    image = torch.full((1, 90, 90), 7.0)
-    image[0, 40, 40] = 9
-    found = patches.trees(patches.vectors(image, 8), (83, 83), 1, 16, BOX, 2, 1, 0)
-    assert found.distance.isfinite().all()
+def test_the_fast_search_of_references_finds_most():
+    bank = torch.stack([texture(64, 71, 3), texture(64, 71, 3).flip(2)])
+    query = (texture(80, 75, 3) * 0.9)[None, :, :50, :]
+    index = patches.build(bank, 8, 0)
+    assert all(set(leaves.flatten().tolist()) == set(range(2 * 57 * 64)) for leaves in index.leaves)
+    found, _ = patches.among(query, index, (57, 64), 8, 16)
+    table = patches.vectors(query, 8)[::2]
+    exact = patches.exact(table, patches.vectors(bank, 8), 16)
+    assert found.shape == exact.index.shape
+    assert (found[:, :, None] == exact.index[:, None]).any(1).float().mean() > 0.6
+    again, distance = patches.among(bank[:1, :, :63], index, (57, 64), 8, 1)
+    assert (distance < 1e-2).float().mean() > 0.99  # a patch of the bank is its own nearest
+    assert again.shape[1] == 1
 
 
-def test_a_tree_holds_every_patch_once_in_leaves_of_one_size():
+def test_neighbours_even_where_all_patches_are_equal():
+    image = torch.full((1, 1, 90, 90), 7.0)
+    image[0, 0, 40, 40] = 9
+    index, distance = patches.within(image, 8, 16, BOX, 0)
+    assert index.min() >= 0
+    assert distance.isfinite().all()
+
+
+def test_keys_are_the_principal_components():
+    images = torch.stack([texture(30, 33, 3), texture(33, 30, 3).mT])
+    axes = patches.principal_axes(images, 4)
+    assert axes.shape == (2, 48, 32)
+    table = patches.vectors(images, 4).view(2, -1, 48)
+    torch.testing.assert_close(patches.project(images, axes, 4).view(2, -1, 32), table @ axes, rtol=1e-4, atol=1e-2)
+    variance = torch.linalg.eigvalsh(torch.stack([t.T.double().cov() for t in table]))
+    torch.testing.assert_close((table @ axes).double().var(1), variance.flip(1)[:, :32], rtol=1e-3, atol=1e-2)
+
+
+def test_a_tree_holds_every_patch_in_leaves_of_one_size():
     generator = torch.Generator().manual_seed(0)
-    keys, starts = torch.randn(5003, 6, generator=generator), torch.randn(3, 6, generator=generator)
-    leaves = patches.plant(keys, 3, starts)
-    assert leaves.shape == (8, 626)
-    assert leaves.flatten().sort().values.tolist() == list(range(5003)) + [5003] * 5
-    assert (leaves == 5003).sum(1).max() == 1
+    keys, starts = torch.randn(5003, 6, generator=generator), torch.randn(2, 6, generator=generator)
+    queries, candidates, *_ = patches.plant(keys, starts, [4, 2], torch.arange(0, 5003, 2)[None], torch.arange(1, 5003, 2)[None])
+    assert (queries.shape, candidates.shape) == ((8, 313), (8, 313))
+    assert queries.unique().tolist() == list(range(0, 5003, 2))
+    assert candidates.unique().tolist() == list(range(1, 5003, 2))
+    spread = torch.stack([keys[leaf].var(0).sum() for leaf in queries])
+    assert spread.mean() < 0.8 * keys.var(0).sum()
 
 
 def test_merge_keeps_the_nearest_of_each_number():
