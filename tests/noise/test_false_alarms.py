@@ -199,10 +199,11 @@ def test_detections_are_components():
 def test_colours_follow_strength():
     names = [fa.strength(v) for v in (0.0, -1.99, -2.0, -3.0, -8.5, -400.0)]
     assert names == ["none", "none", "weak", "mild", "strong", "extremely salient"]
-    nfa = torch.tensor([[0.0, -2.0, -3.0, -8.5, -400.0]])
+    nfa = torch.tensor([[0.0, -2.0, -3.0, -8.5, -400.0, -401.0]])
     rgb, mask = fa.colours(nfa)
-    assert mask.tolist() == [[False, True, True, True, True]]
-    assert [tuple(c.tolist()) for c in rgb[:, 0, 1:].T] == [pytest.approx(colour) for _, _, colour in fa.STRENGTHS]
-    over = fa.overlay(torch.full((3, 1, 5), 0.5), nfa)
+    assert mask.tolist() == [[False, True, True, True, True, True]]
+    assert [tuple(c.tolist()) for c in rgb[:, 0, 1:5].T] == [pytest.approx(colour) for _, _, colour in fa.STRENGTHS]
+    assert rgb[:, 0, 5].tolist() == [1, 0, 0]
+    over = fa.overlay(torch.full((3, 1, 6), 0.5), nfa)
     assert over[:, 0, 0].tolist() == [0.5] * 3
-    assert over.shape == (3, 1, 5)
+    assert over.shape == (3, 1, 6)

@@ -15,8 +15,18 @@ from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.noise import background, patches
-from blemish.noise.false_alarms import Alarms, Detection, Law, detections, false_alarms, law_of, least, number_of_tests
-from blemish.noise.false_alarms import original_false_alarms, statistics
+from blemish.noise.false_alarms import (
+    Alarms,
+    Detection,
+    Law,
+    detections,
+    false_alarms,
+    law_of,
+    least,
+    number_of_tests,
+    original_false_alarms,
+    statistics,
+)
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.patches import Index
 from blemish.noise.pyramid import from_cells, grow, mirror, mirrored, pyramid
@@ -86,7 +96,13 @@ class NoiseResidual(OnePassDetector):
         self.backbone = Features(backbone, [stage], weights, seed) if self.features_too else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
-        self.original, self.measured, self.bound, self.energy, self.references = mode == "original", mode == "measured", bound, energy, references
+        self.original, self.measured, self.bound, self.energy, self.references = (
+            mode == "original",
+            mode == "measured",
+            bound,
+            energy,
+            references,
+        )
         self.needs_fit, self.patch, self.neighbors, self.seed, self.told = references is not None, patch, neighbors, seed, False
         self.add_buffers(*(f"{name}{level}" for level in range(scales if references else 0) for name in BUFFERS))
         self.similarity = {
@@ -218,7 +234,11 @@ class NoiseResidual(OnePassDetector):
             if not self.has_room(x) or (self.references is not None and not len(*self.of_level(level, "bank"))):
                 break
             if self.features_too:
-                white = self.of_level(level, "white_mean", "white_axes") if self.references else background.whitening(x.flatten(2), self.components)
+                white = (
+                    self.of_level(level, "white_mean", "white_axes")
+                    if self.references
+                    else background.whitening(x.flatten(2), self.components)
+                )
                 x = background.whiten(x, *white)
             if self.references is None:
                 residuals.append(background.residual(x, **self.similarity))

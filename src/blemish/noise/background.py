@@ -101,7 +101,9 @@ def model(
     return (total / cover)[:, :, :height, :width]
 
 
-def exact(query: Tensor, source: Tensor, shape: tuple[int, int], neighbors: int, box: tuple[int, int], images: int, own: bool) -> Neighbours:
+def exact(
+    query: Tensor, source: Tensor, shape: tuple[int, int], neighbors: int, box: tuple[int, int], images: int, own: bool
+) -> Neighbours:
     """`patches.exact` of a batch: each image in itself if `own`, with patch numbers of the batch, or else all in the source."""
     if not own:
         return patches.exact(query, source, neighbors)

@@ -227,12 +227,15 @@ def strength(log10_nfa: float) -> str:
 
 
 def colours(log10_nfa: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., H, W) log10 NFA -> RGB (..., 3, H, W) in [0, 1] by strength, and the mask (..., H, W) of pixels that have one."""
+    """(..., H, W) log10 NFA -> RGB (..., 3, H, W) in [0, 1] by strength, the least in red, and the mask (..., H, W) of coloured pixels."""
     rgb = torch.zeros(3, *log10_nfa.shape, device=log10_nfa.device)
     for _, limit, colour in STRENGTHS:
         value = torch.tensor(colour, device=log10_nfa.device).view(3, *[1] * log10_nfa.ndim)
         rgb = torch.where(log10_nfa <= limit, value, rgb)
-    return rgb.movedim(0, -3), log10_nfa <= STRENGTHS[0][1]
+    mask = log10_nfa <= STRENGTHS[0][1]
+    least = mask & (log10_nfa == log10_nfa.amin((-2, -1), keepdim=True))
+    rgb = torch.where(least, rgb.new_tensor([1.0, 0, 0]).view(3, *[1] * log10_nfa.ndim), rgb)
+    return rgb.movedim(0, -3), mask
 
 
 def overlay(image: Tensor, log10_nfa: Tensor, opacity: float = 0.6) -> Tensor:

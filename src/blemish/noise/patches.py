@@ -1,9 +1,9 @@
 """The most similar patches for each patch of some images, elsewhere in the same image or in reference images.
 
-Patches are numbered in raster order of their top-left corners, image after image: patch (i·h + y)·w + x of the (h, w) = (H − p + 1, W − p + 1)
-grids. Distances are mean squared differences over all p²·C values (the paper's msd). Within an image offsets inside `box`, (−8, 8) along
-both axes, are excluded: a patch never meets itself or its surroundings. All shapes follow from those of the images, so nothing waits for
-the device.
+Patches are numbered in raster order of their top-left corners, image after image: patch (i·h + y)·w + x of the (h, w) = (H − p + 1,
+W − p + 1) grids. Distances are mean squared differences over all p²·C values (the paper's msd). Within an image offsets inside `box`,
+(−8, 8) along both axes, are excluded: a patch never meets itself or its surroundings. All shapes follow from those of the images, so
+nothing waits for the device.
 
 `exact` is the definition. The fast search compares KEYS principal components of the patches instead of all values: random trees whose
 leaves have one size, then twice the neighbours of the adjacent patches, moved along.
@@ -126,7 +126,11 @@ def project(images: Tensor, axes: Tensor, patch: int) -> Tensor:
     b, c = images.shape[:2]
     groups = len(axes)
     kernel = axes.mT.reshape(-1, c, patch, patch)
-    return F.conv2d(images.reshape(b // groups, groups * c, *images.shape[2:]), kernel, groups=groups).reshape(b, axes.shape[2], -1).mT.flatten(0, 1)
+    return (
+        F.conv2d(images.reshape(b // groups, groups * c, *images.shape[2:]), kernel, groups=groups)
+        .reshape(b, axes.shape[2], -1)
+        .mT.flatten(0, 1)
+    )
 
 
 def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
@@ -221,7 +225,7 @@ def plant(
 def search_leaves(
     keys: Tensor, queries: Tensor, candidates: Tensor, shape: tuple[int, int], count: int, keep: int, box: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The `keep` nearest candidates in the leaf of each of `count` patches of even number: index and distance (count, keep), −1 and inf for none.
+    """The `keep` nearest candidates in the leaf of each of `count` patches of even number: index and distance (count, keep), −1 for none.
 
     Distance and column share one int32 (positive floats are ordered as integers), so that a minimum over a group includes its place. Of
     two among the n best in one group the worse is lost, but this is a hundred times cheaper than a full sort, and other trees find it.

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
 from blemish.data.module import ImageData
-from blemish.detector import Detector, OnePassDetector, TrainedDetector
+from blemish.detector import Detector, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.cache import Store, StoredData
