@@ -11,8 +11,8 @@ from blemish.run.record import read_record
 from blemish.run.train import train
 
 
-def mutual(neighborhoods=(3,), share=0.3):
-    return Mutual("test_resnet", [2, 3], "random", list(neighborhoods), share, 0.0, seed=0)
+def mutual(neighborhoods=(3,), share=0.3, stages=(2, 3), rescore=(1,)):
+    return Mutual("test_resnet", list(stages), "random", list(neighborhoods), share, 0.0, "max", list(rescore), seed=0)
 
 
 def by_hand(model, pictures, query, side, share):
@@ -26,7 +26,7 @@ def by_hand(model, pictures, query, side, share):
 @pytest.mark.parametrize(("side", "share"), [(1, 0.3), (3, 0.3), (3, 1.0), (5, 0.01)])
 def test_an_image_of_the_fit_is_compared_with_all_others(side, share):
     pictures = images(9)
-    model = Mutual("test_resnet", [2], "random", [side], share, 0.0, seed=0)
+    model = mutual([side], share, [2])
     model = fitted(model, pictures)
     score, map = model(pictures[4:6])
     for row, query in enumerate((4, 5)):
@@ -42,6 +42,22 @@ def test_chunks_change_nothing(monkeypatch):
     for values in (1, 100, 2**24):
         monkeypatch.setattr("blemish.methods.mutual.VALUES", values)
         torch.testing.assert_close(matches(patches, others), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_smoothed_as_by_the_official_matrices():
+    pictures = images(9)
+    model = fitted(mutual(stages=[2], rescore=[1, 2, 4]), pictures)
+    similarity = model.means @ model.means.T
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(9))
+    expected = []
+    for k in (1, 2, 4):
+        kept = torch.where(similarity >= similarity.sort(1, descending=True).values[:, k - 1 : k], similarity, 0)
+        expected.append(kept / kept.sum(1, keepdim=True) @ model.scores)
+    torch.testing.assert_close(model(pictures).score, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)
+    plain = fitted(mutual(stages=[2]), pictures)
+    torch.testing.assert_close(model(pictures).map, plain(pictures).map)
+    cells = plain.compare(plain.features(pictures))[0]
+    torch.testing.assert_close(model.scores, cells[0].amax((1, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_stranger_among_alike_images_stands_out():

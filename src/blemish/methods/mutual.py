@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from blemish.detector import Maps, OnePassDetector, RowBuffer, Stages
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
-from blemish.ops.maps import check_blur, smooth_upsample
+from blemish.ops.maps import check_blur, smooth_upsample, top_mean
 from blemish.types import Prediction
 
 VALUES = 2**20  # distances held at a time: as many as stay in a processor's cache until their smallest are found
+COMPARED = 4096  # values of an image by which it is known again
 
 
 class Mutual(OnePassDetector):
@@ -22,6 +24,9 @@ class Mutual(OnePassDetector):
 
     The images of the fit are those that a patch is compared with; an image among them is not compared with itself. Distances are taken for
     each stage and each of `neighborhoods`, the side of the square of cells that a patch is the mean of, and averaged.
+
+    rescore: numbers k; the score of an image becomes the mean over them of `weighted` means of its own score and those of its k − 1 nearest
+    images of the fit. [1] keeps it; with others scores are those of maps at the first stage's resolution.
     """
 
     min_images = 2
@@ -36,6 +41,7 @@ class Mutual(OnePassDetector):
         share: float,
         sigma: float,
         score: str | float,
+        rescore: Sequence[int],
         seed: int,
     ):
         super().__init__()
@@ -47,36 +53,77 @@ class Mutual(OnePassDetector):
             raise InputError(f"model.neighborhoods={list(neighborhoods)}: {even[0]} is even; expected odd sides such as 1, 3 or 5")
         self.backbone = Features(backbone, stages, weights, seed)
         self.neighborhoods, self.share, self.sigma = tuple(neighborhoods), share, sigma
-        self.add_buffers("bank")  # (N, ΣC·h·w): the maps of all images, stage by stage
+        self.check_arguments(rescore=partial(check_whole, "model", 1, each=True))
+        self.rescore, self.area = tuple(rescore) if max(rescore) > 1 else (), self.map_share
+        if self.rescore:
+            self.map_share = None  # the score is not the map's alone
+        # (N, ΣC·h·w): the maps of all images, stage by stage; to rescore, their means (N, ΣC) of length 1, and their scores (N,)
+        self.add_buffers("bank", "means", "scores")
 
     def new_state(self, images: int) -> RowBuffer:
         return RowBuffer(images)
 
     def collect(self, maps: Maps) -> Tensor:
+        self.shapes = [stage.shape[1:] for stage in maps]
         return torch.cat([stage.flatten(1) for stage in maps], dim=1).float()  # (B, ΣC·h·w)
 
     def fit(self, state: RowBuffer) -> None:
         self.bank = state.compute()
+        if self.rescore:
+            parts = self.bank.split([prod(shape) for shape in self.shapes], dim=1)
+            maps = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+            self.means = mean_of(maps)
+            rows = torch.arange(len(self.bank)).split(8)
+            self.scores = torch.cat([self.score_cells(self.compare([stage[some] for stage in maps])[0]) for some in rows])
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.bank)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        cells, itself = self.compare(maps)
+        map = torch.stack([smooth_upsample(one, size, self.sigma) for one in cells]).mean(0)  # (B, H, W)
+        if not self.rescore:
+            return self.from_map(map)
+        near = (mean_of(maps) @ self.means.T).masked_fill(itself, -1)  # (B, N) cosines
+        return Prediction(weighted(self.score_cells(cells), near, self.scores, self.rescore), map)
+
+    def compare(self, maps: Maps) -> tuple[list[Tensor], Tensor]:
+        """Scores (B, h, w) of the cells of maps (B, C, h, w), of each stage and neighbourhood, and who is itself in the bank (B, N)."""
         rows = torch.cat([stage.flatten(1) for stage in maps], dim=1).float()
         if rows.shape[1] != self.bank.shape[1]:
             raise InputError(f"image_size: fitted to {self.bank.shape[1]} values an image, this one has {rows.shape[1]}; keep the size")
-        near = 1e-4 * self.bank.abs().amax()
-        itself = torch.stack([(self.bank - row).abs().amax(1) <= near for row in rows])  # (B, N)
+        some = slice(None, None, max(rows.shape[1] // COMPARED, 1))
+        near = 1e-4 * self.bank[:, some].abs().amax()
+        itself = torch.stack([(self.bank[:, some] - row).abs().amax(1) <= near for row in rows[:, some]])  # (B, N)
         counts = (self.share * (self.bank.shape[0] - itself.sum(1))).long().clamp_min(1)  # (B,) images whose matches are averaged
         parts = self.bank.split([stage[0].numel() for stage in maps], dim=1)
         found = []
         for stage, bank in zip(maps, parts, strict=True):
             for side in self.neighborhoods:
                 distance = matches(patches_of(stage, side), patches_of(bank.unflatten(1, stage.shape[1:]), side))  # (B, P, N)
-                cells = lowest_mean(distance, itself, counts).unflatten(1, stage.shape[2:])  # (B, h, w)
-                found.append(smooth_upsample(cells, size, self.sigma))
-        map = torch.stack(found).mean(0)  # (B, H, W)
-        return self.from_map(map)
+                found.append(lowest_mean(distance, itself, counts).unflatten(1, stage.shape[2:]))
+        return found, itself
+
+    def score_cells(self, cells: list[Tensor]) -> Tensor:
+        """Scores (B,) of images by the scores of their cells (B, h, w) before they are brought to the pixels."""
+        return top_mean(torch.stack([smooth_upsample(one, cells[0].shape[1:], 0.0) for one in cells]).mean(0), self.area)
+
+
+def mean_of(maps: Maps) -> Tensor:
+    """Means (B, ΣC) of maps over their cells, of length 1."""
+    return F.normalize(torch.cat([stage.float().mean((2, 3)) for stage in maps], 1))
+
+
+def weighted(score: Tensor, near: Tensor, scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Scores (B,) re-scored by those (N,) of images with cosines `near` (B, N): the mean over k of `counts` of weighted means.
+
+    Each is over the image itself, with the weight 1, and its k − 1 nearest, with their cosines as weights, as the official code has it.
+    """
+    most = min(max(counts) - 1, near.shape[1])
+    weights, index = near.topk(most)  # (B, k − 1)
+    weights = torch.cat((torch.ones_like(score)[:, None], weights), 1)
+    values = torch.cat((score[:, None], scores[index]), 1)
+    return torch.stack([(weights[:, :k] * values[:, :k]).sum(1) / weights[:, :k].sum(1) for k in counts]).mean(0)
 
 
 def patches_of(maps: Tensor, side: int) -> Tensor:
