@@ -58,6 +58,7 @@ class Detector(pl.LightningModule):
     calibration: Tensor
     training_values: Tensor
     needs_images = False  # training needs the images beside the maps of `features`
+    learns_defects = False  # trains on labelled defects too, see `TrainedDetector.learn_defects`
     min_images = 1  # smallest number of training images
     expects_calibration = False  # set before a fit that `calibrate` will follow
     map_threshold: float | None = None  # the method's own threshold for maps
@@ -118,7 +119,7 @@ class Detector(pl.LightningModule):
     def inputs_for(self, split: str) -> tuple[bool, bool]:
         """Return (accepts_cached_maps, needs_images) for a split."""
         maps = type(self).features is Detector.features and isinstance(getattr(self, "backbone", None), Features)
-        if split == "train":
+        if split in ("train", "defects"):
             maps = maps and self.augment is None
             return maps, not maps or self.needs_images
         maps = maps and type(self).forward is Detector.forward
@@ -258,6 +259,9 @@ class TrainedDetector(Detector):
     def before_training(self, batches: Iterable[Batch]) -> None:
         """Compute statistics needed before the optimiser is made; called again when a training is resumed."""
 
+    def learn_defects(self, batches: Iterable[Batch]) -> None:
+        """Keep what the loss needs of the labelled defects; called after `before_training` of a method that `learns_defects`."""
+
     def loss(self, batch: Batch) -> Tensor:
         """The paper's training loss, a scalar."""
         raise NotImplementedError
@@ -280,6 +284,10 @@ class TrainedDetector(Detector):
             self.trainer.fit_loop.setup_data()
             with torch.no_grad():
                 self.before_training(self._batches())
+                data = self.trainer.datamodule
+                if self.learns_defects and data is not None and any(sample.split == "defects" for sample in data.samples):
+                    loader = data.loader("defects", sharded=False)
+                    self.learn_defects(self.trainer.strategy.batch_to_device(batch) for batch in loader)
 
     @torch.no_grad()
     def on_train_end(self) -> None:

@@ -80,6 +80,10 @@ def train(cfg: DictConfig) -> dict:
         run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
         if not (past or images.tile):
             model.check_images(len(images.samples_of("train")), len(images.samples_of("calibrate")))
+        if not model.learns_defects and (count := sum(sample.split == "defects" for sample in images.samples)):
+            log.warning(
+                "data.defects: %s does not learn from labels; %d defects are neither trained on nor tested", module_of(cfg.model), count
+            )
         record.started = True
         save_split(folder, images)
         model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
