@@ -13,8 +13,9 @@ PLAIN = {"image_size": 32, "crop": None, "resize": "stretch", "batch_size": 4, "
 
 def folder(root, **changes):
     """As configs/data/folder.yaml has it, except the values it takes from the run."""
-    values = yaml.safe_load((CONFIGS / "data" / "folder.yaml").read_text())
-    assert values.pop("_target_") == "blemish.data.folder.Folder"
+    shared, own = (yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text()) for name in ("_shared", "folder"))
+    values = {**shared, **own}
+    assert (values.pop("defaults")[0], values.pop("_target_")) == ("_shared", "blemish.data.folder.Folder")
     return Folder(**{**values, **PLAIN, "root": root, **changes})
 
 

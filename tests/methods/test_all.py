@@ -50,7 +50,7 @@ def test_a_wrong_value_is_refused_by_its_key(method, change):
 
 @pytest.mark.parametrize(
     ("method", "side"),
-    [*((method, 96) for method in ("autoencoder", "ganomaly", "lake", "padim", "spade", "vae")), ("dfm", 32), ("riad", 72)],
+    [*((method, 96) for method in ("autoencoder", "ganomaly", "lake", "padim", "spade", "vae")), ("dfm", 128), ("riad", 72)],
 )
 def test_another_image_size_is_refused(method, side):
     model = make(method)
