@@ -18,7 +18,7 @@ from support import CONFIGS, composed
 
 from blemish.edge.errors import InputError
 from blemish.features.extractor import stage_indices
-from blemish.report.published import published, read
+from blemish.report.published import known_differences, published, read
 from blemish.report.reproduce import cells_of, commands, missing_weights, reproduce
 from blemish.run.config import build, module_of, plain
 from blemish.run.train import train
@@ -38,11 +38,17 @@ def test_every_method_with_published_figures_has_a_composition():
 
 
 def test_settings_are_printed_beside_the_published_before_anything_runs(tmp_path, capsys):
-    typed = ["categories=[bottle]", "model.epsilon=0.5", "differs=['none of the images are turned']", f"output={tmp_path}"]
+    typed = ["categories=[bottle]", "model.epsilon=0.5", f"output={tmp_path}"]
     reproduce(composed("paper=padim", *typed, config="reproduce"), "padim", typed)
     said = capsys.readouterr().out
     assert said.index("model.epsilon     differs") < said.index("missing: ")
-    assert "differs: none of the images are turned" in said
+    assert "differs, draws of channels: paper: one; here: one" in said
+
+
+@pytest.mark.parametrize("name", sorted({module_of(paper(name).model) for name in PAPERS}))
+def test_the_page_of_a_method_says_what_differs_from_its_paper(name):
+    heading, *rows = known_differences(name)
+    assert heading[-1] == "here" and len(rows) > 1 and all(len(row) == len(heading) for row in rows)
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -16,6 +16,8 @@ ORIGINS = ("paper", "paper_via_secondary", "official_code", "reimplementation")
 METRICS = ("image_auroc", "pixel_auroc", "aupro", "f1")
 FILE = {"paper": str, "name": str, "tables": list}
 TABLE = {"variant": str, "dataset": str, "metric": str, "origin": str, "own": bool, "source": str}
+ROOTS = (Path(), Path(__file__).parents[1], Path(__file__).parents[3])  # working directory, installed package, checkout
+DIFFERENCES = "## Differences from the paper"  # heading in a method's page
 UNSTATED = "the source states no setting"
 AS_PUBLISHED, ABOVE, BELOW, OTHER_SETTING, NOTHING = "as published", "above", "below", "not the paper's setting", "no published figure"
 
@@ -41,8 +43,7 @@ def read(folder: str | Path) -> list[dict]:
 
     A relative folder is looked up in the working directory, then in the installed package, then in the checkout.
     """
-    roots = (Path(), Path(__file__).parents[1], Path(__file__).parents[3])
-    paths = next((found for root in roots if (found := sorted((root / folder).glob("*.yaml")))), [])
+    paths = next((found for root in ROOTS if (found := sorted((root / folder).glob("*.yaml")))), [])
     if not paths:
         raise InputError(f"published={folder}: no *.yaml there; expected a folder with a yaml file for each paper")
     return [table for path in paths for table in read_file(path)]
@@ -102,6 +103,15 @@ def differences(config: Mapping, setting: Mapping | None, category: str | None) 
     if config.get("protocol", "paper") != "paper":
         texts.append(f"protocol {config['protocol']}, which trains on fewer images")
     return texts
+
+
+def known_differences(method: str) -> list[list[str]]:
+    """The table of differences from the paper in a method's page, docs/methods/METHOD.md: its rows, the first of them the heading."""
+    pages = (root / "docs" / "methods" / f"{method}.md" for root in ROOTS)
+    text = next((page.read_text(encoding="utf-8") for page in pages if page.is_file()), "")
+    lines = text.partition(DIFFERENCES)[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= set("-:| ")]
 
 
 def settings_compared(config: Mapping, setting: Mapping, category: str | None) -> Iterator[tuple[str, Any, Any, bool | None]]:

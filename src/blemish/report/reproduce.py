@@ -80,7 +80,7 @@ def reproduce(cfg: Any, name: str, typed: Sequence[str], train: Callable = train
     comparison = [output / "comparison.csv", output / "comparison.md"]
     Outputs().check(comparison)  # before days of training
     cells = cells_of(cfg, typed, tables, output)
-    show_settings(console, cells, tables, values["differs"] or [])
+    show_settings(console, cells[0], tables)
     todo = [cell for cell in cells if not finished(cell)]
     images, weights = missing(todo, scan)
     lacking = [cell for cell in todo if weights or cell.category in images]
@@ -118,21 +118,20 @@ def cells_of(cfg: Any, typed: Sequence[str], tables: Sequence[Mapping], output: 
     return cells
 
 
-def show_settings(console: Console, cells: Sequence[Cell], tables: Sequence[Mapping], differs: Sequence[str]) -> None:
-    """Print each setting that the published tables state beside ours, and what differs that no setting states."""
-    first = cells[0]
-    run = {"method": module_of(first.cfg.model), "dataset": module_of(first.cfg.data), "category": first.category, "config": first.plain}
+def show_settings(console: Console, cell: Cell, tables: Sequence[Mapping]) -> None:
+    """Print each setting that the published tables state beside that of a cell, and what else the method's page says of its paper."""
+    run = {"method": module_of(cell.cfg.model), "dataset": module_of(cell.cfg.data), "category": cell.category, "config": cell.plain}
     figures = {figure.source: figure for metric in papers.METRICS if (figure := published(tables, run, metric))}
     for source, figure in figures.items():
-        setting = figure.table.get("setting") or {}
-        lines = list(papers.settings_compared(first.plain, setting, first.category))
+        lines = papers.settings_compared(cell.plain, figure.table.get("setting") or {}, cell.category)
         answer = {True: "same", False: "differs", None: "not recorded"}
         rows = [[key, answer[same], str(wanted), str(have)] for key, wanted, have, same in lines]
-        notes = figure.table.get("notes") or "nothing else"
-        grid = Grid(f"settings beside {source}", ["setting", "verdict", "published", "ours"], 4, rows, set(), [f"Its source says: {notes}"])
-        show(console, grid, bold=False)
-    for text in differs or ["nothing known beside the settings above"]:
-        console.print(f"differs: {text}")
+        notes = [f"Its source says: {figure.table.get('notes') or 'nothing else'}"]
+        show(console, Grid(f"settings beside {source}", ["setting", "verdict", "published", "ours"], 4, rows, set(), notes), bold=False)
+    page = papers.known_differences(run["method"])
+    for name, *cells in page[1:]:
+        parts = [f"{heading}: {text}" for heading, text in zip(page[0][1:], cells, strict=False) if text]
+        console.print(f"differs, {name}: {'; '.join(parts)}")
 
 
 def all_categories(tables: Sequence[Mapping], data: str) -> list[str]:
