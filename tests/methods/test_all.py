@@ -16,7 +16,7 @@ WRONG = {
     "dfkdm": [{"density": "mixture"}],
     "dfkde": [{"scaling": "none"}],
     "dfm": [{"score": "likelihood"}, {"groups": 0}],
-    "dfr": [{"region": 0}, {"latent": 0}, {"latent": 1.5}, {"latent": 0.0}],
+    "dfr": [{"region": 0}, {"latent": 0}, {"latent": 1.5}, {"latent": 0.0}, {"relative": "yes"}],
     "ganomaly": [{"image_size": 40}, {"clip": 0.0}],
     "lake": [{"density": "histogram"}],
     "noise_residual": [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}],
