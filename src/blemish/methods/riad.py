@@ -29,7 +29,7 @@ class RIAD(TrainedDetector):
     the similarity on `scales` scales. The map is 1 − MSGMS after a mean filter of `smooth`×`smooth` pixels, the score its maximum.
     """
 
-    quick = ("trainer.max_epochs=15", "model.learning_rate=0.003", "model.channels=8", "model.smooth=5")
+    quick = ("trainer.max_epochs=10", "batch_size=4", "model.learning_rate=0.005", "model.channels=8", "model.smooth=11")
 
     def __init__(
         self,
