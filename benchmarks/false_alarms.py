@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from blemish.noise import background
-from blemish.noise.false_alarms import disc, false_alarms, least, log10_tail, number_of_tests
+from blemish.noise.false_alarms import disc, false_alarms, least, level_out, log10_tail, number_of_tests
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import grow, mirrored, pyramid
 
@@ -43,7 +43,9 @@ MODEL = {
 }
 
 
-def counts(batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False) -> list[dict]:
+def counts(
+    batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False, energy: bool = False, level: bool = False
+) -> list[dict]:
     """For each (scales, bound) the means over all images, one per ε, of what has NFA ≤ ε.
 
     Counted are pixels of every scale's own grid, components of the final map, pixels of the final map, and images with any.
@@ -53,10 +55,11 @@ def counts(batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], mea
     for noise in batches:
         channels, height, width = noise.shape[1:]
         levels = pyramid(noise, max(scales for scales, _ in settings))
-        levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured) for s, x in enumerate(levels)]  # log10 p
+        levels = [level_out(x) for x in levels] if level else levels
+        levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured, energy) for s, x in enumerate(levels)]  # log10 p
         grown = [tuple(grow(a, height, width, s) for a in level) for s, level in enumerate(levels)]
         for total, (scales, bound) in zip(totals, settings, strict=True):
-            tests = math.log10(number_of_tests(channels, len(RADII), height, width, scales, bound))
+            tests = math.log10(number_of_tests(channels + energy, len(RADII), height, width, scales, bound))
             final = least(grown[:scales]).log10_nfa
             for e, epsilon in enumerate(EPSILONS):
                 limit = math.log10(epsilon) - tests
@@ -191,10 +194,15 @@ def measure(images: int, path: Path, again: bool) -> dict:
         for kind, change in (("pixels shuffled", shuffled), ("phases drawn", other_phases)):
             add(f"{name}'s residual, {kind}", 1, changed(crops(r, images, 9), change, 11), partial(counts, settings=both))
         add(f"{name}'s residual itself", 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both))
-        name = f"{name}'s residual itself, mode: measured"
+        name = f"{name}'s residual itself, measured tails"
         add(name, 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both, measured=True))
+        for title, energy in (("", False), (" and energy", True)):
+            count = partial(counts, settings=both, measured=True, energy=energy, level=True)
+            add(f"{name}, levelled out{title}", 1, map(gaussianise, crops(r, images, 9)), count)
     white = drawn(images, 1, 1, colours["white"])
-    add("white, mode: measured", 1, white, partial(counts, settings=both, measured=True))
+    add("white, measured tails", 1, white, partial(counts, settings=both, measured=True))
+    for channels in (1, 5):
+        add("white, energy too", channels, drawn(images, channels, channels, colours["white"]), partial(counts, settings=both, energy=True))
     add("white image of 48 px through the whole detector", 1, whole_detector(images, 48, 30.0, 7), partial(counts, settings=both[:1]))
     return result
 

@@ -19,7 +19,9 @@ WRONG = {
     "dfr": [{"region": 0}, {"latent": 0}, {"latent": 1.5}, {"latent": 0.0}, {"relative": "yes"}],
     "ganomaly": [{"image_size": 40}, {"clip": 0.0}],
     "lake": [{"density": "histogram"}],
-    "noise_residual": [{"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}],
+    "noise_residual": [
+        *({"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}, {"references": 1}),
+    ],
     "padim": [{"align": "cubic"}, {"draws": 0}],
     "patch_svdd": [{"strides": {64: 16, 32: 3}}],
     "patchcore": [

@@ -6,7 +6,7 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from support import composed, make, tiny_run
+from support import bricks, composed, fitted, make, tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
@@ -97,6 +97,75 @@ def test_a_stain_is_detected_where_it_is(changes):
     if model.backbone is None:
         assert first[0].log10_nfa == pytest.approx(-score.item(), abs=1e-5)
         assert first[0].x1 <= peak_x < first[0].x2
+
+
+REFERENCES = [{"references": 4, "channels": 1, "scales": 2}, {"references": 4, "source": "features", "scales": 1, "energy": True}]
+
+
+@pytest.mark.parametrize("changes", REFERENCES, ids=str)
+def test_references_show_what_is_normal(changes, tmp_path):
+    """Bricks are noise to bricks; a stain is not, nor is a wall of something else, which explains itself."""
+    model = fitted(detector(**changes), bricks(12, 0)).eval()
+    assert model.promise == "bound measured on 4 references"
+    normal, stain, other = bricks(2, 7), bricks(2, 7), bricks(1, 8).flip(2).mT.roll(3, 2) * 0.5 + 0.4
+    stain[:, :, 24:34, 30:40] *= 0.2
+    assert model(normal).score.max() < model(stain).score.min()
+    assert model(normal).score.max() < model(other).score.min()
+    y, x = divmod(int(model(stain).map[0].argmax()), 64)
+    assert max(abs(y - 29), abs(x - 35)) <= 8
+    again = detector(**changes)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(again(stain).map, model(stain).map)
+
+
+def test_references_of_a_run(tiny, tmp_path):
+    metrics = train(tiny_run(tiny, tmp_path / "run", "model=noise_residual", "model.references=6", "model.channels=1", "model.scales=1"))
+    assert metrics["image_auroc"] > 0.9
+    _, model = load(tmp_path / "run", "cpu")
+    assert (model.promise, len(model.bank0)) == ("bound measured on 6 references", 6)
+
+
+def test_references_need_a_second_image_and_no_other_residual():
+    with pytest.raises(InputError, match="references=4"):
+        fitted(detector(references=4, scales=1), bricks(1, 0))
+    with pytest.raises(InputError, match="references=4"):
+        detector(references=4, mode="original")
+
+
+@pytest.mark.parametrize(("count", "batch"), [(12, 5), (13, 1), (40, 7)])
+def test_references_are_spread_over_the_training_images(count, batch):
+    model = detector(references=4)
+    images = torch.arange(count)[:, None, None, None].expand(-1, 3, 8, 8).float()
+    state = model.new_state(count)
+    for part in images.split(batch):
+        state.update(model.collect(model.features(part)))
+    numbers = state.compute()[:, 0, 0, 0].tolist()
+    assert numbers == list(range(0, count, count // 4))[: len(numbers)]
+    assert 4 <= len(numbers) <= 8
+
+
+def test_images_of_two_sizes_are_no_references():
+    model = detector(references=4)
+    state = model.new_state(4)
+    state.update(torch.zeros(1, 3, 40, 40))
+    with pytest.raises(InputError, match="image_size"):
+        state.update(torch.zeros(1, 3, 40, 48))
+
+
+def test_features_have_no_border_of_their_own():
+    """Mirrored surroundings: the features of a mirror image are the mirror image's, and a periodic image has periodic features at the rim."""
+    model = detector(source="features", stage=1)
+    image = texture(64, 96)
+    assert model.channels_of(image).shape[2:] == (16, 24)
+    assert model.channels_of(texture(50, 61)).shape[2:] == (13, 16)
+    flat = model.channels_of(torch.full((1, 3, 64, 64), 0.4))
+    assert (flat - flat.mean((2, 3), keepdim=True)).abs().max() < 1e-3 * flat.abs().max()
+
+
+def test_the_radius_is_in_pixels_of_the_image():
+    found = detector(mode="calibrated").detect(stained(64, 80, 26, 34))[0][0]
+    assert found.radius in {radius * 2**found.scale for radius in (2, 4)}
 
 
 def test_images_do_not_see_each_other():

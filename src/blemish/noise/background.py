@@ -74,7 +74,7 @@ def model(
     shape = patches.grid(*views.shape[2:], patch)
     fast = fast and (index is not None or shape[0] * shape[1] >= 16 * patches.leaf_size(box))
     total, cover = torch.zeros_like(images), torch.zeros_like(images[:, :1])
-    chunk = max(1, patches.workspace(images.device) // views[0].numel())
+    chunk = max(1, 8 * patches.workspace(images.device) // (views[0].numel() * patch**2))
     for start in range(0, len(views), chunk):
         part = views[start : start + chunk]
         middle = part.mean((2, 3), keepdim=True)
