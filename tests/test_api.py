@@ -244,7 +244,7 @@ def test_too_few_images_are_refused_before_the_training(method, tiny):
 def test_the_noise_detector_needs_no_training(tmp_path):
     image = np.random.default_rng(0).normal(128, 8, (60, 70)).clip(0, 255).astype(np.uint8)
     image[20:28, 30:38] = 200
-    detector = AnomalyDetector("noise_residual", device="cpu")
+    detector = AnomalyDetector("noise_residual", device="cpu", mode="calibrated")
     result = detector.predict(image)
     found = detector.model.detect(torch.from_numpy(image / np.float32(255)).expand(1, 3, -1, -1))[0]
     assert result.boxes == [(d.x1, d.y1, d.x2 - d.x1, d.y2 - d.y1) for d in found] != []

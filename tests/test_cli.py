@@ -231,7 +231,7 @@ def test_what_is_said_of_a_prediction(blemish, tiny, tmp_path):
     bad = tmp_path / "in"
     bad.mkdir()
     (bad / "a.png").write_bytes((tiny / "square" / "000.png").read_bytes())
-    options = ["predict", "model=noise_residual", "model.channels=1", "input=in", "output=out"]
+    options = ["predict", "model=noise_residual", "model.mode=calibrated", "model.channels=1", "input=in", "output=out"]
     status, out, _ = blemish(*options)
     assert status == 0
     assert "1 of 1 anomalous" in out and "out/a_overlay.png" in out and "1 images scored: out/scores.csv" in out

@@ -18,7 +18,7 @@ from blemish.run.train import train
 
 
 def detector(**changes) -> Detector:
-    return make("noise_residual", **changes).eval()
+    return make("noise_residual", **{"mode": "calibrated"} | changes).eval()
 
 
 def texture(height: int, width: int) -> torch.Tensor:

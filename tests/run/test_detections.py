@@ -19,7 +19,7 @@ def test_finds_what_was_put_into_a_photograph(tmp_path):
     photograph[50:58, 90:98] = 255
     (tmp_path / "in").mkdir()
     Image.fromarray(photograph).save(tmp_path / "in" / "brick.png")
-    cfg = composed("model=noise_residual", "model.channels=1", f"input='{tmp_path / 'in'}'", f"output='{tmp_path}/out'", config="predict")
+    cfg = composed("model=noise_residual", "model.mode=calibrated", "model.channels=1", f"input='{tmp_path / 'in'}'", f"output='{tmp_path}/out'", config="predict")
     assert len(predict(cfg).rows) == 1
     found = json.loads((tmp_path / "out" / "brick_detections.json").read_text())
     strongest = found[0]
@@ -53,7 +53,7 @@ def test_nothing_is_detected_outside_the_roi(tmp_path):
     right = np.zeros((64, 80), np.uint8)  # of a smaller copy: scaled to the image
     right[:, 35:] = 255
     Image.fromarray(right).save(tmp_path / "roi.png")
-    options = ["model=noise_residual", "model.channels=1", f"input='{tmp_path / 'brick.png'}'"]
+    options = ["model=noise_residual", "model.mode=calibrated", "model.channels=1", f"input='{tmp_path / 'brick.png'}'"]
     found = {}
     for name, more in {"all": [], "right": [f"roi='{tmp_path / 'roi.png'}'"]}.items():
         assert len(predict(composed(*options, f"output='{tmp_path / name}'", *more, config="predict")).rows) == 1

@@ -29,7 +29,7 @@ from blemish.run.results import ImageResult, Rule, output_names
 from blemish.run.test import test as retest
 from blemish.run.train import train
 
-NOISE = ["model=noise_residual", "model.channels=1"]
+NOISE = ["model=noise_residual", "model.mode=calibrated", "model.channels=1"]
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,11 @@ class NoiseResidual(OnePassDetector):
     """
 
     needs_fit = False
+    quick = ("model.mode=calibrated",)
     decides_by_map = True
     not_exportable = (
-        "it searches patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export padim or patchcore"
+        "it searches each image's own patches by trees that grow with the image, which is no fixed graph; use `predict run=…`, or export "
+        "padim or patchcore"
     )
 
     def __init__(
