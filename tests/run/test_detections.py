@@ -19,7 +19,8 @@ def test_finds_what_was_put_into_a_photograph(tmp_path):
     photograph[50:58, 90:98] = 255
     (tmp_path / "in").mkdir()
     Image.fromarray(photograph).save(tmp_path / "in" / "brick.png")
-    cfg = composed("model=noise_residual", "model.mode=calibrated", "model.channels=1", f"input='{tmp_path / 'in'}'", f"output='{tmp_path}/out'", config="predict")
+    options = ["model=noise_residual", "model.mode=calibrated", "model.channels=1"]
+    cfg = composed(*options, f"input='{tmp_path / 'in'}'", f"output='{tmp_path}/out'", config="predict")
     assert len(predict(cfg).rows) == 1
     found = json.loads((tmp_path / "out" / "brick_detections.json").read_text())
     strongest = found[0]

@@ -23,6 +23,7 @@ from blemish.noise.false_alarms import (
     false_alarms,
     law_of,
     least,
+    level_out,
     number_of_tests,
     original_false_alarms,
     statistics,
