@@ -50,6 +50,13 @@ def rows_of(folders: Sequence[Path]) -> list[dict]:
     return sorted(rows, key=lambda row: (row["dataset"], row["method"], order.get(row["known"], len(order))))
 
 
+def write(rows: Sequence[Mapping], path: Path) -> None:
+    """The rows as a CSV."""
+    shown = [[f"{value:.4f}" if isinstance(value, float) else value or "" for value in row.values()] for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, COLUMNS, shown)
+
+
 def draw(rows: Sequence[Mapping], path: Path) -> None:
     """A row of panels for each data set, two for each metric: against what is known, and against contamination."""
     sets, methods = (sorted({row[name] for row in rows}) for name in ("dataset", "method"))
@@ -84,8 +91,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/knowledge.svg")
     args = parser.parse_args()
     rows = rows_of(args.sweeps)
-    shown = [[f"{value:.4f}" if isinstance(value, float) else value or "" for value in row.values()] for row in rows]
-    write_csv(args.csv, COLUMNS, shown)
+    write(rows, args.csv)
     draw(rows, args.figure)
 
 

@@ -38,7 +38,9 @@ WRONG = {
     ],
     "spade": [{"matching": "all"}, {"align": "cubic"}, {"neighbors": 0}, {"outlier_filter": "svm"}, {"nu": 1.0}, {"nu": 0.0}],
     "stfpm": [{"stages": ["layer1"]}],
-    "subspace": [{"score": 0}, {"score": 1.5}],
+    "mutual": [{"share": 0.0}, {"neighborhoods": [2]}, {"rescore": []}, {"rescore": [0]}],
+    "subspace": [{"keep": 0.0}, {"rotations": -1}, {"score": 0}, {"score": 1.5}],
+    "supersimplenet": [{"upscale": 0}, {"perlin": 1.0}, {"noise": 0.0}, {"standardize": 1}, {"score": "map"}],
     "vae": [{"score": "reconstruction"}, {"sigma": -1}],
 }
 
