@@ -19,24 +19,26 @@ from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, i
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.draw import Scale
-from blemish.edge.calibration import Threshold
+from blemish.edge.calibration import SPLIT, Threshold
 from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.result import Result
+from blemish.edge.selection import Step, certificate
 from blemish.features.weights import BUNDLED
 from blemish.run.auto import AUTO, FEW, choose
+from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
 from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
 from blemish.run.evaluate import Calibrate
 from blemish.run.monitor import unusual
 from blemish.run.predict import anomalous, write
 from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
-from blemish.run.train import build_model, calibrated, expected_warnings, trainer_of
+from blemish.run.train import build_model, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
 
 SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "epoch_size")
-SETTINGS += ("workers", "seed", "alpha")  # keys of train.yaml
+SETTINGS += ("workers", "seed", "alpha", "calibrate")  # keys of train.yaml
 PLACES = {"epochs": "trainer.max_epochs", "calibration": "data.calibration", "progress": "trainer.enable_progress_bar"}
 OTHERS = ("recipe", "value_range", "device", *PLACES)
 
@@ -133,7 +135,10 @@ class AnomalyDetector:
         return None if self.scale is None else self.scale[0]
 
     def train(self, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
-        """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself."""
+        """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself.
+
+        With calibrate="full" or "cross" both are fitted to, and all give the thresholds.
+        """
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         if self._auto is not None:
             method, reason = choose(len(normal) + len(held_out), 0)
@@ -149,9 +154,13 @@ class AnomalyDetector:
         model.ranges, model.expects_calibration, calibrate = data.ranges, data.count("calibrate") > 0, Calibrate()
         with expected_warnings(), quiet(), isolate_rng():
             trainer = trainer_of(self.cfg, [calibrate])
+            check_calibrate(self.cfg, model, data, trainer)
             if model.needs_fit:
                 trainer.fit(model, datamodule=data)
-            calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
+            if self.cfg.calibrate == SPLIT or not model.needs_fit:
+                calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
+            else:
+                cross_calibrated(self.cfg, trainer, model, calibrate, data, trainer_of, lambda images, model: images)
         data.values.report()
         self.model, self.ready, self._by_hand = model.eval().to(self.device), True, {}
         self.scale = self._rule.scale((calibrate.low, None, -math.inf))
@@ -201,6 +210,17 @@ class AnomalyDetector:
             log.warning(warning)
         return results
 
+    def certificate(self, results: Sequence[Result]) -> list[Step]:
+        """For every threshold the alarms among the results of a folder and an upper bound on the false ones, valid for all at once.
+
+        The highest score comes first. InputError unless the detector has been calibrated with held-out images.
+        """
+        self._check_ready("certificate")
+        rule = self._rule
+        if not rule.scores or rule.threshold.promise != SPLIT:
+            raise InputError("certificate: proven for held-out images alone; train with calibrate='split', or val=...")
+        return certificate([one.score for one in results], [one.p_value for one in results], len(rule.scores))
+
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one file, complete or absent, which every tool accepts as `run=FILE`."""
         self._check_ready("save")
@@ -241,6 +261,8 @@ class AnomalyDetector:
     def _data(self, train: Sequence[Image], val: Sequence[Image]) -> ArrayData:
         cfg, data = self.cfg, self.cfg.data
         settings = {name: data[name] for name in ("image_size", "crop", "resize", "batch_size", "workers", "seed", "calibration")}
+        if self.cfg.calibrate != SPLIT and train:
+            settings["protocol"] = "paper"  # nothing is held out
         module = ArrayData(train=train, val=val, window=self._window, roi=self.roi and self.roi.mask, **settings)
         module.set_loading(cfg.tiling, cfg.overlap, cfg.epoch_size)
         return module

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from blemish.edge.calibration import PROMISES, SPLIT
 from blemish.edge.checks import check_choice, check_number, check_share_or_count, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
@@ -26,6 +27,7 @@ from blemish.types import Batch, Prediction
 Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
 Stages = Sequence[int | str]  # numbers or names, as `Features` has them
 DTYPES = ("uint8", "uint16", "float32")
+FEW_REFITS = 200  # training images up to which a fit without each is worth its time
 FEW_IMAGES = 5  # training images below which a run warns
 AUGMENT = 1  # the purpose of its random numbers, which are not those of a loss
 NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
@@ -75,6 +77,17 @@ class Detector(pl.LightningModule):
         super().__init__()
         self.register_buffer("calibration", torch.empty(0, 2))
         self.register_buffer("training_values", torch.tensor([NO_RANGE] * len(DTYPES)))  # rows of DTYPES, columns of Range
+        self.register_buffer("calibrated_as", torch.zeros((), dtype=torch.long))  # the place of `promise` in PROMISES
+
+    @property
+    def promise(self) -> str:
+        """What thresholds from `calibration` promise, one of `edge.calibration.PROMISES`."""
+        return list(PROMISES)[int(self.calibrated_as)]
+
+    def set_calibration(self, values: Tensor, promise: str = SPLIT) -> None:
+        """Set `calibration` to values (n, 2) that were scored as `promise` says."""
+        self.calibration = values.to(self.device)
+        self.calibrated_as.fill_(list(PROMISES).index(promise))
 
     def check_arguments(self, **rules: tuple | Callable[..., None]) -> None:
         """Check saved hyperparameters by name; a rule is a tuple of choices, or a check that takes the value by its name."""
@@ -158,6 +171,12 @@ class Detector(pl.LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def joined(predictions: Sequence[Prediction]) -> Prediction:
+    """The predictions of several batches as one."""
+    score, map = zip(*predictions, strict=True)
+    return Prediction(torch.cat(score), None if map[0] is None else torch.cat(map))
+
+
 def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None, share: float | None) -> Prediction:
     """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
 
@@ -178,7 +197,15 @@ def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None, share:
 
 
 class OnePassDetector(Detector):
-    """A method fitted in a single pass over the training images: `collect` from each batch, then `fit` to the state of all."""
+    """A method fitted in a single pass over the training images: `collect` from each batch, then `fit` to the state of all.
+
+    `left_out` is FULL or CROSS of `edge.calibration.PROMISES` where training images can be scored without themselves by `leave_one_out`:
+    FULL if no image put in the place of the one that was left out could raise its score further. Then the bound on false alarms of split
+    conformal prediction holds (docs/decisions.md).
+    """
+
+    left_out: str | None = None
+    leaving_out = False  # `predict_step` scores training images by `leave_one_out`
 
     def __init__(self):
         super().__init__()
@@ -186,6 +213,7 @@ class OnePassDetector(Detector):
         self.idle = nn.Parameter(torch.zeros(()))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.long))  # number of training images
         self.updating = False
+        self.order: list[str] = []  # keys of the training images in the order of the state
 
     def new_state(self, images: int) -> "RowBuffer | RunningCovariance":
         """An empty accumulator for what `collect` returns of `images` training images."""
@@ -198,6 +226,20 @@ class OnePassDetector(Detector):
     def fit(self, state: "RowBuffer | RunningCovariance") -> None:
         """Turn the state of all training images into buffers."""
         raise NotImplementedError
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        """The predictions of training images as if each had not been one, from their places `rows` among the rows of the state.
+
+        By default a fit to all others for each, of a method that keeps the rows of its state in a buffer `rows`.
+        """
+        kept, every, found = dict(self._buffers), self.rows, []
+        for b, row in enumerate(rows):
+            state = RowBuffer(len(every) - 1)
+            state.update(torch.cat([every[:row], every[row + 1 :]]))
+            self.fit(state)
+            found.append(self.score([stage[b : b + 1] for stage in maps], size))
+        self._buffers.update(kept)
+        return joined(found)
 
     def restore(self, state: "RowBuffer | RunningCovariance") -> None:
         """Fill an empty state with that of the images fitted so far, from the buffers alone."""
@@ -226,6 +268,7 @@ class OnePassDetector(Detector):
         if getattr(order := order_of(loader), "epoch_size", None):
             raise InputError(f"epoch_size={len(order)}: {type(self).__name__} fits in a single pass over all images; use null")
         self.total = len(loader.dataset) + (int(self.fitted) if self.updating else 0)
+        self.order = []
         self.state = self.new_state(self.total).to(self.device)
         if self.updating and self.global_rank == 0:
             with torch.no_grad():
@@ -236,7 +279,16 @@ class OnePassDetector(Detector):
             maps = self.maps(batch)
         with torch.no_grad():
             self.state.update(self.collect(maps))
+        self.order += batch.path
         return self.idle * 0.0
+
+    def predict_step(self, batch: Batch, index: int) -> Prediction:
+        if not self.leaving_out:
+            return self.test_step(batch, index)
+        rows = [self.order.index(key) for key in batch.path]
+        return apply_ignore_mask(
+            self.leave_one_out(self.maps(batch), tuple(batch.image.shape[-2:]), rows), batch.ignore_mask, self.map_share
+        )
 
     @torch.no_grad()
     def on_train_end(self) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 
-from blemish.edge.calibration import Threshold, conformal_threshold, p_values
+from blemish.edge.calibration import CROSS, FULL, Threshold, conditional_bound, conformal_threshold, p_values, rank
 from blemish.edge.errors import InputError
 
 
@@ -109,3 +110,23 @@ def test_rates_outside_zero_and_one_are_refused(alpha):
 def test_scores_that_are_no_numbers_are_refused(work, message):
     with pytest.raises(InputError, match=message):
         work()
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(1, 0.5), (19, 0.05), (32, 0.05), (99, 0.01), (200, 0.05), (30, 0.9), (5, 0.01)])
+def test_the_bound_for_one_set_of_images_is_a_quantile_of_beta(n, alpha):
+    k = min(rank(n, alpha), n)
+    for confidence in (0.9, 0.95):
+        assert conditional_bound(n, alpha, confidence) == pytest.approx(beta.ppf(confidence, n + 1 - k, k), rel=1e-9)
+
+
+def test_the_bound_for_one_set_of_images_by_simulation():
+    n, rng = 40, np.random.default_rng(0)
+    thresholds = np.sort(rng.random((20_000, n)))[:, rank(n, 0.05) - 1]
+    assert np.mean(1 - thresholds > conformal_threshold(rng.random(n), 0.05).conditional) == pytest.approx(0.05, abs=0.006)
+
+
+@pytest.mark.parametrize(("promise", "proven"), [("split", True), (FULL, True), (CROSS, False)])
+def test_a_threshold_tells_what_it_promises(promise, proven):
+    threshold = conformal_threshold(np.arange(40.0), 0.05, promise)
+    assert ("at most 5 %" in threshold.explain()) == proven and ("not proven" in threshold.explain()) != proven
+    assert (threshold.conditional is None) == ("95 % confidence" not in threshold.explain()) == (promise != "split")

@@ -106,7 +106,7 @@ REFERENCES = [{"references": 4, "channels": 1, "scales": 2}, {"references": 4, "
 def test_references_show_what_is_normal(changes, tmp_path):
     """Bricks are noise to bricks; a stain is not, nor is a wall of something else, which explains itself."""
     model = fitted(detector(**changes), bricks(12, 0)).eval()
-    assert model.promise == "bound measured on 4 references"
+    assert model.bound_kind == "bound measured on 4 references"
     normal, stain, other = bricks(2, 7), bricks(2, 7), bricks(1, 8).flip(2).mT.roll(3, 2) * 0.5 + 0.4
     stain[:, :, 24:34, 30:40] *= 0.2
     assert model(normal).score.max() < model(stain).score.min()
@@ -123,7 +123,7 @@ def test_references_of_a_run(tiny, tmp_path):
     metrics = train(tiny_run(tiny, tmp_path / "run", "model=noise_residual", "model.references=6", "model.channels=1", "model.scales=1"))
     assert metrics["image_auroc"] > 0.9
     _, model = load(tmp_path / "run", "cpu")
-    assert (model.promise, len(model.bank0)) == ("bound measured on 6 references", 6)
+    assert (model.bound_kind, len(model.bank0)) == ("bound measured on 6 references", 6)
 
 
 def test_references_need_a_second_image_and_no_other_residual():

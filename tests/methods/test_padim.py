@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 from support import images, make, remembered
 
 from blemish.detector import RowBuffer, RunningCovariance
+from blemish.ops import gaussian
 
 EPSILON = 0.01
 
@@ -104,3 +105,61 @@ def test_a_checkpoint_holds_the_triangle_of_a_factor_alone(n, name, side):
     for _ in range(2):  # also where there is one
         again.load_state_dict(state)
         assert torch.equal(getattr(again, name), getattr(model, name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [8, 21])
+def test_no_image_in_place_of_one_left_out_makes_it_more_anomalous(n):
+    """Brute force: for each of some images a fit to the others and one more, normal or far off."""
+    model, _ = fitted(padim(), pictures := images(n))
+    model.fitted.fill_(n)
+    far = [images(1, seed=2), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 64, 64)]
+    for i in (0, n - 1):
+        maps = model.features(pictures[i : i + 1])
+        bound = model.leave_one_out(maps, (64, 64), [i])
+        others = torch.cat([pictures[:i], pictures[i + 1 :]])
+        for more in far:
+            found = fitted(padim(), torch.cat([others, more]))[0](pictures[i : i + 1])
+            assert (found.map <= bound.map * (1 + 1e-3)).all() and found.score <= bound.score * (1 + 1e-3)
+        least = others.mean(0, keepdim=True)  # near the mean of the others: hardly changes the distance, so the bound is not loose
+        assert fitted(padim(), torch.cat([others, least]))[0](pictures[i : i + 1]).score > 0.8 * bound.score
+
+
+@pytest.mark.parametrize(("n", "d"), [(3, 5), (6, 20), (30, 20), (40, 4)])
+def test_the_bound_of_a_distance_is_that_of_the_worst_sample(n, d):
+    rows = torch.randn(n, 2, d, generator=torch.Generator().manual_seed(n))  # (N, P, d)
+    if n <= d:
+        _, _, lower = gaussian.woodbury_factor(rows.clone(), EPSILON)
+        bound = gaussian.left_out_woodbury(lower, torch.arange(n), EPSILON)  # (P, N)
+    else:
+        mean, scatter = torch.zeros(2, d), torch.zeros(2, d, d)
+        gaussian.merge_moments(0, mean, scatter, rows.transpose(0, 1))
+        factor = gaussian.cholesky_factor(scatter, n, EPSILON)
+        bound = gaussian.left_out_cholesky(gaussian.mahalanobis_cholesky(rows.transpose(0, 1), mean, factor), n)
+    x = rows.double().numpy()
+    for p in range(2):
+        for i in range(n):
+            others = np.delete(x[:, p], i, 0)
+            y = x[i, p] - others.mean(0)
+            scatter = (others - others.mean(0)).T @ (others - others.mean(0)) + EPSILON * (n - 1) * np.eye(d)
+            distance = y @ np.linalg.solve(scatter, y)
+            worst = others.mean(0) - y / ((n - 1) * distance)  # yᵀAz = -1/m
+            for more, reached in ((worst, 1.0), (others.mean(0) + 100 * y, 0.0), (others.mean(0), 0.0)):
+                bag = np.vstack([others, more])
+                found = (x[i, p] - bag.mean(0)) @ np.linalg.solve(np.cov(bag.T) + EPSILON * np.eye(d), x[i, p] - bag.mean(0))
+                assert found <= float(bound[p, i]) * (1 + 1e-3)
+                assert found >= reached * float(bound[p, i]) * (1 - 1e-3)
+
+
+def test_false_alarms_of_a_fit_to_all_images_are_bounded():
+    """Vectors instead of images: 19 of them, none held out, promise 5 %."""
+    n, d, generator, alarms, draws = 19, 6, torch.Generator().manual_seed(0), 0, 40
+    for _ in range(draws):
+        rows = torch.randn(n, 100, d, generator=generator).exp()  # a hundred positions are as many draws
+        new = torch.randn(1, 100, d, generator=generator).exp()
+        mean, scatter = torch.zeros(100, d), torch.zeros(100, d, d)
+        gaussian.merge_moments(0, mean, scatter, rows.transpose(0, 1))
+        factor = gaussian.cholesky_factor(scatter, n, EPSILON)
+        known = gaussian.left_out_cholesky(gaussian.mahalanobis_cholesky(rows.transpose(0, 1), mean, factor), n).sqrt()  # (P, N)
+        alarms += int((gaussian.mahalanobis_cholesky(new.transpose(0, 1), mean, factor)[:, 0] > known.amax(1)).sum())
+    assert alarms / (100 * draws) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / (100 * draws)) ** 0.5)

@@ -18,9 +18,11 @@ from support import composed
 
 from blemish import draw
 from blemish.draw import choose, file_names
+from blemish.edge.calibration import p_values
 from blemish.edge.errors import InputError
+from blemish.edge.selection import false_alarm_bounds
 from blemish.files import picture_info, write_csv, write_json
-from blemish.report.page import CURVES, ScoredImage, panel_boxes, places, scan, strips_of, write
+from blemish.report.page import CURVES, ScoredImage, certificate_of, panel_boxes, places, read, read_scores, scan, strips_of, write
 from blemish.run.evaluate import SCORES
 from blemish.run.record import environment
 from blemish.run.train import train
@@ -85,6 +87,22 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
 def inside(page):
     """The data in a page."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def test_a_run_tells_what_any_threshold_promises(tmp_path):
+    folder = run_folder(tmp_path / "a", calibration={"map_value": 2.5, "n": 40, "promise": "split", "value": 6.0})
+    scores = read_scores(folder / "scores.csv")
+    assert certificate_of(read(folder, "a")) is None, "p-values that are not of 40 images"
+    p = p_values(scores.score, np.linspace(3, 7, 40))
+    rows = zip(scores.images, scores.label.tolist(), scores.score.tolist(), p.tolist(), strict=True)
+    write_csv(folder / "scores.csv", SCORES, [(key, kind, of, 6.0, int(of > 6), value, defect) for (key, defect), kind, of, value in rows])
+    found = certificate_of(read(folder, "a"))
+    assert (found["images"], found["n"]) == (24, 40) and len(found["steps"]) == 24
+    expected = false_alarm_bounds(scores.score, p, 40)[np.argsort(-scores.score)]
+    assert [step[1:3] for step in found["steps"]] == [[i + 1, bound] for i, bound in enumerate(expected.tolist())]
+    assert found["steps"][-1][3] == 12
+    for other in ({"promise": "full"}, {"promise": "cross"}, {"n": None}):
+        assert certificate_of(read(run_folder(tmp_path / str(other), calibration={"n": 40, "promise": "split", **other}), "b")) is None
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-1, 1)), max_size=30))

@@ -77,7 +77,7 @@ class Data(pl.LightningDataModule):
 class Brightness(pl.LightningModule):
     """The brighter the more anomalous; `factor` stretches the values, `maps` can be left out."""
 
-    map_threshold = None
+    map_threshold, promise = None, "split"
 
     reconstruct = None
 

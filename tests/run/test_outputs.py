@@ -13,17 +13,19 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from scipy.stats import false_discovery_control
 from support import composed, tiny_run
 
 from blemish.api import AnomalyDetector
 from blemish.edge.calibration import Threshold
 from blemish.edge.errors import InputError
 from blemish.edge.reading import find_images, is_result
+from blemish.edge.selection import false_alarm_bounds
 from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing, write_json
 from blemish.run.checkpoint import newest_run, saved_scale
 from blemish.run.config import build
 from blemish.run.monitor import unusual
-from blemish.run.predict import boxes_in_image, predict, write
+from blemish.run.predict import COLUMNS, boxes_in_image, predict, write
 from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Rule, output_names
 from blemish.run.test import test as retest
@@ -324,7 +326,8 @@ def test_lines_hold_what_the_table_and_the_masks_hold(how, finished, images, tmp
     lines, rows = lines_of(out / "results.jsonl"), rows_of(out / "scores.csv")
     assert len(lines) == len(rows) == 3 + (sys.platform == "linux")
     for line, row in zip(lines, rows, strict=True):
-        assert list(line) == ["path", "score", "p_value", "decision", "threshold", "boxes", "files"]
+        names = ["path", "score", "p_value", "decision", "threshold", "boxes", "files", "adjusted", "false_at_most"]
+        assert list(line) == names and (line["adjusted"] is None) == (line["false_at_most"] is None) == (how == "noise")
         assert os.fsencode(line["path"]) == os.fsencode(row["path"])
         assert line["decision"] is (row["decision"] == "1")
         assert [str(line[key]) for key in ("score", "threshold")] == [row[key] for key in ("score", "threshold")]
@@ -403,7 +406,15 @@ def test_thresholds_by_hand(finished, images, tmp_path):
 
 
 BAD = ["alpha=5", "alpha=-0.1", "alpha=many", "threshold=nan", "threshold=inf", "threshold=high", "threshold=[1]", "map_threshold=nan"]
-BAD += ["threshold=1 alpha=0.1", "monitor_rate=0", "monitor_rate=often", "monitor=perhaps"]
+BAD += [
+    "fdr=0",
+    "threshold=1 fdr=0.1",
+    "alpha=0.1 fdr=0.1",
+    "threshold=1 alpha=0.1",
+    "monitor_rate=0",
+    "monitor_rate=often",
+    "monitor=perhaps",
+]
 
 
 @pytest.mark.parametrize("wrong", BAD)
@@ -412,7 +423,7 @@ def test_settings_that_are_none_are_refused_before_anything_is_read(wrong):
         told("/nowhere", "/nowhere/out", "run=/nowhere", *wrong.split())
 
 
-@pytest.mark.parametrize("key", ["threshold=1", "alpha=0.1", "map_threshold=1"])
+@pytest.mark.parametrize("key", ["threshold=1", "alpha=0.1", "fdr=0.1", "map_threshold=1"])
 def test_the_noise_detector_has_epsilon(key):
     with pytest.raises(InputError, match=rf"{key}.*model\.epsilon"):
         told("/nowhere", "/nowhere/out", *NOISE, key)
@@ -425,8 +436,9 @@ def test_a_run_without_a_threshold(finished, images, tmp_path):
     torch.save(state, tmp_path / "run" / "model.ckpt")
     how = by_run(tmp_path / "run")
     assert "threshold=NUMBER" in told(images, tmp_path / "out", *how).summary[0]
-    with pytest.raises(InputError, match=r"alpha=0\.1: the run has no calibration images"):
-        told(images, tmp_path / "out", *how, "alpha=0.1")
+    for key in ("alpha", "fdr"):
+        with pytest.raises(InputError, match=rf"{key}=0\.1: the run has no calibration images"):
+            told(images, tmp_path / "out", *how, f"{key}=0.1")
     told(images, tmp_path / "out", *how, "threshold=0")
     assert {(row["decision"], row["p_value"]) for row in rows_of(tmp_path / "out" / "scores.csv")} == {("1", "")}
 
@@ -451,6 +463,31 @@ def test_thresholds_in_python(finished, images, tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(InputError, match="notes"):
         detector.save(tmp_path / "notes")
+
+
+def test_a_folder_is_decided_on_together(finished, tiny, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(tiny / "normal_test", folder)
+    for path in (tiny / "square").glob("*.png"):
+        shutil.copy(path, folder / f"square_{path.name}")
+    rows = told(folder, tmp_path / "usual", *by_run(finished)).rows
+    p = np.array([row[COLUMNS.index("p_value")] for row in rows])
+    expected, n = false_discovery_control(p), len(AnomalyDetector.load(finished, device="cpu").model.calibration)
+    level, scores = float(np.median(expected)) + 1e-9, [row[1] for row in rows]
+    done = told(folder, tmp_path / "out", *by_run(finished), f"fdr={level}")
+    lines, table = lines_of(tmp_path / "out" / "results.jsonl"), rows_of(tmp_path / "out" / "scores.csv")
+    np.testing.assert_allclose([line["adjusted"] for line in lines], expected)
+    assert [line["false_at_most"] for line in lines] == false_alarm_bounds(scores, p, n).tolist()
+    assert [line["decision"] for line in lines] == [row["decision"] == "1" for row in table] == (expected <= level).tolist()
+    assert all(line["decision"] == (line["score"] > line["threshold"]) for line in lines)
+    assert {row["threshold_from"] for row in table} == {"fdr"}
+    assert "false alarms on average" in done.summary[0] and any("95 % confidence" in line for line in done.summary)
+    told(folder, tmp_path / "out", *by_run(finished), "fdr=1e-6")
+    assert {(line["decision"], line["threshold"]) for line in lines_of(tmp_path / "out" / "results.jsonl")} == {(False, None)}
+    detector = AnomalyDetector.load(finished, device="cpu")
+    steps = detector.certificate(detector.predict(folder))
+    assert steps[-1].alarms == len(p) and [step.score for step in steps] == sorted(scores, reverse=True)
+    assert dict(zip(scores, (line["false_at_most"] for line in lines), strict=True)) == {step.score: step.false_at_most for step in steps}
 
 
 # ---- what is said

@@ -66,7 +66,7 @@ def test_a_bank_keeps_what_it_has_and_covers_the_new(halves, tmp_path):
     assert int(new.patches) == 24 * int(old.patches) // 16
     assert len(new.bank) == int(old.patches * 0.1) + int((new.patches - old.patches) * 0.1)
     assert new.radius[-1] >= old.radius[-1]
-    with pytest.raises(InputError, match="updated bank"):
+    with pytest.raises(InputError, match="was updated"):
         new.cut(0.01)
 
 

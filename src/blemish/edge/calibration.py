@@ -46,7 +46,7 @@ class Threshold(NamedTuple):
 
     @property
     def conditional(self) -> float | None:
-        """The bound on the false alarms of this very threshold, with CONFIDENCE over the draw of the n images; None where none is proven."""
+        """The bound on the false alarms of this very threshold, with CONFIDENCE over the draw of the images; None where none is proven."""
         proven = self.promise == SPLIT and not self.by_hand and self.n
         return conditional_bound(self.n, self.requested, CONFIDENCE) if proven else None
 

@@ -6,6 +6,7 @@ p-values of normal images that is found by sampling from their joint distributio
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +20,25 @@ SHRINK = 0.9  # ratio of the numbers of normal images that are tried
 SEED = 0  # of the draws
 
 
+class Step(NamedTuple):
+    """What a threshold just below a score says of a folder of images."""
+
+    score: float
+    alarms: int  # images that score at least as high
+    false_at_most: int  # normal ones among them, see `false_alarm_bounds`
+
+
+def certificate(scores: ArrayLike, p_values: ArrayLike, n: int, confidence: float = CONFIDENCE) -> list[Step]:
+    """A Step for each of the scores (m,) of a folder, the highest first: any of them may be chosen after looking.
+
+    p_values (m,) are those of the scores among n held-out normal ones; InputError for p-values that are not.
+    """
+    scores = np.asarray(scores, np.float64)
+    bounds = false_alarm_bounds(scores, p_values, n, confidence)
+    values, last, alarms = np.unique(-scores, return_index=True, return_counts=True)
+    return [Step(-float(v), int(a), int(bounds[i])) for v, i, a in zip(values, last, alarms.cumsum(), strict=True)]
+
+
 def adjusted(p_values: ArrayLike) -> np.ndarray:
     """Benjamini and Hochberg's adjusted p-values (m,): selecting those ≤ q has an expected share of false alarms of at most q."""
     p = _checked(p_values)
@@ -29,48 +49,52 @@ def adjusted(p_values: ArrayLike) -> np.ndarray:
     return values
 
 
-def false_alarm_bounds(p_values: ArrayLike, n: int, confidence: float = CONFIDENCE) -> np.ndarray:
+def false_alarm_bounds(scores: ArrayLike, p_values: ArrayLike, n: int, confidence: float = CONFIDENCE) -> np.ndarray:
     """An upper bound (m,) int on the normal images among those that score at least as high as each, valid for all m at once.
 
-    p_values (m,) of a folder are from one set of n held-out normal scores, see `p_values`; if these and the scores of the folder's normal
-    images, whatever their number, are exchangeable, the probability that any of the m bounds is too small is at most 1 − confidence.
+    The p-values (m,) of a folder's scores (m,) are from one set of n held-out normal scores, see `p_values`. If these and the scores of the
+    folder's normal images, whatever their number, are exchangeable, the probability that any bound is too small is at most 1 − confidence.
 
     Let V(c) be the number of normal images with at most c calibration scores at or above theirs. Of m₀ normal images its law is
     negative hypergeometric, and the law of all V(c) together depends on m₀ and n alone. `_envelope` has B with P(any V(c) > B(c)) ≤ δ.
     As V(c) ≤ B(c) leaves at least R(c) − B(c) defects among the R(c) images, m₀ ≤ m − R(c) + B(c), which in turn allows the
-    envelope of a smaller m₀ (closed testing; B grows with m₀). Between two ranks V grows by no more than R does.
+    envelope of a smaller m₀ (closed testing; B grows with m₀). Between two thresholds the normal
+    images grow by no more than all do.
     """
-    p = _checked(p_values)
+    p, scores = _checked(p_values), np.asarray(scores, np.float64)
     m, calibration = len(p), np.rint(p * (n + 1)).astype(int) - 1  # (m,) calibration scores at or above each
-    if m == 0 or n == 0:
-        return np.arange(1, m + 1)
-    if calibration.min() < 0 or calibration.max() > n:
+    if not np.allclose(p * (n + 1), calibration + 1, rtol=0, atol=1e-6):
         raise InputError(f"p-values: not of {n} calibration scores; expected multiples of 1/{n + 1}")
+    own = m - np.searchsorted(np.sort(scores), scores, "left")  # (m,) images that score as high
+    if m == 0 or n == 0:
+        return own
     ranks = _ranks(n)
     reached = np.searchsorted(np.sort(calibration), ranks, "right")  # (C,) R(c)
     sizes = _sizes(m)
-    for size, below in zip(sizes, (*sizes[1:], 0), strict=True):  # descending
-        bound = _envelope(m, n, size, confidence)  # (C,)
-        normal = int((m - reached + bound).min())  # at most so many images are normal
+    for i, below in enumerate((*sizes[1:], 0)):  # descending
+        bound = _envelope(sizes[i:], n, confidence)  # (C,)
+        normal = min(int((m - reached + bound).min()), sizes[i])  # at most so many images are normal
         if normal > below:
             break
-    own = np.searchsorted(np.sort(calibration), calibration, "right")  # (m,) R at each image
     grown = bound + np.maximum(own[:, None] - reached, 0)  # (m, C)
-    return np.minimum(np.minimum(grown.min(1), own), min(normal, size)).clip(0)
+    return np.minimum(np.minimum(grown.min(1), own), normal).clip(0)
 
 
-@lru_cache(maxsize=64)
-def _envelope(m: int, n: int, normal: int, confidence: float) -> np.ndarray:
-    """B(c) (C,) at `_ranks`, the largest over the sizes of `_sizes(m)` up to `normal`, so that it grows with `normal`."""
-    ranks, best = _ranks(n), np.zeros(len(_ranks(n)), int)
-    for size in (size for size in _sizes(m) if size <= normal):
-        tail = _tail(size, n, ranks)  # (C, size + 1) P(V(c) ≥ v)
-        drawn = _counts(size, n, ranks)  # (DRAWS, C)
-        least = np.sort(tail[np.arange(len(ranks)), drawn].min(1))  # (DRAWS,)
-        # one more draw is below the k-th smallest of these with a probability of at most k / (DRAWS + 1)
-        level = least[max(int((1 - confidence) * (DRAWS + 1) + 1e-9), 1) - 1]
-        best = np.maximum(best, (tail >= level).sum(1) - 1)
-    return best
+def _envelope(sizes: tuple[int, ...], n: int, confidence: float) -> np.ndarray:
+    """B(c) (C,) at `_ranks` for so many normal images as the first of the sizes: the largest over all sizes, so that it grows with them."""
+    return np.max([_bound(size, n, confidence) for size in sizes], axis=0)
+
+
+@lru_cache(maxsize=1024)
+def _bound(size: int, n: int, confidence: float) -> np.ndarray:
+    """B(c) (C,) for `size` normal images: the largest v with P(V(c) ≥ v) at a level that all c together keep."""
+    ranks = _ranks(n)
+    tail = _tail(size, n, ranks)  # (C, size + 1) P(V(c) ≥ v)
+    drawn = _counts(size, n, ranks)  # (DRAWS, C)
+    least = np.sort(tail[np.arange(len(ranks)), drawn].min(1))  # (DRAWS,)
+    # one more draw is below the k-th smallest of these with a probability of at most k / (DRAWS + 1)
+    level = least[max(int((1 - confidence) * (DRAWS + 1) + 1e-9), 1) - 1]
+    return (tail >= level).sum(1) - 1
 
 
 def _ranks(n: int) -> np.ndarray:
@@ -98,7 +122,7 @@ def _tail(m: int, n: int, ranks: np.ndarray) -> np.ndarray:
 
 
 def _counts(m: int, n: int, ranks: np.ndarray) -> np.ndarray:
-    """Draws (DRAWS, C) of all V(c) together: uniform scores are beaten by the gaps between the n others, which are gamma distributed."""
+    """Draws (DRAWS, C) of all V(c) together: the gaps between n uniform scores are gamma distributed, and m others fall into them."""
     rng = np.random.default_rng([SEED, m, n])
     gaps = rng.standard_gamma(np.diff(np.concatenate([[0], ranks + 1, [n + 1]])), (DRAWS, len(ranks) + 1))
     shares, left, counts = gaps / gaps[:, ::-1].cumsum(1)[:, ::-1], np.full(DRAWS, m), []

@@ -5,7 +5,8 @@ import logging
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, number
+from blemish.detector import COUNT, FEW_REFITS, Maps, OnePassDetector, RowBuffer, Stages, number
+from blemish.edge.calibration import CROSS
 from blemish.features.extractor import Features
 from blemish.ops import pca
 from blemish.ops.density import Density, gaussian, kernels, leave_one_out, log_density
@@ -72,6 +73,10 @@ class DFKDE(VectorDensity, OnePassDetector):
         self.add_density(components, "kde", bandwidth, scaling)
         self.add_buffers("rows")  # (N, D) the features, for an update
         self.backbone = Features(backbone, stages, weights, seed)
+
+    @property
+    def left_out(self) -> str | None:
+        return CROSS if len(self.rows) <= FEW_REFITS else None
 
     def collect(self, maps: Maps) -> Tensor:
         """The global average pool of all stages, (B, D)."""

@@ -12,7 +12,8 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, OnePassDetector, RowBuffer, Stages
+from blemish.detector import COUNT, FEW_REFITS, SHARE_OR_COUNT, Maps, OnePassDetector, RowBuffer, Stages
+from blemish.edge.calibration import CROSS
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import kmeans, pca
@@ -55,6 +56,10 @@ class DFM(OnePassDetector):
         self.add_buffers("rows")  # (N, D) the features, for an update; D = C·h·w of the pooled map
         self.add_buffers("mean", "axes")  # (G, D), (G, k, D) with rows of zeros where a group has fewer components
         self.add_buffers("variance", "shares", "means", "variances")  # of nll, where G = 1: (k,), and of M Gaussians (M,), (M, k), (M, k)
+
+    @property
+    def left_out(self) -> str | None:
+        return CROSS if len(self.rows) <= FEW_REFITS else None
 
     def embed(self, maps: Maps) -> Tensor:
         """All stages on the first one's grid, averaged over squares of `pool` cells: (B, C, h, w)."""

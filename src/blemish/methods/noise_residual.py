@@ -124,7 +124,7 @@ class NoiseResidual(OnePassDetector):
         return -math.log10(self.epsilon)
 
     @property
-    def promise(self) -> str:
+    def bound_kind(self) -> str:
         """What the bound of `epsilon` rests on."""
         if self.references is not None:
             return f"bound measured on {len(self.bank0)} references"
@@ -159,7 +159,7 @@ class NoiseResidual(OnePassDetector):
             halves = x[::2], x[1::2]
             residuals = [self.redrawn(a, b, patches.build(b, self.patch, self.seed)) for a, b in (halves, halves[::-1])]
             self.set_buffers(level, bank=x, law=self.measure(torch.cat(residuals)), **patches.build(x, self.patch, self.seed)._asdict())
-        log.info("noise_residual: %s", self.promise)
+        log.info("noise_residual: %s", self.bound_kind)
 
     def set_buffers(self, level: int, **values: Tensor) -> None:
         for name, value in values.items():
@@ -202,7 +202,7 @@ class NoiseResidual(OnePassDetector):
     def alarms(self, image: Tensor) -> Alarms:
         """The smallest number of false alarms over channels, discs and scales at every pixel."""
         if not self.told and self.references is None:
-            log.info("noise_residual: %s", self.promise)
+            log.info("noise_residual: %s", self.bound_kind)
         self.told = True
         height, width = image.shape[2:]
         residuals = self.residuals(image)  # S × (B, C, h, w)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blemish.detector import COUNT, POSITIVE, Maps, OnePassDetector, RowBuffer, RunningCovariance, Stages
+from blemish.edge.calibration import FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import gaussian
@@ -20,6 +21,8 @@ class PaDiM(OnePassDetector):
     `align`: the paper repeats their cells (`nearest`). Of several `draws`, each with its own Gaussians, the distance is the mean. Σ gets
     `epsilon`·I (eq. 1); the map is upsampled and blurred by `sigma` pixels, and the image's score is its maximum.
     """
+
+    left_out = FULL
 
     def __init__(
         self,
@@ -86,18 +89,28 @@ class PaDiM(OnePassDetector):
             state.update(gaussian.samples_of(self.mean, self.woodbury, self.lower))
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        return self._prediction(self._distance(maps), maps, size)
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        if len(self.cholesky):
+            squared = gaussian.left_out_cholesky(self._distance(maps), int(self.fitted))
+        else:
+            squared = gaussian.left_out_woodbury(self.lower, torch.tensor(rows, device=self.device), self.epsilon)  # (R·P, B)
+        return self._prediction(squared.sqrt(), maps, size)
+
+    def _distance(self, maps: Maps) -> Tensor:
         grid, draws = maps[0].shape[-2:], len(self.drawn)
         if len(self.mean) != draws * grid.numel():
             fitted = len(self.mean) // draws
             raise InputError(f"image_size: PaDiM was fitted to {fitted} positions and now gets {grid.numel()}; keep the image size")
         x = self.embed(maps).transpose(0, 1)  # (R·P, B, d)
         if len(self.cholesky):
-            distance = gaussian.mahalanobis_cholesky(x, self.mean, self.cholesky)
-        else:
-            distance = gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)  # (R·P, B)
-        distance = distance.unflatten(0, (draws, -1)).mean(0)  # (P, B)
-        map = smooth_upsample(distance.T.unflatten(1, grid), size, self.sigma)  # (B, H, W)
-        return self.from_map(map)
+            return gaussian.mahalanobis_cholesky(x, self.mean, self.cholesky)  # (R·P, B)
+        return gaussian.mahalanobis_woodbury(x, self.mean, self.woodbury, self.epsilon)
+
+    def _prediction(self, distance: Tensor, maps: Maps, size: tuple[int, int]) -> Prediction:
+        distance = distance.unflatten(0, (len(self.drawn), -1)).mean(0)  # (P, B)
+        return self.from_map(smooth_upsample(distance.T.unflatten(1, maps[0].shape[-2:]), size, self.sigma))  # (B, H, W)
 
     # a checkpoint holds only the lower triangles: the factors are zero above
     def _save_to_state_dict(self, destination, prefix, keep_vars):

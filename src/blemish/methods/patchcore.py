@@ -1,13 +1,15 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, integer, number
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, integer, joined, number
+from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.coreset import farthest_first, project
@@ -68,6 +70,11 @@ class PatchCore(OnePassDetector):
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # number of patches of all training images
         self.register_buffer("nested", torch.tensor(True))  # no update: the first rows are a coreset of all patches themselves
 
+    @property
+    def left_out(self) -> str:
+        # one more image brings patches nearer and none farther, but for the choice of a coreset, and eq. 7
+        return FULL if (self.coreset == "none" or self.coreset_ratio == 1) and not self.neighbours else CROSS
+
     def new_state(self, images: int) -> RowBuffer:
         # of images fitted before, only the bank is left
         capacity = images - int(self.fitted) if self.updating else images
@@ -78,7 +85,8 @@ class PatchCore(OnePassDetector):
 
     def fit(self, state: RowBuffer) -> None:
         patches = state.compute().flatten(0, 1)  # (N·P, D)
-        rows, radius = self.choose(patches)
+        chosen, radius = self.choose(patches)
+        rows = patches[chosen]
         if self.updating:
             if len(radius):  # the old patches keep their radius, though new rows may be nearer to them
                 radius = torch.cat([self.radius, radius.clamp_min(self.radius[-1])])
@@ -88,6 +96,7 @@ class PatchCore(OnePassDetector):
         self.bank, self.radius = rows, radius
         self.nested = torch.full_like(self.nested, not self.updating and self.coreset != "none")
         self.patches += len(patches)
+        self.owner = chosen // state.rows.shape[1]  # (M,) place of each row's image in the state
         if len(self.bank) < FEW_PATCHES:
             found = len(self.bank), int(self.patches), self.coreset_ratio
             log.warning("the bank has %d of %d patches (model.coreset_ratio=%g): expected a larger ratio, or more images", *found)
@@ -95,16 +104,15 @@ class PatchCore(OnePassDetector):
         log.info("coreset: %d of %d patches%s", len(self.bank), self.patches, covering)
 
     def choose(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """The coreset (M, D) of patches (N, D), which continues the bank's in an update, and its covering radius after each row."""
+        """The places (M,) of the coreset in patches (N, D), which continues the bank's in an update, and its covering radius after each."""
         if self.coreset == "none":
-            return patches, patches.new_empty(0)
+            return torch.arange(len(patches), device=patches.device), patches.new_empty(0)
         count, generator = coreset_size(len(patches), self.coreset_ratio), torch.Generator().manual_seed(self.seed)
         if self.coreset == "random":
-            return patches[torch.randperm(len(patches), generator=generator)[:count].to(patches.device)], patches.new_empty(0)
+            return torch.randperm(len(patches), generator=generator)[:count].to(patches.device), patches.new_empty(0)
         projected = project(patches, self.projection, generator)
         start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed)) if self.updating else generator
-        indices, radius = farthest_first(projected, count, start)
-        return patches[indices], radius
+        return farthest_first(projected, count, start)
 
     def restore(self, state: RowBuffer) -> None:
         """Do nothing: `fit` uses the bank, and the patches it was chosen from are gone."""
@@ -125,17 +133,26 @@ class PatchCore(OnePassDetector):
         self.calibration = self.calibration.new_empty(0, 2)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        x = self.collect(maps)  # (B, P, D)
-        distance, index = nearest(x.flatten(0, 1), self.bank, min(self.num_neighbors, len(self.bank)))  # (B·P, n)
+        return self._score(self.collect(maps), self.bank, maps[0].shape[-2:], size)
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        images = zip(self.collect(maps).split(1), rows, strict=True)
+        return joined([self._score(x, self.bank[self.owner != row], maps[0].shape[-2:], size) for x, row in images])
+
+    def _score(self, x: Tensor, bank: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Prediction:
+        """The prediction for patches (B, P, D) of images on a `grid`, from a bank (M, D)."""
+        if not len(bank):
+            raise InputError("model.coreset_ratio: all patches of the bank are of one image; expected a larger ratio")
+        distance, index = nearest(x.flatten(0, 1), bank, min(self.num_neighbors, len(bank)))  # (B·P, n)
         patch, first, index = (v.view(x.shape[:2]) for v in (distance.mean(1), distance[:, 0], index[:, 0]))  # (B, P)
-        map = smooth_upsample(patch.unflatten(1, maps[0].shape[-2:]), size, self.sigma)  # (B, H, W)
+        map = smooth_upsample(patch.unflatten(1, grid), size, self.sigma)  # (B, H, W)
         if self.map_share is not None:
             return self.from_map(map)
         score, worst = patch.max(1, keepdim=True)  # (B, 1)
-        if self.neighbours and len(self.bank) > 1:
+        if self.neighbours and len(bank) > 1:
             x = x.gather(1, worst[:, :, None].expand(-1, -1, x.shape[2]))[:, 0]  # (B, D)
             first, index = first.gather(1, worst), index.gather(1, worst)[:, 0]
-            score = score * weight(x, first[:, 0], self.bank, index, self.neighbours, self.dims)[:, None]
+            score = score * weight(x, first[:, 0], bank, index, self.neighbours, self.dims)[:, None]
         return self.from_map(map, score[:, 0])
 
 

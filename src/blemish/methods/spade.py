@@ -8,7 +8,8 @@ import torch
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, number
+from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, joined, number
+from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
@@ -93,12 +94,29 @@ class SPADE(OnePassDetector):
         for name, value in zip(["images", *self.names], [images, *stages], strict=True):
             setattr(self, name, value)
 
+    @property
+    def left_out(self) -> str | None:
+        # one more is only nearer where each image has enough others; it may replace one with nearer patches, as the map's score shows
+        kind = FULL if len(self.images) > self.neighbors and self.map_share is None else CROSS
+        return None if self.outlier_filter == "ocsvm" else kind
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        others = torch.arange(len(self.images), device=self.device)
+        found = [self._score([stage[b : b + 1] for stage in maps], size, others[others != row]) for b, row in enumerate(rows)]
+        return joined(found)
+
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        return self._score(maps, size, None)
+
+    def _score(self, maps: Maps, size: tuple[int, int], chosen: Tensor | None) -> Prediction:
+        """The prediction from the gallery's images `chosen`, None for all."""
         grids = tuple(tuple(stage.shape[-2:]) for stage in maps[: self.local])
         gallery = [getattr(self, name) for name in self.names]
         if any(h * w != stage.shape[1] for (h, w), stage in zip(grids, gallery, strict=True)):
             raise InputError(f"image_size: SPADE's gallery has {gallery[0].shape[1]} positions and now gets {grids[0]}; keep the size")
-        distance, index = nearest(describe(maps[self.deep]), self.images, min(self.neighbors, len(self.images)))  # (B, K)
+        images = self.images if chosen is None else self.images[chosen]
+        distance, index = nearest(describe(maps[self.deep]), images, min(self.neighbors, len(images)))  # (B, K)
+        index = index if chosen is None else chosen[index]
         if torch.compiler.is_exporting():
             return Prediction(distance.mean(1))
         stages = list(range(self.local))

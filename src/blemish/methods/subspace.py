@@ -1,12 +1,14 @@
 """SubspaceAD: normal patches span a subspace, anomalies leave it (Lendering, Akdag, Bondarev 2026, arXiv 2602.23013)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from kornia.geometry.transform import rotate
 from torch import Tensor
 
-from blemish.detector import SHARE_OR_COUNT, Maps, OnePassDetector, RunningCovariance, Stages
+from blemish.detector import SHARE_OR_COUNT, Maps, OnePassDetector, RunningCovariance, Stages, joined
+from blemish.edge.calibration import CROSS
 from blemish.edge.checks import check_whole
 from blemish.features.extractor import Features
 from blemish.ops.gaussian import pack_triangle, unpack_triangle
@@ -50,21 +52,45 @@ class Subspace(OnePassDetector):
 
     def fit(self, state: RunningCovariance) -> None:
         count, mean, scatter = state.compute()  # (1, D), (1, D, D)
-        variance, axes = torch.linalg.eigh(scatter[0].double())  # ascending
+        self.mean, self.residual = mean[0], self._left(scatter[0].double()).to(mean)
+        self.scatter = pack_triangle(scatter)
+        self.patches.fill_(int(count))
+
+    def _left(self, scatter: Tensor) -> Tensor:
+        """The axes (D − k, D) that the principal components of a scatter (D, D) leave out."""
+        variance, axes = torch.linalg.eigh(scatter)  # ascending
         if isinstance(self.keep, int):
             left = max(len(variance) - self.keep, 1)
         else:  # the largest number of axes whose variance is at most the share left out, but always one
             left = max(int((variance.clamp_min(0).cumsum(0) <= (1 - self.keep) * variance.clamp_min(0).sum()).sum()), 1)
-        self.mean, self.residual = mean[0], axes[:, :left].T.to(mean).contiguous()
-        self.scatter = pack_triangle(scatter)
-        self.patches.fill_(int(count))
+        return axes[:, :left].T.contiguous()
+
+    @property
+    def left_out(self) -> str | None:
+        return None if self.rotations else CROSS  # a rotated copy is among the others
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        """Chan's formula backwards: the moments of all patches without those of an image."""
+        lower, mean, found = unpack_triangle(self.scatter)[0].double(), self.mean.double(), []
+        for b in range(len(rows)):
+            one = [stage[b : b + 1] for stage in maps]
+            own = self.collect(one)[:, 0].double()  # (P, D)
+            rest = int(self.patches) - len(own)
+            delta = (own.mean(0) - mean) * int(self.patches) / rest  # from the mean of the others
+            away = own - own.mean(0)
+            scatter = lower + lower.tril(-1).mT - away.T @ away - rest * len(own) / int(self.patches) * torch.outer(delta, delta)
+            found.append(self._score(one, size, (own.mean(0) - delta).to(self.mean), self._left(scatter).to(self.mean)))
+        return joined(found)
 
     def restore(self, state: RunningCovariance) -> None:
         lower = unpack_triangle(self.scatter)
         state.restore(int(self.patches), self.mean[None], lower + lower.tril(-1).mT)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        return self._score(maps, size, self.mean, self.residual)
+
+    def _score(self, maps: Maps, size: tuple[int, int], mean: Tensor, residual: Tensor) -> Prediction:
         x = align(maps).float()  # (B, D, h, w)
-        along = torch.nn.functional.conv2d(x - self.mean[:, None, None], self.residual[:, :, None, None])  # (B, D − k, h, w)
+        along = torch.nn.functional.conv2d(x - mean[:, None, None], residual[:, :, None, None])  # (B, D − k, h, w)
         map = smooth_upsample(along.square().sum(1), size, self.sigma)  # (B, H, W)
         return self.from_map(map)

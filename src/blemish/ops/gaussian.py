@@ -91,6 +91,40 @@ def mahalanobis_woodbury(x: Tensor, mean: Tensor, factor: Tensor, epsilon: float
     return squared.div(epsilon).clamp_min(0).sqrt()
 
 
+def left_out_cholesky(distance: Tensor, count: int) -> Tensor:
+    """Squared distances of training samples, from theirs (any shape) to the Gaussian of all `count`, had each been replaced by the worst.
+
+    With the leverage h = distance²/(N-1), c = N/(N-1) and the same ridge, the Gaussian of the N-1 others is at (N-1) c² h/(1 - ch)
+    (Sherman and Morrison). One more sample in their place, wherever it is, adds at most 1/N: with a = yᵀAy, b = yᵀAz, q = zᵀAz of the
+    sample y and the new one z about the mean of m others, the inverse of whose scatter and ridge is A, y then is at
+    a - 2b/(m+1) + q/(m+1)² - m/(m+1) (b - q/(m+1))²/(1 + qm/(m+1)), which is largest for b = -1/m, where it is a + 1/(m(m+1)).
+    """
+    c = count / (count - 1)
+    h = distance.square() / (count - 1)
+    return c**2 * h / (1 - c * h).clamp_min(torch.finfo(h.dtype).eps) * (count - 1) + 1 / count
+
+
+def left_out_woodbury(lower: Tensor, rows: Tensor, epsilon: float) -> Tensor:
+    """`left_out_cholesky` of the samples `rows` (B,) from L (P, N, N) of `woodbury_factor`: (P, B).
+
+    With the diagonal of K⁻¹, K = LLᵀ, h = 1 - ε(N-1)K⁻¹, and c²h/(1 - ch) becomes 1/r - c with r = 1 - 1/N - h. The vector of ones is an
+    eigenvector of K with its least eigenvalue ε(N-1), which accounts for the 1/N: another eigenvalue s in its place leaves the rest as it
+    is, and r = ε(N-1) (K⁻¹ - 1/(Ns)) without a difference of nearly equal numbers.
+    """
+    count = lower.shape[1]
+    out = []
+    for chunk in lower.split(CHUNK):
+        gram = chunk.double() @ chunk.double().mT  # (p, N, N)
+        more = gram.diagonal(dim1=1, dim2=2).mean(1)  # (p,)
+        gram = gram + (more / count)[:, None, None]
+        unit = torch.eye(count, dtype=gram.dtype, device=gram.device)[:, rows].expand(len(gram), -1, -1)  # (p, N, B)
+        inverse = torch.cholesky_solve(unit, torch.linalg.cholesky(gram)).gather(1, rows.expand(len(gram), 1, -1))[:, 0]  # (p, B)
+        ridge = epsilon * (count - 1)
+        rest = ridge * (inverse - 1 / (count * (ridge + more))[:, None])  # (p, B)
+        out.append(((count - 1) / rest - count + 1 / count).to(lower.dtype))
+    return torch.cat(out)
+
+
 def pack_triangle(factor: Tensor) -> Tensor:
     """The lower triangles of matrices (P, d, d), row by row: (P, d (d + 1) / 2)."""
     row, column = torch.tril_indices(*factor.shape[1:])

@@ -671,9 +671,24 @@ function body(run) {
       h("tbody", {}, Object.entries(defects).map(([name, row]) => h("tr", {}, h("th", { scope: "row" }, name), columns.map(column => h("td", { class: "number" },
         row === null || typeof row?.[column] !== "number" ? "–" : column === "images" ? String(row[column]) : figure(row[column]))))))))));
   }
+  if (run.certificate) parts.push(certificate(run.certificate, record.calibration));
   if (environment) parts.push(h("div", {}, h("h4", {}, "Machine and versions"), pairs(environment)));
   if (run.config.length) parts.push(h("div", {}, h("h4", {}, "Config"), h("pre", { tabindex: "0" }, run.config.map(line => data.lines[line]).join("\n"))));
   return h("div", { class: "body" }, parts);
+}
+
+// what any threshold says of the test images, chosen after looking
+function certificate(of, calibration) {
+  const last = of.steps.length - 1, own = of.steps.findLastIndex(([score]) => score > calibration.value);
+  const said = h("output", { "aria-live": "polite" });
+  const tell = at => {
+    const [score, alarms, bound, real] = of.steps[at];
+    said.textContent = `threshold ${score}: ${count(alarms, "alarm")} of ${count(of.images, "image")}, of these at most ${bound} normal` + (real === null ? "" : ` (in truth ${real})`);
+  };
+  const slider = h("input", { type: "range", min: 0, max: last, value: Math.max(own, 0), "aria-label": "threshold", oninput: event => tell(+event.target.value) });
+  tell(Math.max(own, 0));
+  return h("div", {}, h("h4", {}, "Alarms and false alarms at every threshold"), h("label", { class: "slider" }, h("span", {}, "high"), slider, h("span", {}, "low")), h("p", {}, said),
+    h("p", { class: "note" }, `The bounds hold at all thresholds at once with ${percent(of.confidence)} confidence, if the normal test images are like the ${count(of.n, "calibration image")}: choose after looking. Nothing is promised for images in a row of one video, or after a change of camera, light or product.`));
 }
 
 // ---- all together

@@ -21,18 +21,21 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from blemish.draw import choose, file_names, simplified
+from blemish.edge.calibration import CONFIDENCE, SPLIT
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
+from blemish.edge.selection import certificate
 from blemish.files import plain, read_json, write_text
 from blemish.metrics.image import ImageMetrics
 from blemish.report.tables import DAMAGED, averages, pooled, row_from, run_key
 from blemish.run.record import FINISHED, METRICS, PLACE, SETTING, now, read_record
-from blemish.types import ANOMALOUS, NORMAL
+from blemish.types import ANOMALOUS, NORMAL, UNKNOWN
 
 GROUP = (*PLACE, "protocol")  # settings are ranked together only where these are equal
 COSTS = ("fit_seconds", "test_seconds", "image_seconds", "peak_memory_mb")
 CURVES = ("image_roc", "pixel_roc", "pixel_pro", "image_pr", "pixel_pr")
 CURVE_POINTS, CURVE_TOLERANCE, CURVE_UNITS = 80, 0.002, 1000  # of a curve: most vertices, their accuracy, integer units of its axes
+CERTIFIED = 200  # thresholds of a run's slider, at most
 LISTS = ("disputed", "worst", "best")
 QUALITY = {"input": 70, "truth": 50, "map": 50, "overlay": 62, "strip": 70}  # of WebP
 STRIP_PX = 720  # width of a strip whose panels are not known
@@ -52,6 +55,7 @@ class Scores(NamedTuple):
     label: np.ndarray  # (N,) int
     score: np.ndarray  # (N,) float64
     threshold: float | None
+    p_value: np.ndarray  # (N,) float64, NaN without calibration images
 
 
 class Run(NamedTuple):
@@ -121,7 +125,8 @@ def read_scores(path: Path) -> Scores | None:
             rows = [row for row in csv.DictReader(file) if not math.isnan(float(row["score"]))]
         images = [ScoredImage(row["path"], row["defect"] or "unknown") for row in rows]
         label, score = np.array([int(row["label"]) for row in rows]), np.array([float(row["score"]) for row in rows])
-        return Scores(images, label, score, float(rows[0]["threshold"]) if rows[0]["threshold"] else None)
+        p_value = np.array([float(row.get("p_value") or "nan") for row in rows])
+        return Scores(images, label, score, float(rows[0]["threshold"]) if rows[0]["threshold"] else None, p_value)
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
         return None
 
@@ -162,6 +167,7 @@ def contents(runs: Sequence[Run]) -> tuple[dict, list[dict]]:
             "metrics": run.metrics,
             "config": [lines[line] for line in run.config.splitlines()],
             "curves": curves_of(run),
+            "certificate": certificate_of(run),
         }
         for run in runs
     ]
@@ -222,6 +228,26 @@ def curves_of(run: Run) -> dict[str, list[int]]:
         if line.ndim == 2 and line.shape[1] == 2 and len(line) and np.isfinite(line).all():
             lines[name] = (simplified(line, CURVE_POINTS, CURVE_TOLERANCE) * CURVE_UNITS).round().astype(int).ravel().tolist()
     return lines
+
+
+def certificate_of(run: Run) -> dict | None:
+    """[score, alarms, bound on the normal ones, normal ones or None] of at most CERTIFIED thresholds of a run, the highest first.
+
+    None where no bound is proven: without held-out images, or for scores that do not match them.
+    """
+    held = run.record.get("calibration")
+    if not (isinstance(held, dict) and held.get("promise") == SPLIT and isinstance(held.get("n"), int) and run.scores):
+        return None
+    scores = run.scores
+    try:
+        steps = certificate(scores.score, scores.p_value, held["n"])
+    except InputError:
+        return None
+    chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, CERTIFIED)}) if len(steps) > CERTIFIED else range(len(steps))
+    known = not (scores.label == UNKNOWN).any()
+    false = [int((scores.score[scores.label == NORMAL] >= step.score).sum()) if known else None for step in steps]
+    rows = [[float(f"{steps[i].score:.5g}"), steps[i].alarms, steps[i].false_at_most, false[i]] for i in chosen]
+    return {"confidence": CONFIDENCE, "images": len(scores.score), "n": held["n"], "steps": rows}
 
 
 # ---- galleries

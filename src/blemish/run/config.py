@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from blemish.edge.calibration import PROMISES, SPLIT
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_switch, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.files import no_room
@@ -253,6 +254,11 @@ def check_config(cfg: DictConfig) -> None:
             raise InputError(f"{name}={cfg[name]}: expected {name}.KEY=VALUE, see configs/train.yaml")
     check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
     check_number("", "(0, 1)", alpha=cfg.alpha)
+    check_choice("", PROMISES, calibrate=cfg.calibrate)
+    if cfg.calibrate != SPLIT and cfg.protocol != "clean":
+        raise InputError(f"calibrate={cfg.calibrate}: only with protocol=clean; protocol={cfg.protocol} has no thresholds")
+    if cfg.calibrate != SPLIT and cfg.get("update"):
+        raise InputError(f"calibrate={cfg.calibrate}: an update needs new images that are held out; expected calibrate=split")
     check_whole("", 0, pixel_limit=cfg.pixel_limit)
     check_whole("save", -1, pictures=cfg.save.pictures)
     check_switch("save", **{key: cfg.save[key] for key in cfg.save if key != "pictures"})

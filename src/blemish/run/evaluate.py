@@ -112,7 +112,7 @@ class Evaluate(ImageCallback):
         self.tested: dict[str, ScoredImage] = {}
         self.kept: dict[str, Picture] = {}
         self.joined: dict[str, ScoredImage] = {}  # images put together from tiles
-        self.rule = Rule(module.calibration, self.alpha, module.map_threshold)
+        self.rule = Rule(module.calibration, self.alpha, module.map_threshold, promise=module.promise)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         self.add_batch(trainer, trainer.test_dataloaders, module, outputs, batch)
@@ -222,7 +222,8 @@ class Evaluate(ImageCallback):
     def calibration_metadata(self) -> dict:
         """The part of a record on thresholds."""
         threshold = self.threshold
-        more = {"reachable": threshold.reachable, "map_value": self.rule.level if self.scale else None, "explanation": threshold.explain()}
+        more = {"reachable": threshold.reachable, "conditional": threshold.conditional}  # the latter with edge.calibration.CONFIDENCE
+        more |= {"map_value": self.rule.level if self.scale else None, "explanation": threshold.explain()}
         return threshold._asdict() | more
 
     @property

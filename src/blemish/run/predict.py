@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,12 @@ from blemish.data.roi import Roi
 from blemish.data.tiles import bands, largest_blocks, mean_blocks, reduction
 from blemish.detector import Detector
 from blemish.edge.boxes import boxes_of
+from blemish.edge.calibration import CONFIDENCE, CROSS, SPLIT
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
 from blemish.edge.reading import read
+from blemish.edge.selection import adjusted, false_alarm_bounds
 from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json, write_json_lines
 from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
@@ -86,13 +89,15 @@ def predict(cfg: DictConfig) -> Predicted:
     window = chosen_window(cfg)
     preprocessing = preprocessing._replace(window=preprocessing.window | window)
     values = ValueCheck(model.ranges, preprocessing.window, "window", named=window)
-    if cfg.alpha is not None and not len(model.calibration):
-        raise InputError(f"alpha={cfg.alpha}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER")
+    if (key := next((key for key in ("alpha", "fdr") if cfg[key] is not None), None)) and not len(model.calibration):
+        raise InputError(f"{key}={cfg[key]}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER")
     chosen = dict(saved.get("by_hand") or {})
-    if cfg.alpha is not None:
+    if cfg.alpha is not None or cfg.fdr is not None:
         chosen.pop("threshold", None)
     chosen |= {key: cfg[key] for key in ("threshold", "map_threshold") if cfg[key] is not None}
     rule = Rule.of(model, cfg.alpha or saved.alpha or 0.5, chosen)  # without a run there is nothing to calibrate
+    if cfg.fdr is not None:
+        rule.select_by(cfg.fdr)
     scale = None if alone else saved_scale(run, saved)
     with locked(output, ELSEWHERE), Progress(console=Console(stderr=True)) as progress:
         memory = Path(cfg.monitor_file).expanduser() if cfg.monitor_file else output / "monitor.json"
@@ -101,11 +106,13 @@ def predict(cfg: DictConfig) -> Predicted:
         results = predict_images(model, images, preprocessing, saved.get("batch_size", 1), output, reader, failed, alone)
         rows = write(results, rule, names, output, scale, failed, monitor, cfg.save)
     values.report()
+    if monitor.on and rule.threshold.promise != SPLIT:
+        log.warning("monitor=on: its rate is proven for held-out calibration images alone, as with calibrate=split")
     if monitor.on:
         log.log(logging.INFO if monitor.alarm is None else logging.WARNING, monitor.explain())
     elif warning := unusual(anomalous(rows), len(rows), rule.threshold):
         log.warning(warning)
-    return Predicted(rows, failed, summary(rows, rule, chosen, names, output), output)
+    return Predicted(rows, failed, summary(rows, rule, chosen, names, output, monitor.alarm is None), output)
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -114,11 +121,11 @@ def check_settings(cfg: DictConfig) -> None:
     check_choice("", ("on", "off", True, False), monitor=cfg.monitor)  # YAML reads a bare on as true
     check_whole("", 0, LARGEST_SEED, seed=cfg.seed)
     check_pictures(cfg.save)
-    given = [key for key in ("threshold", "alpha", "map_threshold") if cfg[key] is not None]
+    given = [key for key in ("threshold", "alpha", "fdr", "map_threshold") if cfg[key] is not None]
     for key in ("monitor_rate", *given):
         check_number("", "(-inf, inf)" if "threshold" in key else "(0, 1)", **{key: cfg[key]})
-    if {"threshold", "alpha"} <= set(given):
-        raise InputError(f"threshold={cfg.threshold} and alpha={cfg.alpha}: expected one of them, a threshold comes from alpha")
+    if len(ways := [f"{key}={cfg[key]}" for key in given if key != "map_threshold"]) > 1:
+        raise InputError(f"{' and '.join(ways)}: expected one of them, each decides by itself")
     if given and cfg.run is None:
         raise InputError(f"{given[0]}={cfg[given[0]]}: only with a run; expected run=FOLDER, or model.epsilon=NUMBER for noise_residual")
 
@@ -187,8 +194,9 @@ def write(
         lines.append(line | {"decision": rule.decide(result.score), "boxes": written.boxes, "files": files})
 
     def write_tables() -> None:
-        header, found = COLUMNS, rows
         bounds = monitor.take([row[1] for row in rows]) if monitor else []
+        certify(rows, lines, rule, NOT_CLAIMED not in bounds)
+        header, found = COLUMNS, rows
         if monitor and monitor.on:
             bounds = [NOT_CLAIMED if rule.threshold.by_hand else bound for bound in bounds]
             header, found = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
@@ -214,6 +222,37 @@ def write(
         more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise InputError("; ".join(f"{path}: {reason}" for path, reason in failed[:5]) + more)
     return rows
+
+
+def certify(rows: list[tuple], lines: list[dict], rule: Rule, claimed: bool) -> None:
+    """Add to the lines of results.jsonl what the p-values of all images say together, and decide by it where the rule is by `fdr`.
+
+    `adjusted` is the least `fdr` that selects the image; `false_at_most` bounds, for all images at once, the normal ones among those that
+    score as high, and is None where it is not proven: without held-out images, and where the monitor has raised an alarm.
+    """
+    found = [row[COLUMNS.index("p_value")] for row in rows]
+    if not found or None in found:
+        for line in lines:
+            line |= {"adjusted": None, "false_at_most": None}
+        return
+    bounds = false_at_most(rows, rule, claimed)
+    for line, value, bound in zip(lines, adjusted(found).tolist(), bounds, strict=True):
+        line |= {"adjusted": value, "false_at_most": bound}
+    if rule.fdr is not None:
+        chosen, threshold = rule.selected(found)
+        place = COLUMNS.index("threshold")
+        threshold = threshold if math.isfinite(threshold) else None  # no image is selected
+        for i, one in enumerate(chosen.tolist()):
+            rows[i] = (*rows[i][:place], threshold, int(one), *rows[i][place + 2 :])
+            lines[i] |= {"threshold": threshold, "decision": one}
+
+
+def false_at_most(rows: Sequence[tuple], rule: Rule, claimed: bool) -> Sequence[int | None]:
+    """Return the `false_alarm_bounds` of images, None where they are not proven."""
+    if not (claimed and rule.scores and rule.threshold.promise == SPLIT):
+        return [None] * len(rows)
+    scores, p_values = zip(*((row[COLUMNS.index("score")], row[COLUMNS.index("p_value")]) for row in rows), strict=True)
+    return false_alarm_bounds(scores, p_values, len(rule.scores)).tolist()
 
 
 def write_files(
@@ -287,19 +326,29 @@ def anomalous(rows: Sequence[tuple]) -> int:
     return sum(bool(row[COLUMNS.index("decision")]) for row in rows)
 
 
-def summary(rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], names: Mapping[Path, Path], output: Path) -> list[str]:
-    """Return lines to print on the decisions and on where the results are."""
-    threshold = rule.threshold
-    if threshold.value is None:
+def summary(
+    rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], names: Mapping[Path, Path], output: Path, claimed: bool
+) -> list[str]:
+    """Return lines to print on the decisions and on where the results are; `claimed`: no drift has been found."""
+    threshold, found = rule.threshold, anomalous(rows)
+    if rule.fdr is not None:
+        proven = "" if threshold.promise == SPLIT else ", which is not proven without held-out images"
+        lines = [f"{found} of {len(rows)} anomalous (of these at most {100 * rule.fdr:.3g} % false alarms on average{proven})"]
+    elif threshold.value is None:
         lines = ["no decision: the run has no calibration images, as with protocol=paper; set threshold=NUMBER"]
     else:
-        bound = f"bound on false alarms {100 * threshold.alpha:.3g} %" if rule.source == "calibration" else OWN[rule.source]
-        lines = [f"{anomalous(rows)} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
+        least = "about" if threshold.promise == CROSS else "bound on false alarms"
+        bound = f"{least} {100 * threshold.alpha:.3g} %" if rule.source == "calibration" else OWN[rule.source]
+        lines = [f"{found} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
     if "map_threshold" in chosen:
         maps = any(row[COLUMNS.index("map_max")] is not None for row in rows)
         lines.append(f"masks: map above {rule.level:.6g}, set by hand" if maps else f"map_threshold={rule.level:.6g}: there is no map")
     if threshold.value is not None and not threshold.reachable:
         lines.append(threshold.explain())
+    bounds = false_at_most(rows, rule, claimed)
+    if found and bounds[0] is not None:
+        bound = max(bound for bound, row in zip(bounds, rows, strict=True) if row[COLUMNS.index("decision")])
+        lines.append(f"of these {found} at most {bound} are normal images, with {100 * CONFIDENCE:.3g} % confidence")
     highest = output_path(output / names[Path(max(rows, key=lambda row: row[1])[0])], "overlay.png")
     lines += [f"highest score: {highest}"] if highest.is_file() else []
     return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]

@@ -17,12 +17,13 @@ from blemish.data.roi import Roi
 from blemish.data.tiles import bytes_of
 from blemish.detector import Detector, apply_ignore_mask
 from blemish.draw import Scale
-from blemish.edge.calibration import by_hand, conformal_threshold
+from blemish.edge.calibration import SPLIT, by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
 from blemish.edge.geometry import Geometry
 from blemish.edge.outputs import images_at as images_at  # for those who predict
 from blemish.edge.outputs import output_names as output_names
 from blemish.edge.reading import read
+from blemish.edge.selection import adjusted
 from blemish.noise.false_alarms import Detection, detections
 from blemish.run.tiling import MapOnDisk, Preprocessing, score_image
 
@@ -56,26 +57,44 @@ class Rule:
     """The threshold of scores, the level of maps, and p-values, from the scores and largest map values of calibration images (n, 2).
 
     `threshold.value` and `level` are None where there is nothing to take them from. A method's own level, and in `chosen` a "threshold" and
-    a "map_threshold" set by hand, take the place of the calibrated ones. `source` is "calibration", "by hand", "method" or None.
+    a "map_threshold" set by hand, take the place of the calibrated ones. `source` is "calibration", "by hand", "method", "fdr" or None.
     """
 
-    def __init__(self, calibration: Tensor, alpha: float, own_level: float | None = None, chosen: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        calibration: Tensor,
+        alpha: float,
+        own_level: float | None = None,
+        chosen: Mapping[str, float] | None = None,
+        promise: str = SPLIT,
+    ):
         scores, peaks = calibration.detach().cpu().T if len(calibration) else torch.empty(2, 0)
         threshold, level = ((chosen or {}).get(name) for name in ("threshold", "map_threshold"))
-        self.threshold = conformal_threshold(scores, alpha) if threshold is None else by_hand(threshold, scores)
+        self.threshold = conformal_threshold(scores, alpha, promise) if threshold is None else by_hand(threshold, scores, promise)
         calibrated = conformal_threshold(peaks, alpha).value
         self.level = first(level, own_level, calibrated)
         self.normal = first(level, calibrated)  # map value above which pictures are coloured
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
+        self.fdr: float | None = None
 
     @classmethod
     def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
         """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
-        rule = cls(model.calibration, alpha, model.map_threshold, chosen)
+        rule = cls(model.calibration, alpha, model.map_threshold, chosen, model.promise)
         if model.decides_by_map and rule.source is None:
             rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
         return rule
+
+    def select_by(self, fdr: float) -> None:
+        """Decide by the p-values of all images together, see `selected`: before, there is no threshold."""
+        self.fdr, self.source, self.threshold = fdr, "fdr", self.threshold._replace(value=None)
+
+    def selected(self, p_values: Sequence[float]) -> tuple[np.ndarray, float]:
+        """Return which of the images (m,) are anomalous with an expected share of false alarms of at most `fdr`, and their threshold."""
+        chosen = adjusted(p_values) <= self.fdr
+        above = round(max(np.asarray(p_values)[chosen], default=0) * (len(self.scores) + 1))  # p-values are multiples of 1 / (n + 1)
+        return chosen, self.scores[len(self.scores) - above] if 0 < above <= len(self.scores) else math.inf
 
     def scale(self, found: Scale | None) -> Scale | None:
         """Return the scale of pictures from the one that a run found: normal images end where calibration images do, if there are some."""

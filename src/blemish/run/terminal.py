@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from blemish.edge.calibration import RARE, chance_of_alarms
+from blemish.edge.calibration import CONFIDENCE, CROSS, RARE, chance_of_alarms
 from blemish.run.record import METRICS, read_record
 
 
@@ -33,7 +33,10 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
         return ["no decisions: there is no threshold without held-out normal images; protocol=clean holds some out"]
     defective, normal = metrics["images_anomalous"], metrics["images_normal"]
     alpha, requested, n = (calibration[name] for name in ("alpha", "requested", "n"))
-    bound = f"bound {100 * alpha:.3g} %" + ("" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %")
+    bound = f"about {100 * alpha:.3g} %, not proven" if calibration.get("promise") == CROSS else f"bound {100 * alpha:.3g} %"
+    if at_most := calibration.get("conditional"):
+        bound += f"; {100 * at_most:.3g} % with {100 * CONFIDENCE:.3g} % confidence"
+    bound += "" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %"
     parts, warnings = [], []
     if defective:
         parts.append(f"found {round(metrics['image_recall'] * defective)} of {defective} defective")

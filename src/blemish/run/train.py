@@ -11,23 +11,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
 
 from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
 from blemish.data.module import ImageData
 from blemish.detector import Detector, TrainedDetector
+from blemish.edge.calibration import SPLIT
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.cache import Store, StoredData
 from blemish.features.extractor import Features
 from blemish.files import atomic_write, no_room, release, write_csv, write_json, write_text
+from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
 from blemish.run.checkpoint import Streamed, device_of, portable_config, save_checkpoint
 from blemish.run.config import build, check_config, default_folder, module_of, plain
 from blemish.run.evaluate import SCORES, Calibrate, Evaluate
@@ -78,6 +78,7 @@ def train(cfg: DictConfig) -> dict:
     cfg.run_dir = str(folder)
     with run_context(folder, cfg, cfg.overwrite, [STATE, ROI, "manifest.csv"] if resumed else []) as record:
         run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
+        check_calibrate(cfg, model, images, run.trainer)
         if not (past or images.tile):
             model.check_images(len(images.samples_of("train")), len(images.samples_of("calibrate")))
         if not model.learns_defects and (count := sum(sample.split == "defects" for sample in images.samples)):
@@ -98,7 +99,10 @@ def train(cfg: DictConfig) -> dict:
         loaders = [run.data.calibrate_dataloader()] if model.expects_calibration else []
         if past and cfg.protocol == "clean":
             loaders += calibration_of(past, images.samples)
-        calibrated(run.trainer, model, run.calibrate, loaders)
+        if cfg.calibrate == SPLIT:
+            calibrated(run.trainer, model, run.calibrate, loaders)
+        else:
+            cross_calibrated(cfg, run.trainer, model, run.calibrate, images, trainer_of, run.stored)
         if cfg.save.checkpoint:
             scale = Rule.of(model, cfg.alpha, {}).scale(
                 (run.calibrate.low, None, -math.inf)
@@ -126,7 +130,11 @@ class Run:
         images.process, images.processes = self.trainer.global_rank, self.trainer.world_size
         save_config(cfg)  # again, now that it holds what was fitted to the training images
         record.note(metadata(cfg, images, model))
-        self.data = stored(cfg, images, model, self.trainer, self.times)
+        self.data = self.stored(images, model)
+
+    def stored(self, images: ImageData, model: Detector) -> ImageData | StoredData:
+        """Return what the trainer is given for a model: images, or what is stored of them."""
+        return stored(self.cfg, images, model, self.trainer, self.times)
 
     def test(self, fit_seconds: float | None) -> dict:
         """Test the fitted model, write and record the results, and return the metrics, whose computation counts as test time."""
@@ -166,20 +174,6 @@ class Run:
                 logger.experiment.finish()  # or the next run of a sweep would be logged to this one
 
 
-def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders: Sequence[DataLoader]) -> None:
-    """Give a fitted model the scores of held-out normal images, which its thresholds come from."""
-    if not loaders:
-        return
-    model.to(trainer.strategy.root_device).eval()
-    with torch.no_grad():
-        model.calibrate(trainer.strategy.batch_to_device(batch) for loader in loaders for batch in loader)
-    found = []
-    for loader in loaders:
-        trainer.predict(model, dataloaders=loader, return_predictions=False)
-        found.append(calibrate.values)
-    model.calibration = torch.cat(found).to(model.device)
-
-
 def build_model(cfg: DictConfig) -> Detector:
     """Return the method of a config, ready to be fitted; InputError for an augmentation of images that are looked at once."""
     model, augment = build(cfg.model), Augment(**cfg.augment)
@@ -190,8 +184,8 @@ def build_model(cfg: DictConfig) -> Detector:
 
 
 def described(cfg: DictConfig) -> ImageData:
-    """Return the data module of a config, before an image is read."""
-    data = build(cfg.data)
+    """Return the data module of a config, before an image is read; nothing is held out unless `calibrate` is split."""
+    data = build(cfg.data, **({} if cfg.calibrate == SPLIT else {"protocol": "paper"}))
     data.set_loading(cfg.tiling, cfg.overlap, cfg.epoch_size)
     return data
 
