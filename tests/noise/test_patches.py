@@ -62,7 +62,7 @@ def test_the_fast_search_finds_most_and_nothing_forbidden():
 
 def test_the_fast_search_of_references_finds_most():
     bank = torch.stack([texture(64, 71, 3), texture(64, 71, 3).flip(2)])
-    query = (texture(80, 75, 3) * 0.9)[None, :, :50, :]
+    query = (texture(50, 74, 3) * 0.9)[None]
     index = patches.build(bank, 8, 0)
     assert all(set(leaves.flatten().tolist()) == set(range(2 * 57 * 64)) for leaves in index.leaves)
     found, _ = patches.among(query, index, (57, 64), 8, 16)
@@ -70,7 +70,7 @@ def test_the_fast_search_of_references_finds_most():
     exact = patches.exact(table, patches.vectors(bank, 8), 16)
     assert found.shape == exact.index.shape
     assert (found[:, :, None] == exact.index[:, None]).any(1).float().mean() > 0.6
-    again, distance = patches.among(bank[:1, :, :63], index, (57, 64), 8, 1)
+    again, distance = patches.among(bank[:1, :, :, :70], index, (57, 64), 8, 1)
     assert (distance < 1e-2).float().mean() > 0.99  # a patch of the bank is its own nearest
     assert again.shape[1] == 1
 
@@ -101,7 +101,7 @@ def test_a_tree_holds_every_patch_in_leaves_of_one_size():
     assert queries.unique().tolist() == list(range(0, 5003, 2))
     assert candidates.unique().tolist() == list(range(1, 5003, 2))
     spread = torch.stack([keys[leaf].var(0).sum() for leaf in queries])
-    assert spread.mean() < 0.8 * keys.var(0).sum()
+    assert spread.mean() < 0.9 * keys.var(0).sum()
 
 
 def test_merge_keeps_the_nearest_of_each_number():
