@@ -44,7 +44,7 @@ MODEL = {
 
 
 def counts(
-    batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False, energy: bool = False, level: bool = False
+    batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False, statistic: str = "mean", level: bool = False
 ) -> list[dict]:
     """For each (scales, bound) the means over all images, one per ε, of what has NFA ≤ ε.
 
@@ -54,12 +54,13 @@ def counts(
     images = 0
     for noise in batches:
         channels, height, width = noise.shape[1:]
+        channels = {"mean": channels, "energy": 1, "both": channels + 1}[statistic]
         levels = pyramid(noise, max(scales for scales, _ in settings))
         levels = [level_out(x) for x in levels] if level else levels
-        levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured, energy) for s, x in enumerate(levels)]  # log10 p
+        levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured, statistic) for s, x in enumerate(levels)]  # log10 p
         grown = [tuple(grow(a, height, width, s) for a in level) for s, level in enumerate(levels)]
         for total, (scales, bound) in zip(totals, settings, strict=True):
-            tests = math.log10(number_of_tests(channels + energy, len(RADII), height, width, scales, bound))
+            tests = math.log10(number_of_tests(channels, len(RADII), height, width, scales, bound))
             final = least(grown[:scales]).log10_nfa
             for e, epsilon in enumerate(EPSILONS):
                 limit = math.log10(epsilon) - tests
@@ -196,13 +197,18 @@ def measure(images: int, path: Path, again: bool) -> dict:
         add(f"{name}'s residual itself", 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both))
         name = f"{name}'s residual itself, measured tails"
         add(name, 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both, measured=True))
-        for title, energy in (("", False), (" and energy", True)):
-            count = partial(counts, settings=both, measured=True, energy=energy, level=True)
-            add(f"{name}, levelled out{title}", 1, map(gaussianise, crops(r, images, 9)), count)
+        for statistic in ("mean", "energy"):
+            count = partial(counts, settings=both, measured=True, statistic=statistic, level=True)
+            add(f"{name}, levelled out, {statistic}", 1, map(gaussianise, crops(r, images, 9)), count)
     white = drawn(images, 1, 1, colours["white"])
     add("white, measured tails", 1, white, partial(counts, settings=both, measured=True))
     for channels in (1, 5):
-        add("white, energy too", channels, drawn(images, channels, channels, colours["white"]), partial(counts, settings=both, energy=True))
+        add(
+            "white, energy",
+            channels,
+            drawn(images, channels, channels, colours["white"]),
+            partial(counts, settings=both, statistic="energy"),
+        )
     add("white image of 48 px through the whole detector", 1, whole_detector(images, 48, 30.0, 7), partial(counts, settings=both[:1]))
     return result
 

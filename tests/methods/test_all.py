@@ -20,7 +20,16 @@ WRONG = {
     "ganomaly": [{"image_size": 40}, {"clip": 0.0}],
     "lake": [{"density": "histogram"}],
     "noise_residual": [
-        *({"source": "pixel"}, {"search": "fast"}, {"mode": "paper"}, {"channels": 2}, {"scales": 0}, {"tile": 8}, {"references": 1}),
+        *(
+            {"source": "pixel"},
+            {"search": "fast"},
+            {"mode": "paper"},
+            {"channels": 2},
+            {"scales": 0},
+            {"tile": 8},
+            {"references": 1},
+            {"statistic": "sum"},
+        ),
     ],
     "padim": [{"align": "cubic"}, {"draws": 0}],
     "patch_svdd": [{"strides": {64: 16, 32: 3}}],

@@ -54,7 +54,7 @@ class OnDeviceOnly(FakeTensorMode):
         {"mode": "measured"},
         {"source": "features", "stage": 1, "scales": 2},
         {"tile": 48},
-        {"energy": True},
+        {"statistic": "both"},
     ],
     ids=str,
 )
@@ -99,7 +99,7 @@ def test_a_stain_is_detected_where_it_is(changes):
         assert first[0].x1 <= peak_x < first[0].x2
 
 
-REFERENCES = [{"references": 4, "channels": 1, "scales": 2}, {"references": 4, "source": "features", "scales": 1, "energy": True}]
+REFERENCES = [{"references": 4, "channels": 1, "scales": 2}, {"references": 4, "source": "features", "scales": 1, "statistic": "energy"}]
 
 
 @pytest.mark.parametrize("changes", REFERENCES, ids=str)

@@ -41,12 +41,12 @@ def weibull(t):
     return stats.weibull_min.logsf(t, shape, scale=scale) / np.log(10)
 
 
-@pytest.mark.parametrize("energy", [False, True])
+@pytest.mark.parametrize("statistic", ["mean", "energy", "both"])
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("size", [(40, 40), (33, 57), (6, 9)])
-def test_definition(size, measured, energy):
+def test_definition(size, measured, statistic):
     noise = np.random.default_rng(1).normal(size=(2, 3, *size))
-    ours, which = fa.false_alarms(torch.tensor(noise), (2, 4), 77.0, measured=measured, energy=energy)
+    ours, which = fa.false_alarms(torch.tensor(noise), (2, 4), 77.0, measured=measured, statistic=statistic)
     lowest, radius = np.full((2, *size), np.inf), np.zeros((2, *size))
     for r in (2, 4):
         k = np.arange(-r, r + 1)
@@ -55,12 +55,12 @@ def test_definition(size, measured, energy):
         m = np.stack([[ndimage.correlate(c, disc / disc.sum(), mode="constant") for c in image] for image in noise])
         sigma = np.sqrt((m**2).mean((2, 3), keepdims=True) / share.mean())
         t = np.abs(m) / sigma
-        if energy:
+        if statistic != "mean":
             e = np.stack([ndimage.correlate((image**2).sum(0), disc / disc.sum(), mode="constant") for image in noise])[:, None]
             level = e.mean((2, 3), keepdims=True) / share.mean()
             freedom = 2 * level**2 / (((e - level * share) ** 2).mean((2, 3), keepdims=True) / share.mean())
             root = ((e / level) ** (1 / 3) - 1 + 2 / (9 * freedom)) / np.sqrt(2 / (9 * freedom))
-            t = np.concatenate([t, np.maximum(root, 0)], 1)
+            t = np.concatenate([t if statistic == "both" else t[:, :0], np.maximum(root, 0)], 1)
         p = (np.log(2) + stats.norm.logsf(t)) / np.log(10)
         if measured:
             p = np.maximum(p, np.stack([[weibull(c) for c in image] for image in t]))
@@ -155,7 +155,7 @@ def test_measured_tails_keep_the_bound_on_what_textures_leave():
 def test_the_energy_has_the_law_of_chi_square():
     """Independent channels in a disc of 13 pixels: the degrees of freedom are found, and the cube root keeps the far tail's bound."""
     noise = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(3))
-    ((mean, energy, share),) = fa.statistics(noise, (2,), 0, True)
+    ((mean, energy, share),) = fa.statistics(noise, (2,), 0, "both")
     law = fa.law_of(mean, energy, share, measured=False)
     assert law.energy.item() == pytest.approx(4, rel=0.02)
     assert law.freedom.item() == pytest.approx(4 * 13, rel=0.05)
@@ -171,17 +171,17 @@ def test_the_energy_sees_what_means_cannot():
     y, x = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
     patch = (y - 40).square() + (x - 50).square() <= 25
     noise = torch.where(patch, torch.where((y + x) % 2 == 0, 3.0, -3.0), noise)  # a fine pattern: its mean is zero
-    mean, both = (fa.false_alarms(noise, (2, 4), 3 * 96 * 96, energy=energy)[0] for energy in (False, True))
+    mean, both = (fa.false_alarms(noise, (2, 4), 3 * 96 * 96, statistic=statistic)[0] for statistic in ("mean", "both"))
     assert both.min() < -6 < mean.min()
     assert patch.flatten()[both.argmin()]
 
 
 def test_a_given_law_takes_the_place_of_the_images_own():
     normal = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(5))
-    laws = [fa.law_of(m[:1], e[:1], share, measured=True) for m, e, share in fa.statistics(normal, (2, 4), 0, True)]
-    given = fa.false_alarms(normal[:1], (2, 4), 100.0, energy=True, laws=laws)[0]
-    torch.testing.assert_close(given, fa.false_alarms(normal[:1], (2, 4), 100.0, measured=True, energy=True)[0])
-    assert fa.false_alarms(3 * normal[:1], (2, 4), 100.0, energy=True, laws=laws)[0].min() < given.min() - 3  # all of it is too strong
+    laws = [fa.law_of(m[:1], e[:1], share, measured=True) for m, e, share in fa.statistics(normal, (2, 4), 0, "both")]
+    given = fa.false_alarms(normal[:1], (2, 4), 100.0, statistic="both", laws=laws)[0]
+    torch.testing.assert_close(given, fa.false_alarms(normal[:1], (2, 4), 100.0, measured=True, statistic="both")[0])
+    assert fa.false_alarms(3 * normal[:1], (2, 4), 100.0, statistic="both", laws=laws)[0].min() < given.min() - 3  # all of it is too strong
 
 
 def test_detections_are_components():

@@ -74,7 +74,7 @@ class NoiseResidual(OnePassDetector):
         h: float,
         h_relative: float,
         radii: Sequence[int],
-        energy: bool,
+        statistic: str,
         epsilon: float,
         bound: str,
         search: str,
@@ -89,7 +89,7 @@ class NoiseResidual(OnePassDetector):
         self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"), patch=integer(2))
         self.check_arguments(mode=("calibrated", "measured", "original"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
         self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=integer(1, each=True), epsilon=POSITIVE)
-        self.check_arguments(patch_cells=integer(2), references=integer(2, also=(None,)), energy=(True, False))
+        self.check_arguments(patch_cells=integer(2), references=integer(2, also=(None,)), statistic=("mean", "energy", "both"))
         self.features_too = source == "features" and residual_of is None
         patch = patch_cells if self.features_too else patch
         self.check_arguments(tile=integer(2 * patch + 1, 16383))
@@ -99,13 +99,8 @@ class NoiseResidual(OnePassDetector):
         self.backbone = Features(backbone, [stage], weights, seed) if self.features_too else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
-        self.original, self.measured, self.bound, self.energy, self.references = (
-            mode == "original",
-            mode == "measured",
-            bound,
-            energy,
-            references,
-        )
+        self.original, self.measured, self.bound, self.references = mode == "original", mode == "measured", bound, references
+        self.statistic = statistic
         self.needs_fit, self.patch, self.neighbors, self.seed, self.told = references is not None, patch, neighbors, seed, False
         self.add_buffers(*(f"{name}{level}" for level in range(scales if references else 0) for name in BUFFERS))
         self.similarity = {
@@ -174,7 +169,7 @@ class NoiseResidual(OnePassDetector):
     def measure(self, residual: Tensor) -> Tensor:
         """The laws (R, 5, C + 1) of residuals (N, C, h, w), all images together: rows as in `Law`."""
         rows = []
-        for mean, energy, share in statistics(residual, self.radii, 0, self.energy):
+        for mean, energy, share in statistics(residual, self.radii, 0, self.statistic):
             together = [None if a is None else a.transpose(0, 1).flatten(1, 2)[None] for a in (mean, energy)]  # (1, C, N·h, w)
             law = law_of(*together, share.repeat(1, 1, len(residual), 1), measured=True)
             channels = residual.shape[1] + 1
@@ -185,9 +180,13 @@ class NoiseResidual(OnePassDetector):
         if self.references is None:
             return None
         (law,) = self.of_level(level, "law")
-        c = law.shape[2] - 1
-        t = c + self.energy
+        c, t = self.channels_tested(law.shape[2] - 1)
         return [Law(*(v[:n].view(1, n, 1, 1) for v, n in zip(rows, (c, 1, 1, t, t), strict=True))) for rows in law]
+
+    def channels_tested(self, channels: int) -> tuple[int, int]:
+        """How many means are tested at every disc, and how many statistics in all."""
+        means = 0 if self.statistic == "energy" else channels
+        return means, means + (self.statistic != "mean")
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Prediction:
@@ -207,7 +206,7 @@ class NoiseResidual(OnePassDetector):
         height, width = image.shape[2:]
         residuals = self.residuals(image)  # S × (B, C, h, w)
         channels, cells = residuals[0].shape[1], residuals[0].shape[2:]
-        tests = number_of_tests(channels + self.energy, len(self.radii), *cells, len(residuals), self.bound)
+        tests = number_of_tests(self.channels_tested(channels)[1], len(self.radii), *cells, len(residuals), self.bound)
         found = []
         for level, x in enumerate(residuals):
             side = (-(-height // 2**level), -(-width // 2**level))
@@ -216,7 +215,7 @@ class NoiseResidual(OnePassDetector):
             else:
                 x = gaussianise(x) if self.references is None else x
                 x = level_out(x) if self.measured and self.references is None else x
-                nfa, radius = false_alarms(x, self.radii, tests, self.margin(level), self.measured, self.energy, self.laws(level))
+                nfa, radius = false_alarms(x, self.radii, tests, self.margin(level), self.measured, self.statistic, self.laws(level))
             radius = radius * round(height / x.shape[2])
             found.append([grow(from_cells(a, *side), height, width, level) for a in (nfa, radius)])
         return least(found)

@@ -147,13 +147,17 @@ def law_of(mean: Tensor, energy: Tensor | None, share: Tensor, measured: bool) -
     return Law(*law[:3], *tail_line(deviations(mean, energy, law))) if measured else law
 
 
-def statistics(noise: Tensor, radii: tuple[int, ...], margin: int, energy: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """For each radius the means over discs (B, C, H, W), their energies Σ_c r² (B, 1, H, W) if asked for, and the discs' share inside."""
+def statistics(noise: Tensor, radii: tuple[int, ...], margin: int, statistic: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """For each radius the means over discs (B, C, H, W), their energies Σ_c r² (B, 1, H, W), and the discs' share inside (1, 1, H, W).
+
+    statistic: `mean` leaves the energies out (None), `energy` the means (no channels), `both` neither.
+    """
     x = noise[:, :, margin : noise.shape[2] - margin, margin : noise.shape[3] - margin].double()
     reach = max(radii)
     discs = [filter_discs(x, radii, reach), filter_discs(torch.ones_like(x[:1, :1]), radii, reach)]
-    squares = filter_discs(x.square().sum(1, keepdim=True), radii, reach) if energy else [None] * len(radii)
-    yield from zip(discs[0], squares, discs[1], strict=True)
+    squares = filter_discs(x.square().sum(1, keepdim=True), radii, reach) if statistic != "mean" else [None] * len(radii)
+    means = discs[0] if statistic != "energy" else [x[:, :0]] * len(radii)
+    yield from zip(means, squares, discs[1], strict=True)
 
 
 def false_alarms(
@@ -162,12 +166,12 @@ def false_alarms(
     tests: float,
     margin: int = 0,
     measured: bool = False,
-    energy: bool = False,
+    statistic: str = "mean",
     laws: Sequence[Law] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are noise where there is no anomaly.
 
-    NFA = tests · P(|N| ≥ t), t the deviation of the mean over a disc, and with `energy` also that of the sum of squares over channels; the
+    NFA = tests · P(|N| ≥ t), t the deviation of the mean over a disc, or of its sum of squares over channels, as `statistic` says; the
     least over discs and channels. A disc's `Law` comes from the image itself unless given for every radius. Outside the image the residual
     is zero, and the law is that of a complete disc: a disc that leaves the image is compared with more noise than it contains, so the
     border can lose a detection but not add a false one (reflecting the residual would, as means vary more there). `margin` pixels at every
@@ -177,7 +181,7 @@ def false_alarms(
     means have heavier tails than Gauss. Alarms can only become fewer.
     """
     lowest, which = None, None
-    for number, (radius, parts) in enumerate(zip(radii, statistics(noise, radii, margin, energy), strict=True)):
+    for number, (radius, parts) in enumerate(zip(radii, statistics(noise, radii, margin, statistic), strict=True)):
         law = laws[number] if laws is not None else law_of(*parts, measured)
         t = deviations(*parts[:2], law)
         p = log10_tail(t) if law.slope is None else torch.maximum(log10_tail(t), log10_weibull_tail(t, law.slope, law.intercept))
