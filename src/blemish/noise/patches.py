@@ -295,7 +295,7 @@ def propagate(
     images = len(index) * 2 // (h * w)
     number = torch.arange(0, h * w, 2, device=index.device, dtype=index.dtype)
     y, x = torch.div(number, w, rounding_mode="floor"), number % w  # (Q,)
-    best = index[:, :4].view(images, -1, 4)
+    best = index[:, :4].unflatten(0, (images, -1))  # (B, Q, 4)
     moved = []
     for dy, dx in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
         from_y, from_x = y + dy, x + dx
