@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from blemish.noise import background
-from blemish.noise.false_alarms import disc, false_alarms, least, level_out, log10_tail, number_of_tests
+from blemish.noise.false_alarms import disc, false_alarms, least, log10_tail, number_of_tests
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import grow, mirrored, pyramid
 
@@ -43,9 +43,7 @@ MODEL = {
 }
 
 
-def counts(
-    batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False, statistic: str = "mean", level: bool = False
-) -> list[dict]:
+def counts(batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], measured: bool = False, statistic: str = "mean") -> list[dict]:
     """For each (scales, bound) the means over all images, one per ε, of what has NFA ≤ ε.
 
     Counted are pixels of every scale's own grid, components of the final map, pixels of the final map, and images with any.
@@ -56,7 +54,6 @@ def counts(
         channels, height, width = noise.shape[1:]
         channels = {"mean": channels, "energy": 1, "both": channels + 1}[statistic]
         levels = pyramid(noise, max(scales for scales, _ in settings))
-        levels = [level_out(x) for x in levels] if level else levels
         levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured, statistic) for s, x in enumerate(levels)]  # log10 p
         grown = [tuple(grow(a, height, width, s) for a in level) for s, level in enumerate(levels)]
         for total, (scales, bound) in zip(totals, settings, strict=True):
@@ -197,9 +194,8 @@ def measure(images: int, path: Path, again: bool) -> dict:
         add(f"{name}'s residual itself", 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both))
         name = f"{name}'s residual itself, measured tails"
         add(name, 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both, measured=True))
-        for statistic in ("mean", "energy"):
-            count = partial(counts, settings=both, measured=True, statistic=statistic, level=True)
-            add(f"{name}, levelled out, {statistic}", 1, map(gaussianise, crops(r, images, 9)), count)
+        count = partial(counts, settings=both, measured=True, statistic="energy")
+        add(f"{name}, energy", 1, map(gaussianise, crops(r, images, 9)), count)
     white = drawn(images, 1, 1, colours["white"])
     add("white, measured tails", 1, white, partial(counts, settings=both, measured=True))
     for channels in (1, 5):

@@ -23,7 +23,6 @@ from blemish.noise.false_alarms import (
     false_alarms,
     law_of,
     least,
-    level_out,
     number_of_tests,
     original_false_alarms,
     statistics,
@@ -214,7 +213,6 @@ class NoiseResidual(OnePassDetector):
                 nfa, radius = original_false_alarms(gaussianise(x), self.radii, math.prod(side))
             else:
                 x = gaussianise(x) if self.references is None else x
-                x = level_out(x) if self.measured and self.references is None else x
                 nfa, radius = false_alarms(x, self.radii, tests, self.margin(level), self.measured, self.statistic, self.laws(level))
             radius = radius * round(height / x.shape[2])
             found.append([grow(from_cells(a, *side), height, width, level) for a in (nfa, radius)])

@@ -19,7 +19,6 @@ STRENGTHS = (
     ("extremely salient", -20.1, (1.0, 0.55, 0.0)),
 )
 TAIL = (0.05, 0.005)  # shares of the deviations between which their tail is measured
-AROUND = 33  # pixels a side in which `level_out` measures
 
 
 class Alarms(NamedTuple):
@@ -78,16 +77,6 @@ def filter_discs(x: Tensor, radii: tuple[int, ...], margin: int) -> list[Tensor]
 def log10_tail(t: Tensor) -> Tensor:
     """log10 P(|N| ≥ t) of a standard normal N for t ≥ 0, finite however small the probability."""
     return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
-
-
-def level_out(noise: Tensor) -> Tensor:
-    """Residuals (B, C, H, W) divided by the larger of two deviations from zero: that around each pixel, and that of the channel.
-
-    Where a texture is badly explained, its residuals are strong all around.
-    """
-    square = noise.square()
-    around = F.avg_pool2d(square, AROUND, 1, AROUND // 2, count_include_pad=False)
-    return noise / torch.maximum(around, square.mean((2, 3), keepdim=True)).sqrt().clamp_min(1e-30)
 
 
 def tail_line(t: Tensor) -> tuple[Tensor, Tensor]:
