@@ -26,15 +26,8 @@ class SuperSimpleNet(TrainedDetector):
     the others. standardize: each channel has mean 0 and deviation 1 on the training images, so that `noise` fits any backbone.
     """
 
-    quick = (
-        "trainer.max_epochs=15",
-        "model.learning_rate=0.005",
-        "model.hidden=32",
-        "model.channels=8",
-        "model.upscale=1",
-        "model.standardize=true",
-        "model.noise=0.5",
-    )
+    quick = ("trainer.max_epochs=40", "model.learning_rate=0.003", "model.hidden=64", "model.channels=16", "model.upscale=1")
+    quick += ("model.standardize=true", "model.noise=1.0", "model.sigma=1", "model.score=max")
     needs_images = False
     learns_defects = True
 
