@@ -8,17 +8,14 @@ from blemish.run.config import build, composed, parse
 from blemish.types import NORMAL
 
 AUTO = "auto"
-FEW = 16  # normal images up to which a subspace ranks at least as well as a memory bank, at a fraction of its size
-LABELS = 10  # labelled defects from which a network that is taught them ranks better than methods that know normal images alone
+FEW = 2  # normal images up to which a subspace ranks better than a memory bank
 
 
 def choose(normal: int, defects: int, unlabelled: bool = False) -> tuple[str, str]:
     """The recipe for so many normal images and labelled defects, or for images of which nothing is known, and the reason."""
     if unlabelled or not normal:
         return "mutual", "no image is known to be normal: they are compared with each other"
-    known = f"{normal} normal images, {defects} labelled defects"
-    if defects >= LABELS:
-        return "supersimplenet", f"{known}: from {LABELS} labelled defects on they are worth learning from"
+    known = f"{normal} normal images" + (f", {defects} labelled defects, which the choice does not depend on" if defects else "")
     if normal <= FEW:
         return "subspace", f"{known}: up to {FEW} normal images, a subspace of their patches"
     return "patchcore", f"{known}: more than {FEW} normal images, a memory bank of their patches"
