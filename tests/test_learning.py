@@ -12,7 +12,7 @@ SIDE, BLOCK = 64, 24
 MARGIN = 0.1  # of AUROC
 # method: (texture, defect, deviation of the noise in grey levels, metric, changes of the method's quick settings)
 TURNED = ("waves", "turned", 4, "pixel_auroc", [])
-TASKS = dict.fromkeys(["autoencoder", "cflow", "dfr", "reverse_distillation", "riad", "stfpm"], TURNED) | {
+TASKS = dict.fromkeys(["autoencoder", "cflow", "dfr", "reverse_distillation", "riad", "stfpm", "supersimplenet"], TURNED) | {
     "ganomaly": ("bricks", "squares", 4, "image_auroc", []),
     "lake": ("waves", "squares", 60, "image_auroc", []),
     "patch_svdd": ("ramp", "mirrored", 50, "pixel_auroc", ["trainer.max_epochs=20"]),

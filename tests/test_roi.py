@@ -78,7 +78,7 @@ def figures(metrics):
     return {name: value for name, value in metrics.items() if not name.endswith("_seconds")}
 
 
-@pytest.mark.parametrize("more", [("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm",)])
+@pytest.mark.parametrize("more", [("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm", "model.pool=1")])
 def test_pixels_outside_change_nothing(tiny, elsewhere, roi, tmp_path, more):
     rows = []
     for name, root in (("one", tiny), ("other", elsewhere)):
@@ -263,7 +263,7 @@ def both(shapes, roi, tmp_path_factory):
 
 def test_an_export_without_the_map_is_refused(both, shapes, tmp_path):
     more = ["format=torch_export", "maps=false", f"images='{shapes / 'square'}'"]
-    with pytest.raises(InputError, match="maps=false: the score is the largest value of the map"):
+    with pytest.raises(InputError, match="maps=false: the score is that of the map"):
         export_run(composed(f"run='{both}'", f"output='{tmp_path / 'm.pt2'}'", *more, config="export"))
 
 
