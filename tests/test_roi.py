@@ -78,7 +78,9 @@ def figures(metrics):
     return {name: value for name, value in metrics.items() if not name.endswith("_seconds")}
 
 
-@pytest.mark.parametrize("more", [("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm", "model.pool=1")])
+@pytest.mark.parametrize(
+    "more", [("tiling=48", "overlap=16", "image_size=32", "save.pictures=2"), ("model=patchcore",), ("model=dfm", "model.pool=1")]
+)
 def test_pixels_outside_change_nothing(tiny, elsewhere, roi, tmp_path, more):
     rows = []
     for name, root in (("one", tiny), ("other", elsewhere)):

@@ -184,3 +184,40 @@ def test_forecast_covers_what_a_fit_takes():
     """The large tensors of a fit, counted by hand: patches, their projection, its centred copy, four columns of 8 bytes."""
     assert forecast(10, 100, 300, 128) >= 10 * 100 * (4 * (300 + 128 + 128) + 4 * 8)
     assert forecast(10, 100, 50, 128) < forecast(10, 100, 51, 128) <= 1.1 * 10 * 100 * (8 * 51 + 64)
+
+
+def test_whitened_patches_have_covariance_one():
+    model = fitted(detector(whiten=True, coreset="none"), images(12))
+    np.testing.assert_allclose(model.bank.mean(0), 0, atol=1e-3)
+    variance = np.linalg.eigvalsh(np.cov(model.bank.numpy().T))
+    assert variance.max() == pytest.approx(1, abs=0.01)
+    flat = plain_patches(model, images(12)).reshape(len(model.bank), -1)
+    spread, axes = np.linalg.eigh(np.cov(flat.T))
+    expected = (flat - flat.mean(0)) @ axes / np.sqrt(spread + patchcore.SHRINKAGE * spread.mean())
+    np.testing.assert_allclose(model.bank @ model.bank.T, expected @ expected.T, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_a_bounded_bank_covers_all_patches(whiten, monkeypatch):
+    monkeypatch.setattr(patchcore, "MERGED", 3)
+    model = detector(20, whiten=whiten)
+    state = model.new_state(40)
+    for part in images(40).split(2):
+        state.update(model.collect(model.features(part)))
+        assert len(state.compute()) < 3 * 20 + 2 * 64
+    model.fit(state)
+    assert len(model.bank) == 20
+    assert int(model.patches) == 40 * 64
+    patches = model.whitened(model.collect(model.features(images(40)))).flatten(0, 1)
+    assert torch.cdist(model.bank, patches).amin(1).max() < 1e-2  # they are patches
+    full = fitted(detector(20 / len(patches) + 1e-9, whiten=whiten), images(40))
+    far = [torch.cdist(patches, bank).amin(1).max() for bank in (model.bank, full.bank)]
+    assert far[0] < 2 * far[1]
+    with pytest.raises(InputError, match="update"):
+        model.restore(state)
+
+
+def test_a_bounded_bank_of_few_patches_is_that_of_all(monkeypatch):
+    monkeypatch.setattr(patchcore, "MERGED", 100)
+    bounded, full = (fitted(detector(ratio), images(6)) for ratio in (19, 0.05))
+    torch.testing.assert_close(bounded.bank, full.bank)

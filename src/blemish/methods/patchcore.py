@@ -1,14 +1,25 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, integer, joined, number
+from blemish.detector import (
+    COUNT,
+    SHARE_OR_COUNT,
+    Maps,
+    OnePassDetector,
+    RowBuffer,
+    RunningCovariance,
+    Stages,
+    distributed,
+    integer,
+    joined,
+)
 from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
@@ -22,16 +33,20 @@ log = logging.getLogger(__name__)
 
 FEW_PATCHES = 10  # in the bank, below which it says little of what is normal
 NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
+MERGED = 8  # times the rows of a bounded bank that are held before they are reduced to it
+SHRINKAGE = 0.01  # share of the mean variance that is added to every principal component's before patches are whitened
 
 
 class PatchCore(OnePassDetector):
     """Anomaly = distance of a patch to the nearest of the memory bank (paper, eq. 6), a coreset of all normal patches (eq. 5, algorithm 1).
 
-    A patch is made of `patch_size` × `patch_size` cells of the stages (section 3.1) by `embedding`, see `embed`. The coreset is
-    `coreset_ratio` of all patches: `greedy` takes the farthest first, after a sparse random projection to `projection` dimensions drawn
-    from `seed`, `random` draws them, `none` takes all. `bank` is in the order of choice. `radius[i]`, of a greedy coreset only, is the
-    largest projected distance of a normal patch to the first i + 1 rows (after an update, which adds `coreset_ratio` of the new patches,
-    an upper bound of it).
+    A patch is made of `patch_size` × `patch_size` cells of the stages (section 3.1) by `embedding`, see `embed`; whiten: distances are
+    those of patches whose covariance is 1, see `whitening`. The coreset is `coreset_ratio` of all patches: `greedy` takes the farthest
+    first, after a sparse random projection to `projection` dimensions drawn from `seed`, `random` draws them, `none` takes all. A whole
+    number of them, the farthest first, by merge and reduce, see `BoundedBuffer`: memory does not grow with the images. `bank` is in the
+    order of choice. `radius[i]`, of a greedy coreset only, is the largest projected distance of a normal patch to the first i + 1 rows
+    (after an update, which adds `coreset_ratio` of the new patches, an upper bound of it; of a bounded bank, among
+    the patches that it was last chosen from).
     A patch's distance is the mean of those to its `num_neighbors` nearest rows. The image's score is the largest of them, re-weighted by
     eq. 7 over b = `reweight` neighbours (`true`: 9, `false`: not at all); the map is upsampled and blurred by `sigma` pixels. With another
     `score` than max it is that of the map.
@@ -46,7 +61,8 @@ class PatchCore(OnePassDetector):
         patch_size: int,
         embed_dim: int,
         coreset: str,
-        coreset_ratio: float,
+        coreset_ratio: float | int,
+        whiten: bool,
         projection: int,
         num_neighbors: int,
         reweight: bool | int,
@@ -58,7 +74,8 @@ class PatchCore(OnePassDetector):
         self.save_hyperparameters()
         self.set_score(score, "max")
         self.check_arguments(embedding=("official", "mean", "concatenate"), patch_size=(1, 3, 5, 7, 9), embed_dim=COUNT, sigma=check_blur)
-        self.check_arguments(coreset=("greedy", "random", "none"), coreset_ratio=number("(0, 1]"), projection=COUNT, num_neighbors=COUNT)
+        self.check_arguments(coreset=("greedy", "random", "none"), coreset_ratio=SHARE_OR_COUNT, projection=COUNT, num_neighbors=COUNT)
+        self.check_arguments(whiten=(True, False))
         self.check_arguments(reweight=integer(2, also=(True, False)))  # with b = 1 eq. 7 multiplies by 1 - 1
         self.neighbours = {True: NEIGHBOURS, False: 0}[reweight] if isinstance(reweight, bool) else reweight
         self.backbone = Features(backbone, stages, weights, seed)
@@ -66,25 +83,35 @@ class PatchCore(OnePassDetector):
         self.dims = sum(self.backbone.channels) if embedding == "concatenate" else embed_dim
         self.coreset, self.coreset_ratio, self.projection = coreset, coreset_ratio, projection
         self.num_neighbors, self.sigma, self.seed = num_neighbors, sigma, seed
-        self.add_buffers("bank", "radius")  # (M, D), (M,)
+        self.whiten, self.bounded = whiten, isinstance(coreset_ratio, int) and coreset == "greedy"
+        self.add_buffers("bank", "radius", "center", "whitener")  # (M, D), (M,), (D,), (D, D)
         self.register_buffer("patches", torch.zeros((), dtype=torch.long))  # number of patches of all training images
         self.register_buffer("nested", torch.tensor(True))  # no update: the first rows are a coreset of all patches themselves
 
     @property
-    def left_out(self) -> str:
+    def left_out(self) -> str | None:
+        if self.whiten or self.bounded:
+            return None  # every image has a part in what a row is
         # one more image brings patches nearer and none farther, but for the choice of a coreset, and eq. 7
         return FULL if (self.coreset == "none" or self.coreset_ratio == 1) and not self.neighbours else CROSS
 
     def new_state(self, images: int) -> RowBuffer:
         # of images fitted before, only the bank is left
         capacity = images - int(self.fitted) if self.updating else images
-        return PatchBuffer(capacity, self.projection if self.coreset == "greedy" else 0)
+        if self.bounded:
+            return BoundedBuffer(self.coreset_ratio, self.thin, self.whiten)
+        return PatchBuffer(capacity, self.projection if self.coreset == "greedy" else 0, self.whiten)
 
     def collect(self, maps: Maps) -> Tensor:
         return embed(maps, self.embedding, self.patch_size, self.embed_dim)
 
+    def whitened(self, patches: Tensor) -> Tensor:
+        return (patches - self.center) @ self.whitener if self.whiten else patches
+
     def fit(self, state: RowBuffer) -> None:
-        patches = state.compute().flatten(0, 1)  # (N·P, D)
+        if self.whiten:
+            self.center, self.whitener = whitening(*state.moments.compute())
+        patches = self.whitened(state.compute().flatten(0, -2))  # (N·P, D), fewer of a bounded bank
         chosen, radius = self.choose(patches)
         rows = patches[chosen]
         if self.updating:
@@ -94,9 +121,10 @@ class PatchCore(OnePassDetector):
         else:
             self.patches.zero_()
         self.bank, self.radius = rows, radius
-        self.nested = torch.full_like(self.nested, not self.updating and self.coreset != "none")
-        self.patches += len(patches)
-        self.owner = chosen // state.rows.shape[1]  # (M,) place of each row's image in the state
+        self.nested = torch.full_like(self.nested, not self.updating and self.coreset != "none" and not self.bounded)
+        self.patches += int(state.seen) if self.bounded else len(patches)
+        if not self.bounded:
+            self.owner = chosen // state.rows.shape[1]  # (M,) place of each row's image in the state
         if len(self.bank) < FEW_PATCHES:
             found = len(self.bank), int(self.patches), self.coreset_ratio
             log.warning("the bank has %d of %d patches (model.coreset_ratio=%g): expected a larger ratio, or more images", *found)
@@ -114,8 +142,17 @@ class PatchCore(OnePassDetector):
         start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed)) if self.updating else generator
         return farthest_first(projected, count, start)
 
+    def thin(self, patches: Tensor, moments: RunningCovariance) -> Tensor:
+        """The coreset (M, D) of patches (N, D), by distances of patches that are whitened by the moments so far."""
+        if self.whiten:
+            self.center, self.whitener = whitening(*moments.compute())
+        projected = project(self.whitened(patches), self.projection, torch.Generator().manual_seed(self.seed))
+        return patches[farthest_first(projected, self.coreset_ratio, 0).indices]
+
     def restore(self, state: RowBuffer) -> None:
         """Do nothing: `fit` uses the bank, and the patches it was chosen from are gone."""
+        if self.whiten or self.bounded:
+            raise InputError(f"update: model.whiten={self.whiten}, model.coreset_ratio={self.coreset_ratio}: fit it again on all images")
 
     def cut(self, ratio: float) -> None:
         """Reduce the bank to the coreset of a smaller `coreset_ratio`, as a fit with it would have given: greedy choices are nested.
@@ -125,7 +162,7 @@ class PatchCore(OnePassDetector):
         """
         if not self.nested:
             raise InputError(f"ratio={ratio}: a bank that was updated, or is no coreset, cannot be cut; cut the run before, or fit again")
-        count = coreset_size(int(self.patches), ratio) if ratio > 0 else 0
+        count = coreset_size(int(self.patches), float(ratio)) if ratio > 0 else 0
         if not 1 <= count <= len(self.bank):
             present = len(self.bank) / max(1, int(self.patches))
             raise InputError(f"ratio={ratio}: expected a share in (0, {present:.4g}], the present coreset of {len(self.bank)} patches")
@@ -133,7 +170,7 @@ class PatchCore(OnePassDetector):
         self.calibration = self.calibration.new_empty(0, 2)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        return self._score(self.collect(maps), self.bank, maps[0].shape[-2:], size)
+        return self._score(self.whitened(self.collect(maps)), self.bank, maps[0].shape[-2:], size)
 
     def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
         images = zip(self.collect(maps).split(1), rows, strict=True)
@@ -213,21 +250,45 @@ def weight(x: Tensor, distance: Tensor, bank: Tensor, index: Tensor, count: int,
     return 1 - torch.exp(distance / scale - (distances(x, bank[around]) / scale).logsumexp(1))
 
 
-def coreset_size(patches: int, ratio: float) -> int:
-    return max(1, int(ratio * patches))
+def coreset_size(patches: int, ratio: float | int) -> int:
+    return min(ratio, patches) if isinstance(ratio, int) else max(1, int(ratio * patches))
+
+
+def whitening(count: Tensor, mean: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and matrix W (D, D) with which (x − mean) W has covariance 1, from moments (), (1, D), (1, D, D) of `RunningCovariance`.
+
+    W = V (Λ + s λ̄)^−½ with the principal components V and their variances Λ, of which s = SHRINKAGE of the mean λ̄ is added to each.
+    """
+    variance, axes = torch.linalg.eigh(scatter[0].double() / max(int(count) - 1, 1))
+    variance = variance.clamp_min(0) + SHRINKAGE * variance.clamp_min(0).mean() + 1e-12
+    return mean[0], (axes / variance.sqrt()).to(mean)
 
 
 class PatchBuffer(RowBuffer):
-    """Patches (count, P, D) of images; InputError at the first batch if all of them will not fit into the device's memory."""
+    """Patches (count, P, D) of images, and their `moments` to whiten them.
 
-    def __init__(self, capacity: int, projection: int):
+    InputError at the first batch if all of them will not fit into the device's memory.
+    """
+
+    def __init__(self, capacity: int, projection: int, whiten: bool):
         super().__init__(capacity)
-        self.projection = projection
+        self.projection, self.whiten, self.moments = projection, whiten, RunningCovariance()
+
+    def add_moments(self, rows: Tensor) -> None:
+        if self.whiten:
+            self.moments.update(rows.flatten(0, -2)[:, None].float())  # (n, 1, D)
+
+    def gather(self) -> None:
+        super().gather()
+        if self.whiten:
+            self.moments.gather()
 
     def update(self, rows: Tensor) -> None:
+        self.add_moments(rows)
         if self.count == 0:
             positions, dim = rows.shape[1:]
             needed, free = forecast(self.capacity, positions, dim, self.projection), available_memory(rows.device)
+            needed *= 1 + self.whiten  # a whitened copy
             if needed > free:
                 raise InputError(
                     f"PatchCore needs {needed / 2**30:.3g} GiB of memory for {self.capacity} images × {positions} patches × {dim} channels "
@@ -235,6 +296,32 @@ class PatchBuffer(RowBuffer):
                     "model.stages, or one category at a time"
                 )
         super().update(rows)
+
+
+class BoundedBuffer(PatchBuffer):
+    """Patches (count, D) by merge and reduce: batches join those held, and MERGED · `most` or more are thinned to `most` again.
+
+    A coreset of coresets covers all patches within the sum of their radii. thin(patches, moments) does it.
+    """
+
+    def __init__(self, most: int, thin: Callable[[Tensor, RunningCovariance], Tensor], whiten: bool):
+        super().__init__(most, 0, whiten)
+        self.thin = thin
+        self.add_state("seen", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")  # patches of all batches
+
+    def update(self, rows: Tensor) -> None:
+        self.add_moments(rows)
+        rows = rows.flatten(0, 1)  # (B·P, D)
+        self.seen += len(rows)
+        self.rows = torch.cat([self.rows, rows]) if self.count else rows
+        if len(self.rows) >= MERGED * self.capacity:
+            self.rows = self.thin(self.rows, self.moments)
+        self.count.fill_(len(self.rows))
+
+    def gather(self) -> None:
+        super().gather()
+        if distributed():
+            torch.distributed.all_reduce(self.seen)
 
 
 def forecast(images: int, positions: int, dim: int, projection: int) -> int:
