@@ -17,7 +17,7 @@ from blemish.run.train import train
 OPTIONS = {
     "padim": ["model=padim", "model.n_features=20"],
     "spade": ["model=spade", "model.neighbors=5"],
-    "patchcore": ["model=patchcore", "model.coreset_ratio=1", "model.reweight=false"],
+    "patchcore": ["model=patchcore", "model.coreset=none", "model.reweight=false"],
     "coreset": ["model=patchcore", "model.coreset_ratio=0.5"],
     "dfm": ["model=dfm"],
     "dfkdm": ["model=dfkdm", "model.density=gaussian"],

@@ -35,6 +35,7 @@ from blemish.run.record import ROI, STATE, is_interruption
 ARGUMENTS = ("model", "data", "trainer", "logger")  # what is called there checks its own arguments
 EXTENSIBLE = (*ARGUMENTS, "image_sizes", "change")  # keys that take a further +KEY.NAME=VALUE
 OPTIONAL = ("recipe", "sweep", "launch", "paper")  # groups in which nothing needs to be chosen
+PREPROCESSING = ("image_size", "crop", "resize", "window")  # keys of a run's data that predictions need
 TILE_SIZES = {"image_size": "${data.tile}", "crop": "null"}  # with data.unit=tile
 
 
@@ -292,7 +293,7 @@ def config_of(path: Path, text: str | None = None) -> DictConfig:
     """Return the config in a file, or in a `text` from a checkpoint; InputError if it is none, or calls what no file of configs/ calls."""
     try:
         cfg = OmegaConf.load(path) if text is None else OmegaConf.create(text)
-        str(cfg.model._target_)
+        str(cfg.model._target_), [cfg.data[key] for key in PREPROCESSING]
     except Exception as error:
         raise InputError(f"{path}: not the config of a run ({type(error).__name__}: {error})") from error
     for place, name in targets(OmegaConf.to_container(cfg)):
