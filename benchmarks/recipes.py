@@ -3,14 +3,17 @@
 FOLDER is what `tools/data.py synthesize` made: training images alone, a part of them held out, once as they are and once with a drawn
 defect each. Every candidate, a string of overrides such as "model.stages=[2,3] image_size=384" or "recipe=METHOD", is a run of its own on
 each folder; no test image of any data set is read. The maps of a frozen backbone are computed once for all candidates. Rows that the CSV
-has are not measured again; the means over the folders are printed last.
+has are not measured again; the means over the folders are printed last. Without METHOD the table of docs/choosing.md is written from the
+CSV files of results/recipes.
 """
 
 import argparse
 import csv
 import logging
+import re
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -34,15 +37,51 @@ def measure(folder: Path, overrides: list[str], seed: int) -> list[str]:
     return [f"{metrics[name]:.4f}" if metrics.get(name) is not None else "" for name in METRICS] + [f"{fit or 0:.1f}"]
 
 
+def tabulate() -> None:
+    """Write the means of the candidates that were measured on the most folders, over these, into docs/choosing.md."""
+    lines = [
+        "| method | settings | sets | image AUROC | worst set | pixel AUROC | AUPRO |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for path in sorted((CONFIGS.parent / "results" / "recipes").glob("*.csv")):
+        with path.open() as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != HEADER:
+                continue
+            found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+            for row in reader:
+                found[row["settings"]][row["data"]].append(row)
+        most = max(map(len, found.values()))
+        found = {settings: sets for settings, sets in found.items() if len(sets) == most}
+        shared = set.intersection(*(set(sets) for sets in found.values()))
+        for settings, sets in sorted(found.items(), key=lambda item: -mean_of(item[1], shared, METRICS[0])):
+            image = {data: mean_of(sets, {data}, METRICS[0]) for data in sorted(shared)}
+            worst = min(image, key=image.get)
+            values = [f"{mean_of(sets, shared, name):.3f}" if sets[worst][0][name] else "–" for name in METRICS[1:]]
+            cells = (path.stem, f"`{settings}`" if settings else "own", f"{len(shared)}", f"{statistics.fmean(image.values()):.3f}")
+            lines.append("| " + " | ".join((*cells, f"{worst} {image[worst]:.3f}", *values)) + " |")
+    page = CONFIGS.parent / "docs" / "choosing.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"(?s)(<!-- recipes: begin -->\n).*(\n<!-- recipes: end -->)", lambda m: m[1] + "\n".join(lines) + m[2], text))
+
+
+def mean_of(sets: dict[str, list[dict]], names: set[str], metric: str) -> float:
+    """The mean of a metric over folders, of the means over their seeds."""
+    return statistics.fmean(statistics.fmean(float(row[metric] or 0) for row in sets[name]) for name in names)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method")
+    parser.add_argument("method", nargs="?")
     parser.add_argument("settings", nargs="*", default=[""])
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--data", type=Path, nargs="+", default=[])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, help="by default results/recipes/METHOD.csv")
     args = parser.parse_args()
+    if args.method is None:
+        tabulate()
+        return
     args.output = args.output or Path("results/recipes", f"{args.method}.csv")
 
     logging.disable(logging.INFO)
