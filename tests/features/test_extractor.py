@@ -31,6 +31,17 @@ def test_bundled_network_knows_a_cat_and_a_cup(backbone):
     assert best[1] in (ESPRESSO, CUP)
 
 
+def test_a_large_batch_goes_through_in_chunks(monkeypatch):
+    features, batch, seen = Features("test_resnet", [1, 2], "random", seed=0), images(7), []
+    expected = features.maps(batch)
+    monkeypatch.setattr("blemish.features.extractor.CHUNK_BYTES", 3.5 * features.pixel_bytes * 64 * 64)
+    features.net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for one, other in zip(features(batch), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert one.is_contiguous(memory_format=torch.channels_last)
+    assert seen == [3, 3, 1]
+
+
 def test_stages_are_timms_own():
     features = Features("tf_efficientnet_lite0", [1, 2, 3], "bundled", seed=0)
     full = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3)).eval()

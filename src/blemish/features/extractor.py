@@ -17,6 +17,10 @@ from blemish.edge.errors import InputError
 from blemish.features.weights import OFFLINE_WAYS, bundled_state, file_state, load, no_waiting_offline
 from blemish.ops.rng import seeded
 
+# On a CPU, a layer's output is written, read once by the next layer and freed. Up to this size glibc keeps its memory for the next (above
+# its largest M_MMAP_THRESHOLD each output is mapped and cleared anew), and caches of tens of MB hold it until it is read.
+CHUNK_BYTES = 2**25
+
 
 class Features(nn.Module):
     """Stages of a frozen timm network, with the network's own input normalisation.
@@ -45,8 +49,8 @@ class Features(nn.Module):
         probe = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         self.backbone, self.stages, self.named = backbone, stages, named
         self.net = fold_batchnorm(net, probe).to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            maps = as_list(self.net(probe))
+        maps, largest = measured(self.net, probe)
+        self.pixel_bytes = largest / side**2  # of the largest output of a layer
         self.channels = [m.shape[1] for m in maps] if named else net.feature_info.channels()
         # some transformers return (B, h, w, C)
         self.channels_at_end = [m.shape[1] != c for m, c in zip(maps, self.channels, strict=True)]
@@ -56,7 +60,14 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage."""
+        """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage. On a CPU a batch goes through the network in chunks."""
+        if image.device.type == "cpu" and not torch.compiler.is_exporting():
+            count = max(1, int(CHUNK_BYTES / (self.pixel_bytes * image[0, 0].numel())))
+            if count < len(image):
+                return [torch.cat(stage) for stage in zip(*map(self.maps, image.split(count)), strict=True)]
+        return self.maps(image)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
         x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(as_list(self.net(x)), self.channels_at_end, strict=True)]
 
@@ -136,6 +147,20 @@ def fold_batchnorm(net: nn.Module, probe: Tensor) -> nn.Module:
         folded.set_submodule(names[norm], nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity())
     pairs = zip(as_list(expected), as_list(folded(probe)), strict=True)
     return folded if all((a - b).norm() <= 1e-4 * a.norm() for a, b in pairs) else net
+
+
+@torch.no_grad()
+def measured(net: nn.Module, probe: Tensor) -> tuple[list[Tensor], int]:
+    """The maps of an image, and the bytes of the largest output of a layer."""
+    sizes = []
+    handles = [
+        m.register_forward_hook(lambda _, inputs, output: sizes.append(output.nbytes if isinstance(output, Tensor) else 0))
+        for m in net.modules()
+    ]
+    maps = as_list(net(probe))
+    for handle in handles:
+        handle.remove()
+    return maps, max(sizes)
 
 
 def as_list(out: list[Tensor] | dict[str, Tensor]) -> list[Tensor]:
