@@ -100,7 +100,7 @@ class NoiseResidual(OnePassDetector):
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
         self.original, self.measured, self.bound, self.references = mode == "original", mode == "measured", bound, references
         self.statistic = statistic
-        self.needs_fit, self.patch, self.neighbors, self.seed, self.told = references is not None, patch, neighbors, seed, False
+        self.needs_fit, self.patch, self.neighbors, self.seed, self.bound_logged = references is not None, patch, neighbors, seed, False
         self.add_buffers(*(f"{name}{level}" for level in range(scales if references else 0) for name in BUFFERS))
         self.similarity = {
             "patch": patch,
@@ -199,9 +199,9 @@ class NoiseResidual(OnePassDetector):
     @torch.no_grad()
     def alarms(self, image: Tensor) -> Alarms:
         """The smallest number of false alarms over channels, discs and scales at every pixel."""
-        if not self.told and self.references is None:
+        if not self.bound_logged and self.references is None:
             log.info("noise_residual: %s", self.bound_kind)
-        self.told = True
+        self.bound_logged = True
         height, width = image.shape[2:]
         residuals = self.residuals(image)  # S × (B, C, h, w)
         channels, cells = residuals[0].shape[1], residuals[0].shape[2:]
