@@ -18,7 +18,7 @@ from blemish.run.train import train
 
 # one of each base: nothing to fit, one pass, and training, here without randomness of its own; 24 images, of which 6 are held out
 METHODS = {
-    "noise_residual": ["model.neighbors=4", "model.scales=1"],
+    "noise_residual": ["model.neighbors=4", "model.scales=1", "model.mode=calibrated"],
     "padim": [],
     "autoencoder": ["trainer.max_epochs=2", "model.learning_rate=0.001", "batch_size=9", "epoch_size=32"],
 }
