@@ -16,7 +16,7 @@ from rich.table import Table
 from blemish.deploy.export import ENDINGS, export_run
 from blemish.edge.errors import InputError
 from blemish.files import write_json
-from blemish.report.tables import between
+from blemish.report.formats import between
 from blemish.run.config import composed, names
 from blemish.run.record import environment
 from blemish.run.train import train

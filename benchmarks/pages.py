@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 import torch
 
-from blemish.report.tables import between
+from blemish.report.formats import between
 from blemish.run.record import environment
 from blemish.run.train import keep_pages
 

@@ -26,13 +26,18 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro")
 HEADER = ("data", "backbone", "method", "settings", "seed", *METRICS, "fit_seconds")
 
 
+def folder_of(folder: Path) -> list[str]:
+    """Overrides for a run on a folder of drawn defects that writes nothing but its metrics."""
+    parts = [f"{key}={folder / name}" for key, name in (("data.root", "."), ("data.masks", "masks"))]
+    data = ["data=folder", "data.normal=normal", "data.normal_test=normal_test", "data.abnormal=[defects]", *parts, "protocol=paper"]
+    quiet = ["logger=none", "save.checkpoint=false", "save.state=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
+    return data + quiet
+
+
 def measure(folder: Path, overrides: list[str], seed: int) -> list[str]:
     """One run on a folder of drawn defects; returns its metrics and seconds of fitting."""
-    parts = [f"{key}={folder / name}" for key, name in (("data.root", "."), ("data.masks", "masks"))]
-    fixed = ["data=folder", "data.normal=normal", "data.normal_test=normal_test", "data.abnormal=[defects]", *parts, "protocol=paper"]
-    quiet = ["logger=none", "save.checkpoint=false", "save.state=false", "save.scores=false", "save.curves=false", "save.pictures=0"]
     with tempfile.TemporaryDirectory() as run:
-        metrics = train(compose("train", overrides=[*overrides, *fixed, *quiet, f"seed={seed}", f"run_dir={run}/run"]))
+        metrics = train(compose("train", overrides=[*overrides, *folder_of(folder), f"seed={seed}", f"run_dir={run}/run"]))
     fit = metrics.get("fit_seconds")
     return [f"{metrics[name]:.4f}" if metrics.get(name) is not None else "" for name in METRICS] + [f"{fit or 0:.1f}"]
 

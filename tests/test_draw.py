@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from blemish import draw
+from blemish import curves, draw
 from blemish.types import NO_TRUTH
 
 SCALE = (0.0, 3.0, 10.0)
@@ -200,7 +200,7 @@ NOTHING = {name: np.empty((0, 2)) for name in POINTS}
 def test_curves_have_a_panel_each_and_legends_with_values(tmp_path, pixel, panels):
     figures = {"image_auroc": 0.98765, "image_ap": 0.5, "pixel_auroc": 0.25, "pixel_ap": 0.125, "aupro": 0.75}
     score, label = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, -1])
-    figure = draw.curves(POINTS, pixel, figures, score, label, 2.5)
+    figure = curves.draw_curves(POINTS, pixel, figures, score, label, 2.5)
     assert len(figure.axes) == panels
     words = " ".join(text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts())
     for part in ("AUROC 0.9877", "AP 0.5000", "normal (2)", "anomalous (1)", "unknown (1)", "threshold 2.5"):
@@ -214,7 +214,7 @@ def test_curves_have_a_panel_each_and_legends_with_values(tmp_path, pixel, panel
     "score", [np.array([1.0]), np.full(5, -3.0), np.array([1e-9, 1.0, 1e9]), np.array([-1e30, 1e30]), np.array([1e8, 1e8 + 1e-7])]
 )
 def test_curves_of_odd_scores(tmp_path, score):
-    figure = draw.curves(NOTHING, NOTHING, {}, score, np.zeros(len(score), int), None)
+    figure = curves.draw_curves(NOTHING, NOTHING, {}, score, np.zeros(len(score), int), None)
     figure.savefig(tmp_path / "curves.png")
-    assert (np.diff(draw.bins(score)) > 0).all()
-    assert draw.bins(score)[0] <= score.min() <= score.max() <= draw.bins(score)[-1]
+    assert (np.diff(curves.bins(score)) > 0).all()
+    assert curves.bins(score)[0] <= score.min() <= score.max() <= curves.bins(score)[-1]

@@ -92,7 +92,8 @@ def table(cfg: Any) -> None:
     from rich.console import Console
 
     from blemish.files import replacing
-    from blemish.report.tables import RUN, show, write
+    from blemish.report.formats import show
+    from blemish.report.tables import RUN, write
 
     with replacing(cfg.output, cfg.markdown, cfg.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
         runs, grids = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)

@@ -1,4 +1,4 @@
-"""The contract of a method: three base classes, and two accumulators for the training state of one-pass methods."""
+"""The contract of a method: three base classes."""
 
 import logging
 import math
@@ -11,15 +11,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from blemish.edge.calibration import PROMISES, SPLIT
 from blemish.edge.checks import check_choice, check_number, check_share_or_count, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.extractor import Features
-from blemish.ops.gaussian import merge_moments
+from blemish.ops.accumulators import RowBuffer, RunningCovariance
 from blemish.ops.maps import TOP, top_mean
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
@@ -215,7 +213,7 @@ class OnePassDetector(Detector):
         self.updating = False
         self.order: list[str] = []  # keys of the training images in the order of the state
 
-    def new_state(self, images: int) -> "RowBuffer | RunningCovariance":
+    def new_state(self, images: int) -> RowBuffer | RunningCovariance:
         """An empty accumulator for what `collect` returns of `images` training images."""
         return RowBuffer(images)
 
@@ -223,7 +221,7 @@ class OnePassDetector(Detector):
         """The part of a batch's maps that the fit needs."""
         raise NotImplementedError
 
-    def fit(self, state: "RowBuffer | RunningCovariance") -> None:
+    def fit(self, state: RowBuffer | RunningCovariance) -> None:
         """Turn the state of all training images into buffers."""
         raise NotImplementedError
 
@@ -241,7 +239,7 @@ class OnePassDetector(Detector):
         self._buffers.update(kept)
         return joined(found)
 
-    def restore(self, state: "RowBuffer | RunningCovariance") -> None:
+    def restore(self, state: RowBuffer | RunningCovariance) -> None:
         """Fill an empty state with that of the images fitted so far, from the buffers alone."""
         raise InputError(f"update: {type(self).__name__} cannot be updated with more images; fit it again on all of them")
 
@@ -404,72 +402,3 @@ class TrainedDetector(Detector):
 def order_of(loader: DataLoader) -> Sampler | None:
     """The sampler that draws the rows of a loader, also where processes share its batches; with `epoch_size` it has `full_pass`."""
     return getattr(loader.batch_sampler, "sampler", None)
-
-
-def distributed() -> bool:
-    """Whether this process is one of a group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class RowBuffer(Metric):
-    """Rows (count, …) of all batches, in one allocation of `capacity` rows that is never copied to grow."""
-
-    full_state_update = False
-
-    def __init__(self, capacity: int):
-        super().__init__(sync_on_compute=False, compute_with_cache=False)  # `gather` is called once
-        self.capacity = capacity
-        self.add_state("rows", torch.empty(0), dist_reduce_fx="cat")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, rows: Tensor) -> None:
-        if self.count == 0:
-            self.rows = rows.new_empty(self.capacity, *rows.shape[1:])
-        begin = int(self.count)
-        self.rows[begin : begin + len(rows)] = rows
-        self.count += len(rows)
-
-    def gather(self) -> None:
-        """Give every process the rows of all."""
-        if distributed():
-            self.rows = torch.cat(gather_all_tensors(self.compute()))
-            self.count = torch.full_like(self.count, len(self.rows))
-
-    def compute(self) -> Tensor:
-        return self.rows[: int(self.count)]
-
-
-class RunningCovariance(Metric):
-    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of all batches."""
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__(sync_on_compute=False, compute_with_cache=False)
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("mean", torch.empty(0), dist_reduce_fx=None)
-        self.add_state("scatter", torch.empty(0), dist_reduce_fx=None)
-
-    def update(self, samples: Tensor) -> None:
-        if self.count == 0:
-            positions, dim = samples.shape[1:]
-            self.mean, self.scatter = samples.new_zeros(positions, dim), samples.new_zeros(positions, dim, dim)
-        self.count += merge_moments(int(self.count), self.mean, self.scatter, samples.transpose(0, 1)) - self.count
-
-    def restore(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Start from moments that were computed earlier."""
-        self.count, self.mean, self.scatter = torch.full_like(self.count, count), mean.clone(), scatter
-
-    def gather(self) -> None:
-        """Give every process the moments of all (Chan's formula for two sets)."""
-        if distributed():
-            counts, means = gather_all_tensors(self.count), gather_all_tensors(self.mean)
-            total = sum(counts)
-            mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
-            delta = self.mean - mean
-            self.scatter += self.count * delta[:, :, None] * delta[:, None, :]
-            torch.distributed.all_reduce(self.scatter)
-            self.mean, self.count = mean, total
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.count, self.mean, self.scatter

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from support import images, make, remembered
 
-from blemish.detector import RowBuffer, RunningCovariance
 from blemish.ops import gaussian
+from blemish.ops.accumulators import RowBuffer, RunningCovariance
 
 EPSILON = 0.01
 

@@ -6,8 +6,8 @@ import torch
 from sklearn.decomposition import PCA
 from support import batch, fitted, images
 
-from blemish.detector import RunningCovariance
 from blemish.methods.subspace import Subspace
+from blemish.ops.accumulators import RunningCovariance
 from blemish.ops.maps import align, smooth_upsample
 
 

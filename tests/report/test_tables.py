@@ -16,7 +16,7 @@ from rich.console import Console
 from support import CONFIGS, tiny_run
 
 from blemish.edge.errors import InputError
-from blemish.report import tables
+from blemish.report import formats, tables
 from blemish.run.record import METRICS
 from blemish.run.train import train
 
@@ -150,7 +150,7 @@ def test_the_terminal_shows_all_of_it(several, by, width):
     recorded(several / "long", "reverse_distillation", "wood", 0, 0.5, epochs=200, variant="a name of many words", aupro=None)
     console = Console(width=width, file=io.StringIO(), highlight=False)
     for grid in tables.write(several, None, None, by=by)[1]:
-        tables.show(console, grid, by == "category")
+        formats.show(console, grid, by == "category")
         printed = console.file.getvalue()
         assert "…" not in printed
         assert "reverse_distillation," in printed
@@ -221,7 +221,7 @@ def test_nothing_measured_is_an_error(tmp_path):
 def test_only_finished_runs_count(several, caplog):
     assert len(tables.collect(several)) == 5
     assert "torn: left out" in caplog.text
-    assert "0.99" not in tables.markdown(tables.by_category(tables.collect(several), "image_auroc")[0], bold=True)
+    assert "0.99" not in formats.markdown(tables.by_category(tables.collect(several), "image_auroc")[0], bold=True)
 
 
 def test_matrix_of_methods_and_categories(several):
@@ -235,7 +235,7 @@ def test_matrix_of_methods_and_categories(several):
     assert grid.rows[0][8:] == ["5", "5", "100"]  # medians of the cost over seeds and categories
     assert grid.best == {(1, 6)}  # alone in a|b, and spade's mean is over fewer categories
     assert "Tester 3000, 4 cores, torch 9.9" in grid.notes[0]
-    text = tables.markdown(grid, bold=True)
+    text = formats.markdown(grid, bold=True)
     assert "| a\\|b |" in text
     assert "**0.750**" in text
     assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {12}
@@ -299,15 +299,15 @@ def test_wrong_choices_name_the_right_ones(several, tmp_path):
 def test_by_run_marks_the_best_on_the_same_data(several):
     grid = tables.by_run(tables.collect(several), "image_auroc")
     assert grid.best == {(1, column) for column in range(6, 12)}  # spade on wood, where padim is as well, and worse
-    assert "**" not in tables.markdown(grid, bold=False)
+    assert "**" not in formats.markdown(grid, bold=False)
 
 
 NASTY = "[a&b] 50% $x$ #1 _u_ {c} ~t ^h \\n <i> |p| ± → – −"
 
 
 def test_latex_is_escaped_and_whole():
-    grid = tables.Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
-    text = tables.latex(grid)
+    grid = formats.Grid(NASTY, ["m_1", "100%"], 1, [[NASTY, "1"], ["b", "2"]], {(1, 1)}, ["note & more", "second"])
+    text = formats.latex(grid)
     for name in ("table", "tabular"):
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
     assert r"\begin{tabular}{lr}" in text
@@ -317,7 +317,7 @@ def test_latex_is_escaped_and_whole():
     assert "[1] second" in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert [len(re.findall(r"(?<!\\)&", line)) for line in body] == [1, 1, 1]
-    bare = tables.in_latex(NASTY)
+    bare = formats.in_latex(NASTY)
     for sign in "&%$#_{}":
         assert f"\\{sign}" in bare
     # nothing that LaTeX reads as a command is left but what was put there
@@ -332,14 +332,14 @@ def test_latex_is_escaped_and_whole():
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
 def test_latex_compiles(several, tmp_path):
     grid = tables.by_category(tables.collect(several), "aupro")[0]._replace(title=NASTY)
-    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + tables.latex(grid) + "\\end{document}\n"
+    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + formats.latex(grid) + "\\end{document}\n"
     (tmp_path / "t.tex").write_text(page)
     subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_markdown_cells_stay_in_their_column():
-    assert tables.in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
-    assert tables.in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
+    assert formats.in_markdown("a|b <i>*x*</i>\nnext `c`") == "a\\|b &lt;i>\\*x\\*&lt;/i> next \\`c\\`"
+    assert formats.in_markdown("wide_resnet50_2 (256 → 224)") == "wide_resnet50_2 (256 → 224)"
 
 
 def test_cells():

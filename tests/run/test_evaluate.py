@@ -12,8 +12,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.utils.data import DataLoader
 
 from blemish import draw
+from blemish.curves import simplified
 from blemish.data.manifest import Sample
-from blemish.draw import choose, file_names, simplified
+from blemish.draw import choose, file_names
 from blemish.edge.errors import InputError
 from blemish.files import write_csv, write_json
 from blemish.run.evaluate import METRICS, SCORES, Calibrate, Evaluate, ScoredImage, box_inside

@@ -28,7 +28,7 @@ from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 from blemish.features.extractor import Features
 from blemish.files import Outputs, write_json
-from blemish.report.tables import between
+from blemish.report.formats import between
 from blemish.run.checkpoint import load, newest_run
 from blemish.run.record import environment, read_record
 from blemish.run.results import Preprocessing, preprocessing_of

@@ -5,10 +5,11 @@ import logging
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, FEW_REFITS, Maps, OnePassDetector, RowBuffer, Stages, number
+from blemish.detector import COUNT, FEW_REFITS, Maps, OnePassDetector, Stages, number
 from blemish.edge.calibration import CROSS
 from blemish.features.extractor import Features
 from blemish.ops import pca
+from blemish.ops.accumulators import RowBuffer
 from blemish.ops.density import Density, gaussian, kernels, leave_one_out, log_density
 from blemish.types import Prediction
 

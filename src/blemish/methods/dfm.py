@@ -12,11 +12,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blemish.detector import COUNT, FEW_REFITS, SHARE_OR_COUNT, Maps, OnePassDetector, RowBuffer, Stages
+from blemish.detector import COUNT, FEW_REFITS, SHARE_OR_COUNT, Maps, OnePassDetector, Stages
 from blemish.edge.calibration import CROSS
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import kmeans, pca
+from blemish.ops.accumulators import RowBuffer
 from blemish.ops.maps import align, smooth_upsample
 from blemish.ops.rng import stream
 from blemish.types import Prediction

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, POSITIVE, SHARE_OR_COUNT, Maps, RunningCovariance, Stages, TrainedDetector
+from blemish.detector import COUNT, POSITIVE, SHARE_OR_COUNT, Maps, Stages, TrainedDetector
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
+from blemish.ops.accumulators import RunningCovariance
 from blemish.ops.maps import smooth_upsample, upsample_blur_matrix
 from blemish.ops.pca import from_moments
 from blemish.ops.rng import seeded

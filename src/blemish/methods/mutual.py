@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import Maps, OnePassDetector, RowBuffer, Stages
+from blemish.detector import Maps, OnePassDetector, Stages
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
+from blemish.ops.accumulators import RowBuffer
 from blemish.ops.maps import check_blur, smooth_upsample, top_mean
 from blemish.types import Prediction
 

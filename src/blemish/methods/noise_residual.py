@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from blemish.detector import COUNT, POSITIVE, Detector, Maps, OnePassDetector, RowBuffer, integer
+from blemish.detector import COUNT, POSITIVE, Detector, Maps, OnePassDetector, integer
 from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
@@ -30,6 +30,7 @@ from blemish.noise.false_alarms import (
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.patches import Index
 from blemish.noise.pyramid import from_cells, grow, mirror, mirrored, pyramid
+from blemish.ops.accumulators import RowBuffer
 from blemish.types import Prediction
 
 log = logging.getLogger(__name__)

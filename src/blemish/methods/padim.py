@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, POSITIVE, Maps, OnePassDetector, RowBuffer, RunningCovariance, Stages
+from blemish.detector import COUNT, POSITIVE, Maps, OnePassDetector, Stages
 from blemish.edge.calibration import FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import gaussian
+from blemish.ops.accumulators import RowBuffer, RunningCovariance
 from blemish.ops.maps import align, check_blur, smooth_upsample
 from blemish.types import Prediction
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, integer, number
+from blemish.detector import COUNT, Maps, OnePassDetector, Stages, integer, number
 from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.features.tiles import TileFeatures
 from blemish.ops import kmeans, pca
+from blemish.ops.accumulators import RowBuffer, distributed
 from blemish.ops.maps import paint
 from blemish.ops.neighbours import pairwise
 from blemish.ops.rng import stream

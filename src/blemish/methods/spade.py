@@ -8,11 +8,12 @@ import torch
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, Maps, OnePassDetector, RowBuffer, Stages, distributed, joined, number
+from blemish.detector import COUNT, Maps, OnePassDetector, Stages, joined, number
 from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
+from blemish.ops.accumulators import RowBuffer, distributed
 from blemish.ops.maps import align as aligned
 from blemish.ops.maps import check_blur, smooth_upsample
 from blemish.ops.neighbours import nearest

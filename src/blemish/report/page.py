@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from scipy.stats import rankdata
 
-from blemish.draw import choose, file_names, simplified
+from blemish.curves import simplified
+from blemish.draw import choose, file_names
 from blemish.edge.calibration import CONFIDENCE, SPLIT
 from blemish.edge.checks import check_number, check_whole
 from blemish.edge.errors import InputError

@@ -17,8 +17,9 @@ from blemish.edge.errors import InputError
 from blemish.features.extractor import create
 from blemish.files import Outputs, replacing, write_csv, write_text
 from blemish.report import published as papers
+from blemish.report.formats import Grid, markdown, show
 from blemish.report.published import Figure, looked_up, margin, published, verdict
-from blemish.report.tables import Grid, cited, config_of, machines, markdown, row_of, show, signed, spread
+from blemish.report.tables import cited, config_of, machines, row_of, signed, spread
 from blemish.run.config import build, module_of, plain
 from blemish.run.record import METRICS
 from blemish.run.sweep import train_apart

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import all_gather_object, gather_object
 
 from blemish import draw
+from blemish.curves import draw_curves, simplified
 from blemish.data.images import to_image
 from blemish.data.manifest import Sample, parse_tile
 from blemish.data.module import ImageData
@@ -261,13 +262,12 @@ class Evaluate(ImageCallback):
         if curves and self.tested:
             lines = {"image": self.image.curves(), "pixel": self.pixel.curves()}
             score, label = (np.array([getattr(one, name) for one in self.tested.values()]) for name in ("score", "label"))
-            figure = draw.curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, self.threshold.value)
+            figure = draw_curves(lines["image"], lines["pixel"], self.metrics(None, None), score, label, self.threshold.value)
             with atomic_write(curves) as temporary:
                 figure.savefig(temporary, metadata={"Software": SOFTWARE})
             files.append(Path(curves))
             few = {
-                kind: {name: draw.simplified(line, CURVE_POINTS).round(6).tolist() for name, line in of.items()}
-                for kind, of in lines.items()
+                kind: {name: simplified(line, CURVE_POINTS).round(6).tolist() for name, line in of.items()} for kind, of in lines.items()
             }
             write_text(files[-1].with_suffix(".json"), json.dumps(few) + "\n")
         return files
