@@ -60,6 +60,18 @@ def test_loss_takes_the_fibre_batches_one_by_one():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_a_step_in_parts_has_the_loss_and_gradient_of_one(monkeypatch):
+    found = []
+    for rows in (10**6, 30):
+        monkeypatch.setattr("blemish.methods.cflow.ROWS", rows)
+        model = cflow(fibre_batch=100)
+        loss = model.loss(batch(images(2)))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.flows[0].parameters())])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
+
+
 def test_schedule_is_that_of_the_official_code():
     """25 meta epochs of 8 passes over 5 batches, as its nested loops set the rate."""
     t = 0

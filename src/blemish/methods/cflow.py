@@ -1,7 +1,7 @@
 """CFlow: the likelihood of every feature vector given its place, by normalising flows (Gudovskiy et al. 2021, arXiv 2107.12571)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from blemish.ops.rng import seeded
 from blemish.types import Batch, Prediction
 
 META_EPOCHS, WARM_UP = 25, 2  # the official code's: the learning rate falls in so many steps, and rises during so many first ones
-ROWS = 4096  # vectors scored at a time: their hidden units stay in a processor's cache
+ROWS = 2048  # vectors at a time: their hidden units stay in a processor's cache
 
 
 class FibreBatch(NamedTuple):
@@ -71,10 +71,13 @@ class CFlow(TrainedDetector):
         if not self.queue:
             self.queue = list(self.fibre_batches(self.maps(batch)))[::-1]
         stage, x, places, grid = self.queue.pop()
-        flow = self.flows[stage]
-        likelihood = log_likelihood(*flow(x, flow.project(*grid), split(places, grid)))  # (n,)
-        # the official code's loss: the paper's eq. 6 is the mean of −log p itself, which has no lower bound
-        return -F.logsigmoid(likelihood / x.shape[-1]).mean()
+        flow, count, total = self.flows[stage], len(x), 0.0
+        for part, at in zip(x.split(ROWS), places.split(ROWS), strict=True):
+            likelihood = log_likelihood(*flow(part, flow.project(*grid), split(at, grid)))  # (n,)
+            # the official code's loss: the paper's eq. 6 is the mean of −log p itself, which has no lower bound
+            loss = -F.logsigmoid(likelihood / x.shape[-1]).sum() / count
+            total = total + (differentiated(loss, list(flow.parameters())) if count > ROWS else loss)
+        return total
 
     def fibre_batches(self, maps: Maps) -> Iterator[FibreBatch]:
         """Batches of at least `fibre_batch` vectors, where there are so many, with every position of every image once."""
@@ -143,6 +146,14 @@ def split(places: Tensor, grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The columns and rows (n,) of places (n,), see `FibreBatch`."""
     width = len(grid[0])
     return places % width, places // width
+
+
+def differentiated(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The same loss with its gradient taken at once, so that what the way to it needed is given back: it is linear in the parameters."""
+    if not loss.requires_grad:
+        return loss
+    gradients = torch.autograd.grad(loss, parameters)
+    return loss.detach() + sum(((p - p.detach()) * g).sum() for p, g in zip(parameters, gradients, strict=True))
 
 
 def learning_rate_factor(progress: float) -> float:
