@@ -2,14 +2,17 @@
 
 The FOLDERs and SETTINGS are those of recipes.py, which measures whole runs. Here one training is tested in its middle,
 after each of STEPS (batches, of `accumulate_grad_batches` together), by the method's own score and by the mean of the largest 1 % of its
-map; results/recipes/by_step.csv gets a row each. Rows that the CSV has are not measured again.
+map; results/recipes/by_step.csv gets a row each. Rows that the CSV has are not measured again. Without METHOD the table of
+docs/choosing.md is written: means over the sets of every training that was followed on three sets or more.
 """
 
 import argparse
 import csv
 import logging
 import warnings
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
@@ -19,12 +22,14 @@ from rich.console import Console
 
 from blemish.features.extractor import Features
 from blemish.ops.maps import TOP
+from blemish.report.formats import between
 from blemish.run.evaluate import Evaluate
 from blemish.run.timing import StageTimes
 from blemish.run.train import build_model, described, set_up, stored, trainer_of
 
 OUTPUT = Path("results/recipes/by_step.csv")
-HEADER = ("data", "method", "settings", "first_weights", "step", *METRICS, "image_auroc_top")
+LITE = "backbone=tf_efficientnet_lite0 "  # is not shown
+SHOWN = ("image_auroc", "image_auroc_top", "pixel_auroc")  # of the table
 
 console = Console(highlight=False, width=180)
 
@@ -61,13 +66,35 @@ class Course(Callback):
             trainer.should_stop = True
 
 
+def tabulate() -> None:
+    """Write the means over the sets after each number of steps into docs/choosing.md."""
+    found: dict[tuple[str, str], dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    with OUTPUT.open() as file:
+        for row in csv.DictReader(file):
+            if not row["first_weights"]:
+                found[row["method"], row["settings"]][row["data"]][int(row["step"])] = row
+    lines = [
+        "| method | settings | sets | step | image AUROC | by the largest 1 % | pixel AUROC |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (method, settings), sets in sorted(found.items()):
+        for step in sorted(set.intersection(*map(set, sets.values()))) if len(sets) > 2 else []:
+            rows = [steps[step] for steps in sets.values()]
+            means = [f"{mean(map(float, values)):.3f}" if all(values := [row[name] for row in rows]) else "–" for name in SHOWN]
+            lines.append("| " + " | ".join((method, f"`{settings.removeprefix(LITE)}`", " ".join(sorted(sets)), f"{step}", *means)) + " |")
+    between("docs/choosing.md", "course", "\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method")
+    parser.add_argument("method", nargs="?")
     parser.add_argument("settings", nargs="*", default=[""])
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, nargs="+", required=True)
+    parser.add_argument("--data", type=Path, nargs="+", default=[])
+    parser.add_argument("--steps", type=int, nargs="+", default=[])
     args = parser.parse_args()
+    if args.method is None:
+        tabulate()
+        return
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     with OUTPUT.open() as file:
