@@ -10,7 +10,7 @@ import torch
 from support import composed, tiny_run
 
 from blemish.edge.errors import InputError
-from blemish.run.monitor import CLAIMED, NOT_CLAIMED, Monitor
+from blemish.edge.monitor import CLAIMED, NOT_CLAIMED, Monitor
 from blemish.run.predict import predict
 from blemish.run.train import train
 

@@ -24,7 +24,7 @@ from blemish.edge.selection import false_alarm_bounds
 from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing, write_json
 from blemish.run.checkpoint import newest_run, saved_scale
 from blemish.run.config import build
-from blemish.run.monitor import unusual
+from blemish.edge.monitor import unusual
 from blemish.run.predict import COLUMNS, boxes_in_image, predict, write
 from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Rule, output_names

@@ -5,7 +5,7 @@ import io
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,25 @@ def encoded(picture: Image.Image | np.ndarray) -> bytes:
     file = io.BytesIO()
     (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, "PNG", pnginfo=picture_info())
     return file.getvalue()
+
+
+def write_whole(path: Path, data: bytes, before: Callable[[Path], None] | None = None) -> None:
+    """Write a file, complete or not at all; `before` it is renamed to its path, it is elsewhere. InputError where it cannot be written."""
+    temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut after the renaming does not leave a name without content
+        if before:
+            before(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 class Outputs:
@@ -63,18 +82,12 @@ class Outputs:
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a file, complete or not at all; InputError where it would replace one of the user's or cannot be written."""
-        temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
+
+        def checked(temporary: Path) -> None:
             self.check([path])
             self.note(path, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+
+        write_whole(path, data, checked)
 
     def _is_own(self, path: Path) -> bool:
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from blemish.files import Outputs, atomic_write, locked, picture_info, remove_st
 from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
 from blemish.run.config import build, module_of, renaming
-from blemish.run.monitor import NOT_CLAIMED, Monitor, unusual
+from blemish.edge.monitor import NOT_CLAIMED, Monitor, unusual
 from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
 from blemish.run.results import predict as predict_images
 

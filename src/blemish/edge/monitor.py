@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from blemish.edge.calibration import RARE, Threshold, chance_of_alarms
-from blemish.edge.errors import InputError
-from blemish.edge.reading import digest_of
-from blemish.files import write_json
-from blemish.metrics.drift import Drift, Summary
+from .calibration import RARE, Threshold, chance_of_alarms
+from .drift import Drift, Summary
+from .errors import InputError
+from .outputs import write_whole
+from .reading import digest_of
 
 CLAIMED, NOT_CLAIMED = "claimed", "not claimed"  # whether the bound on false alarms is claimed for an image
 
@@ -44,6 +44,7 @@ class Monitor:
     summary: Summary
     drift: Drift | None = None
     alarm: dict | None = None
+    position: int | None = None  # bytes of the log of `watch` whose scores are counted; None for images of `predict`
 
     @classmethod
     def open(cls, path: Path, on: bool, rate: float, calibration: Sequence[float], seed: int) -> "Monitor":
@@ -77,7 +78,7 @@ class Monitor:
             return  # a summary alone is replaced
         if self.on and rate != self.rate:
             raise InputError(f"monitor_rate={self.rate}: {self.path} has {rate}; expected that, or move the file away")
-        self.rate, self.summary, self.drift, self.alarm = rate, summary, drift, alarm
+        self.rate, self.summary, self.drift, self.alarm, self.position = rate, summary, drift, alarm, state.get("position")
 
     def take(self, scores: Sequence[float]) -> list[str]:
         """Count scores in the order in which the images were made; returns CLAIMED or NOT_CLAIMED for each."""
@@ -100,8 +101,9 @@ class Monitor:
             "alarm": self.alarm,
             "bound": CLAIMED if self.alarm is None else NOT_CLAIMED,
         }
-        state = {"summary": asdict(self.summary), "drift": self.drift and asdict(self.drift)}
-        write_json(self.path, {"calibration": self.calibration, "summary": self.summary.metadata(), "test": test, "state": state})
+        state = {"summary": finite(asdict(self.summary)), "drift": self.drift and finite(asdict(self.drift)), "position": self.position}
+        content = {"calibration": self.calibration, "summary": self.summary.metadata(), "test": test, "state": state}
+        write_whole(self.path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def explain(self) -> str:
         """Describe the state of the test in one or two sentences."""
@@ -117,3 +119,12 @@ class Monitor:
             "alarms is not claimed any more. "
             f"More anomalous parts, or other parts, light or camera: look at the images, calibrate again, then move {self.path} away."
         )
+
+
+def finite(state: dict) -> dict:
+    """The state of a dataclass with None for infinities, which JSON does not have."""
+
+    def of(value: object) -> object:
+        return None if isinstance(value, float) and math.isinf(value) else value
+
+    return {key: [of(one) for one in value] if isinstance(value, list) else of(value) for key, value in state.items()}

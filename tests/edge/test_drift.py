@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from blemish.edge.errors import InputError
-from blemish.metrics.drift import POWERS, Drift, Summary, bet, reserve
+from blemish.edge.drift import POWERS, Drift, Summary, bet, reserve
 
 
 def odds(p: float) -> list[float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blemish.edge.errors import InputError
+from .errors import InputError
 
 POWERS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of bets ε·p^(ε−1) on high scores, and on low ones with 1 − p; the smaller the bolder
 KEPT = 50_000  # largest number of scores that a new one is ranked among
