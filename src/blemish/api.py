@@ -22,6 +22,7 @@ from blemish.draw import Scale
 from blemish.edge.calibration import SPLIT, Threshold
 from blemish.edge.checks import check_number, check_switch, nearest
 from blemish.edge.errors import InputError
+from blemish.edge.monitor import unusual
 from blemish.edge.result import Result
 from blemish.edge.selection import Step, certificate
 from blemish.features.weights import BUNDLED
@@ -30,7 +31,6 @@ from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
 from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
 from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
 from blemish.run.evaluate import Calibrate
-from blemish.edge.monitor import unusual
 from blemish.run.predict import anomalous, write
 from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
 from blemish.run.train import build_model, expected_warnings, trainer_of

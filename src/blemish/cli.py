@@ -51,6 +51,21 @@ def predict(cfg: Any) -> None:
         sys.exit(1)
 
 
+def watch(cfg: Any) -> None:
+    """score what arrives: blemish watch model=RUN|EXPORT input=FOLDER|CAMERA|RTSP|VIDEO output=FOLDER"""
+    import logging
+    from dataclasses import fields
+
+    from blemish.edge.watch import Settings, exported, watch
+
+    for handler in logging.getLogger().handlers:
+        handler.setStream(sys.stderr)  # standard output is for the lines of stdout=true
+    settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
+    is_export = cfg.run.endswith((".onnx", ".xml"))
+    scorer = exported(cfg.run, cfg.threads) if is_export else scorer_of_run(cfg.run, cfg.device)
+    sys.exit(watch(scorer, settings, say, lambda text: say(text, sys.stderr)))
+
+
 def data(cfg: Any) -> None:
     """check a data set, or draw defects on one: blemish data check|synthesize data=mvtec data.root=FOLDER"""
     from blemish.data import check, synthetic
@@ -128,11 +143,39 @@ def reproduce(cfg: Any) -> None:
     sys.exit(reproduce.reproduce(cfg, name, typed))
 
 
-COMMANDS = {work.__name__: work for work in (train, test, predict, data, export, bench, table, report, reproduce)}
+def scorer_of_run(run: str, device: str) -> Any:
+    """Return the detector of a run, a saved one, or the newest run of a folder, for `watch`; InputError for anything else."""
+    from blemish.api import AnomalyDetector
+    from blemish.edge.reading import file_digest
+    from blemish.edge.watch import Scorer
+    from blemish.run.checkpoint import newest_run
+
+    place = newest_run(Path(run).expanduser())
+    detector, given = AnomalyDetector.load(place, device), []
+
+    def images() -> Iterator[Any]:
+        while True:
+            yield given.pop()
+
+    stream = detector.predict(images())  # a stream warns once of what may be in each image
+
+    def predict(image: Any) -> Any:
+        nonlocal stream
+        given.append(image)
+        try:
+            return next(stream)
+        except InputError:
+            stream = detector.predict(images())
+            raise
+
+    return Scorer(predict, detector._rule.scores, file_digest(place if place.is_file() else place / "model.ckpt"))
+
+
+COMMANDS = {work.__name__: work for work in (train, test, predict, watch, data, export, bench, table, report, reproduce)}
 ACTIONS = ("check", "synthesize")  # the first word of `data`, which stands for action=WORD
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.category", "data.masks")
+PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.category", "data.masks", "webhook")
 LISTS = ("data.normal", "data.validation", "data.normal_test", "data.abnormal")  # keys whose values are such names, or lists of them
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*(?:,|$)""")
 
@@ -179,6 +222,7 @@ def say(text: str, stream: Any = None) -> None:
     stream = stream or sys.stdout
     code = stream.encoding or "utf-8"
     stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")  # a file's name may be no text
+    stream.flush()
 
 
 def shown(words: list[str]) -> str:
@@ -274,6 +318,8 @@ def call(name: str, words: list[str], overrides: list[str]) -> None:
 
     task.__module__ = f"blemish {name}"  # the name of Hydra's jobs
     main = hydra.main(str(configs()), name, version_base="1.3")(task)
+    if name == "watch":  # Hydra takes model= for the group
+        overrides = [re.sub("^model=", "run=", text) for text in overrides]
     overrides = [path_as_typed(text, several) for text in overrides]
     if not of_hydra:  # else Hydra does something of its own
         keys = [text for text in overrides if text not in flags]

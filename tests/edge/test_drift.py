@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from blemish.edge.errors import InputError
 from blemish.edge.drift import POWERS, Drift, Summary, bet, reserve
+from blemish.edge.errors import InputError
 
 
 def odds(p: float) -> list[float]:

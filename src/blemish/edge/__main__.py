@@ -6,7 +6,10 @@ import io
 import json
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -17,17 +20,25 @@ TOGETHER = 8  # tiles at a time
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 if some images could not be scored, 2 if nothing could be done, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["watch"]:
+        return guarded(watch, arguments[1:])
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="Score images with an exported detector.")
+    parser.epilog = f"`python -m {__package__} watch --help`: score images as they arrive."
     parser.add_argument("model", type=Path, help="export of a run, .onnx or .xml")
     parser.add_argument("images", type=Path, help="an image, or a folder that is searched at any depth")
     parser.add_argument("output", type=Path, help=f"folder for <name>_overlay.png of each image, {', '.join(TABLES)}")
     parser.add_argument("--threads", type=int, help="of the engine; all of the machine by default")
     parser.add_argument("--no-overlays", action="store_true", help="write the tables alone")
-    options = parser.parse_args(arguments)
+    return guarded(score, parser.parse_args(arguments))
+
+
+def guarded(work: Callable[[Any], int], options: Any) -> int:
+    """The exit status of a work; what it cannot use ends it with a line and 2."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}", sys.stderr)
-            return score(options)
+            return work(options)
     except ImportError as error:  # of numpy or Pillow; the runtime names others itself
         say(f"error: {error.name} is not here; pip install numpy pillow onnxruntime", sys.stderr)
     except InputError as error:
@@ -35,6 +46,26 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 2
+
+
+def watch(arguments: list[str]) -> int:
+    """Score images as they arrive; the options are those of configs/watch.yaml."""
+    from .watch import Settings, exported, watch
+
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} watch", description="Score images as they arrive; see docs/watch.md.")
+    parser.add_argument("model", type=Path, help="export of a run, .onnx or .xml")
+    parser.add_argument("input", help="a folder that is searched at any depth, a camera's number or device, rtsp://…, or a video")
+    parser.add_argument("output", help="folder of watch.jsonl, monitor.json and alarms/")
+    parser.add_argument("--threads", type=int, help="of the engine; all of the machine by default")
+    for field in fields(Settings)[2:]:
+        option, value = f"--{field.name.replace('_', '-')}", field.default
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=str if value is None else type(value), default=value, help=f"default {value}")
+    options = vars(parser.parse_args(arguments))
+    scorer = exported(options.pop("model"), options.pop("threads"))
+    return watch(scorer, Settings(**options), say, lambda text: say(text, sys.stderr))
 
 
 def score(options: argparse.Namespace) -> int:
@@ -95,6 +126,7 @@ def say(text: str, stream: object = None) -> None:
     stream = stream or sys.stdout
     code = stream.encoding or "utf-8"
     stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")
+    stream.flush()
 
 
 if __name__ == "__main__":

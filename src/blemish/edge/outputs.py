@@ -28,10 +28,10 @@ def picture_info(panels: str = "") -> PngInfo:
     return info
 
 
-def encoded(picture: Image.Image | np.ndarray) -> bytes:
-    """A picture, or an array of grey values, as a PNG that is marked as a result."""
+def encoded(picture: Image.Image | np.ndarray, result: bool = True) -> bytes:
+    """A picture, or an array of grey values or colours, as a PNG that is marked as a result unless it is none."""
     file = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, "PNG", pnginfo=picture_info())
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, "PNG", pnginfo=picture_info() if result else None)
     return file.getvalue()
 
 

@@ -25,13 +25,13 @@ from blemish.edge.calibration import CONFIDENCE, CROSS, SPLIT
 from blemish.edge.checks import LARGEST_SEED, check_choice, check_number, check_whole, nearest
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Geometry
+from blemish.edge.monitor import NOT_CLAIMED, Monitor, unusual
 from blemish.edge.reading import read
 from blemish.edge.selection import adjusted, false_alarm_bounds
 from blemish.files import Outputs, atomic_write, locked, picture_info, remove_stale, write_csv, write_json, write_json_lines
 from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
 from blemish.run.config import build, module_of, renaming
-from blemish.edge.monitor import NOT_CLAIMED, Monitor, unusual
 from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
 from blemish.run.results import predict as predict_images
 
