@@ -1,8 +1,9 @@
-"""What the bounds on false alarms hold, over many draws of normal images: python benchmarks/conformal.py [--draws 1000] [--methods padim …]
+"""What the bounds on false alarms hold, over 1,000 draws of normal images: python benchmarks/conformal.py [--methods padim …]
 
-The maps of all images are computed once. A draw fits a method to n random normal images, either to all of them (`full` or `cross`) or
-without 19 that are held out (`split`), and counts alarms among other normal images and the defects. Writes results/conformal.json, and
-from it the tables of docs/decisions.md and the figure docs/decisions.svg; `--root` is the folder with mtd, gdxray and cookie.
+The maps of all images are computed once, and what every fit needs of them: products of all embeddings for PaDiM's Gaussians, distances
+between all images for PatchCore's complete bank. A draw fits a method to n random normal images, either to all of them (`full`) or without
+19 that are held out (`split`), and counts alarms among other normal images and the defects. Writes results/conformal.json, and from it the
+tables of docs/decisions.md and the figure docs/decisions.svg; `--root` is the folder with mtd, gdxray and cookie. Minutes on one core.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from blemish.detector import OnePassDetector
 from blemish.edge.calibration import conformal_threshold, p_values, rank
 from blemish.edge.selection import adjusted, false_alarm_bounds
 from blemish.files import write_json
+from blemish.ops import gaussian
 from blemish.run.config import build, composed
 from blemish.run.train import described
 
@@ -36,13 +38,15 @@ SETS = {  # overrides, and the numbers of normal images of a draw
     "C0047": (["data=gdxray", "data.root={root}/gdxray", "data.category=C0047"], (19, 40)),
     "cookie": (["data=mvtec", "data.root={root}", "data.category=cookie"], (19, 30)),
 }
+BACKBONE = ["backbone=tf_efficientnet_lite0", "weights=bundled", "model.stages=[2,3]"]
 METHODS = {
-    "padim": ["backbone=tf_efficientnet_lite0", "weights=bundled", "model.stages=[2,3]", "model.n_features=152"],
-    "patchcore": ["backbone=tf_efficientnet_lite0", "weights=bundled", "model.stages=[2,3]", "model.coreset_ratio=0.1"],
-    "dfm": ["backbone=tf_efficientnet_lite0", "weights=bundled", "model.stages=[3]", "model.pool=2"],
+    "padim": [*BACKBONE, "model.n_features=152"],
+    "patchcore": [*BACKBONE, "model.embedding=concatenate", "model.coreset=none", "model.reweight=false"],
 }
-MOST_TESTED = (200, 100)  # normal and anomalous images that a draw is tested on, at most
+MOST = (500, 150)  # normal and anomalous images of a set, and
+MOST_TESTED = (200, 100)  # of those that a draw is tested on, at most
 MIXTURES, FOLDER, CALIBRATION = (0.01, 0.05, 0.2), 200, 100  # shares of defects in a folder of so many images
+REFITS = 20  # one draw of so many also compares other ways of leaving images out
 
 
 class Maps(NamedTuple):
@@ -60,7 +64,7 @@ def config(method: str, data: Sequence[str], root: str):
 
 @torch.inference_mode()
 def maps_of(cfg, model: OnePassDetector) -> Maps:
-    """The maps of all images, normal ones in the order of their names."""
+    """The maps of the images, at most MOST of either kind, normal ones in the order of their names."""
     data = described(cfg)
     data.setup()
     parts, labels, names = [], [], []
@@ -70,61 +74,130 @@ def maps_of(cfg, model: OnePassDetector) -> Maps:
             labels += batch.label.tolist()
             names += batch.path
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
-    stages = [torch.cat(stage)[order] for stage in zip(*parts, strict=True)]
-    return Maps(stages, labels.count(0), labels.count(1))
+    counts = [labels.count(0), labels.count(1)]
+    chosen, first = [], 0
+    for count, most in zip(counts, MOST, strict=True):
+        places = range(count) if count <= most else np.sort(np.random.default_rng(0).permutation(count)[:most])
+        chosen += [order[first + i] for i in places]
+        first += count
+    stages = [torch.cat(stage)[chosen] for stage in zip(*parts, strict=True)]
+    return Maps(stages, *(min(pair) for pair in zip(counts, MOST, strict=True)))
 
 
-def fit(model: OnePassDetector, maps: Maps, rows: np.ndarray) -> OnePassDetector:
-    """Fit a model again."""
-    state = model.new_state(len(rows))
-    state.update(model.collect([stage[rows] for stage in maps.stages]))
-    model.fit(state)
-    model.fitted.fill_(len(rows))
-    return model
+class Gaussians:
+    """PaDiM from the products (P, N, N) of all images' embeddings: a fit takes the part of its images."""
+
+    def __init__(self, model: OnePassDetector, maps: Maps):
+        self.model, self.grid = model, [maps.stages[0][:1]]
+        x = model.embed(maps.stages).transpose(0, 1).contiguous()  # (P, N, d)
+        x -= x.mean(1, keepdim=True)
+        self.products, self.norms = x @ x.mT, x.square().sum(2)  # (P, N, N), (P, N)
+
+    def _fit(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        products = self.products[:, rows]  # (P, n, N)
+        own = products[:, :, rows]
+        mean = own.mean(1)  # (P, n)
+        level = mean.mean(1, keepdim=True)  # (P, 1)
+        centred = own - mean[:, :, None] - mean[:, None] + level[:, :, None]
+        centred.diagonal(dim1=1, dim2=2).add_(self.model.epsilon * (len(rows) - 1))
+        return products, mean, level, torch.linalg.cholesky(centred)
+
+    def score(self, rows: np.ndarray, tested: np.ndarray) -> np.ndarray:
+        """Scores of images by a fit to the images `rows`."""
+        products, mean, level, lower = self._fit(rows)
+        across = products[:, :, tested]  # (P, n, T)
+        norm = self.norms[:, tested] - 2 * across.mean(1) + level  # (P, T)
+        across = across - across.mean(1, keepdim=True) - mean[:, :, None] + level[:, :, None]
+        explained = torch.linalg.solve_triangular(lower, across, upper=False).square().sum(1)
+        return self._scores((norm - explained).div(self.model.epsilon).clamp_min(0))
+
+    def left_out(self, rows: np.ndarray) -> np.ndarray:
+        """The scores of the images of a fit as `OnePassDetector.leave_one_out` has them."""
+        return self._scores(gaussian.left_out_woodbury(self._fit(rows)[3], torch.arange(len(rows)), self.model.epsilon))
+
+    def _scores(self, squared: Tensor) -> np.ndarray:
+        return self.model._prediction(squared.sqrt(), self.grid, (SIDE, SIDE)).score.double().numpy()
 
 
-def scores(model: OnePassDetector, maps: Maps, rows: np.ndarray, left_out: bool = False) -> np.ndarray:
-    """Scores of images, or of the training images `rows`, in the order of the fit, each without itself."""
-    found = []
-    for begin in range(0, len(rows), 64):
-        chosen = [stage[rows[begin : begin + 64]] for stage in maps.stages]
-        places = range(begin, min(begin + 64, len(rows)))
-        found.append((model.leave_one_out(chosen, (SIDE, SIDE), places) if left_out else model.score(chosen, (SIDE, SIDE))).score)
-    return torch.cat(found).double().numpy()
+class Neighbours:
+    """PatchCore with a complete bank, from the distance of each patch to the nearest of each image (N, P, N)."""
+
+    def __init__(self, model: OnePassDetector, maps: Maps):
+        x = model.collect(maps.stages)  # (N, P, D)
+        norm, every = x.square().sum(2), x.flatten(0, 1).T.contiguous()
+        self.squared = x.new_empty(*x.shape[:2], len(x))
+        for i, one in enumerate(x):
+            self.squared[i] = (norm - 2 * (one @ every).view(len(one), len(x), -1)).amin(2) + norm[i][:, None]
+
+    def score(self, rows: np.ndarray, tested: np.ndarray) -> np.ndarray:
+        return self._scores(self.squared[tested][:, :, rows].amin(2))
+
+    def left_out(self, rows: np.ndarray) -> np.ndarray:
+        own = self.squared[rows][:, :, rows]  # (n, P, n)
+        own.diagonal(dim1=0, dim2=2).fill_(math.inf)
+        return self._scores(own.amin(2))
+
+    def _scores(self, squared: Tensor) -> np.ndarray:
+        return squared.amax(1).clamp_min(0).sqrt().double().numpy()
 
 
-def crossed(model: OnePassDetector, maps: Maps, rows: np.ndarray) -> np.ndarray:
-    """Calibration scores of the images that a model was fitted to, as a run has them: each left out, or in folds, which fit it again."""
-    if model.left_out:
-        return scores(model, maps, rows, left_out=True)
-    parts = np.array_split(rows, 5)
-    return np.concatenate([scores(fit(model, maps, np.setdiff1d(rows, part)), maps, part) for part in parts])
+Fits = Gaussians | Neighbours
+KINDS = {"padim": Gaussians, "patchcore": Neighbours}
 
 
 @torch.inference_mode()
-def draws(model: OnePassDetector, maps: Maps, n: int, count: int) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Calibration scores and those of other normal images and of defects, by way of calibration, for each draw of n images."""
+def checked(model: OnePassDetector, maps: Maps, fits: Fits, n: int) -> dict:
+    """Seconds of the method's own fit to n images and of its calibration; its scores must be those of `fits`."""
+    rows, tested, size = np.arange(n), np.arange(n, len(maps.stages[0]))[-50:], (SIDE, SIDE)
+    started = time.perf_counter()
+    state = model.new_state(n)
+    state.update(model.collect([stage[rows] for stage in maps.stages]))
+    model.fit(state)
+    model.fitted.fill_(n)
+    fit = time.perf_counter() - started
+    left = model.leave_one_out([stage[rows] for stage in maps.stages], size, rows.tolist()).score.double().numpy()
+    seconds = {"fit": fit, "calibration": time.perf_counter() - started - fit}
+    np.testing.assert_allclose(fits.left_out(rows), left, rtol=2e-3)
+    np.testing.assert_allclose(
+        fits.score(rows, tested), model.score([stage[tested] for stage in maps.stages], size).score.numpy(), rtol=2e-3
+    )
+    return seconds
+
+
+Draw = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores of calibration images, of other normal images and of defects
+
+
+@torch.inference_mode()
+def draws(fits: Fits, maps: Maps, n: int, count: int) -> dict[str, list[Draw]]:
+    """`count` draws of n images by way of calibration; of every REFITS-th also by refits without each image, and in five folds."""
+    found: dict[str, list[Draw]] = {}
     for seed in range(count):
         rng = np.random.default_rng([seed, n])
         order = rng.permutation(maps.normal)
         rows, normal = order[:n], order[n : n + MOST_TESTED[0]]
         defects = maps.normal + rng.permutation(maps.anomalous)[: MOST_TESTED[1]]
-        fit(model, maps, rows)
-        tested = scores(model, maps, normal), scores(model, maps, defects)
-        result = {model.left_out or "cross": (crossed(model, maps, rows), *tested)}
+        tested = np.concatenate([normal, defects])
+        scores = np.split(fits.score(rows, tested), [len(normal)])
+        found.setdefault("full", []).append((fits.left_out(rows), *scores))
         if n > HELD_OUT + 2:
-            fit(model, maps, rows[HELD_OUT:])
-            result["split"] = tuple(scores(model, maps, part) for part in (rows[:HELD_OUT], normal, defects))
-        yield result
+            split = fits.score(rows[HELD_OUT:], np.concatenate([rows[:HELD_OUT], tested]))
+            found.setdefault("split", []).append(tuple(np.split(split, [HELD_OUT, HELD_OUT + len(normal)])))
+        if isinstance(fits, Gaussians) and n == 40 and seed % REFITS == 0:
+            for way, parts in (("refits without each", np.split(rows, n)), ("five folds", np.array_split(rows, 5))):
+                left = np.concatenate([fits.score(np.setdiff1d(rows, part), part) for part in parts])
+                found.setdefault(way, []).append((left, *scores))
+    return found
 
 
-def rates(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict:
+def decided(found: Sequence[Draw]) -> np.ndarray:
+    """Shares (draws, 2) of the other normal images and of the defects that are called anomalous."""
+    values = [conformal_threshold(calibration, ALPHA).value for calibration, *_ in found]
+    return np.array([[(part > value).mean() for part in parts] for value, (_, *parts) in zip(values, found, strict=True)])
+
+
+def rates(found: Sequence[Draw]) -> dict:
     """Means over the draws with 95 % intervals, and deviations, of false alarms and of defects found."""
-    pairs = []
-    for calibration, normal, defects in found:
-        value = conformal_threshold(calibration, ALPHA).value
-        pairs.append(((normal > value).mean(), (defects > value).mean()))
-    pairs = np.array(pairs)  # (draws, 2)
+    pairs = decided(found)
     mean, deviation = pairs.mean(0), pairs.std(0, ddof=1)
     half = 1.96 * deviation / math.sqrt(len(pairs))
     names = ("false_alarms", "found")
@@ -135,7 +208,17 @@ def rates(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict:
     }
 
 
-def folders(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], share: float, size: int) -> dict:
+def ratios(full: Sequence[Draw], split: Sequence[Draw]) -> dict[str, list[float]]:
+    """Deviation of `full` over that of `split` for false alarms and defects found: [ratio, ends of its 95 % bootstrap interval]."""
+    pairs = np.stack([decided(full), decided(split)])  # (2, draws, 2)
+    rng = np.random.default_rng(0)
+    some = pairs[:, rng.integers(pairs.shape[1], size=(500, pairs.shape[1]))].std(2)  # (2, 500, 2)
+    ends = np.quantile(some[0] / some[1], (0.025, 0.975), axis=0)
+    ratio = pairs[0].std(0) / pairs[1].std(0)
+    return {name: [ratio[i], *ends[:, i]] for i, name in enumerate(("false_alarms", "found"))}
+
+
+def folders(found: Sequence[Draw], share: float, size: int) -> dict:
     """Folders of `size` images with a share of defects: how often a bound at any threshold is too small, and the false discoveries."""
     wrong, proportion, bounds, real, hits = 0, [], [], [], []
     for seed, (calibration, normal, defects) in enumerate(found):
@@ -163,12 +246,11 @@ def folders(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], share: f
 
 
 @torch.inference_mode()
-def mixtures(model: OnePassDetector, maps: Maps, count: int) -> list[dict]:
+def mixtures(fits: Fits, maps: Maps, count: int) -> list[dict]:
     """Folders resampled from the scores of one detector, for p-values of held-out images."""
     order = np.random.default_rng(0).permutation(maps.normal)
     fitted, rest = order[: maps.normal // 3], order[maps.normal // 3 :]
-    fit(model, maps, fitted)
-    normal, defects = scores(model, maps, rest), scores(model, maps, maps.normal + np.arange(maps.anomalous))
+    normal, defects = np.split(fits.score(fitted, np.concatenate([rest, maps.normal + np.arange(maps.anomalous)])), [len(rest)])
     found = []
     for seed in range(count):
         normal = np.random.default_rng(seed).permutation(normal)
@@ -177,33 +259,26 @@ def mixtures(model: OnePassDetector, maps: Maps, count: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def sequence(model: OnePassDetector, maps: Maps, n: int) -> dict:
-    """False alarms, by way of calibration, where the n normal images are frames of a rotation in a row, and where drawn at random."""
-    rates = {}
-    for start in range(maps.normal):
-        random = np.random.default_rng(start)
-        for name, order in (("in a row", np.roll(np.arange(maps.normal), -start)), ("at random", random.permutation(maps.normal))):
-            rows, others = random.permutation(order[:n]), order[n:]  # which of them are held out is random in either case
-            tested = scores(fit(model, maps, rows), maps, others)
-            found = {model.left_out or "cross": (tested, crossed(model, maps, rows))}
-            fit(model, maps, rows[HELD_OUT:])
-            found["split"] = scores(model, maps, others), scores(model, maps, rows[:HELD_OUT])
-            for way, (tested, calibration) in found.items():
-                rate = (tested > conformal_threshold(calibration, ALPHA).value).mean()
-                rates.setdefault(way, {}).setdefault(name, []).append(rate)
-    return {way: {name: float(np.mean(of)) for name, of in names.items()} for way, names in rates.items()}
+def sequence(fits: Fits, maps: Maps, n: int, count: int) -> dict:
+    """The bounds where the n normal images are frames of a rotation in a row, held-out ones among them at random or in a row, too.
 
-
-@torch.inference_mode()
-def timed(model: OnePassDetector, maps: Maps, n: int) -> dict:
-    """Seconds of the fit, and of the calibration, for n images."""
-    rows, result = np.arange(n), {}
-    started = time.perf_counter()
-    fit(model, maps, rows)
-    result["fit"] = time.perf_counter() - started
-    started = time.perf_counter()
-    crossed(model, maps, rows)
-    return result | {"calibration": time.perf_counter() - started}
+    A folder holds the other normal frames and a share of defects.
+    """
+    found: dict[str, list[Draw]] = {}
+    defects = maps.normal + np.arange(maps.anomalous)
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        turned = np.roll(np.arange(maps.normal), -rng.integers(maps.normal))
+        mixed = np.concatenate([rng.permutation(turned[:n]), turned[n:]])
+        for name, order in (("in a row", turned), ("in a row, held out at random", mixed), ("at random", rng.permutation(turned))):
+            tested = np.concatenate([order[n:], defects])
+            scores = np.split(fits.score(order[:n], tested), [maps.normal - n])
+            found.setdefault(f"full, {name}", []).append((fits.left_out(order[:n]), *scores))
+            split = fits.score(order[HELD_OUT:n], np.concatenate([order[:HELD_OUT], tested]))
+            found.setdefault(f"split, {name}", []).append(tuple(np.split(split, [HELD_OUT, HELD_OUT + maps.normal - n])))
+    del found["full, in a row, held out at random"]  # nothing is held out
+    size = maps.normal - n
+    return {key: {"false_alarms": rates(one)["false_alarms"], "folders": folders(one, MIXTURES[-1], size)} for key, one in found.items()}
 
 
 def measured(method: str, name: str, count: int, root: str) -> dict:
@@ -211,32 +286,40 @@ def measured(method: str, name: str, count: int, root: str) -> dict:
     cfg = config(method, overrides, root)
     model = build(cfg.model).eval()
     maps = maps_of(cfg, model)
-    result = {"normal": maps.normal, "anomalous": maps.anomalous, "draws": {}}
+    with torch.inference_mode():
+        fits = KINDS[method](model, maps)
+    result = {"normal": maps.normal, "anomalous": maps.anomalous, "seconds": checked(model, maps, fits, numbers[-1]), "draws": {}}
     for n in numbers:
-        found = list(draws(model, maps, n, count))
-        result["draws"][n] = {kind: rates([one[kind] for one in found]) for kind in found[0]}
-        for kind, entry in result["draws"][n].items():
-            size = min(FOLDER, len(found[0][kind][1]))
-            entry["folders"] = [{"share": share, **folders([one[kind] for one in found], share, size)} for share in MIXTURES]
-        print(method, name, n, {k: (v["false_alarms"], v["found"], v["bound"]) for k, v in result["draws"][n].items()}, flush=True)
-    result["seconds"] = timed(model, maps, numbers[-1])
+        found = draws(fits, maps, n, count)
+        entry = result["draws"][n] = {way: rates(one) for way, one in found.items()}
+        for way in ("full", "split"):
+            if way in found:
+                size = min(FOLDER, len(found[way][0][1]))
+                entry[way]["folders"] = [{"share": share, **folders(found[way], share, size)} for share in MIXTURES]
+        if "split" in found:
+            entry["full"]["ratios"] = ratios(found["full"], found["split"])
+        print(method, name, n, {k: (v["false_alarms"], v["found"], v["bound"], v.get("ratios")) for k, v in entry.items()}, flush=True)
     if name == "magnetic tiles":
-        result["mixtures"] = mixtures(model, maps, count)
+        result["mixtures"] = mixtures(fits, maps, count)
     if name == "C0047":
-        result["sequence"] = sequence(model, maps, 40)
+        result["sequence"] = sequence(fits, maps, 40, count)
     return result
 
 
 def tables(results: dict) -> dict[str, str]:
     """The tables of the page, by the name of their marks."""
     lines = ["| method, images | n | way | bound | false alarms | deviation | defects found | deviation |", "|" + " --- |" * 8]
+    compared = ["| method, images | n | false alarms | defects found |", "|" + " --- |" * 4]
     for key, result in results.items():
         for n, ways in result["draws"].items():
             for way, one in ways.items():
                 alarms, found = one["false_alarms"], one["found"]
                 cells = f"{100 * one['bound']:.3g} % | {alarms['mean']:.3f} ± {alarms['half']:.3f} | {alarms['deviation']:.3f}"
                 cells += f" | {found['mean']:.3f} ± {found['half']:.3f} | {found['deviation']:.3f}"
-                lines.append(f"| {key} | {n} | `{way}` | {cells} |")
+                lines.append(f"| {key} | {n} | {f'`{way}`' if way in ('full', 'split') else way} | {cells} |")
+                if "ratios" in one:
+                    cells = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*one["ratios"][name]) for name in ("false_alarms", "found"))
+                    compared.append(f"| {key} | {n} | {cells} |")
     few = [
         "| p-values | defects | bound too small somewhere | false of the alarms at 5 % | their bound | FDR at `fdr=0.1` |",
         "|" + " --- |" * 6,
@@ -245,12 +328,16 @@ def tables(results: dict) -> dict[str, str]:
         few += [folder_line(f"{key}, {CALIBRATION} held out", one) for one in result.get("mixtures", [])]
         for n, ways in result["draws"].items():
             if key.endswith("magnetic tiles"):
-                few += [folder_line(f"{key}, `{way}` of {n}", one) for way in ways if way != "split" for one in ways[way]["folders"]]
-    rows = ["| method | way | frames in a row | frames at random |", "| --- | --- | --- | --- |"]
+                few += [
+                    folder_line(f"{key}, `{way}` of {n}", one) for way in ("split", "full") for one in ways.get(way, {}).get("folders", [])
+                ]
+    rows = ["| method | way | false alarms | bound too small somewhere |", "|" + " --- |" * 4]
     for key, result in results.items():
-        for way, rate in result.get("sequence", {}).items():
-            rows.append(f"| {key} | `{way}` | {rate['in a row']:.3f} | {rate['at random']:.3f} |")
-    return {"draws": "\n".join(lines), "folders": "\n".join(few), "sequence": "\n".join(rows)}
+        for way, one in result.get("sequence", {}).items():
+            alarms, folder = one["false_alarms"], one["folders"]
+            cells = f"{alarms['mean']:.3f} ± {alarms['half']:.3f} | {folder['violations']:.3f} ± {folder['half']:.3f}"
+            rows.append(f"| {key} | {way} | {cells} |")
+    return {"draws": "\n".join(lines), "ratios": "\n".join(compared), "folders": "\n".join(few), "sequence": "\n".join(rows)}
 
 
 def folder_line(name: str, one: dict) -> str:

@@ -23,10 +23,10 @@ from support import CONFIGS, METHODS, composed, quick, tiny_run
 import blemish
 from blemish import AnomalyDetector, Result
 from blemish import api as module
-from blemish.api import OTHERS
 from blemish.edge.boxes import boxes_of
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
+from blemish.run.options import OTHERS
 from blemish.run.predict import predict
 from blemish.run.train import train
 

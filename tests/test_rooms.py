@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "blemish"
-LOWER = ["edge", "types", "files", "ops", "noise", "metrics", "draw", "curves", "data", "features", "detector", "methods"]
+LOWER = ["edge", "types", "files", "ops", "noise", "metrics", "draw", "curves", "data", "features", "detector", "products", "methods"]
 ROOMS = [*LOWER, "run", "report", "deploy", "api", "cli"]
 # whole libraries that pure rooms leave alone
 FORBIDDEN = {room: {"lightning", "hydra", "omegaconf"} for room in ("ops", "noise")}

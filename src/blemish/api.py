@@ -15,32 +15,29 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of, window_of
+from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.draw import Scale
 from blemish.edge.calibration import SPLIT, Threshold
-from blemish.edge.checks import check_number, check_switch, nearest
+from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.edge.monitor import unusual
 from blemish.edge.result import Result
 from blemish.edge.selection import Step, certificate
-from blemish.features.weights import BUNDLED
+from blemish.products import Products
 from blemish.run.auto import AUTO, FEW, choose
-from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
-from blemish.run.checkpoint import Streamed, contents, device_of, load, portable_config, saved_scale
-from blemish.run.config import DictConfig, build, check_config, class_of, composed, module_of, names
+from blemish.run.calibrate import calibrated_fit
+from blemish.run.checkpoint import contents, device_of, load, save_whole, saved_scale, unfitted
+from blemish.run.config import DictConfig, build, check_config, module_of
 from blemish.run.evaluate import Calibrate
+from blemish.run.options import configured
 from blemish.run.predict import anomalous, write
-from blemish.run.results import ImageResult, Rule, images_at, output_names, predict, preprocessing_of
+from blemish.run.products import fit_product
+from blemish.run.results import RECOGNISED, ImageResult, Rule, images_at, output_names, predict, preprocessing_of, recognised
 from blemish.run.train import build_model, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
-
-SETTINGS = ("backbone", "weights", "image_size", "crop", "resize", "tiling", "overlap", "batch_size", "epoch_size")
-SETTINGS += ("workers", "seed", "alpha", "calibrate")  # keys of train.yaml
-PLACES = {"epochs": "trainer.max_epochs", "calibration": "data.calibration", "progress": "trainer.enable_progress_bar"}
-OTHERS = ("recipe", "value_range", "device", *PLACES)
 
 Images = str | os.PathLike[str] | np.ndarray | Tensor | Picture  # an image, or a folder or batch of them
 
@@ -72,7 +69,7 @@ class AnomalyDetector:
         cfg.trainer.devices = 1 if self.device.index is None or self.device.type == "cpu" else [self.device.index]
         check_config(cfg)
         self._data([], [])
-        self.model = (model or build(cfg.model)).eval().to(self.device)
+        self.model = (model or unfitted(cfg)).eval().to(self.device)
         self.ready = model is not None or not self.model.needs_fit
         self.scale: Scale | None = None  # of the colours of overlays, from held-out images
         self._by_hand: dict[str, float] = {}
@@ -80,6 +77,8 @@ class AnomalyDetector:
     def __repr__(self) -> str:
         if not self.ready:
             return f"AnomalyDetector({self.method}, not fitted, {self.device})"
+        if self.products:
+            return f"AnomalyDetector({self.method}, products {', '.join(self.products)}, {self.device})"
         value, promise = self.threshold.value, "by hand" if self.threshold.by_hand else f"alpha={self.threshold.alpha:.3g}"
         decides = "no threshold" if value is None else f"threshold={value:.4g} ({promise})"
         return f"AnomalyDetector({self.method}, {decides}, {self.device})"
@@ -90,11 +89,23 @@ class AnomalyDetector:
 
     @property
     def threshold(self) -> Threshold:
-        """The threshold of scores; its `explain()` describes what it promises.
+        """The threshold of scores; its `explain()` describes what it promises. InputError for several products, see `thresholds`.
 
         An assigned number replaces it, without a promise, until None or `alpha` is assigned, or the detector is trained.
         """
+        if self.products:
+            raise InputError("threshold: each product has its own; expected thresholds")
         return self._rule.threshold
+
+    @property
+    def products(self) -> list[str]:
+        """The products of a detector of several, sorted."""
+        return list(self.model.names) if isinstance(self.model, Products) else []
+
+    @property
+    def thresholds(self) -> dict[str, Threshold]:
+        """The threshold of each product of a detector of several."""
+        return {name: rule.threshold for name, rule in self._rule.products.items()}
 
     @threshold.setter
     def threshold(self, value: float | None) -> None:
@@ -134,11 +145,16 @@ class AnomalyDetector:
     def _low(self) -> float | None:
         return None if self.scale is None else self.scale[0]
 
-    def train(self, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
+    def train(self, train: Images | Iterable[Any] | Mapping[str, Any], val: Any = None) -> "AnomalyDetector":
         """Fit to normal images, from scratch, with thresholds from those in `val` or from a share of `train`; returns itself.
 
-        With calibrate="full" or "cross" both are fitted to, and all give the thresholds.
+        With calibrate="full" or "cross" both are fitted to, and all give the thresholds. Images of several products, which `predict` then
+        tells apart, are given as {product: images}, and so are those in `val`.
         """
+        if isinstance(train, Mapping):
+            self._auto, self.cfg.data.category = None, sorted(train)
+            self.model, self.ready, self.scale, self._by_hand = build_model(self.cfg), True, None, {}
+            return [self.add(name, train[name], (val or {}).get(name)) for name in sorted(train)][-1]
         normal, held_out = gather(train)[0], [] if val is None else gather(val)[0]
         if self._auto is not None:
             method, reason = choose(len(normal) + len(held_out), 0)
@@ -149,23 +165,42 @@ class AnomalyDetector:
         model = build_model(self.cfg)
         data = self._data(normal, held_out) if model.needs_fit else self._data([], normal + held_out)
         model.check_images(data.count("train"), data.count("calibrate"))
-        data.setup()
-        data.check("calibrate")
-        model.ranges, model.expects_calibration, calibrate = data.ranges, data.count("calibrate") > 0, Calibrate()
-        with expected_warnings(), quiet(), isolate_rng():
-            trainer = trainer_of(self.cfg, [calibrate])
-            check_calibrate(self.cfg, model, data, trainer)
-            if model.needs_fit:
-                trainer.fit(model, datamodule=data)
-            if self.cfg.calibrate == SPLIT or not model.needs_fit:
-                calibrated(trainer, model, calibrate, [data.calibrate_dataloader()] if model.expects_calibration else [])
-            else:
-                cross_calibrated(self.cfg, trainer, model, calibrate, data, trainer_of, lambda images, model: images)
-        data.values.report()
+        calibrate = Calibrate()
+        with self._fitting(data):
+            calibrated_fit(self.cfg, trainer_of(self.cfg, [calibrate]), model, calibrate, data, trainer_of, as_they_are)
         self.model, self.ready, self._by_hand = model.eval().to(self.device), True, {}
         self.scale = self._rule.scale((calibrate.low, None, -math.inf))
         log.log(logging.INFO if self.threshold.reachable else logging.WARNING, self.threshold.explain())
         return self
+
+    def add(self, product: str, train: Images | Iterable[Any], val: Images | Iterable[Any] | None = None) -> "AnomalyDetector":
+        """Add a product to a detector of several, or replace it, fitted as by `train`; the others stay as they are."""
+        self._check_ready("add")
+        if not isinstance(self.model, Products):
+            raise InputError(f"add: a detector of one product; expected train({{{product!r}: images, …}})")
+        data = self._data(gather(train)[0], [] if val is None else gather(val)[0])
+        self.model.add(product, build(self.cfg.model))
+        with self._fitting(data):
+            fit_product(self.cfg, self.model, product, data, trainer_of, as_they_are)
+        self.model, self.cfg.data.category = self.model.eval().to(self.device), self.products
+        log.info("%s: %s", product, self.thresholds[product].explain())
+        return self
+
+    def remove(self, product: str) -> "AnomalyDetector":
+        """Remove a product from a detector of several, which then is as if it had never been added."""
+        if not isinstance(self.model, Products):
+            raise InputError(f"remove: {product} of a detector of one product")
+        self.model.remove(product)
+        self.cfg.data.category = self.products
+        return self
+
+    @contextlib.contextmanager
+    def _fitting(self, data: ArrayData) -> Iterator[None]:
+        data.setup()
+        data.check("calibrate")
+        with expected_warnings(), quiet(), isolate_rng():
+            yield
+        data.values.report()
 
     @overload
     def predict(self, images: Picture) -> Result: ...
@@ -216,7 +251,9 @@ class AnomalyDetector:
         The highest score comes first. InputError unless the detector has been calibrated with held-out images.
         """
         self._check_ready("certificate")
-        rule = self._rule
+        rule = self._rule.at(next((one.product for one in results), None))
+        if len({one.product for one in results}) > 1:
+            raise InputError("certificate: results of several products; expected those of one at a time")
         if not rule.scores or rule.threshold.promise != SPLIT:
             raise InputError("certificate: proven for held-out images alone; train with calibrate='split', or val=...")
         return certificate([one.score for one in results], [one.p_value for one in results], len(rule.scores))
@@ -229,9 +266,7 @@ class AnomalyDetector:
             raise InputError(f"{path}: not of that format; choose another suffix, for instance {path.stem}.ckpt")
         if path.exists() and not is_detector(path):
             raise InputError(f"{path}: exists and is not a saved detector; move it away, or choose another place")
-        state = {key: value.detach().cpu() for key, value in self.model.state_dict().items()}
-        more = portable_config(self.cfg, self.roi, scale=self.scale, by_hand=self._by_hand)
-        Streamed().save_checkpoint({"state_dict": state, "hyper_parameters": dict(self.model.hparams), **more}, path)
+        save_whole(self.cfg, self.model, self.roi, path, scale=self.scale, by_hand=self._by_hand)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> "AnomalyDetector":
@@ -301,52 +336,16 @@ class AnomalyDetector:
             yield self._result(one, rule)
 
     def _result(self, one: ImageResult, rule: Rule) -> Result:
-        score, map = one.score, None if one.map is None else one.map[:]
+        score, map, every, rule = one.score, None if one.map is None else one.map[:], rule, rule.at(one.product)
         levels = {"threshold": rule.threshold.value, "map_threshold": rule.level, "low": self._low}
+        if every.products:
+            levels |= dict(zip(RECOGNISED, recognised(one.product, one.product_p_value, every.alpha), strict=True))
         return Result(score, rule.p_value(score), rule.decide(score), map, one.path, one.image, inside=one.inside, **levels)
 
 
-def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
-    """Compose the config of a method from its recipe, or with recipe=False the paper's, and options; InputError for unknown ones."""
-    if method not in names("model"):
-        raise InputError(f"method={method!r}: {near(method, names('model'))}")
-    check_switch("", recipe=options.get("recipe", True))
-    recipe = method if options.get("recipe", True) and method in names("recipe") else "bundled"
-    recipe = "null" if recipe == "bundled" and options.keys() & {"backbone", "weights"} else recipe
-    cfg = composed(f"model={method}", "logger=none", "data=folder", f"recipe={recipe}")
-    allowed = [*SETTINGS, *OTHERS, *(name for name in cfg.model if name not in ("_target_", *SETTINGS))]
-    if unknown := [name for name in options if name not in allowed]:
-        raise InputError(f"{unknown[0]}: no option of {method}; {near(unknown[0], allowed)}")
-    values = {name: plain(name, value) for name, value in options.items()}
-    if "backbone" in values and "weights" not in values:
-        values["weights"] = "bundled" if values["backbone"] in BUNDLED else "pretrained"
-    if not class_of(cfg.model).needs_fit:
-        cfg.image_size, cfg.batch_size = None, 1  # only a fit needs images of one size
-    for name, value in values.items():
-        if name in PLACES or name not in OTHERS:
-            group, _, key = PLACES.get(name, f".{name}" if name in SETTINGS else f"model.{name}").rpartition(".")
-            (cfg[group] if group else cfg)[key] = value
-    cfg.data.root, cfg.data.window = ".", {dtype: list(ends) for dtype, ends in window_of(values.get("value_range")).items()}
-    return cfg
-
-
-def plain(name: str, value: Any) -> Any:
-    """Return the value of an option as a config holds it; InputError for what could be more than a value."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, list | tuple):
-        return [plain(name, item) for item in value]
-    if isinstance(value, Mapping) and not any(str(key).startswith("_") for key in value):
-        return {plain(name, key): plain(name, item) for key, item in value.items()}
-    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value):
-        return value
-    raise InputError(f"{name}={value!r}: expected a number, a text, None, or a list or dict of these")
-
-
-def near(name: str, allowed: Sequence[str]) -> str:
-    return f"{nearest(name, allowed)}Allowed: {', '.join(allowed)}"
+def as_they_are(images: ArrayData, model: Detector) -> ArrayData:
+    """What a trainer is given of images that nothing is stored of."""
+    return images
 
 
 def is_detector(path: Path) -> bool:

@@ -71,10 +71,12 @@ def data(cfg: Any) -> None:
     from blemish.data import check, synthetic
     from blemish.edge.checks import check_choice, check_number
     from blemish.files import replacing
-    from blemish.run.config import build
+    from blemish.run.config import build, products_of
 
     check_number("", "(0, 1]", share=cfg.share)
     check_choice("", ACTIONS, action=cfg.action)
+    if names := products_of(cfg):
+        refuse(f"data.category=[{','.join(names)}]: one product at a time; expected one of them")
     images = build(cfg.data)
     if cfg.action == "check":
         with replacing(output := cfg.output or "manifest.csv"):
@@ -175,8 +177,8 @@ COMMANDS = {work.__name__: work for work in (train, test, predict, watch, data, 
 ACTIONS = ("check", "synthesize")  # the first word of `data`, which stands for action=WORD
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.category", "data.masks", "webhook")
-LISTS = ("data.normal", "data.validation", "data.normal_test", "data.abnormal")  # keys whose values are such names, or lists of them
+PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.masks", "webhook")
+LISTS = ("data.category", "data.normal", "data.validation", "data.normal_test", "data.abnormal")  # and such names, or lists of them
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*(?:,|$)""")
 
 

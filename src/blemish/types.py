@@ -28,3 +28,15 @@ class Prediction(NamedTuple):
 
     score: Tensor  # (B,) float32
     map: Tensor | None = None  # (B, H, W) float32 in the pixels of the network's input, None for an image-level method
+
+
+class ProductPrediction(Prediction):
+    """A prediction by a detector of several products, see `products.Products`, that unpacks as any other."""
+
+    product: Tensor  # (B,) int64 which of them each image shows
+    p_value: Tensor  # (B,) float64 of its being one of them at all
+
+    def __new__(cls, score: Tensor, map: Tensor | None, product: Tensor, p_value: Tensor) -> ProductPrediction:
+        prediction = super().__new__(cls, score, map)
+        prediction.product, prediction.p_value = product, p_value
+        return prediction

@@ -19,12 +19,12 @@ from support import composed, tiny_run
 from blemish.api import AnomalyDetector
 from blemish.edge.calibration import Threshold
 from blemish.edge.errors import InputError
+from blemish.edge.monitor import unusual
 from blemish.edge.reading import find_images, is_result
 from blemish.edge.selection import false_alarm_bounds
 from blemish.files import INDEX, LOCK, Outputs, picture_info, replacing, write_json
 from blemish.run.checkpoint import newest_run, saved_scale
 from blemish.run.config import build
-from blemish.edge.monitor import unusual
 from blemish.run.predict import COLUMNS, boxes_in_image, predict, write
 from blemish.run.record import read_record
 from blemish.run.results import ImageResult, Rule, output_names

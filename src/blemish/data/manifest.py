@@ -29,6 +29,7 @@ class Sample(NamedTuple):
     boxes: str = ""  # "x1 y1 x2 y2;…" in pixels of the whole image, half-open; rasterised when there is no mask file
     tile: str = ""  # "x,y,w,h" in pixels: the sample is this tile of the image; "" the whole image
     digest: str = ""  # 16 hex digits of the blake2b of the image file's content
+    product: str = ""  # of several, see `data.products`
 
     @property
     def key(self) -> str:
@@ -123,10 +124,12 @@ def _sample(row: dict) -> Sample:
 
 def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
     """Write a manifest CSV; InputError if it cannot be written."""
-    write_csv(path, Sample._fields, samples)
+    samples = list(samples)
+    columns = Sample._fields if any(sample.product for sample in samples) else Sample._fields[:-1]
+    write_csv(path, columns, (sample[: len(columns)] for sample in samples))
 
 
 def manifest_digest(samples: Iterable[Sample]) -> str:
     """16 hex digits that identify images, splits and truth, independent of the order of the rows."""
-    text = json.dumps(sorted(samples), ensure_ascii=True)
+    text = json.dumps(sorted(sample if sample.product else sample[:-1] for sample in samples), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -34,6 +34,9 @@ class Result:
     map_threshold: float | None = None  # of a pixel of the map: what the maps of normal images seldom exceed; None where that is not known
     low: float | None = None  # what the maps of normal images have at least
     inside: np.ndarray | None = None  # ROI (H, W) bool, None for the full image
+    product: str | None = None  # that the image shows, of a detector of several
+    product_p_value: float | None = None  # of its showing one of them, as p_value
+    unknown_product: bool | None = None  # that p-value is at most alpha: no threshold is meant for the image
 
     @cached_property
     def boxes(self) -> list[tuple[int, int, int, int]]:
@@ -54,6 +57,7 @@ class Result:
 
     def __repr__(self) -> str:
         parts = [] if self.path is None else [str(self.path)]
+        parts += [] if self.product is None else ["unknown product" if self.unknown_product else self.product]
         parts += [VERDICTS[self.decision], f"score={self.score:.4g}"]
         parts += [] if self.p_value is None else [f"p_value={self.p_value:.3g}"]
         parts += [] if self.map is None else [f"map={self.map.shape[0]}×{self.map.shape[1]}"]
@@ -86,7 +90,8 @@ class Result:
         with suppress(InputError):
             boxes = None if self.map_threshold is None else [list(box) for box in self.boxes]
         values = {"score": self.score, "p_value": self.p_value, "decision": self.decision, "threshold": self.threshold}
-        return {"path": path, **values, "boxes": boxes}
+        names = () if self.product is None else ("product", "product_p_value", "unknown_product")
+        return {"path": path, **values, "boxes": boxes, **{name: getattr(self, name) for name in names}}
 
     def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
         """Write NAME_overlay.png, NAME_map.png (16 bit), NAME_mask.png and NAME.json, and return their paths.

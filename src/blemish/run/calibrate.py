@@ -42,6 +42,27 @@ def leaves_out(model: Detector, images: ImageData) -> bool:
     return isinstance(model, OnePassDetector) and model.left_out is not None and by_image
 
 
+def calibrated_fit(
+    cfg: DictConfig,
+    trainer: Trainer,
+    model: Detector,
+    calibrate: Calibrate,
+    images: ImageData,
+    trainer_of: Callable[[DictConfig, list], Trainer],
+    stored: Callable[[ImageData, Detector], Data],
+) -> None:
+    """Fit a model to its images if it needs that, and calibrate it as the config says; `stored` gives what a trainer is given of them."""
+    check_calibrate(cfg, model, images, trainer)
+    model.ranges, model.expects_calibration = images.ranges, any(sample.split == "calibrate" for sample in images.samples)
+    data = stored(images, model)
+    if model.needs_fit:
+        trainer.fit(model, datamodule=data)
+    if cfg.calibrate == SPLIT or not model.needs_fit:
+        calibrated(trainer, model, calibrate, [data.loader("calibrate")] if model.expects_calibration else [])
+    else:
+        cross_calibrated(cfg, trainer, model, calibrate, images, trainer_of, stored)
+
+
 def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders: Sequence[DataLoader]) -> None:
     """Calibrate a fitted model with held-out normal images."""
     if not loaders:

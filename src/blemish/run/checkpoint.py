@@ -16,12 +16,18 @@ from blemish.draw import Scale
 from blemish.edge.checks import check_number
 from blemish.edge.errors import InputError
 from blemish.files import atomic_write, fsync
-from blemish.run.config import build, config_of, plain, read_config
+from blemish.products import Products
+from blemish.run.config import build, config_of, plain, products_of, read_config
 from blemish.run.record import FINISHED, RECORD, check_archive, read_record
 
 log = logging.getLogger(__name__)
 
 CHECKED = 2**30  # bytes up to which a checkpoint's checksums are compared; a larger one is only mapped
+
+
+def unfitted(cfg: DictConfig) -> Detector:
+    """Return the method of a config, or one of several products, before a fit."""
+    return Products({name: build(cfg.model) for name in names}) if (names := products_of(cfg)) else build(cfg.model)
 
 
 def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
@@ -54,7 +60,7 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     if "weights" in cfg.model:
         cfg.model.weights = "checkpoint"
     try:
-        model = build(cfg.model)
+        model = unfitted(cfg)
     except InputError as error:
         raise InputError(f"{config}: {error}") from None
     try:
@@ -130,6 +136,13 @@ class Streamed(TorchCheckpointIO):
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save({**checkpoint, **self.more}, file)
             fsync(file)
+
+
+def save_whole(cfg: DictConfig, model: Detector, roi: Roi | None, path: Path, **more: Any) -> None:
+    """Write a fitted detector with its config, and `more` keys of it, without a trainer."""
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    made = dict((model.parts[0] if isinstance(model, Products) else model).hparams)
+    Streamed().save_checkpoint({"state_dict": state, "hyper_parameters": made, **portable_config(cfg, roi, **more)}, path)
 
 
 def save_checkpoint(trainer: Trainer, model: Detector, path: Path, more: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
@@ -58,8 +59,12 @@ def composed(*overrides: str, config: str = "train", hydra: bool = False) -> Dic
 
 
 def compose_plainly(overrides: Sequence[str], config: str, hydra: bool = False) -> DictConfig:
-    with initialize_config_dir(str(configs()), version_base="1.3"):
-        return compose(config, overrides=list(overrides), return_hydra_config=hydra)
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(configs()), version_base="1.3"):
+            return compose(config, overrides=list(overrides), return_hydra_config=hydra)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -322,11 +327,20 @@ def targets(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def default_folder(cfg: DictConfig) -> Path:
     """Return results/runs/<model>/<dataset>/<category>/<seed>-<time>, with a number appended if that exists."""
-    category = str(cfg.data.get("category") or "all").replace("/", "-")
+    category = ("+".join(products_of(cfg)) or str(cfg.data.get("category") or "all")).replace("/", "-")
     place = Path("results/runs") / module_of(cfg.model) / module_of(cfg.data) / category
     stem = f"{cfg.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     return next(place / name for name in names if not (place / name).exists())
+
+
+def products_of(cfg: DictConfig) -> list[str]:
+    """Return the products of a config of several, sorted, empty for one of a single product; InputError for a name that occurs twice."""
+    names = cfg.data.get("of") or cfg.data.get("category")
+    names = [] if isinstance(names, str | int | None) else sorted(map(str, names))
+    if len(set(names)) < len(names):
+        raise InputError(f"data.category={names}: expected each product once")
+    return names
 
 
 def class_of(part: DictConfig) -> type:

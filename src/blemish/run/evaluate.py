@@ -27,15 +27,18 @@ from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
 from blemish.metrics.image import IMAGE_METRICS, POOLED, ImageMetrics
 from blemish.metrics.pixel import PIXEL_METRICS, PixelMetrics
-from blemish.run.results import Rule, first, scale_of
+from blemish.run.results import RECOGNISED, Rule, first, recognised, scale_of
 from blemish.run.tiling import ImageCallback, to_bytes
 from blemish.run.timing import StageTimes
-from blemish.types import ANOMALOUS, IGNORED, NORMAL, UNKNOWN, Batch, Prediction
+from blemish.types import ANOMALOUS, IGNORED, NORMAL, UNKNOWN, Batch, Prediction, ProductPrediction
 
 log = logging.getLogger(__name__)
 
 SCORES = ("path", "label", "score", "threshold", "decision", "p_value", "defect")  # columns of scores.csv
+PRODUCTS = ("true_product", *RECOGNISED)  # and of several products
 METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
+DECISIONS = ("image_f1", "image_recall", "image_false_alarm_rate")
+RECOGNITION = ("recognised", "unknown_rate")  # of several products: shares of all images, and of the normal ones
 ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds chosen with the truth
 CURVE_POINTS = 200  # of each curve in curves.json, at most
 
@@ -77,6 +80,8 @@ class ScoredImage(NamedTuple):
     score: float
     low: float  # smallest and largest value of its map, NaN without a map
     high: float
+    product: str | None = None  # that it is found to show, of several
+    product_p_value: float | None = None
 
 
 class Picture(NamedTuple):
@@ -98,10 +103,11 @@ class Evaluate(ImageCallback):
         limit: pixels up to which pixel metrics are exact.
         alpha: bound on false alarms of the threshold, which comes from `module.calibration`.
         times: charged with the time spent here.
+        product: of several, the one that all tested images show.
     """
 
-    def __init__(self, pictures: int, limit: int, alpha: float, times: StageTimes | None):
-        self.pictures, self.limit, self.alpha, self.times = pictures, limit, alpha, times
+    def __init__(self, pictures: int, limit: int, alpha: float, times: StageTimes | None, product: str | None = None):
+        self.pictures, self.limit, self.alpha, self.times, self.product = pictures, limit, alpha, times, product
 
     def on_test_start(self, trainer, module) -> None:
         samples = [sample for sample in trainer.datamodule.samples if sample.split == "test"]
@@ -113,7 +119,10 @@ class Evaluate(ImageCallback):
         self.tested: dict[str, ScoredImage] = {}
         self.kept: dict[str, Picture] = {}
         self.joined: dict[str, ScoredImage] = {}  # images put together from tiles
-        self.rule = Rule(module.calibration, self.alpha, module.map_threshold, promise=module.promise)
+        self.every = Rule(module.calibration, self.alpha, module.map_threshold, promise=module.promise)
+        if self.product is not None:
+            self.every, self.names = Rule.of(module, self.alpha, {}), module.names
+        self.rule = self.every.at(self.product)
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         self.add_batch(trainer, trainer.test_dataloaders, module, outputs, batch)
@@ -130,7 +139,10 @@ class Evaluate(ImageCallback):
                 known = (label != UNKNOWN).nonzero().flatten().tolist()
                 self.pixel.update(map[known], mask[known], [defects[i] for i in known])
             rows = zip(label.tolist(), defects, score.tolist(), low.tolist(), high.tolist(), strict=True)
-            self.tested |= {key: ScoredImage(*row) for key, row in zip(batch.path, rows, strict=True)}
+            found = [()] * len(score)
+            if isinstance(prediction, ProductPrediction):
+                found = zip((self.names[place] for place in prediction.product.tolist()), prediction.p_value.tolist(), strict=True)
+            self.tested |= {key: ScoredImage(*row, *more) for key, row, more in zip(batch.path, rows, found, strict=True)}
             for i, key in enumerate(batch.path):
                 if key in self.wanted:
                     # cached maps and tiles come without pixels
@@ -180,14 +192,32 @@ class Evaluate(ImageCallback):
         self.joined[path] = worst._replace(score=score, low=low, high=high)
         self.kept[path] = Picture(image, mask, unit, None)
 
+    columns = SCORES
+
     @property
     def threshold(self) -> Threshold:
         return self.rule.threshold
 
     @property
+    def thresholds(self) -> dict[str, Threshold]:
+        return {"": self.threshold}
+
+    @property
     def scores(self) -> list[tuple]:
         """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
-        return [(key, one.label, one.score, *self.rule.columns(one.score), one.defect) for key, one in self.tested.items()]
+        every = self.every
+        return [(key, one.label, one.score, *every.at(one.product).columns(one.score), one.defect) for key, one in self.tested.items()]
+
+    @property
+    def recognised(self) -> list[tuple]:
+        """Of several products, RECOGNISED for each of the rows of `scores`."""
+        return [recognised(one.product, one.product_p_value, self.alpha) for one in self.tested.values()]
+
+    def recognition(self) -> dict[str, float | None]:
+        """RECOGNITION: how many images are found to show their product, and how many normal ones an unknown one."""
+        right = [one.product == self.product for one in self.tested.values()]
+        unknown = [one.product_p_value <= self.alpha for one in self.tested.values() if one.label == NORMAL]
+        return {"recognised": float(np.mean(right)), "unknown_rate": float(np.mean(unknown)) if unknown else None}
 
     def metrics(self, fit_seconds: float | None, test_seconds: float | None) -> dict:
         """The content of metrics.json: pooled metrics at the top, those of each defect type under "defects"; None for an undefined one."""
@@ -212,13 +242,14 @@ class Evaluate(ImageCallback):
 
     def decisions(self) -> dict[str, float | None]:
         """F1, recall and false alarm rate of the decisions, which no test image had a part in."""
-        pairs = [(one.label == ANOMALOUS, self.rule.decide(one.score)) for one in self.tested.values() if one.label != UNKNOWN]
+        known = [one for one in self.tested.values() if one.label != UNKNOWN]
+        pairs = [(one.label == ANOMALOUS, self.every.at(one.product).decide(one.score)) for one in known]
         hits, misses, alarms, quiet = map(pairs.count, ((True, True), (True, False), (False, True), (False, False)))
         return {
             "image_f1": 2 * hits / (2 * hits + misses + alarms) if hits + misses else None,
             "image_recall": hits / (hits + misses) if hits + misses else None,
             "image_false_alarm_rate": alarms / (alarms + quiet) if alarms + quiet else None,
-        }
+        }  # DECISIONS
 
     def calibration_metadata(self) -> dict:
         """The part of a record on thresholds."""

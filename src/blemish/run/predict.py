@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from blemish.files import Outputs, atomic_write, locked, picture_info, remove_st
 from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
 from blemish.run.config import build, module_of, renaming
-from blemish.run.results import ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of
+from blemish.run.results import RECOGNISED, ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of, recognised
 from blemish.run.results import predict as predict_images
 
 log = logging.getLogger(__name__)
@@ -89,13 +88,15 @@ def predict(cfg: DictConfig) -> Predicted:
     window = chosen_window(cfg)
     preprocessing = preprocessing._replace(window=preprocessing.window | window)
     values = ValueCheck(model.ranges, preprocessing.window, "window", named=window)
-    if (key := next((key for key in ("alpha", "fdr") if cfg[key] is not None), None)) and not len(model.calibration):
-        raise InputError(f"{key}={cfg[key]}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER")
     chosen = dict(saved.get("by_hand") or {})
     if cfg.alpha is not None or cfg.fdr is not None:
         chosen.pop("threshold", None)
     chosen |= {key: cfg[key] for key in ("threshold", "map_threshold") if cfg[key] is not None}
     rule = Rule.of(model, cfg.alpha or saved.alpha or 0.5, chosen)  # without a run there is nothing to calibrate
+    if (key := next((key for key in ("alpha", "fdr") if cfg[key] is not None), None)) and not rule.calibrated:
+        raise InputError(f"{key}={cfg[key]}: the run has no calibration images, as with protocol=paper; expected threshold=NUMBER")
+    if cfg.monitor in ("on", True) and rule.products:
+        raise InputError("monitor=on: follows the scores of one product; expected the run of one")
     if cfg.fdr is not None:
         rule.select_by(cfg.fdr)
     scale = None if alone else saved_scale(run, saved)
@@ -188,15 +189,18 @@ def write(
         written = Written()
         if result.map is not None:
             written = write_files(result, rule, scale, output / names[result.path], outputs, save)
-        rows.append((str(result.path), result.score, *rule.columns(result.score), *written.ends, rule.source))
+        own = rule.at(result.product)
+        more = recognised(result.product, result.product_p_value, rule.alpha) if rule.products else ()
+        rows.append((str(result.path), result.score, *own.columns(result.score), *written.ends, own.source, *more))
         line = {key: rows[-1][COLUMNS.index(key)] for key in ("path", "score", "p_value", "decision", "threshold")}
         files = [file.relative_to(output).as_posix() for file in written.files]
-        lines.append(line | {"decision": rule.decide(result.score), "boxes": written.boxes, "files": files})
+        lines.append(line | {"decision": own.decide(result.score), "boxes": written.boxes, "files": files})
+        lines[-1] |= dict(zip(RECOGNISED, more, strict=False)) | ({RECOGNISED[-1]: bool(more[-1])} if more else {})
 
     def write_tables() -> None:
         bounds = monitor.take([row[1] for row in rows]) if monitor else []
         certify(rows, lines, rule, NOT_CLAIMED not in bounds)
-        header, found = COLUMNS, rows
+        header, found = (*COLUMNS, *RECOGNISED) if rule.products else COLUMNS, rows
         if monitor and monitor.on:
             bounds = [NOT_CLAIMED if rule.threshold.by_hand else bound for bound in bounds]
             header, found = (*COLUMNS, BOUND), [(*row, bound) for row, bound in zip(rows, bounds, strict=True)]
@@ -224,11 +228,17 @@ def write(
     return rows
 
 
+def product_of(row: tuple) -> str | None:
+    """Return the product that the image of a row is found to show, None for a detector of one product."""
+    return row[len(COLUMNS)] if len(row) > len(COLUMNS) else None
+
+
 def certify(rows: list[tuple], lines: list[dict], rule: Rule, claimed: bool) -> None:
     """Add to the lines of results.jsonl what the p-values of all images say together, and decide by it where the rule is by `fdr`.
 
     `adjusted` is the least `fdr` that selects the image; `false_at_most` bounds, for all images at once, the normal ones among those that
-    score as high, and is None where it is not proven: without held-out images, and where the monitor has raised an alarm.
+    score as high, and is None where it is not proven: without held-out images, and where the monitor has raised an alarm. Of several
+    products it is for those that show the image's own.
     """
     found = [row[COLUMNS.index("p_value")] for row in rows]
     if not found or None in found:
@@ -239,20 +249,25 @@ def certify(rows: list[tuple], lines: list[dict], rule: Rule, claimed: bool) -> 
     for line, value, bound in zip(lines, adjusted(found).tolist(), bounds, strict=True):
         line |= {"adjusted": value, "false_at_most": bound}
     if rule.fdr is not None:
-        chosen, threshold = rule.selected(found)
+        chosen, most = rule.selected(found)
         place = COLUMNS.index("threshold")
-        threshold = threshold if math.isfinite(threshold) else None  # no image is selected
         for i, one in enumerate(chosen.tolist()):
+            threshold = rule.at(product_of(rows[i])).quantile(most)  # None where no image is selected
             rows[i] = (*rows[i][:place], threshold, int(one), *rows[i][place + 2 :])
             lines[i] |= {"threshold": threshold, "decision": one}
 
 
 def false_at_most(rows: Sequence[tuple], rule: Rule, claimed: bool) -> Sequence[int | None]:
-    """Return the `false_alarm_bounds` of images, None where they are not proven."""
-    if not (claimed and rule.scores and rule.threshold.promise == SPLIT):
-        return [None] * len(rows)
-    scores, p_values = zip(*((row[COLUMNS.index("score")], row[COLUMNS.index("p_value")]) for row in rows), strict=True)
-    return false_alarm_bounds(scores, p_values, len(rule.scores)).tolist()
+    """Return the `false_alarm_bounds` of images, among those of their product, None where they are not proven."""
+    bounds: list[int | None] = [None] * len(rows)
+    for product in dict.fromkeys(map(product_of, rows)):
+        own = rule.at(product)
+        if claimed and own.scores and own.threshold.promise == SPLIT:
+            places = [i for i, row in enumerate(rows) if product_of(row) == product]
+            scores, p_values = ([rows[i][COLUMNS.index(name)] for i in places] for name in ("score", "p_value"))
+            for i, bound in zip(places, false_alarm_bounds(scores, p_values, len(own.scores)).tolist(), strict=True):
+                bounds[i] = bound
+    return bounds
 
 
 def write_files(
@@ -263,6 +278,7 @@ def write_files(
     The overlay of an image with a side above LARGEST has the means of its blocks and their largest map values, and its boxes are made of
     blocks. Detections are coloured by their strength.
     """
+    rule = rule.at(result.product)
     map, inside, level, files = result.map, result.inside, rule.level, []
 
     def place(kind: str) -> Path:
@@ -330,6 +346,20 @@ def summary(
     rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], names: Mapping[Path, Path], output: Path, claimed: bool
 ) -> list[str]:
     """Return lines to print on the decisions and on where the results are; `claimed`: no drift has been found."""
+    lines = []
+    for product in sorted(set(map(product_of, rows)), key=str):
+        own = [row for row in rows if product_of(row) == product]
+        lines += [f"{product}: {line}" if product else line for line in decisions(own, rule.at(product), chosen, claimed)]
+    if rule.products:
+        count = sum(row[-1] for row in rows)
+        lines.append(f"unknown product: {count} of {len(rows)} (of images of a known one {100 * rule.alpha:.3g} % are expected at most)")
+    highest = output_path(output / names[Path(max(rows, key=lambda row: row[1])[0])], "overlay.png")
+    lines += [f"highest score: {highest}"] if highest.is_file() and not rule.products else []
+    return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]
+
+
+def decisions(rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], claimed: bool) -> list[str]:
+    """Return lines on the decisions on images of one product."""
     threshold, found = rule.threshold, anomalous(rows)
     if rule.fdr is not None:
         proven = "" if threshold.promise == SPLIT else ", which is not proven without held-out images"
@@ -349,6 +379,4 @@ def summary(
     if found and bounds[0] is not None:
         bound = max(bound for bound, row in zip(bounds, rows, strict=True) if row[COLUMNS.index("decision")])
         lines.append(f"of these {found} at most {bound} are normal images, with {100 * CONFIDENCE:.3g} % confidence")
-    highest = output_path(output / names[Path(max(rows, key=lambda row: row[1])[0])], "overlay.png")
-    lines += [f"highest score: {highest}"] if highest.is_file() else []
-    return [*lines, f"{len(rows)} images scored: {output / TABLES[0]}"]
+    return lines

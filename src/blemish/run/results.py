@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,11 @@ from blemish.edge.outputs import output_names as output_names
 from blemish.edge.reading import read
 from blemish.edge.selection import adjusted
 from blemish.noise.false_alarms import Detection, detections
+from blemish.products import Products
 from blemish.run.tiling import MapOnDisk, Preprocessing, score_image
+from blemish.types import ProductPrediction
+
+RECOGNISED = ("product", "product_p_value", "unknown_product")  # columns of tables of several products
 
 
 class ImageResult(NamedTuple):
@@ -37,6 +41,8 @@ class ImageResult(NamedTuple):
     map: np.ndarray | MapOnDisk | None  # (H, W) float32
     inside: np.ndarray | None = None  # ROI (H, W) bool, None for the full image
     detections: list[Detection] | None = None  # of a method that lists them itself
+    product: str | None = None  # of a detector of several, with the p-value of the image's being one of them
+    product_p_value: float | None = None
 
 
 def preprocessing_of(saved: DictConfig, roi: str | None = None, root: str | Path | None = None) -> Preprocessing:
@@ -76,7 +82,16 @@ class Rule:
         self.normal = first(level, calibrated)  # map value above which pictures are coloured
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
-        self.fdr: float | None = None
+        self.fdr, self.alpha = None, alpha
+        self.products: dict[str, Rule] = {}  # of a detector of several, in place of all the above
+
+    def at(self, product: str | None) -> "Rule":
+        """Return the rule for images of a product, of a detector of several."""
+        return self.products.get(product, self)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.scores) or any(rule.scores for rule in self.products.values())
 
     @classmethod
     def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
@@ -84,17 +99,26 @@ class Rule:
         rule = cls(model.calibration, alpha, model.map_threshold, chosen, model.promise)
         if model.decides_by_map and rule.source is None:
             rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
+        if isinstance(model, Products):
+            if "threshold" in chosen or "map_threshold" in chosen:
+                raise InputError("threshold: each of several products has a scale of its own; expected alpha=NUMBER")
+            rule.products = {name: cls.of(part, alpha, {}) for name, part in zip(model.names, model.parts, strict=True)}
         return rule
 
     def select_by(self, fdr: float) -> None:
         """Decide by the p-values of all images together, see `selected`: before, there is no threshold."""
-        self.fdr, self.source, self.threshold = fdr, "fdr", self.threshold._replace(value=None)
+        for rule in (self, *self.products.values()):
+            rule.fdr, rule.source, rule.threshold = fdr, "fdr", rule.threshold._replace(value=None)
 
     def selected(self, p_values: Sequence[float]) -> tuple[np.ndarray, float]:
-        """Return which of the images (m,) are anomalous with an expected share of false alarms of at most `fdr`, and their threshold."""
+        """Return which of the images (m,) are anomalous with an expected share of false alarms of at most `fdr`, and their largest p."""
         chosen = adjusted(p_values) <= self.fdr
-        above = round(max(np.asarray(p_values)[chosen], default=0) * (len(self.scores) + 1))  # p-values are multiples of 1 / (n + 1)
-        return chosen, self.scores[len(self.scores) - above] if 0 < above <= len(self.scores) else math.inf
+        return chosen, max(np.asarray(p_values)[chosen], default=0.0)
+
+    def quantile(self, p_value: float) -> float | None:
+        """Return the threshold above which p-values are at most `p_value`, None where none are."""
+        above = math.floor(p_value * (len(self.scores) + 1) + 1e-9)  # p-values are multiples of 1 / (n + 1)
+        return self.scores[len(self.scores) - above] if 0 < above <= len(self.scores) else None
 
     def scale(self, found: Scale | None) -> Scale | None:
         """Return the scale of pictures from the one that a run found: normal images end where calibration images do, if there are some."""
@@ -114,6 +138,11 @@ class Rule:
         """Return threshold, decision (1 anomalous, 0 normal) and p-value as tables have them, None for what there is not."""
         decision = self.decide(score)
         return self.threshold.value, None if decision is None else int(decision), self.p_value(score)
+
+
+def recognised(product: str | None, p_value: float | None, alpha: float) -> tuple:
+    """Return RECOGNISED of an image: its product, the p-value of its being one of the products, and 1 where that is at most alpha."""
+    return product, p_value, None if p_value is None else int(p_value <= alpha)
 
 
 def first(*values: float | None) -> float | None:
@@ -163,13 +192,14 @@ def predict(
             found = forward(model, arrays, insides, preprocessing)
         if not all(math.isfinite(score) for score, *_ in found):
             raise InputError("its score is not finite")
-        return (result(*one) for one in zip(chosen, arrays, insides, found, strict=True))
+        return (result(*one) for one in zip(chosen, arrays, insides, found, strict=True))  # score, map, and more of some methods
 
     def result(image: Path | np.ndarray, array: np.ndarray, inside: np.ndarray | None, found: tuple) -> ImageResult:
-        score, map, *detections = found
+        score, map, *more = found
         if isinstance(map, Tensor):
             map = to_image(map, *array.shape[:2], geometry, inside).numpy()  # (H, W)
-        return ImageResult(path_of(image), bytes_of(array, window), score, map, inside, *detections)
+        more = {"detections": more[0]} if detect else dict(zip(("product", "product_p_value"), more, strict=False))
+        return ImageResult(path_of(image), bytes_of(array, window), score, map, inside, **more)
 
     def attempt(chosen: Sequence[Path | np.ndarray]) -> Iterator[ImageResult]:
         try:
@@ -191,16 +221,20 @@ def predict(
 
 def forward(
     model: Detector, arrays: Sequence[np.ndarray], insides: Sequence[np.ndarray | None], preprocessing: Preprocessing
-) -> list[tuple[float, Tensor | None]]:
-    """Return the score and the map (h, w) in the network's pixels of each image of a batch."""
+) -> list[tuple]:
+    """Return the score and the map (h, w) in the network's pixels of each image of a batch, and for several products which and its p."""
     geometry, window, *_ = preprocessing
     pairs = list(zip(arrays, insides, strict=True))
     images = torch.stack([prepare(array, window, geometry, inside) for array, inside in pairs]).to(model.device)  # (B, 3, h, w)
     masks = [ignore_mask(*array.shape[:2], geometry, inside) for array, inside in pairs]
     none = torch.zeros(images.shape[2:], dtype=torch.bool)
     mask = None if all(one is None for one in masks) else torch.stack([none if one is None else one for one in masks]).to(model.device)
-    score, map = apply_ignore_mask(model(images), mask, model.map_share)
-    return list(zip(score.tolist(), repeat(None) if map is None else map.cpu(), strict=False))
+    found = model(images)
+    score, map = apply_ignore_mask(found, mask, model.map_share)
+    columns = [score.tolist(), [None] * len(score) if map is None else map.cpu()]
+    if isinstance(found, ProductPrediction):
+        columns += [[model.names[place] for place in found.product.tolist()], found.p_value.tolist()]
+    return list(zip(*columns, strict=True))
 
 
 def alarms_of(

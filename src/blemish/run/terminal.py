@@ -12,12 +12,12 @@ from blemish.run.record import METRICS, read_record
 
 
 def summary(metrics: Mapping) -> Table:
-    """Return the content of metrics.json as a table: a row per defect type and one for all."""
+    """Return the content of metrics.json as a table: a row per defect type, or per product of several, and one for all."""
     table = Table(title="test metrics", caption="f1_max: at the threshold that is best in hindsight", caption_justify="right")
-    table.add_column("defect")
+    table.add_column("product" if "products" in metrics else "defect")
     for name in ("images", *METRICS):
         table.add_column(name.replace("_", "\n", 1), justify="right")
-    rows = {**metrics["defects"], "all": metrics}
+    rows = {**metrics.get("products", metrics["defects"]), "all": metrics}
     for name, row in rows.items():
         cells = ["–" if row[column] is None else f"{row[column]:.4f}" for column in METRICS]
         table.add_row(name, str(row["images"]), *cells, style="bold" if name == "all" else "")
@@ -29,6 +29,9 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
 
     calibration: of the run's record, see `Evaluate.calibration_metadata`.
     """
+    if found := metrics.get("products"):
+        pairs = [(name, [*decisions(own, calibration["products"][name]), recognition(own)]) for name, own in found.items()]
+        return [f"{name}: {line}" for name, lines in pairs for line in lines]
     if calibration.get("value") is None:
         return ["no decisions: there is no threshold without held-out normal images; protocol=clean holds some out"]
     defective, normal = metrics["images_anomalous"], metrics["images_normal"]
@@ -49,6 +52,13 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
                 "images; they differ from the training images (light, position, product?), and the bound does not hold for them"
             )
     return [", ".join(parts), *warnings] if parts else []
+
+
+def recognition(metrics: Mapping) -> str:
+    """Return a line on the images of a product that are found to show it, or none of the products."""
+    count, normal = metrics["images"], metrics["images_normal"]
+    unknown = "" if metrics["unknown_rate"] is None else f", unknown product {round(metrics['unknown_rate'] * normal)} of {normal} normal"
+    return f"recognised {round(metrics['recognised'] * count)} of {count}{unknown}"
 
 
 @rank_zero_only

@@ -27,10 +27,12 @@ from blemish.edge.ranges import Range
 from blemish.features.cache import Store, StoredData
 from blemish.features.extractor import Features
 from blemish.files import atomic_write, no_room, release, write_csv, write_json, write_text
+from blemish.products import Products
 from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
-from blemish.run.checkpoint import Streamed, device_of, portable_config, save_checkpoint
-from blemish.run.config import build, check_config, default_folder, module_of, plain
-from blemish.run.evaluate import SCORES, Calibrate, Evaluate
+from blemish.run.checkpoint import Streamed, device_of, portable_config, save_checkpoint, save_whole, unfitted
+from blemish.run.config import build, check_config, default_folder, module_of, plain, products_of
+from blemish.run.evaluate import Calibrate, Evaluate
+from blemish.run.products import TestedProducts, fit_product, product_data, renew
 from blemish.run.progress import ProgressBar
 from blemish.run.record import ROI, STATE, Record, is_first_process, lock_run_folder, truth_kind
 from blemish.run.results import Rule
@@ -76,6 +78,8 @@ def train(cfg: DictConfig) -> dict:
     if past and folder.resolve() == past.resolve():
         raise InputError(f"run_dir={folder}: is the run to be updated, which would be lost; choose another folder")
     cfg.run_dir = str(folder)
+    if products_of(cfg):
+        return train_products(cfg, model, images, past)
     with run_context(folder, cfg, cfg.overwrite, [STATE, ROI, "manifest.csv"] if resumed else []) as record:
         run = Run(cfg, record, images, model, past, resume_callbacks(cfg, model, folder))
         check_calibrate(cfg, model, images, run.trainer)
@@ -113,6 +117,25 @@ def train(cfg: DictConfig) -> dict:
         return run.test(fit_seconds)
 
 
+def train_products(cfg: DictConfig, model: Products, images: ImageData, past: Path | None) -> dict:
+    """`train` for several products: fit a detector for each that the run to be updated does not have, and test them together."""
+    with run_context(Path(cfg.run_dir), cfg, cfg.overwrite) as record:
+        missing = renew(cfg, model, past, images) if past else model.names
+        model.ranges = {}  # of other products, too
+        run = Run(cfg, record, images, model)
+        if run.trainer.world_size > 1:
+            raise InputError(f"trainer.devices: found {run.trainer.world_size} processes; expected 1 for several products")
+        record.started, started = True, time.perf_counter()
+        save_split(Path(cfg.run_dir), images)
+        for name in missing:
+            log.info("%s: product %d of %d", name, model.names.index(name) + 1, len(model.names))
+            fit_product(cfg, model, name, images.of(name), run.timed_trainer, run.stored)
+        model.join_ranges()
+        if cfg.save.checkpoint:
+            save_whole(cfg, model, images.roi, Path(cfg.run_dir) / "model.ckpt")
+        return run.test(time.perf_counter() - started)
+
+
 class Run:
     """A run whose data are split and recorded, ready to be fitted and tested: `data` is what the trainer is given.
 
@@ -124,7 +147,10 @@ class Run:
     ):
         self.cfg, self.record, self.images, self.model = cfg, record, images, model
         self.times, self.calibrate, self.evaluate = build_callbacks(cfg)
-        self.trainer = trainer_of(cfg, [self.times, self.calibrate, self.evaluate, *more])
+        if isinstance(model, Products):
+            self.evaluate = TestedProducts(cfg, model, images, self.times)
+        tested = [] if isinstance(model, Products) else [self.evaluate]
+        self.trainer = trainer_of(cfg, [self.times, self.calibrate, *tested, *more])
         set_up(cfg, images, past, model.ranges)
         model.ranges = images.ranges
         images.process, images.processes = self.trainer.global_rank, self.trainer.world_size
@@ -136,10 +162,17 @@ class Run:
         """Return what the trainer is given for a model: images, or what is stored of them."""
         return stored(self.cfg, images, model, self.trainer, self.times)
 
+    def timed_trainer(self, cfg: DictConfig, callbacks: list) -> Trainer:
+        """Return a trainer of a part of the run, on the run's clock."""
+        return trainer_of(cfg, [self.times, *callbacks])
+
     def test(self, fit_seconds: float | None) -> dict:
         """Test the fitted model, write and record the results, and return the metrics, whose computation counts as test time."""
         self.record.started, started = True, time.perf_counter()
-        self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        if isinstance(self.evaluate, TestedProducts):
+            self.evaluate.run(self.timed_trainer, self.stored)
+        else:
+            self.trainer.test(self.model, datamodule=self.data, verbose=False)
         with self.times.stage("metrics"):
             self.evaluate.metrics(fit_seconds, None)
         metrics = self.evaluate.metrics(fit_seconds, time.perf_counter() - started)
@@ -154,10 +187,11 @@ class Run:
         """Write metrics.json, scores.csv, pictures and curves, and hand them to the loggers."""
         cfg, folder, evaluate = self.cfg, Path(self.cfg.run_dir), self.evaluate
         write_json(folder / "metrics.json", metrics)
-        if evaluate.threshold.n:
-            log.log(logging.INFO if evaluate.threshold.reachable else logging.WARNING, evaluate.threshold.explain())
+        for name, threshold in evaluate.thresholds.items():
+            if threshold.n:
+                log.log(logging.INFO if threshold.reachable else logging.WARNING, f"{name}: {threshold.explain()}".removeprefix(": "))
         if cfg.save.scores:
-            write_csv(folder / "scores.csv", SCORES, evaluate.scores)
+            write_csv(folder / "scores.csv", evaluate.columns, evaluate.scores)
         files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
         pictures = [file for file in files if file.parent != folder]
         names = [file.relative_to(folder).as_posix() for file in pictures]
@@ -176,16 +210,20 @@ class Run:
 
 def build_model(cfg: DictConfig) -> Detector:
     """Return the method of a config, ready to be fitted; InputError for an augmentation of images that are looked at once."""
-    model, augment = build(cfg.model), Augment(**cfg.augment)
-    if augment and not isinstance(model, TrainedDetector):
-        raise InputError(f"augment={cfg.augment}: {module_of(cfg.model)} is not trained by steps; expected rotate=0 flip=false crop=null")
-    model.augment = augment or None
+    model, augment = unfitted(cfg), Augment(**cfg.augment)
+    for part in model.parts if isinstance(model, Products) else [model]:
+        if augment and not isinstance(part, TrainedDetector):
+            raise InputError(
+                f"augment={cfg.augment}: {module_of(cfg.model)} is not trained by steps; expected rotate=0 flip=false crop=null"
+            )
+        part.augment = augment or None
     return model
 
 
 def described(cfg: DictConfig) -> ImageData:
     """Return the data module of a config, before an image is read; nothing is held out unless `calibrate` is split."""
-    data = build(cfg.data, **({} if cfg.calibrate == SPLIT else {"protocol": "paper"}))
+    more = {} if cfg.calibrate == SPLIT else {"protocol": "paper"}
+    data = product_data(cfg, **more) if products_of(cfg) else build(cfg.data, **more)
     data.set_loading(cfg.tiling, cfg.overlap, cfg.epoch_size)
     return data
 
@@ -278,7 +316,7 @@ def save_config(cfg: DictConfig) -> None:
 def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
     """Return the FIELDS of a record that are known before the fit."""
     features = next((part for part in model.modules() if isinstance(part, Features)), None)
-    trains = isinstance(model, TrainedDetector)
+    trains = isinstance(model.parts[0] if isinstance(model, Products) else model, TrainedDetector)
     counts = Counter(f"{sample.split}/{sample.defect}" for sample in data.samples)
     return {
         "method": module_of(cfg.model),
@@ -286,7 +324,7 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "epochs": cfg.trainer.max_epochs if trains else None,
         "epoch_size": data.epoch_size if trains else None,
         "dataset": module_of(cfg.data),
-        "category": cfg.data.get("category"),
+        "category": "+".join(products_of(cfg)) or cfg.data.get("category"),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
         "knowledge": data.knowledge,

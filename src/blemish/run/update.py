@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 from blemish.data.manifest import Sample, read_manifest
 from blemish.detector import Detector, OnePassDetector
 from blemish.edge.errors import InputError
+from blemish.products import Products
 from blemish.run.checkpoint import load
-from blemish.run.config import build, command_line, read_config
+from blemish.run.config import build, command_line, products_of, read_config
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ FIXED_DATA = ("image_size", "crop", "window", "seed", "resize", "roi")  # of its
 def load_for_update(cfg: DictConfig, past: Path) -> Detector:
     """Return the fitted model of the run to be updated, and set in `cfg` what that run decides: its data too, where none are chosen."""
     saved, model = load(past)
-    if not isinstance(model, OnePassDetector):
+    if not isinstance(model, OnePassDetector | Products):
         raise InputError(f"update={past}: {type(model).__name__} does not fit in a single pass; expected the run of a one-pass method")
     typed = command_line() or [("data", "data=")]  # from Python, cfg.data is chosen
     fixed = (*FIXED, "recipe")
@@ -31,13 +32,17 @@ def load_for_update(cfg: DictConfig, past: Path) -> Detector:
     if not any(text.startswith("data=") for _, text in typed):
         data = saved.data
         for key in (key for key, _ in typed if key.startswith("data.")):
-            OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
+            OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False)
     OmegaConf.set_struct(cfg, False)
     for key in FIXED:
         cfg[key] = saved[key]
     for key in FIXED_DATA:
         data[key] = saved.data.get(key)
     cfg.data, cfg.batch_size = data, data.batch_size
+    if bool(products_of(cfg)) != isinstance(model, Products):
+        raise InputError(
+            f"update={past}: a run of {products_of(saved) or 'one product'}; expected data.category=[…] for several, and only then"
+        )
     return model
 
 
