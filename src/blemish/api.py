@@ -337,7 +337,12 @@ class AnomalyDetector:
 
     def _result(self, one: ImageResult, rule: Rule) -> Result:
         score, map, every, rule = one.score, None if one.map is None else one.map[:], rule, rule.at(one.product)
-        levels = {"threshold": rule.threshold.value, "map_threshold": rule.level, "low": self._low}
+        levels = {
+            "region_levels": tuple(rule.region_levels),
+            "threshold": rule.threshold.value,
+            "map_threshold": rule.level,
+            "low": self._low,
+        }
         if every.products:
             levels |= dict(zip(RECOGNISED, recognised(one.product, one.product_p_value, every.alpha), strict=True))
         return Result(score, rule.p_value(score), rule.decide(score), map, one.path, one.image, inside=one.inside, **levels)

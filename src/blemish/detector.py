@@ -16,6 +16,7 @@ from blemish.edge.calibration import PROMISES, SPLIT
 from blemish.edge.checks import check_choice, check_number, check_share_or_count, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
+from blemish.edge.selection import region_levels
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RowBuffer, RunningCovariance
 from blemish.ops.maps import TOP, top_mean
@@ -76,16 +77,19 @@ class Detector(pl.LightningModule):
         self.register_buffer("calibration", torch.empty(0, 2))
         self.register_buffer("training_values", torch.tensor([NO_RANGE] * len(DTYPES)))  # rows of DTYPES, columns of Range
         self.register_buffer("calibrated_as", torch.zeros((), dtype=torch.long))  # the place of `promise` in PROMISES
+        self.register_buffer("region_levels", torch.empty(0))  # (J,) `selection.region_levels` of held-out images
 
     @property
     def promise(self) -> str:
         """What thresholds from `calibration` promise, one of `edge.calibration.PROMISES`."""
         return list(PROMISES)[int(self.calibrated_as)]
 
-    def set_calibration(self, values: Tensor, promise: str = SPLIT) -> None:
-        """Set `calibration` to values (n, 2) that were scored as `promise` says."""
+    def set_calibration(self, values: Tensor, promise: str = SPLIT, peaks: Tensor | None = None) -> None:
+        """Set `calibration` to values (n, 2) that were scored as `promise` says, and `region_levels` from `peaks` (n, K) of their maps."""
         self.calibration = values.to(self.device)
         self.calibrated_as.fill_(list(PROMISES).index(promise))
+        levels = () if peaks is None else region_levels(peaks.cpu().numpy())
+        self.region_levels = torch.tensor(levels, dtype=torch.float32, device=self.device)
 
     def check_arguments(self, **rules: tuple | Callable[..., None]) -> None:
         """Check saved hyperparameters by name; a rule is a tuple of choices, or a check that takes the value by its name."""
@@ -161,6 +165,7 @@ class Detector(pl.LightningModule):
             log.warning("train: so few images hardly show what is normal, expected %d or more; %s", FEW_IMAGES, found)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "region_levels", torch.empty(0))  # older files have none
         # the size of a fitted buffer is not known before: replace an empty one by the saved tensor, which may be mapped from disk
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)

@@ -6,7 +6,7 @@ from scipy.stats import betabinom, false_discovery_control
 
 from blemish.edge.calibration import p_values
 from blemish.edge.errors import InputError
-from blemish.edge.selection import _counts, _ranks, _tail, adjusted, certificate, false_alarm_bounds
+from blemish.edge.selection import _counts, _ranks, _tail, adjusted, certificate, false_alarm_bounds, region_levels, regions_at_most
 
 
 def folder(rng: np.random.Generator, n: int, m: int, defects: int, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,3 +81,16 @@ def test_a_certificate_has_every_threshold_once():
 def test_what_are_no_p_values(wrong):
     with pytest.raises(InputError, match="p-values"):
         false_alarm_bounds(wrong, wrong, 19)
+
+
+def test_the_regions_of_a_normal_image_are_bounded_at_all_levels_at_once():
+    """Simulated maps: the share of normal ones that have j regions above the j-th level, for any j, against 5 %."""
+    rng, wrong, draws = np.random.default_rng(0), 0, 400
+    for _ in range(draws):
+        peaks = -np.sort(-rng.gumbel(size=(100, 8)) - rng.normal(size=(100, 1)), 1)  # images differ in level
+        levels = region_levels(peaks[:99])
+        assert len(levels) == 5 and (np.diff(levels) <= 0).all()
+        wrong += bool((peaks[99, :5] > levels).any())
+    assert wrong / draws < 0.05 + 2.6 * (0.05 * 0.95 / draws) ** 0.5
+    assert regions_at_most(levels, levels[0]) == 0 and regions_at_most(levels, levels[2]) == 2
+    assert regions_at_most(levels, levels[4] - 1e-9) is None and len(region_levels(peaks[:18])) == 0 and len(region_levels(peaks[:19])) == 1

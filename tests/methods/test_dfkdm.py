@@ -8,6 +8,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
 from support import fitted, make, tiny_run
 
+from blemish.detector import RowBuffer
+from blemish.edge.calibration import FULL
 from blemish.run.evaluate import SCORES
 from blemish.run.train import train
 
@@ -57,3 +59,29 @@ def test_folders_of_scenes_give_f1(tiny, tmp_path):
     assert metrics["pixel_auroc"] is None
     assert decided <= metrics["image_f1_max"] <= 1
     assert decided > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "options"), [("dfkdm", {"density": "gaussian"}), ("dfm", {"score": "nll", "keep": 1.0})])
+def test_no_image_in_place_of_one_left_out_is_farther_from_one_gaussian_than_the_bound(method, options):
+    """Brute force: Mahalanobis distances of features to the others and one more, the worst one included (ops.gaussian)."""
+    n, d, generator = 40, 12, torch.Generator().manual_seed(0)
+    maps = [torch.randn(n, d, 1, 1, generator=generator).exp()]
+    model, state = make(method, **options), RowBuffer(n)
+    state.update(model.collect(maps))
+    model.fit(state)
+    assert model.left_out == FULL
+    bound, own = (found.score.double().numpy() for found in (model.leave_one_out(maps, (8, 8), range(n)), model.score(maps, (8, 8))))
+    x, rng = model.collect(maps).double().numpy(), np.random.default_rng(0)
+
+    def squared(y, bag):
+        return (y - bag.mean(0)) @ np.linalg.solve(np.cov(bag.T), y - bag.mean(0))
+
+    for i in range(n):
+        others = np.delete(x, i, 0)
+        y, centred = x[i] - others.mean(0), others - others.mean(0)
+        worst = others.mean(0) - y / ((n - 1) * (y @ np.linalg.solve(centred.T @ centred, y)))
+        more = [worst, x[i], others.mean(0) + 100 * y, others.mean(0) - 100 * y, *rng.normal(x.mean(0), 3 * x.std(0), (20, d))]
+        reached = [0.5 * squared(x[i], np.vstack([others, one])) for one in more]
+        level = own[i] - 0.5 * squared(x[i], x)  # of the detector's scores, where that distance is 0
+        assert reached[0] == max(reached) == pytest.approx(bound[i] - level, rel=2e-3)

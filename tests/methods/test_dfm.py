@@ -106,3 +106,17 @@ def test_stages_are_joined():
     model = fitted(dfm(stages=[2, 3]), images(10))
     assert model.embed(model.features(images(1))).shape[1] == sum(model.backbone.channels)
     assert model(images(2, seed=1)).map.shape == (2, 64, 64)
+
+
+@torch.no_grad()
+def test_components_give_no_bound_for_an_image_that_joins():
+    """Why there is no `calibrate=full` with fewer components than directions: a far image takes one, and the others' scores lose it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 12, generator=generator) * torch.tensor([9.0] + 11 * [0.1])  # one direction explains most
+    model, scores = dfm(keep=1, pool=1), []
+    for far in (0.0, 1e4):
+        state = model.new_state(20)
+        state.update(torch.cat([rows[1:], far * torch.randn(1, 12, generator=generator)]))
+        model.fit(state)
+        scores.append(float(model.score([rows[:1, :, None, None]], (8, 8)).score))
+    assert scores[1] > 5 * scores[0]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter1d, label
 
 from blemish.edge.errors import InputError
-from blemish.ops.maps import align, blur, smooth_upsample
+from blemish.ops.maps import align, blur, peaks, smooth_upsample
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,13 @@ def test_align_brings_stages_to_the_first_grid():
     both = align([fine, coarse], "nearest")
     assert both.shape == (2, 8, 8, 8)
     torch.testing.assert_close(both[:, 3:, ::2, ::2], coarse)
+
+
+def test_no_more_regions_than_peaks_are_above_a_value():
+    maps = smooth_upsample(torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0)), (40, 40), 1.5)
+    found = peaks(maps, 200)
+    for map, values in zip(maps, found, strict=True):
+        assert values[0] == map.max() and (values.diff() <= 0).nan_to_num().all()
+        for threshold in map.quantile(torch.linspace(0.3, 0.99, 20)):
+            assert label(map > threshold, np.ones((3, 3)))[1] <= int((values > threshold).sum())
+    assert peaks(torch.zeros(1, 2, 2), 6)[0].isneginf().sum() == 2

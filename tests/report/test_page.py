@@ -22,7 +22,9 @@ from blemish.edge.calibration import p_values
 from blemish.edge.errors import InputError
 from blemish.edge.selection import false_alarm_bounds
 from blemish.files import picture_info, write_csv, write_json
-from blemish.report.page import CURVES, ScoredImage, certificate_of, panel_boxes, places, read, read_scores, scan, strips_of, write
+from blemish.report.gallery import panel_boxes, places, strips_of
+from blemish.report.page import CURVES, certificate_of, write
+from blemish.report.runs import ScoredImage, read, read_scores, scan
 from blemish.run.evaluate import SCORES
 from blemish.run.record import environment
 from blemish.run.train import train

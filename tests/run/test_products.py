@@ -26,7 +26,7 @@ PADIM = ["model=padim", "model.n_features=20", "alpha=0.2"]
 CHANGES = {
     "brick": lambda pixels: pixels,
     "dark": lambda pixels: pixels // 4,
-    "wave": lambda pixels: (pixels // 8) * 3 + np.arange(64) % 8 * 18,
+    "wave": lambda pixels: pixels // 8 * 3 + np.arange(64) % 8 * 18,
 }
 
 
@@ -67,7 +67,7 @@ def test_each_product_is_as_if_it_were_alone(several, run, tmp_path):
 
 
 def test_tables_name_the_product(run):
-    rows = list(csv.DictReader((run / "scores.csv").open()))
+    rows = list(csv.DictReader((run / "scores.csv").read_text().splitlines()))
     assert {row["true_product"] for row in rows} == {row["product"] for row in rows} == set(CHANGES)
     assert len({row["threshold"] for row in rows}) == 3 and all(float(row["product_p_value"]) <= 1 for row in rows)
     assert {sample.product for sample in read_manifest(run / "manifest.csv")} == set(CHANGES)
@@ -102,7 +102,7 @@ def test_predictions_name_the_product_or_none(several, run, tmp_path):
     assert lines[3]["unknown_product"] and lines[3]["product_p_value"] == pytest.approx(1 / 25)
     assert len({line["threshold"] for line in lines[:3]}) == 3
     assert any(line.startswith("unknown product:") for line in found.summary)
-    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").read_text().splitlines()))
     assert [row["product"] for row in rows[:3]] == list(CHANGES)
     predict(composed(*cfg[:2], f"output='{tmp_path / 'fdr'}'", "device=cpu", "fdr=0.4", config="predict"))
     chosen = [json.loads(line) for line in (tmp_path / "fdr" / "results.jsonl").read_text().splitlines()]

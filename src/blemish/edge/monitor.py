@@ -32,6 +32,11 @@ def unusual(count: int, images: int, threshold: Threshold) -> str | None:
     )
 
 
+def digest_of_scores(scores: Sequence[float]) -> str:
+    """Return what identifies calibration scores, in a monitor's file and in the record of a run."""
+    return digest_of(json.dumps(sorted(scores)).encode())
+
+
 @dataclass
 class Monitor:
     """Summary and test of a stream of scores; while it is off, scores are summed up and a test that has begun is paused."""
@@ -55,7 +60,7 @@ class Monitor:
         """
         if on and not calibration:
             raise InputError("monitor=on: the run has no calibration scores to compare with; expected a run with protocol=clean")
-        monitor = cls(path, on, rate, digest_of(json.dumps(sorted(calibration)).encode()), len(calibration), Summary(seed))
+        monitor = cls(path, on, rate, digest_of_scores(calibration), len(calibration), Summary(seed))
         if path.is_file():
             monitor._read()
         if on and monitor.drift is None:

@@ -19,12 +19,14 @@ INDEX = ".blemish"  # in an output folder: a line of digest and name for each fi
 LONGEST = 255 - len("_detections.json")  # bytes of an output's name before its ending
 
 
-def picture_info(panels: str = "") -> PngInfo:
-    """PNG metadata that marks a picture as a result, for `is_result`; `panels`: positions of the panels of a strip."""
+def picture_info(panels: str = "", regions: str | None = None) -> PngInfo:
+    """PNG metadata that marks a picture as a result, for `is_result`; of a strip the positions of its panels, and the map's regions."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
     if panels:
         info.add_text("Panels", panels)
+    if regions:
+        info.add_text("Regions", regions)
     return info
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import InputError
+from .selection import regions_at_most
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,7 @@ class Result:
     map_threshold: float | None = None  # of a pixel of the map: what the maps of normal images seldom exceed; None where that is not known
     low: float | None = None  # what the maps of normal images have at least
     inside: np.ndarray | None = None  # ROI (H, W) bool, None for the full image
+    region_levels: tuple[float, ...] = ()  # of the map, see `selection.region_levels`; empty where nothing is proven
     product: str | None = None  # that the image shows, of a detector of several
     product_p_value: float | None = None  # of its showing one of them, as p_value
     unknown_product: bool | None = None  # that p-value is at most alpha: no threshold is meant for the image
@@ -49,6 +51,18 @@ class Result:
             return boxes_of(self._seen, self.map_threshold)
         except ImportError as error:
             raise InputError("boxes: found with SciPy, which is not here (pip install scipy)") from error
+
+    def regions(self, threshold: float) -> tuple[int, int | None]:
+        """The number of regions of the map above a threshold, and how many of them at most are false, for all thresholds at once.
+
+        The bound holds with 95 % confidence for an image whose part without defects is like a normal image; None where none is proven.
+        """
+        if self.map is None:
+            raise InputError("regions: this result has no map; `predict` keeps it")
+        from .boxes import boxes_of
+
+        found, most = len(boxes_of(self._seen, threshold)), regions_at_most(self.region_levels, threshold)
+        return found, None if most is None else min(most, found)
 
     @property
     def _seen(self) -> np.ndarray | None:

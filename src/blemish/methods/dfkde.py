@@ -1,16 +1,18 @@
 """DFKDE: a Gaussian kernel density of the image's deep feature, reduced by PCA."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from blemish.detector import COUNT, FEW_REFITS, Maps, OnePassDetector, Stages, number
-from blemish.edge.calibration import CROSS
+from blemish.edge.calibration import CROSS, FULL
 from blemish.features.extractor import Features
 from blemish.ops import pca
 from blemish.ops.accumulators import RowBuffer
 from blemish.ops.density import Density, gaussian, kernels, leave_one_out, log_density
+from blemish.ops.gaussian import left_out_cholesky
 from blemish.types import Prediction
 
 RESOLUTION = 1e-6  # of a feature's norm: float32 networks differ by so much from batch to batch
@@ -76,8 +78,21 @@ class DFKDE(VectorDensity, OnePassDetector):
         self.backbone = Features(backbone, stages, weights, seed)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether this is one Gaussian of all directions, so that no choice of components or density depends on an image."""
+        return self.density == "gaussian" and self.scaling != "norm" and len(self.axes) == self.mean.numel() > 0
+
+    @property
     def left_out(self) -> str | None:
-        return CROSS if len(self.rows) <= FEW_REFITS else None
+        return FULL if self.is_plain else CROSS if len(self.rows) <= FEW_REFITS else None
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        if not self.is_plain:
+            return super().leave_one_out(maps, size, rows)
+        x = self.collect(maps)
+        z = self.coordinates(x) - self.centre
+        squared = torch.linalg.solve_triangular(self.factor, z.T, upper=False).square().sum(0)  # (B,)
+        return Prediction(self.negative_log_density(x) + 0.5 * (left_out_cholesky(squared.sqrt(), len(self.rows)) - squared).float())
 
     def collect(self, maps: Maps) -> Tensor:
         """The global average pool of all stages, (B, D)."""

@@ -5,6 +5,7 @@ feature reconstruction error).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blemish.detector import COUNT, FEW_REFITS, SHARE_OR_COUNT, Maps, OnePassDetector, Stages
-from blemish.edge.calibration import CROSS
+from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops import kmeans, pca
 from blemish.ops.accumulators import RowBuffer
+from blemish.ops.gaussian import left_out_cholesky
 from blemish.ops.maps import align, smooth_upsample
 from blemish.ops.rng import stream
 from blemish.types import Prediction
@@ -59,8 +61,20 @@ class DFM(OnePassDetector):
         self.add_buffers("variance", "shares", "means", "variances")  # of nll, where G = 1: (k,), and of M Gaussians (M,), (M, k), (M, k)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the score is that of one Gaussian of all directions, so that no choice of components depends on an image."""
+        return self.likelihood and self.groups == 1 and self.axes.numel() > 0 and self.axes.shape[1] == self.axes.shape[2]
+
+    @property
     def left_out(self) -> str | None:
-        return CROSS if len(self.rows) <= FEW_REFITS else None
+        return FULL if self.is_plain else CROSS if len(self.rows) <= FEW_REFITS else None
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        if not self.is_plain:
+            return super().leave_one_out(maps, size, rows)
+        z = (self.collect(maps).to(self.mean) - self.mean[0]) @ self.axes[0].T / self.variance.sqrt()
+        squared = z.square().sum(1)  # (B,)
+        return Prediction(self.score(maps, size).score + 0.5 * (left_out_cholesky(squared.sqrt(), len(self.rows)) - squared))
 
     def embed(self, maps: Maps) -> Tensor:
         """All stages on the first one's grid, averaged over squares of `pool` cells: (B, C, h, w)."""

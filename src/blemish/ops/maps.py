@@ -45,6 +45,16 @@ def top_mean(map: Tensor, share: float) -> Tensor:
     return values.topk(count).values.mean(1)
 
 
+def peaks(map: Tensor, count: int) -> Tensor:
+    """The highest local maxima (B, count) of maps (B, H, W), highest first, −∞ where there are fewer.
+
+    A map has at most as many 8-connected regions above a value as local maxima above it.
+    """
+    top = F.max_pool2d(map[:, None], 3, 1, 1)[:, 0]
+    found = torch.where(map == top, map, -torch.inf).flatten(1).topk(min(count, map[0].numel())).values
+    return F.pad(found, (0, count - found.shape[1]), value=-torch.inf)
+
+
 @lru_cache(maxsize=64)
 def upsample_blur_matrix(cells: int, pixels: int, sigma: float) -> Tensor:
     """The (pixels, cells) float64 matrix of 1-D bilinear resizing (half-pixel centres), then the blur; none with σ = 0."""

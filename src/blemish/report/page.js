@@ -601,13 +601,27 @@ function drawViewer() {
     ...["input", "truth"].filter(name => shared[name]).map(name => h("figure", {}, h("img", { src: data.media[shared[name]], alt: name === "input" ? "the image" : "the true defects" }), h("figcaption", {}, h("b", {}, name === "input" ? "input" : "ground truth")))),
     ...drawn.map(setting => {
       const panels = image.panels[setting.id], uri = data.media[panels.strip || panels[viewer.panel]];
-      return h("figure", {}, uri ? h("img", { src: uri, alt: `${viewer.panel} of ${label.get(setting)}` }) : h("div", { class: "absent" }, "no map"), described(setting, image, label));
+      const picture = uri ? h("img", { src: uri, alt: `${viewer.panel} of ${label.get(setting)}` }) : h("div", { class: "absent" }, "no map");
+      return h("figure", {}, uri && image.regions?.[setting.id] ? regions(picture, image.regions[setting.id]) : picture, described(setting, image, label));
     }),
     ...without.map(setting => h("figure", { class: "without" }, described(setting, image, label))));
   $("viewer-without").hidden = !without.length;
   $("viewer-without").textContent = `${count(without.length, "setting")} drew no picture of this image, and come${without.length === 1 ? "s" : ""} last.`;
   $("previous").disabled = viewer.index === 0;
   $("next").disabled = viewer.index === viewer.list.length - 1;
+}
+// how many regions of a map are above a threshold, chosen after looking, and how many of them a normal image may have
+function regions(picture, { steps, drift }) {
+  const boxes = s("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const said = h("output", { "aria-live": "polite" });
+  const tell = at => {
+    const [threshold, bound, found] = steps[at];
+    boxes.replaceChildren(...found.map(([x, y, width, height]) => s("rect", { x, y, width, height })));
+    said.textContent = `map above ${threshold}: ${count(found.length, "region")}, ` + (drift ? "nothing promised of them" : bound === null ? "no bound on the false ones" : `at most ${Math.min(bound, found.length)} false`);
+  };
+  const slider = h("input", { type: "range", min: 0, max: steps.length - 1, value: 0, "aria-label": "threshold of the map", oninput: event => tell(+event.target.value), onkeydown: event => event.stopPropagation() });
+  tell(0);
+  return [h("div", { class: "regions" }, picture, boxes), h("label", { class: "slider" }, h("span", {}, "high"), slider, h("span", {}, "low")), h("p", {}, said), drifted(drift)];
 }
 function described(setting, image, label) {
   const cell = image.cells[setting.id], right = cell.alarm === (image.label === 1);
@@ -688,7 +702,11 @@ function certificate(of, calibration) {
   const slider = h("input", { type: "range", min: 0, max: last, value: Math.max(own, 0), "aria-label": "threshold", oninput: event => tell(+event.target.value) });
   tell(Math.max(own, 0));
   return h("div", {}, h("h4", {}, "Alarms and false alarms at every threshold"), h("label", { class: "slider" }, h("span", {}, "high"), slider, h("span", {}, "low")), h("p", {}, said),
-    h("p", { class: "note" }, `The bounds hold at all thresholds at once with ${percent(of.confidence)} confidence, if the normal test images are like the ${count(of.n, "calibration image")}: choose after looking. Nothing is promised for images in a row of one video, or after a change of camera, light or product.`));
+    h("p", { class: "note" }, `The bounds hold at all thresholds at once with ${percent(of.confidence)} confidence, if the normal test images are like the ${count(of.n, "calibration image")}: choose after looking. Nothing is promised for images in a row of one video, or after a change of camera, light or product.`),
+    drifted(of.drift));
+}
+function drifted(since) {
+  return since ? h("p", { class: "drift", role: "alert" }, `The monitor has found that production differs from the calibration images since ${since}: nothing is promised since then. Calibrate again.`) : null;
 }
 
 // ---- all together

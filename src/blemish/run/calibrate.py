@@ -73,8 +73,9 @@ def calibrated(trainer: Trainer, model: Detector, calibrate: Calibrate, loaders:
     found = []
     for loader in loaders:
         trainer.predict(model, dataloaders=loader, return_predictions=False)
-        found.append(calibrate.values)
-    model.set_calibration(torch.cat(found))
+        found.append((calibrate.values, calibrate.peaks))
+    values, peaks = map(torch.cat, zip(*found, strict=True))
+    model.set_calibration(values, peaks=peaks)
 
 
 def cross_calibrated(

@@ -22,11 +22,14 @@ from blemish.data.images import to_image
 from blemish.data.manifest import Sample, parse_tile
 from blemish.data.module import ImageData
 from blemish.data.tiles import bytes_of
+from blemish.edge.boxes import boxes_of
 from blemish.edge.calibration import Threshold
 from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
 from blemish.metrics.image import IMAGE_METRICS, POOLED, ImageMetrics
 from blemish.metrics.pixel import PIXEL_METRICS, PixelMetrics
+from blemish.ops.maps import peaks
+from blemish.run.monitor import digest_of_scores
 from blemish.run.results import RECOGNISED, Rule, first, recognised, scale_of
 from blemish.run.tiling import ImageCallback, to_bytes
 from blemish.run.timing import StageTimes
@@ -41,6 +44,8 @@ DECISIONS = ("image_f1", "image_recall", "image_false_alarm_rate")
 RECOGNITION = ("recognised", "unknown_rate")  # of several products: shares of all images, and of the normal ones
 ORACLES = ("image_f1_max_threshold", "pixel_f1_max_threshold")  # thresholds chosen with the truth
 CURVE_POINTS = 200  # of each curve in curves.json, at most
+PEAKS = 10  # of the maps of calibration images, for as many levels at most
+REGION_STEPS, REGIONS = 16, 30  # thresholds of the regions of a picture, and regions at each, at most
 
 Reconstruct = Callable[[Tensor], Tensor] | None
 
@@ -49,6 +54,7 @@ class Calibrate(ImageCallback):
     """Collect the score and the ends of the map of every image of `trainer.predict`, for every process."""
 
     values = torch.empty(0, 2)  # (n, 2) float32 score and largest map value; an image-level method has its score in both columns
+    peaks = torch.empty(0, PEAKS)  # (n, PEAKS) the highest local maxima of the map
     low: float | None = None  # median of the smallest map values
 
     def on_predict_start(self, trainer, module) -> None:
@@ -60,15 +66,17 @@ class Calibrate(ImageCallback):
     def add(self, trainer, prediction: Prediction, batch: Batch, reconstruct: Reconstruct) -> None:
         score, map = prediction
         low, high = (torch.full_like(score, torch.nan), score) if map is None else (map.amin((1, 2)), map.amax((1, 2)))  # (B,)
-        self.rows.update(zip(batch.path, torch.stack([score, high, low], 1).detach().float().cpu(), strict=True))  # (B, 3)
+        top = score.new_full((len(score), PEAKS), -torch.inf) if map is None else peaks(map, PEAKS)
+        rows = torch.cat([torch.stack([score, high, low], 1), top], 1)  # (B, 3 + PEAKS)
+        self.rows.update(zip(batch.path, rows.detach().float().cpu(), strict=True))
 
     def on_predict_end(self, trainer, module) -> None:
         parts = [self.rows] * trainer.world_size
         if trainer.world_size > 1:
             all_gather_object(parts, self.rows)
         rows = {key: row for part in parts for key, row in part.items()}
-        values = torch.stack([rows[key] for key in sorted(rows)]) if rows else torch.empty(0, 3)
-        self.values, lows = values[:, :2], values[:, 2].double()
+        values = torch.stack([rows[key] for key in sorted(rows)]) if rows else torch.empty(0, 3 + PEAKS)
+        self.values, lows, self.peaks = values[:, :2], values[:, 2].double(), values[:, 3:]
         self.low = float(np.median(lows)) if len(lows) and not lows.isnan().any() else None
 
 
@@ -119,7 +127,8 @@ class Evaluate(ImageCallback):
         self.tested: dict[str, ScoredImage] = {}
         self.kept: dict[str, Picture] = {}
         self.joined: dict[str, ScoredImage] = {}  # images put together from tiles
-        self.every = Rule(module.calibration, self.alpha, module.map_threshold, promise=module.promise)
+        own = {"promise": module.promise, "region_levels": module.region_levels.tolist()}
+        self.every = Rule(module.calibration, self.alpha, module.map_threshold, **own)
         if self.product is not None:
             self.every, self.names = Rule.of(module, self.alpha, {}), module.names
         self.rule = self.every.at(self.product)
@@ -256,6 +265,7 @@ class Evaluate(ImageCallback):
         threshold = self.threshold
         more = {"reachable": threshold.reachable, "conditional": threshold.conditional}  # the latter with edge.calibration.CONFIDENCE
         more |= {"map_value": self.rule.level if self.scale else None, "explanation": threshold.explain()}
+        more |= {"region_levels": self.rule.region_levels, "digest": digest_of_scores(self.rule.scores)}
         return threshold._asdict() | more
 
     @property
@@ -288,7 +298,7 @@ class Evaluate(ImageCallback):
                 continue
             strip = self._strip(key)
             with atomic_write(path) as temporary:
-                strip.save(temporary, compress_level=1, pnginfo=picture_info(strip.info["Panels"]))
+                strip.save(temporary, compress_level=1, pnginfo=picture_info(strip.info["Panels"], strip.info.get("Regions")))
             files.append(path)
         if curves and self.tested:
             lines = {"image": self.image.curves(), "pixel": self.pixel.curves()}
@@ -311,7 +321,22 @@ class Evaluate(ImageCallback):
             map = np.where(picture.mask == IGNORED, -np.inf, map)  # no contour, no colour
         mask = None if one.label == UNKNOWN else picture.mask
         title = draw.caption(key, one.defect, one.label, one.score, self.threshold.value)
-        return draw.strip(picture.image, mask, map, scale, self.rule.level if scale else None, title, picture.reconstruction)
+        strip = draw.strip(picture.image, mask, map, scale, self.rule.level if scale else None, title, picture.reconstruction)
+        if map is not None and self.rule.region_levels:
+            strip.info["Regions"] = json.dumps(region_steps(map, min(self.rule.region_levels[-1], first(self.rule.level, np.inf))))
+        return strip
+
+
+def region_steps(map: np.ndarray, least: float) -> list[tuple[float, list[tuple[int, ...]]]]:
+    """(threshold, boxes) of a map (H, W) from its largest value down to `least`: the REGIONS strongest, in thousandths of its sides."""
+    most, (height, width) = map.max(initial=-np.inf, where=np.isfinite(map)), map.shape
+    if not most > least:
+        return []
+    steps = []
+    for level in np.linspace(most, least, REGION_STEPS + 1)[1:]:
+        boxes = [np.round(1000 * np.array([x / width, y / height, w / width, h / height])) for x, y, w, h in boxes_of(map, level)]
+        steps.append((float(f"{level:.5g}"), [tuple(box.astype(int).tolist()) for box in boxes[:REGIONS]]))
+    return steps
 
 
 def box_inside(mask: Tensor) -> tuple[slice, slice]:

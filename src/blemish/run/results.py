@@ -73,6 +73,7 @@ class Rule:
         own_level: float | None = None,
         chosen: Mapping[str, float] | None = None,
         promise: str = SPLIT,
+        region_levels: Sequence[float] = (),
     ):
         scores, peaks = calibration.detach().cpu().T if len(calibration) else torch.empty(2, 0)
         threshold, level = ((chosen or {}).get(name) for name in ("threshold", "map_threshold"))
@@ -82,7 +83,7 @@ class Rule:
         self.normal = first(level, calibrated)  # map value above which pictures are coloured
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
-        self.fdr, self.alpha = None, alpha
+        self.fdr, self.alpha, self.region_levels = None, alpha, list(region_levels) if self.scores and promise == SPLIT else []
         self.products: dict[str, Rule] = {}  # of a detector of several, in place of all the above
 
     def at(self, product: str | None) -> "Rule":
@@ -96,7 +97,7 @@ class Rule:
     @classmethod
     def of(cls, model: Detector, alpha: float, chosen: Mapping[str, float]) -> "Rule":
         """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
-        rule = cls(model.calibration, alpha, model.map_threshold, chosen, model.promise)
+        rule = cls(model.calibration, alpha, model.map_threshold, chosen, model.promise, model.region_levels.tolist())
         if model.decides_by_map and rule.source is None:
             rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
         if isinstance(model, Products):
