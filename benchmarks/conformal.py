@@ -85,27 +85,30 @@ def maps_of(cfg, model: OnePassDetector) -> Maps:
 
 
 class Gaussians:
-    """PaDiM from the products (P, N, N) of all images' embeddings: a fit takes the part of its images."""
+    """PaDiM from the products (N, N, P) of all images' embeddings: a fit takes the part of its images."""
 
     def __init__(self, model: OnePassDetector, maps: Maps):
         self.model, self.grid = model, [maps.stages[0][:1]]
         x = model.embed(maps.stages).transpose(0, 1).contiguous()  # (P, N, d)
         x -= x.mean(1, keepdim=True)
-        self.products, self.norms = x @ x.mT, x.square().sum(2)  # (P, N, N), (P, N)
+        self.products, self.norms = (x @ x.mT).permute(1, 2, 0).contiguous(), x.square().sum(2)  # (N, N, P), (P, N)
 
-    def _fit(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        products = self.products[:, rows]  # (P, n, N)
-        own = products[:, :, rows]
+    def _between(self, rows: np.ndarray, others: np.ndarray) -> Tensor:
+        """The products (P, n, T) of the embeddings of images and others."""
+        return self.products[rows[:, None], others].movedim(2, 0).contiguous()
+
+    def _fit(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        own = self._between(rows, rows)
         mean = own.mean(1)  # (P, n)
         level = mean.mean(1, keepdim=True)  # (P, 1)
         centred = own - mean[:, :, None] - mean[:, None] + level[:, :, None]
         centred.diagonal(dim1=1, dim2=2).add_(self.model.epsilon * (len(rows) - 1))
-        return products, mean, level, torch.linalg.cholesky(centred)
+        return mean, level, torch.linalg.cholesky(centred)
 
     def score(self, rows: np.ndarray, tested: np.ndarray) -> np.ndarray:
         """Scores of images by a fit to the images `rows`."""
-        products, mean, level, lower = self._fit(rows)
-        across = products[:, :, tested]  # (P, n, T)
+        mean, level, lower = self._fit(rows)
+        across = self._between(rows, tested)  # (P, n, T)
         norm = self.norms[:, tested] - 2 * across.mean(1) + level  # (P, T)
         across = across - across.mean(1, keepdim=True) - mean[:, :, None] + level[:, :, None]
         explained = torch.linalg.solve_triangular(lower, across, upper=False).square().sum(1)
@@ -113,29 +116,29 @@ class Gaussians:
 
     def left_out(self, rows: np.ndarray) -> np.ndarray:
         """The scores of the images of a fit as `OnePassDetector.leave_one_out` has them."""
-        return self._scores(gaussian.left_out_woodbury(self._fit(rows)[3], torch.arange(len(rows)), self.model.epsilon))
+        return self._scores(gaussian.left_out_woodbury(self._fit(rows)[2], torch.arange(len(rows)), self.model.epsilon))
 
     def _scores(self, squared: Tensor) -> np.ndarray:
         return self.model._prediction(squared.sqrt(), self.grid, (SIDE, SIDE)).score.double().numpy()
 
 
 class Neighbours:
-    """PatchCore with a complete bank, from the distance of each patch to the nearest of each image (N, P, N)."""
+    """PatchCore with a complete bank, from the squared distance of each patch to the nearest of each image (N, N, P)."""
 
     def __init__(self, model: OnePassDetector, maps: Maps):
         x = model.collect(maps.stages)  # (N, P, D)
         norm, every = x.square().sum(2), x.flatten(0, 1).T.contiguous()
-        self.squared = x.new_empty(*x.shape[:2], len(x))
+        self.squared = x.new_empty(len(x), len(x), x.shape[1])
         for i, one in enumerate(x):
-            self.squared[i] = (norm - 2 * (one @ every).view(len(one), len(x), -1)).amin(2) + norm[i][:, None]
+            self.squared[i] = ((norm - 2 * (one @ every).view(len(one), len(x), -1)).amin(2) + norm[i][:, None]).T
 
     def score(self, rows: np.ndarray, tested: np.ndarray) -> np.ndarray:
-        return self._scores(self.squared[tested][:, :, rows].amin(2))
+        return self._scores(self.squared[tested[:, None], rows].amin(1))
 
     def left_out(self, rows: np.ndarray) -> np.ndarray:
-        own = self.squared[rows][:, :, rows]  # (n, P, n)
-        own.diagonal(dim1=0, dim2=2).fill_(math.inf)
-        return self._scores(own.amin(2))
+        own = self.squared[rows[:, None], rows]  # (n, n, P)
+        own.diagonal(dim1=0, dim2=1).fill_(math.inf)
+        return self._scores(own.amin(1))
 
     def _scores(self, squared: Tensor) -> np.ndarray:
         return squared.amax(1).clamp_min(0).sqrt().double().numpy()

@@ -22,7 +22,7 @@ from blemish.edge.calibration import p_values
 from blemish.edge.errors import InputError
 from blemish.edge.selection import false_alarm_bounds
 from blemish.files import picture_info, write_csv, write_json
-from blemish.report.gallery import panel_boxes, places, strips_of
+from blemish.report.gallery import panel_boxes, places, regions_of, strips_of
 from blemish.report.page import CURVES, certificate_of, write
 from blemish.report.runs import ScoredImage, read, read_scores, scan
 from blemish.run.evaluate import SCORES
@@ -89,6 +89,23 @@ def run_folder(folder, method="padim", category="screw", seed=0, status="finishe
 def inside(page):
     """The data in a page."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def test_the_page_tells_of_regions_and_of_drift(tmp_path):
+    """A strip with regions, and a monitor with an alarm on the same calibration scores: both reach the page, damaged ones do not."""
+    calibration = {"map_value": 2.5, "n": 40, "promise": "split", "value": 6.0, "region_levels": [3.0, 2.0], "digest": "abc"}
+    folder = run_folder(tmp_path / "runs" / "a", calibration=calibration)
+    run = read(folder, "a")
+    strip, steps = strip_of("padim", "screw", "x", 1), [[3.5, [[1, 2, 3, 4]]], [2.5, [[1, 2, 3, 4], [5, 6, 7, 8]]], [1.0, []]]
+    for text, bounds in ((json.dumps(steps), [0, 1, None]), (None, None), ("{", None), ("[[1,[[2]]]]", None), ("[]", None)):
+        strip.save(tmp_path / "strip.png", pnginfo=picture_info(strip.info["Panels"], text))
+        with Image.open(tmp_path / "strip.png") as file:
+            found = regions_of(file, run)
+        assert (found and [step[1] for step in found["steps"]]) == bounds
+    for name, alarm in (("early", {"score": 9, "time": "2026-01-02"}), ("late", {"time": "2026-02-02"}), ("none", None), ("odd", 3)):
+        write_json(tmp_path / "runs" / name / "monitor.json", {"calibration": "abc", "test": {"alarm": alarm}})
+    (found,) = scan(tmp_path / "runs")
+    assert found.drift == "2026-01-02"
 
 
 def test_a_run_tells_what_any_threshold_promises(tmp_path):

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from blemish.draw import choose, file_names
 from blemish.edge.selection import regions_at_most
-from blemish.report.runs import Run, drawn
+from blemish.report.runs import Run, calibration_of, drawn
 from blemish.types import ANOMALOUS, NORMAL
 
 LISTS = ("disputed", "worst", "best")
@@ -166,7 +166,7 @@ def regions_of(strip: Image.Image, run: Run) -> dict | None:
 
     boxes: (x, y, w, h) in thousandths of the panel. drift: when a monitor raised an alarm, see `Run`.
     """
-    levels = (run.record.get("calibration") or {}).get("region_levels")
+    levels = calibration_of(run).get("region_levels")
     try:
         steps = [
             [float(threshold), regions_at_most(levels, threshold), [[int(side) for side in box] for box in boxes]]

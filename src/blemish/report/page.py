@@ -21,7 +21,7 @@ from blemish.edge.selection import certificate
 from blemish.files import plain, read_json, write_text
 from blemish.metrics.image import ImageMetrics
 from blemish.report.gallery import gallery, pictures
-from blemish.report.runs import Run, drawn, scan
+from blemish.report.runs import Run, calibration_of, drawn, scan
 from blemish.report.tables import averages, pooled
 from blemish.run.record import METRICS, PLACE, SETTING, now
 from blemish.types import NORMAL, UNKNOWN
@@ -146,8 +146,8 @@ def certificate_of(run: Run) -> dict | None:
 
     None where no bound is proven: without held-out images, or for scores that do not match them.
     """
-    held = run.record.get("calibration")
-    if not (isinstance(held, dict) and held.get("promise") == SPLIT and isinstance(held.get("n"), int) and run.scores):
+    held = calibration_of(run)
+    if not (held.get("promise") == SPLIT and isinstance(held.get("n"), int) and run.scores):
         return None
     scores = run.scores
     try:

@@ -49,8 +49,14 @@ def scan(folder: str | Path) -> list[Run]:
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda path: read(path, path.relative_to(folder).as_posix()), sorted(paths)))
     alarms = drifts(folder)
-    runs = [run._replace(drift=alarms.get((run.record.get("calibration") or {}).get("digest"))) for run in runs]
+    runs = [run._replace(drift=alarms.get(str(calibration_of(run).get("digest")))) for run in runs]
     return sorted(runs, key=lambda run: (run.row is None, run_key(run.row) if run.row else (), run.name))
+
+
+def calibration_of(run: Run) -> dict:
+    """What the record of a run says of its calibration, empty without."""
+    found = run.record.get("calibration")
+    return found if isinstance(found, dict) else {}
 
 
 def drifts(folder: str | Path) -> dict[str, str]:
@@ -58,9 +64,9 @@ def drifts(folder: str | Path) -> dict[str, str]:
     found = {}
     for path in Path(folder).rglob("monitor.json"):
         saved = read_json(path) or {}
-        alarm = (saved.get("test") or {}).get("alarm")
-        if isinstance(alarm, dict) and isinstance(saved.get("calibration"), str):
-            found[saved["calibration"]] = min(str(alarm.get("time")), found.get(saved["calibration"], "~"))
+        test, digest = saved.get("test"), str(saved.get("calibration"))
+        if isinstance(test, dict) and isinstance(test.get("alarm"), dict):
+            found[digest] = min(str(test["alarm"].get("time")), found.get(digest, "~"))
     return found
 
 
