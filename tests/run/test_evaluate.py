@@ -78,7 +78,7 @@ class Data(pl.LightningDataModule):
 class Brightness(pl.LightningModule):
     """The brighter the more anomalous; `factor` stretches the values, `maps` can be left out."""
 
-    map_threshold, promise = None, "split"
+    map_threshold, promise, region_levels = None, "split", torch.empty(0)
 
     reconstruct = None
 

@@ -53,16 +53,15 @@ def run(several, tmp_path_factory):
 def test_each_product_is_as_if_it_were_alone(several, run, tmp_path):
     metrics, model = read_json(run / "metrics.json"), load(run, "cpu")[1]
     assert model.names == ["brick", "dark", "wave"] and metrics["images"] == 36
-    for name, part in zip(model.names, model.parts, strict=True):
-        alone = train(tiny_run(several, tmp_path / name, *PADIM, f"data.category={name}"))
-        own = load(tmp_path / name, "cpu")[1].state_dict()
-        for key, value in part.state_dict().items():
-            assert torch.equal(value, own[key]), key
-        found = metrics["products"][name]
-        assert found["recognised"] == 1
-        for key in ("image_auroc", "pixel_auroc", "image_recall", "image_false_alarm_rate"):
-            assert found[key] == pytest.approx(alone[key])
-        assert read_record(run)["calibration"]["products"][name]["value"] == read_record(tmp_path / name)["calibration"]["value"]
+    name, found = "dark", metrics["products"]["dark"]
+    alone = train(tiny_run(several, tmp_path / name, *PADIM, f"data.category={name}"))
+    own = load(tmp_path / name, "cpu")[1].state_dict()
+    for key, value in model.part(name).state_dict().items():
+        assert torch.equal(value, own[key]), key
+    for key in ("image_auroc", "pixel_auroc", "image_recall", "image_false_alarm_rate"):
+        assert found[key] == pytest.approx(alone[key])
+    assert read_record(run)["calibration"]["products"][name]["value"] == read_record(tmp_path / name)["calibration"]["value"]
+    assert all(one["recognised"] == 1 for one in metrics["products"].values())
     assert metrics["image_auroc"] == pytest.approx(np.mean([one["image_auroc"] for one in metrics["products"].values()]))
 
 

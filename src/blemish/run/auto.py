@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from blemish.run.config import build, composed, parse
+from blemish.edge.errors import InputError
+from blemish.run.config import build, composed, parse, products_of
 from blemish.types import NORMAL
 
 AUTO = "auto"
@@ -27,6 +28,8 @@ def resolve(overrides: Sequence[str]) -> list[str]:
     if not any(one.key_or_group == "recipe" and one.value() == AUTO for one in found):
         return list(overrides)
     cfg = composed(*overrides)
+    if names := products_of(cfg):
+        raise InputError(f"recipe=auto: found {len(names)} products; expected a recipe for all of them")
     samples = build(cfg.data).listed()
     normal = sum(sample.split in ("train", "calibrate") and sample.label == NORMAL for sample in samples)
     recipe, reason = choose(normal, sum(sample.split == "defects" for sample in samples), cfg.protocol == "unlabelled")
