@@ -34,6 +34,7 @@ from blemish.run.config import (
     composed,
     configs,
     first_values,
+    module_of,
     parse,
     plain,
     quoted,
@@ -113,11 +114,15 @@ def cell(cfg: DictConfig) -> float | None:
     """Run one cell of a multirun and return its objective; None without one, or for a cell that failed.
 
     With resume=true a finished cell is left as it is, and a stopped training is continued. RuntimeError for a failed cell if there is an
-    objective, as the search has to know. Where the cell of seed 0 took longer than `sweep.repeat_seconds`, other seeds are left out.
+    objective, as the search has to know. Methods in `sweep.without` are left out, and where the cell of seed 0 took longer than
+    `sweep.repeat_seconds`, other seeds.
     """
     overrides = [text for key, text in command_line() if key not in ("resume", "objective")]
     root = Path(cfg.sweep.dir)
     folder = Path(cfg.run_dir) if cfg.run_dir else root / cell_name(overrides)
+    if (method := module_of(cfg.model)) in cfg.sweep.without:
+        screen.print(f"{folder.name}: left out, sweep.without has {method}", markup=False)
+        return None
     if cfg.seed and (limit := cfg.sweep.repeat_seconds) is not None:
         first = cell_of(root / cell_name(["seed=0" if root_of(text) == "seed" else text for text in overrides]))
         if first.status != FINISHED or first.seconds > limit:
