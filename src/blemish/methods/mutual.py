@@ -1,6 +1,6 @@
 """Mutual scoring of unlabelled images: a normal patch has a match in most of the others (MuSc, Li et al. 2024, arXiv 2401.16753)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import prod
 
@@ -17,6 +17,7 @@ from blemish.ops.maps import check_blur, smooth_upsample, top_mean
 from blemish.types import Prediction
 
 VALUES = 2**20  # distances held at a time: as many as stay in a processor's cache until their smallest are found
+MATCHES = 2**28  # of patches with other images, that are held at a time (1 GiB)
 COMPARED = 4096  # values of an image by which it is known again
 
 
@@ -24,7 +25,7 @@ class Mutual(OnePassDetector):
     """Anomaly = mean over the `share` of other images with the nearest matches of a patch's distance to its best match (paper, eq. 4).
 
     The images of the fit are those that a patch is compared with; an image among them is not compared with itself. Distances are taken for
-    each stage and each of `neighborhoods`, the side of the square of cells that a patch is the mean of, and averaged.
+    each stage and each of `neighborhoods`, the side of the square of cells that a patch is the mean of, scaled to length 1, and averaged.
 
     rescore: numbers k; the score of an image becomes the mean over them of `weighted` means of its own score and those of its k − 1 nearest
     images of the fit. [1] keeps it; with others scores are those of maps at the first stage's resolution.
@@ -56,6 +57,7 @@ class Mutual(OnePassDetector):
         self.neighborhoods, self.share, self.sigma = tuple(neighborhoods), share, sigma
         self.check_arguments(rescore=partial(check_whole, "model", 1, each=True))
         self.rescore, self.area = tuple(rescore) if max(rescore) > 1 else (), self.map_share
+        self.known: tuple[Tensor, list[Tensor]] | None = None  # a bank, and what `among` found of it
         if self.rescore:
             self.map_share = None  # the score is not the map's alone
         # (N, ΣC·h·w): the maps of all images, stage by stage; to rescore, their means (N, ΣC) of length 1, and their scores (N,)
@@ -71,11 +73,8 @@ class Mutual(OnePassDetector):
     def fit(self, state: RowBuffer) -> None:
         self.bank = state.compute()
         if self.rescore:
-            parts = self.bank.split([prod(shape) for shape in self.shapes], dim=1)
-            maps = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-            self.means = mean_of(maps)
-            rows = torch.arange(len(self.bank)).split(8)
-            self.scores = torch.cat([self.score_cells(self.compare([stage[some] for stage in maps])[0]) for some in rows])
+            self.means = mean_of(self.parts(self.shapes))
+            self.scores = self.score_cells(self.among(self.shapes))
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.bank)
@@ -88,22 +87,52 @@ class Mutual(OnePassDetector):
         near = (mean_of(maps) @ self.means.T).masked_fill(itself, -1)  # (B, N) cosines
         return Prediction(weighted(self.score_cells(cells), near, self.scores, self.rescore), map)
 
+    def parts(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """The maps (N, C, h, w) of the bank, by the shapes (C, h, w) of the stages."""
+        parts = self.bank.split([prod(shape) for shape in shapes], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def compare(self, maps: Maps) -> tuple[list[Tensor], Tensor]:
         """Scores (B, h, w) of the cells of maps (B, C, h, w), of each stage and neighbourhood, and who is itself in the bank (B, N)."""
-        rows = torch.cat([stage.flatten(1) for stage in maps], dim=1).float()
+        rows, shapes = torch.cat([stage.flatten(1) for stage in maps], dim=1).float(), [stage.shape[1:] for stage in maps]
         if rows.shape[1] != self.bank.shape[1]:
             raise InputError(f"image_size: fitted to {self.bank.shape[1]} values an image, this one has {rows.shape[1]}; keep the size")
+        itself = self.find(rows)
+        if self._trainer and self.trainer.testing and itself.any(1).all():  # a folder whose images score each other
+            place = itself.int().argmax(1)
+            return [cells[place] for cells in self.among(shapes)], itself
+        counts = self.counts(itself)
+        found = []
+        for stage, bank in zip(maps, self.parts(shapes), strict=True):
+            for side in self.neighborhoods:
+                distance = matches(patches_of(stage, side), patches_of(bank, side))  # (B, P, N)
+                found.append(lowest_mean(distance, itself, counts, self.share).unflatten(1, stage.shape[2:]))
+        return found, itself
+
+    def among(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """What `compare` finds for all images of the bank (N, h, w), each two of which are compared once."""
+        if self.known is None or self.known[0] is not self.bank:
+            itself, found = torch.cat([self.find(some) for some in self.bank.split(8)]), []
+            counts = self.counts(itself)
+            for bank in self.parts(shapes):
+                for side in self.neighborhoods:
+                    rows = [
+                        lowest_mean(distance, itself[block], counts[block], self.share)
+                        for block, distance in mutual_matches(patches_of(bank, side))
+                    ]
+                    found.append(torch.cat(rows).unflatten(1, bank.shape[2:]))
+            self.known = self.bank, found
+        return self.known[1]
+
+    def find(self, rows: Tensor) -> Tensor:
+        """Which images of the bank are the same as those of rows (B, ΣC·h·w): (B, N)."""
         some = slice(None, None, max(rows.shape[1] // COMPARED, 1))
         near = 1e-4 * self.bank[:, some].abs().amax()
-        itself = torch.stack([(self.bank[:, some] - row).abs().amax(1) <= near for row in rows[:, some]])  # (B, N)
-        counts = (self.share * (self.bank.shape[0] - itself.sum(1))).long().clamp_min(1)  # (B,) images whose matches are averaged
-        parts = self.bank.split([stage[0].numel() for stage in maps], dim=1)
-        found = []
-        for stage, bank in zip(maps, parts, strict=True):
-            for side in self.neighborhoods:
-                distance = matches(patches_of(stage, side), patches_of(bank.unflatten(1, stage.shape[1:]), side))  # (B, P, N)
-                found.append(lowest_mean(distance, itself, counts).unflatten(1, stage.shape[2:]))
-        return found, itself
+        return torch.stack([(self.bank[:, some] - row).abs().amax(1) <= near for row in rows[:, some]])
+
+    def counts(self, itself: Tensor) -> Tensor:
+        """The numbers (B,) of images whose matches are averaged."""
+        return (self.share * (self.bank.shape[0] - itself.sum(1))).long().clamp_min(1)
 
     def score_cells(self, cells: list[Tensor]) -> Tensor:
         """Scores (B,) of images by the scores of their cells (B, h, w) before they are brought to the pixels."""
@@ -128,26 +157,56 @@ def weighted(score: Tensor, near: Tensor, scores: Tensor, counts: Sequence[int])
 
 
 def patches_of(maps: Tensor, side: int) -> Tensor:
-    """Patches (B, P, C) of maps (B, C, h, w): the means of squares of `side` cells, cut at the border."""
-    return F.avg_pool2d(maps.float(), side, 1, side // 2, count_include_pad=False).flatten(2).mT.contiguous()
+    """Patches (B, P, C) of maps (B, C, h, w): the means of squares of `side` cells, cut at the border, each of length 1."""
+    means = F.avg_pool2d(maps.float(), side, 1, side // 2, count_include_pad=False).flatten(2)
+    return F.normalize(means).mT.contiguous()
+
+
+def squares(rows: Tensor, others: Tensor) -> Tensor:
+    """Squared distances (P, n, Q) of patches (P, C) to those of other images (n, Q, C)."""
+    every = others.flatten(0, 1)
+    product = torch.addmm(every.square().sum(1)[None], rows, every.T, alpha=-2)  # (P, n·Q)
+    return product.add_(rows.square().sum(1, keepdim=True)).unflatten(1, others.shape[:2])
+
+
+def step_of(patches: Tensor, others: Tensor) -> int:
+    """How many of the other images (N, Q, C) an image of patches (B, P, C) is compared with at a time."""
+    return max(VALUES // (patches.shape[1] * others.shape[1]), 1)
 
 
 def matches(patches: Tensor, others: Tensor) -> Tensor:
-    """Distance (B, P, N) of each patch (B, P, C) to its nearest patch of each other image (N, P, C)."""
-    chunks = others.split(max(VALUES // (patches.shape[1] * others.shape[1]), 1))
-    squares = others.square().sum(2).split(len(chunks[0]))
-    found = []
-    for rows in patches:  # (P, C)
-        parts = []
-        for chunk, square in zip(chunks, squares, strict=True):
-            distance = torch.addmm(square.flatten()[None], rows, chunk.flatten(0, 1).T, alpha=-2)  # (P, n·P), less the squares of the rows
-            parts.append(distance.unflatten(1, chunk.shape[:2]).amin(2))  # (P, n)
-        found.append(torch.cat(parts, dim=1) + rows.square().sum(1, keepdim=True))
-    return torch.stack(found).clamp_min(0).sqrt()
+    """Distance (B, P, N) of each patch (B, P, C) to its nearest patch of each other image (N, Q, C)."""
+    chunks = others.split(step_of(patches, others))
+    return torch.stack([torch.cat([squares(rows, chunk).amin(2) for chunk in chunks], 1) for rows in patches]).clamp_min(0).sqrt()
 
 
-def lowest_mean(distance: Tensor, itself: Tensor, counts: Tensor) -> Tensor:
-    """Mean (B, P) of the `counts` (B,) smallest of distances (B, P, N), those to the image itself (B, N) left out."""
-    ordered = distance.masked_fill(itself[:, None], torch.inf).sort(2).values
-    kept = torch.arange(distance.shape[2], device=distance.device) < counts[:, None, None]  # (B, 1, N)
+def mutual_matches(patches: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield `matches` (b, P, N) of patches (N, P, C) with themselves by blocks of b images, b · P · N at most MATCHES.
+
+    Within a block the distances of two images serve both of them.
+    """
+    count, cells, _ = patches.shape
+    step, size = step_of(patches, patches), max(MATCHES // (count * cells), 1)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        found = patches.new_zeros(stop - start, cells, count)
+        for i in range(start, stop):
+            for left, right in ((0, start), (i + 1, stop), (stop, count)):
+                for first in range(left, right, step):
+                    some = slice(first, min(first + step, right))
+                    distance = squares(patches[i], patches[some])  # (P, n, P)
+                    found[i - start, :, some] = distance.amin(2)
+                    if start <= first < stop:
+                        found[some.start - start : some.stop - start, :, i] = distance.amin(0)
+        yield slice(start, stop), found.clamp_min_(0).sqrt_()
+
+
+def lowest_mean(distance: Tensor, itself: Tensor, counts: Tensor, share: float) -> Tensor:
+    """Mean (B, P) of the `counts` (B,) smallest of distances (B, P, N), those to the image itself (B, N) left out.
+
+    share: of the N, so that no count is larger.
+    """
+    most = max(int(share * distance.shape[2]), 1)
+    ordered = distance.masked_fill(itself[:, None], torch.inf).topk(most, 2, largest=False).values
+    kept = torch.arange(most, device=distance.device) < counts[:, None, None]  # (B, 1, most)
     return ordered.masked_fill(~kept, 0).sum(2) / counts[:, None]
