@@ -7,6 +7,8 @@ import pytest
 from support import CONFIGS, composed, tiny_run
 
 from blemish.run.config import first_values, plain
+from blemish.run.help import names
+from blemish.run.record import read_record
 from blemish.run.train import train
 
 spec = importlib.util.spec_from_file_location("knowledge", CONFIGS.parent / "benchmarks" / "knowledge.py")
@@ -59,3 +61,16 @@ def test_runs_become_rows_and_curves(tiny, tmp_path):
     knowledge.write(rows, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         assert next(csv.DictReader(file))["known"] == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names("model"))
+def test_every_method_takes_few_images_defects_and_contamination(method, tiny, tmp_path):
+    known = ("data.shots=12", "data.defects=1", "data.contamination=0.2")
+    train(tiny_run(tiny, tmp_path / "run", f"model={method}", *known))
+    record = read_record(tmp_path / "run")
+    assert record["knowledge"] == "12 shots, 1 defects, 0.2 contaminated"
+    with (tmp_path / "run" / "manifest.csv").open() as file:
+        rows = [(row["split"], row["label"]) for row in csv.DictReader(file)]
+    counts = {key: rows.count(key) for key in (("train", "-1"), ("defects", "1"), ("test", "1"), ("skipped", "0"))}
+    assert list(counts.values()) == [3, 1, 2, 12]
