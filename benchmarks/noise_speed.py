@@ -1,12 +1,17 @@
-"""Time, memory and nearness to the exact search of the noise detector's patch search.
+"""Time, kernels and nearness to the exact search of the noise detector's patch search.
 
-BLEMISH_NOISE_ORACLES=folder python benchmarks/noise_speed.py writes results/noise_speed.json, and from it two tables of
-docs/noise_residual.md. Times are the best of two, beside the time of a fixed matrix product that tells how busy the machine was.
+BLEMISH_NOISE_ORACLES=folder python benchmarks/noise_speed.py [--before FOLDER] writes results/noise_speed.json, and from it three tables of
+docs/noise_residual.md. FOLDER has an earlier version of the project, whose search is timed in turn with this one: `git archive 31a4a17`
+is the last with a search of every patch. Times are CPU seconds of one thread, which other work on the machine changes least; the smallest of
+three runs of small images.
 """
 
+import argparse
+import inspect
 import os
-import platform
-import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +19,19 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from false_alarms import DOC, RADII, ROOT, keep, put
+from false_alarms import DOC, ROOT, keep, put
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blemish.noise import background, patches
-from blemish.noise.false_alarms import false_alarms, number_of_tests
-from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import pyramid
 
 BOX = (-8, 8)
 MODEL = {"patch": 8, "neighbors": 16, "h": 10.0, "relative": False, "box": BOX, "tile": 512, "seed": 0}
-REFERENCE = {"128×192, grey": 2.58, "82×121, RGB": 1.73, "164×241, RGB": 10.04}  # CPU seconds of the authors' program, four scales
+# what the authors' program took over what the version 31a4a17 took, CPU seconds on one core of one kind, four scales
+REFERENCE = {(128, 192, 1): 2.58 / 1.12, (82, 121, 3): 1.73 / 0.55, (164, 241, 3): 10.04 / 2.94}
+SIZES = (*REFERENCE, (320, 480, 1), (320, 480, 3), (512, 512, 1), (2048, 2048, 1))
 
 
 def photograph(height: int, width: int, channels: int) -> Tensor:
@@ -34,44 +41,74 @@ def photograph(height: int, width: int, channels: int) -> Tensor:
     return image if channels == 3 else image.mean(0, keepdim=True)
 
 
-def best(work: Callable[[], object], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def levels_of(image: Tensor, scales: int = 4) -> list[Tensor]:
+    """The levels (B, C, h, w) of images (B, C, H, W) that have room for patches."""
+    return [x for x in pyramid(image, scales) if patches.enough(*x.shape[2:], 8, 16, 8)]
+
+
+def redraw(image: Tensor) -> None:
+    """The model of images (B, C, H, W), also by versions that take one at a time."""
+    together = "images" in inspect.signature(background.model).parameters
+    for x in [image] if together else image:
+        background.model(x, **MODEL, search="trees")
 
 
 def one_core(work: Callable[[], object]) -> float:
-    """CPU seconds on one thread, which other work on the machine hardly changes."""
-    threads = torch.get_num_threads()
+    """CPU seconds on one thread."""
     torch.set_num_threads(1)
     start = time.process_time()
     work()
-    seconds = time.process_time() - start
-    torch.set_num_threads(threads)
-    return seconds
+    return time.process_time() - start
 
 
-def timing(height: int, width: int, channels: int, repeats: int = 2) -> dict:
-    """Seconds of the model of the finest scale, of all scales, and of what follows them."""
-    image = photograph(height, width, channels)
-    levels = [x for x in pyramid(image[None], 4) if patches.enough(*x.shape[2:], 8, 16, 8)]
-    noise = [torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for x in levels]
-    tests = number_of_tests(channels, len(RADII), height, width, 4)
-    a = torch.randn(2000, 2000)
-    return {
-        "image": f"{height}×{width}, {'RGB' if channels == 3 else 'grey'}",
-        "one_core_s": one_core(lambda: background.model(image[None], **MODEL, search="trees")),
-        "all_scales_one_core_s": one_core(lambda: [background.model(x, **MODEL, search="trees") for x in levels]),
-        "model_s": best(lambda: background.model(image[None], **MODEL, search="trees"), repeats),
-        "gaussianise_s": best(lambda: [gaussianise(x) for x in noise]),
-        "nfa_s": best(lambda: [false_alarms(x, RADII, tests) for x in noise]),
-        "product_s": best(lambda: a @ a),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
+def timed(levels: Path, repeats: int) -> None:
+    """Print the CPU seconds of each level in a file, and the kernels of one and of four images, of the version on the path."""
+    with torch.inference_mode():
+        images = torch.load(levels)
+        redraw(images[0][..., :100, :100])
+        seconds = [min(one_core(lambda x=x: redraw(x)) for _ in range(repeats)) for x in images]
+        print(*seconds, kernels(images, 1), kernels(images, 4))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = [value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns]
+        self.count += not any(views) and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(levels: list[Tensor], images: int) -> int:
+    """How many kernels the model of some images starts on a GPU, counted on tensors without data."""
+    with FakeTensorMode(), Kernels() as counter:
+        for x in levels:
+            redraw(torch.empty(images, *x.shape[1:], device="cuda"))
+    return counter.count
+
+
+def timing(size: tuple[int, int, int], before: Path | None) -> dict:
+    """CPU seconds of the finest scale and of all, and numbers of kernels, of this version and of the one in a folder."""
+    row = {"image": f"{size[0]}×{size[1]}, {'RGB' if size[2] == 3 else 'grey'}"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "levels.pt"
+        torch.save(levels_of(photograph(*size)[None]), file)
+        for name, root in (("now", ROOT), ("before", before)):
+            if root is None or (name == "before" and size[0] > 320):
+                continue
+            found = subprocess.run(
+                [sys.executable, __file__, "--levels", file, "--repeats", "3" if size in REFERENCE else "1"],
+                env=os.environ | {"PYTHONPATH": str(Path(root) / "src"), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+            )
+            *seconds, one, four = found.stdout.split()
+            row[name] = {"finest_s": float(seconds[0]), "all_s": sum(map(float, seconds)), "kernels": [int(one), int(four)]}
+    print(row, flush=True)
+    return row
 
 
 def recall(found: Tensor, exact: Tensor) -> float:
@@ -114,25 +151,38 @@ def tables(result: dict) -> tuple[str, str]:
         f"| {r['image']} | {r['search']} | {r['recall']:.3f} | {r['rms']:.3f} | {r['largest']:.1f} | {r['correlation']:.5f} |"
         for r in result["nearness"]
     ]
-    heads = (
-        "image | finest scale, CPU time of one core | all scales, CPU time of one core | reference program, all scales | finest scale "
-        "| gaussianisation | NFA, all scales | peak memory so far | 2000² product"
-    )
-    speed = [f"| {heads} |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    speed += [
-        f"| {r['image']} | {r['one_core_s']:.2f} s | {r['all_scales_one_core_s']:.2f} s | {REFERENCE.get(r['image'], '–')} "
-        f"| {r['model_s']:.2f} s | {r['gaussianise_s']:.2f} s | {r['nfa_s']:.2f} s | {r['peak_mib']} MiB | {r['product_s']:.3f} s |"
-        for r in result["timing"]
+    speed = [
+        "| image | finest scale | all scales | before, all scales | reference program over now | kernels for one / four images | before |"
     ]
-    return "\n".join(search), "\n".join([*speed, "", f"Measured on {result['machine']}."])
+    speed.append("|---|--:|--:|--:|--:|--:|--:|")
+    for size, r in zip(SIZES, result["timing"], strict=True):
+        now, before = r["now"], r.get("before")
+        counts = [" / ".join(map(str, r[name]["kernels"])) if name in r else "–" for name in ("now", "before")]
+        old = f"{before['all_s']:.2f} s" if before else "–"
+        ratio = f"{REFERENCE[size] * before['all_s'] / now['all_s']:.1f}" if before and size in REFERENCE else "–"
+        cells = (r["image"], f"{now['finest_s']:.2f} s", f"{now['all_s']:.2f} s", old, ratio, *counts)
+        speed.append("| " + " | ".join(cells) + " |")
+    small, large = (r["now"] for r in result["timing"][-2:])
+    ratios = " and ".join(f"{large[key] / small[key]:.1f}" for key in ("finest_s", "all_s"))
+    speed += [
+        "",
+        f"16 times the pixels, {result['timing'][-1]['image']}, take {ratios} times the CPU time of 512×512 (finest scale, all scales).",
+    ]
+    return "\n".join(search), "\n".join(speed)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="folder of an earlier version")
+    parser.add_argument("--levels", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.levels:
+        timed(options.levels, options.repeats)
+        return
     folder = os.environ.get("BLEMISH_NOISE_ORACLES")
-    result = {"machine": f"{torch.get_num_threads()} cores of an {platform.machine().replace('_', '-')} server"}
     with torch.inference_mode():
-        sizes = ((128, 192, 1), (82, 121, 3), (164, 241, 3), (320, 480, 1), (320, 480, 3), (512, 512, 1), (2048, 2048, 1))
-        result["timing"] = [timing(*size, 2 if size[0] < 512 else 1) for size in sizes]
+        result = {"timing": [timing(size, options.before) for size in SIZES]}
         result["nearness"] = nearness_on_oracles(Path(folder)) if folder else []
     keep(result, ROOT / "results" / "noise_speed.json")
     search, speed = tables(result)

@@ -163,7 +163,7 @@ class AnomalyDetector:
             self._begin(configured(method, self._auto), str(self.device), self.roi)
             self.alpha = alpha
         model = build_model(self.cfg)
-        data = self._data(normal, held_out) if model.needs_fit else self._data([], normal + held_out)
+        data = self._data(normal, held_out) if model.fits_training_images else self._data([], normal + held_out)
         model.check_images(data.count("train"), data.count("calibrate"))
         calibrate = Calibrate()
         with self._fitting(data):
@@ -290,6 +290,9 @@ class AnomalyDetector:
         return detector
 
     def _check_ready(self, what: str) -> None:
+        if not self.ready and self.model.reference_folder:
+            fit_to_folder(self.model, self._preprocessing)
+            self.ready = True
         if not self.ready:
             raise InputError(f"{what}: {self.method} has not been fitted; call train(...) first, or AnomalyDetector.load(path)")
 
@@ -308,6 +311,10 @@ class AnomalyDetector:
         window = window if hasattr(window, "items") else {}  # "auto" of a run on bytes alone
         return {dtype: ASSUMED[dtype] for dtype in ("uint16", "float32")} | {dtype: tuple(ends) for dtype, ends in window.items()}
 
+    @property
+    def _preprocessing(self) -> Preprocessing:
+        return preprocessing_of(self.cfg)._replace(window=self._window, roi=self.roi)
+
     def _predict(
         self, images: Iterable[Image], failed: list[tuple[Path, str]] | None = None, endless: bool = False
     ) -> Iterator[ImageResult]:
@@ -316,7 +323,7 @@ class AnomalyDetector:
         endless: read one at a time, warn of values at the first image that has them, and remember none.
         """
         self._check_ready("predict")
-        preprocessing = preprocessing_of(self.cfg)._replace(window=self._window, roi=self.roi)
+        preprocessing = self._preprocessing
         values = check_of(self.model.ranges, self._window)
         reader = values.loading(partial(array_of, window=self._window), preprocessing.inside)
         size = 1 if endless and not preprocessing.tile else self.cfg.data.batch_size  # by tiles, it is a number of tiles

@@ -69,6 +69,8 @@ class Detector(pl.LightningModule):
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
+    reference_folder: str | None = None  # normal images that a fit takes in place of the training images
+    bound_kind: str | None = None  # what the method's own bound on false alarms rests on
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
 
@@ -78,6 +80,10 @@ class Detector(pl.LightningModule):
         self.register_buffer("training_values", torch.tensor([NO_RANGE] * len(DTYPES)))  # rows of DTYPES, columns of Range
         self.register_buffer("calibrated_as", torch.zeros((), dtype=torch.long))  # the place of `promise` in PROMISES
         self.register_buffer("region_levels", torch.empty(0))  # (J,) `selection.region_levels` of held-out images
+
+    @property
+    def fits_training_images(self) -> bool:
+        return self.needs_fit and self.reference_folder is None
 
     @property
     def promise(self) -> str:
@@ -159,9 +165,9 @@ class Detector(pl.LightningModule):
     def check_images(self, count: int, held_out: int) -> None:
         """Raise InputError for fewer training images than the fit takes, and warn where they say little of what is normal."""
         method, found = type(self).__module__.rpartition(".")[2], f"found {count} to train on and {held_out} held out for the threshold"
-        if self.needs_fit and count < self.min_images:
+        if self.fits_training_images and count < self.min_images:
             raise InputError(f"train: {method} compares whole images and takes {self.min_images} at least; {found}")
-        if self.needs_fit and count < FEW_IMAGES:
+        if self.fits_training_images and count < FEW_IMAGES:
             log.warning("train: so few images hardly show what is normal, expected %d or more; %s", FEW_IMAGES, found)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

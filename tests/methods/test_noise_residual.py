@@ -1,11 +1,13 @@
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import skimage.data
 import torch
 import yaml
+from PIL import Image
 from support import bricks, composed, fitted, make, tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -14,6 +16,7 @@ from blemish.detector import Detector
 from blemish.edge.errors import InputError
 from blemish.run.checkpoint import load
 from blemish.run.predict import predict
+from blemish.run.record import read_record
 from blemish.run.train import train
 
 
@@ -120,10 +123,28 @@ def test_references_show_what_is_normal(changes, tmp_path):
 
 
 def test_references_of_a_run(tiny, tmp_path):
-    metrics = train(tiny_run(tiny, tmp_path / "run", "model=noise_residual", "model.references=6", "model.channels=1", "model.scales=1"))
-    assert metrics["image_auroc"] > 0.9
-    _, model = load(tmp_path / "run", "cpu")
+    """Training images or a folder, read back from the run; an update adds references; a single image takes the folder without a run."""
+    few = ["model=noise_residual", "model.channels=1", "model.scales=1"]
+    first = train(tiny_run(tiny, tmp_path / "run", *few, "model.references=6"))
+    by_folder = train(tiny_run(tiny, tmp_path / "folder", *few, f"model.references='{tiny / 'normal_test'}'"))
+    assert min(first["image_auroc"], by_folder["image_auroc"]) > 0.9
+    (_, model), (_, other) = (load(tmp_path / name, "cpu") for name in ("run", "folder"))
     assert (model.bound_kind, len(model.bank0)) == ("bound measured on 6 references", 6)
+    assert read_record(tmp_path / "run")["bound_kind"] == model.bound_kind
+    assert len(other.bank0) == len(list((tiny / "normal_test").iterdir()))
+    more = shutil.copytree(tiny, tmp_path / "more")
+    for path in sorted((more / "normal").iterdir())[:12]:
+        Image.open(path).rotate(180).save(path)
+    train(tiny_run(more, tmp_path / "updated", f"update='{tmp_path / 'run'}'"))
+    updated = load(tmp_path / "updated", "cpu")[1]
+    assert 6 < len(updated.images) <= 12
+    assert torch.equal(updated.images[:6], model.images)
+    with pytest.raises(InputError, match="references="):
+        other.restore(None)
+    options = [*few, f"model.references='{tiny / 'normal'}'", f"input='{tiny / 'square'}'", f"output='{tmp_path / 'out'}'"]
+    found = predict(composed(*options, config="predict"))
+    assert all(row[3] for row in found.rows)
+    assert "bound measured on" in found.summary[0]
 
 
 def test_references_need_a_second_image_and_no_other_residual():

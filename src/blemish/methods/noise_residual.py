@@ -1,7 +1,6 @@
 """Anomaly detection as detection in noise (Davy, Ehret, Morel, Delbracio, ICIP 2018; Ehret et al., IPOL 2019): one image, or references."""
 
 import importlib
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,9 @@ from blemish.noise.pyramid import from_cells, grow, mirror, mirrored, pyramid
 from blemish.ops.accumulators import RowBuffer
 from blemish.types import Prediction
 
-log = logging.getLogger(__name__)
-
 BORDER = 32  # mirrored pixels around the image of a network, whose own padding would stand out as an anomaly
-BUFFERS = ("bank", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
+LEVELS = ("bank", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
+NO_OPERATORS = "ONNX has no operators for its false alarms, the logarithm of a normal tail and medians; use `predict run=…`, or export padim or patchcore"
 
 
 class NoiseResidual(OnePassDetector):
@@ -45,8 +43,9 @@ class NoiseResidual(OnePassDetector):
     The score is −min log10 NFA and the map −log10 NFA; `detect` gives the components of NFA ≤ `epsilon`, of which noise alone has no more
     than `epsilon` on average. Without `references` nothing is trained: the patches are the image's own, and the law of the residual is
     Gauss's (`mode: calibrated`), or has the tails that the image itself shows (`measured`, which keeps the bound on textures at the cost
-    of power); `original` repeats the authors' program, including its known mistakes. With `references`, a number of training images, the
-    patches are theirs, and the law is measured on residuals of one half of them by the other.
+    of power); `original` repeats the authors' program, including its known mistakes. With `references`, a number of training images or a
+    folder, the patches are theirs, and the law is measured on residuals of one half of them by the other. An update adds as many of the new
+    training images.
 
     `residual_of` is the run folder of a trained reconstruction method: image minus reconstruction then replaces the patch model's residual.
     """
@@ -80,7 +79,7 @@ class NoiseResidual(OnePassDetector):
         search: str,
         tile: int,
         mode: str,
-        references: int | None,
+        references: int | str | None,
         residual_of: str | None,
         seed: int,
     ):
@@ -89,7 +88,11 @@ class NoiseResidual(OnePassDetector):
         self.check_arguments(source=("pixels", "features"), search=("trees", "exact"), bound=("tests", "map"), patch=integer(2))
         self.check_arguments(mode=("calibrated", "measured", "original"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
         self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=integer(1, each=True), epsilon=POSITIVE)
-        self.check_arguments(patch_cells=integer(2), references=integer(2, also=(None,)), statistic=("mean", "energy", "both"))
+        self.check_arguments(patch_cells=integer(2), statistic=("mean", "energy", "both"))
+        if isinstance(references, str):
+            self.reference_folder = references
+        else:
+            self.check_arguments(references=integer(2, also=(None,)))
         self.features_too = source == "features" and residual_of is None
         patch = patch_cells if self.features_too else patch
         self.check_arguments(tile=integer(2 * patch + 1, 16383))
@@ -101,8 +104,10 @@ class NoiseResidual(OnePassDetector):
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
         self.original, self.measured, self.bound, self.references = mode == "original", mode == "measured", bound, references
         self.statistic = statistic
-        self.needs_fit, self.patch, self.neighbors, self.seed, self.bound_logged = references is not None, patch, neighbors, seed, False
-        self.add_buffers(*(f"{name}{level}" for level in range(scales if references else 0) for name in BUFFERS))
+        self.needs_fit, self.patch, self.neighbors, self.seed = references is not None, patch, neighbors, seed
+        if references is not None:
+            self.not_exportable = NO_OPERATORS
+            self.add_buffers("images", *(f"{name}{level}" for level in range(scales) for name in LEVELS))
         self.similarity = {
             "patch": patch,
             "neighbors": neighbors,
@@ -122,12 +127,18 @@ class NoiseResidual(OnePassDetector):
     def bound_kind(self) -> str:
         """What the bound of `epsilon` rests on."""
         if self.references is not None:
-            return f"bound measured on {len(self.bank0)} references"
+            return f"bound measured on {len(self.images)} references"
         kind = {"measured": "measured on the image itself", "calibrated": "for Gaussian residuals only", "original": "none"}
         return f"bound {kind[self.hparams.mode]}"
 
-    def new_state(self, images: int) -> RowBuffer:
-        return Spread(images, self.references or 0)
+    def new_state(self, images: int) -> "Spread":
+        kept, fitted = (len(self.images), int(self.fitted)) if self.updating else (0, 0)
+        return Spread(images - fitted, images if self.reference_folder else self.references or 0, kept)
+
+    def restore(self, state: "Spread") -> None:
+        if not self.fits_training_images:
+            raise InputError(f"update: references={self.references} are no training images; expected a number, or a new run")
+        state.keep(self.images)
 
     def features(self, image: Tensor) -> Maps:
         return [image]
@@ -139,10 +150,11 @@ class NoiseResidual(OnePassDetector):
         """Index the references, and measure the law of the residuals of each half of them by the other."""
         if self.references is None:
             return
-        images = state.compute()
-        images = images[torch.linspace(0, len(images) - 1, min(self.references, len(images))).round().long()]
+        kept, new = state.compute().tensor_split([len(self.images) if self.updating else 0])
+        count = len(new) if self.reference_folder else min(self.references, len(new))
+        self.images = images = torch.cat([kept, new[torch.linspace(0, len(new) - 1, count).round().long()]])
         if len(images) < 2:
-            raise InputError(f"references={self.references}: found {len(images)} training image; expected 2 or more")
+            raise InputError(f"references={self.references}: found {len(images)} image; expected 2 or more")
         for level, u in enumerate(pyramid(images, self.scales)):
             x = self.channels_of(u)
             if self.features_too:
@@ -154,7 +166,6 @@ class NoiseResidual(OnePassDetector):
             halves = x[::2], x[1::2]
             residuals = [self.redrawn(a, b, patches.build(b, self.patch, self.seed)) for a, b in (halves, halves[::-1])]
             self.set_buffers(level, bank=x, law=self.measure(torch.cat(residuals)), **patches.build(x, self.patch, self.seed)._asdict())
-        log.info("noise_residual: %s", self.bound_kind)
 
     def set_buffers(self, level: int, **values: Tensor) -> None:
         for name, value in values.items():
@@ -200,9 +211,6 @@ class NoiseResidual(OnePassDetector):
     @torch.no_grad()
     def alarms(self, image: Tensor) -> Alarms:
         """The smallest number of false alarms over channels, discs and scales at every pixel."""
-        if not self.bound_logged and self.references is None:
-            log.info("noise_residual: %s", self.bound_kind)
-        self.bound_logged = True
         height, width = image.shape[2:]
         residuals = self.residuals(image)  # S × (B, C, h, w)
         channels, cells = residuals[0].shape[1], residuals[0].shape[2:]
@@ -269,11 +277,14 @@ class NoiseResidual(OnePassDetector):
 
 
 class Spread(RowBuffer):
-    """Rows evenly spread over all batches, about `wanted` of `capacity`."""
+    """Rows evenly spread over all batches, about `wanted` of `images`, after `kept` that stay."""
 
-    def __init__(self, capacity: int, wanted: int):
-        super().__init__(max(1, 2 * wanted))
-        self.step, self.seen = max(1, capacity // max(1, wanted)), 0
+    def __init__(self, images: int, wanted: int, kept: int = 0):
+        super().__init__(max(1, kept + 2 * wanted))
+        self.step, self.seen = max(1, images // max(1, wanted)), 0
+
+    def keep(self, rows: Tensor) -> None:
+        super().update(rows)
 
     def update(self, rows: Tensor) -> None:
         first = -self.seen % self.step

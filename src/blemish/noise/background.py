@@ -62,8 +62,9 @@ def model(
     """The background (B, C, H, W) of images: at every pixel the mean of the estimates of the patches that cover it.
 
     Patches are redrawn from the same image, outside the range `box` of offsets, or from reference images `bank` (N, C, H', W') with their
-    `index`. h is in the image's units, or see `weights`. `exact` compares all patches. `trees` redraws every second one, in a checkerboard,
-    and searches an image with a side above `tile` in windows of one size that share patch − 1 pixels, so that memory is bounded. Either
+    `index`. h is in the image's units, or see `weights`. `exact` compares all patches. `trees` redraws every second one, in a checkerboard
+    (of small images from its exact neighbours), and searches an image with a side above `tile` in windows of one size that share patch − 1
+    pixels, so that memory is bounded. Either
     finds n neighbours only where `patches.enough` holds.
     """
     height, width = images.shape[2:]
@@ -72,7 +73,9 @@ def model(
         images = F.pad(images, (0, (width - patch) % 2, 0, (height - patch) % 2), mode="replicate")
     views, corners = windows(images, tile if fast and bank is None else max(images.shape[2:]), patch - 1)  # (B·n, C, h, w)
     shape = patches.grid(*views.shape[2:], patch)
-    fast = fast and (index is not None or shape[0] * shape[1] >= 16 * patches.leaf_size(box))
+    fast = fast and min(shape) > 2
+    trees = fast and (index is not None or shape[0] * shape[1] >= 16 * patches.leaf_size(box))
+    count = patches.TREES if len(views) == len(images) else patches.WINDOW_TREES
     total, cover = torch.zeros_like(images), torch.zeros_like(images[:, :1])
     chunk = max(1, 8 * patches.workspace(images.device) // (views[0].numel() * patch**2))
     for start in range(0, len(views), chunk):
@@ -81,14 +84,16 @@ def model(
         table = patches.vectors(part - middle, patch) if bank is None else patches.vectors(part, patch)
         source = table if bank is None else patches.vectors(bank, patch)
         query = table.unflatten(0, (len(part), -1))[:, :: 2 if fast else 1].flatten(0, 1)
-        if not fast:
-            found = exact(query, source, shape, neighbors, box, len(part), bank is None)
-        else:
+        if trees:
             if bank is None:
-                where, _ = patches.within(part - middle, patch, neighbors, box, seed)
+                where, _ = patches.within(part - middle, patch, neighbors, box, seed, count)
             else:
                 where, _ = patches.among(part, index, patches.grid(*bank.shape[2:], patch), patch, neighbors)
             found = by_distance(source, query, where)
+        elif bank is None:
+            found = exact(query, source, shape, neighbors, box, len(part), 2 if fast else 1)
+        else:
+            found = patches.exact(query, source, neighbors)
         mix = weights(found.distance.unflatten(0, (len(part), -1)), h, relative).flatten(0, 1)
         estimate = F.embedding_bag(found.index, source, per_sample_weights=mix, mode="sum").unflatten(0, (len(part), -1))
         drawn, often = spread(estimate, shape, patch, fast)
@@ -102,13 +107,12 @@ def model(
 
 
 def exact(
-    query: Tensor, source: Tensor, shape: tuple[int, int], neighbors: int, box: tuple[int, int], images: int, own: bool
+    query: Tensor, source: Tensor, shape: tuple[int, int], neighbors: int, box: tuple[int, int], images: int, step: int
 ) -> Neighbours:
-    """`patches.exact` of a batch: each image in itself if `own`, with patch numbers of the batch, or else all in the source."""
-    if not own:
-        return patches.exact(query, source, neighbors)
-    size = len(query) // images
-    found = [patches.exact(q, q, neighbors, shape, box) for q in query.split(size)]
+    """`patches.exact` of every `step`-th patch of a batch in its own image, with patch numbers of the batch."""
+    size = shape[0] * shape[1]
+    pairs = zip(query.split(len(query) // images), source.split(size), strict=True)
+    found = [patches.exact(q, s, neighbors, shape, box, step) for q, s in pairs]
     return Neighbours(torch.cat([f.index + i * size for i, f in enumerate(found)]), torch.cat([f.distance for f in found]))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 KEYS = 32  # numbers of a patch that the fast search compares
 SPLIT = 8  # the first of them, of which trees take their directions
 TREES = 4
+WINDOW_TREES = 3  # of each of several windows of an image
 ROUNDS = 1  # of propagation after the trees
 GROUPS = 32  # a leaf's distances are reduced to the least of each of 32 groups before the n best are picked
 KEEP = 12  # of a tree
@@ -83,11 +84,11 @@ def place(index: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
 
 
 def exact(
-    query: Tensor, bank: Tensor, neighbors: int, shape: tuple[int, int] | None = None, box: tuple[int, int] = (0, 0), start: int = 0
+    query: Tensor, bank: Tensor, neighbors: int, shape: tuple[int, int] | None = None, box: tuple[int, int] = (0, 0), step: int = 1
 ) -> Neighbours:
     """The exact neighbours of patches (Q, D) among patches (M, D), by tiled matrix products in bounded memory.
 
-    With `shape`, the grid (h, w) of one image, the queries are its patches start, start + 1, … and the bank all of them.
+    With `shape`, the grid (h, w) of one image, the queries are every `step`-th of its patches and the bank all of them.
     """
     middle = bank.mean(0)  # |P|² + |Q|² − 2P·Q loses digits to a large mean
     bank, query = bank - middle, query - middle
@@ -95,7 +96,7 @@ def exact(
     parts = []
     for first in range(0, len(query), rows):
         a = query[first : first + rows]
-        own = torch.arange(start + first, start + first + len(a), device=bank.device)
+        own = step * torch.arange(first, first + len(a), device=bank.device)
         best = torch.full((len(a), neighbors), math.inf, device=bank.device)
         index = torch.zeros((len(a), neighbors), dtype=torch.int64, device=bank.device)
         for begin in range(0, len(bank), cols):
@@ -133,7 +134,7 @@ def project(images: Tensor, axes: Tensor, patch: int) -> Tensor:
     )
 
 
-def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int, trees: int = TREES) -> tuple[Tensor, Tensor]:
     """A fast search of images (B, C, H, W), with grids of odd sides, for the patches of even number: index and distance (B·Q, n) of keys.
 
     Even numbers are a checkerboard. A tree's leaf has queries and candidates, which are patches of even or, in every second tree, of odd
@@ -147,7 +148,7 @@ def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], see
     levels = max(0, math.floor(math.log2(even.shape[1] / leaf_size(box))))
     ways = [4] * (levels // 2) + [2] * (levels % 2)
     found = []
-    for tree in range(TREES):
+    for tree in range(trees):
         starts = random_starts(tree, len(ways), seed, keys)
         queries, candidates, *_ = plant(keys, starts, ways, even, odd if tree % 2 else None)
         found.append(search_leaves(keys, queries, candidates, shape, even.numel(), KEEP, box))

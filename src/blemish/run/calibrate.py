@@ -17,6 +17,7 @@ from blemish.edge.calibration import CROSS, FULL, SPLIT
 from blemish.edge.errors import InputError
 from blemish.run.config import build
 from blemish.run.evaluate import Calibrate
+from blemish.run.results import fit_to_folder, preprocessing_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def check_calibrate(cfg: DictConfig, model: Detector, images: ImageData, trainer
         return
     if trainer.world_size > 1:
         raise InputError(f"calibrate={cfg.calibrate}: found {trainer.world_size} processes; expected trainer.devices=1, or calibrate=split")
-    if cfg.calibrate == FULL and model.needs_fit and not leaves_out(model, images):
+    if cfg.calibrate == FULL and model.fits_training_images and not leaves_out(model, images):
         name = f"{type(model).__name__}{'' if images.tile is None else ' on tiles'}"
         raise InputError(f"calibrate=full: there is no proof for {name}; expected cross, without a proof, or split")
 
@@ -55,9 +56,11 @@ def calibrated_fit(
     check_calibrate(cfg, model, images, trainer)
     model.ranges, model.expects_calibration = images.ranges, any(sample.split == "calibrate" for sample in images.samples)
     data = stored(images, model)
-    if model.needs_fit:
+    if model.reference_folder:
+        fit_to_folder(model, preprocessing_of(cfg)._replace(roi=images.roi))
+    elif model.needs_fit:
         trainer.fit(model, datamodule=data)
-    if cfg.calibrate == SPLIT or not model.needs_fit:
+    if cfg.calibrate == SPLIT or not model.fits_training_images:
         calibrated(trainer, model, calibrate, [data.loader("calibrate")] if model.expects_calibration else [])
     else:
         cross_calibrated(cfg, trainer, model, calibrate, images, trainer_of, stored)
@@ -92,7 +95,7 @@ def cross_calibrated(
     Where the method can, each is left out by itself; otherwise FOLDS further fits score the images that they have not seen. InputError
     where `calibrate=full` asks for a proof that the method with its settings and so many images does not have.
     """
-    if not model.needs_fit:  # its scores never depend on other images
+    if not model.fits_training_images:  # its scores never depend on other images
         calibrated(trainer, model, calibrate, [stored(images, model).loader("train")])
         return
     count = len({sample.path for sample in images.samples_of("train")})

@@ -31,7 +31,17 @@ from blemish.files import Outputs, atomic_write, locked, picture_info, remove_st
 from blemish.noise import false_alarms
 from blemish.run.checkpoint import device_of, load, newest_run, saved_scale
 from blemish.run.config import build, module_of, renaming
-from blemish.run.results import RECOGNISED, ImageResult, Preprocessing, Rule, images_at, output_names, preprocessing_of, recognised
+from blemish.run.results import (
+    RECOGNISED,
+    ImageResult,
+    Preprocessing,
+    Rule,
+    fit_to_folder,
+    images_at,
+    output_names,
+    preprocessing_of,
+    recognised,
+)
 from blemish.run.results import predict as predict_images
 
 log = logging.getLogger(__name__)
@@ -42,7 +52,7 @@ TABLES = ("scores.csv", "failed.csv", "results.jsonl")
 PICTURES = ("overlay", "mask", "map")
 LISTS = ("detections.csv", "detections.json")  # endings of the files of an image beside its pictures
 COLUMNS = ("path", "score", "threshold", "decision", "p_value", "map_min", "map_max", "threshold_from")
-OWN = {"by hand": "set by hand: no bound on false alarms", "method": "the method's own bound"}
+BY_HAND = "set by hand: no bound on false alarms"
 BOUND = "bound"  # column of a monitored prediction: whether the bound on false alarms is claimed
 
 
@@ -77,7 +87,10 @@ def predict(cfg: DictConfig) -> Predicted:
     run = None if alone else newest_run(cfg.run)
     saved, model = (cfg, single_image_model(cfg)) if alone else load(run, cfg.device)
     if alone:
-        preprocessing = Preprocessing(Geometry(), fit_window(filter(is_readable, paths)), roi=Roi(cfg.roi, root) if cfg.roi else None)
+        normal = images_at(model.reference_folder) if model.reference_folder else []
+        preprocessing = Preprocessing(
+            Geometry(), fit_window(filter(is_readable, [*paths, *normal])), roi=Roi(cfg.roi, root) if cfg.roi else None
+        )
     else:
         preprocessing = preprocessing_of(saved, cfg.roi, root)
     if preprocessing.tile and not saved.get("tiling") and len(model.calibration):
@@ -87,6 +100,8 @@ def predict(cfg: DictConfig) -> Predicted:
         )
     window = chosen_window(cfg)
     preprocessing = preprocessing._replace(window=preprocessing.window | window)
+    if alone and model.reference_folder:
+        fit_to_folder(model, preprocessing)
     values = ValueCheck(model.ranges, preprocessing.window, "window", named=window)
     chosen = dict(saved.get("by_hand") or {})
     if cfg.alpha is not None or cfg.fdr is not None:
@@ -145,7 +160,7 @@ def single_image_model(cfg: DictConfig) -> Detector:
     if "model" not in cfg:
         raise InputError("run: none given; expected run=<folder of a finished run>, or model=noise_residual, which needs none")
     model = build(cfg.model)
-    if model.needs_fit:
+    if model.fits_training_images:
         raise InputError(f"model={module_of(cfg.model)}: has to be fitted first; expected run=<folder of its run>, or model=noise_residual")
     return model.eval().to(device_of(cfg.device))
 
@@ -368,7 +383,7 @@ def decisions(rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], cl
         lines = ["no decision: the run has no calibration images, as with protocol=paper; set threshold=NUMBER"]
     else:
         least = "about" if threshold.promise == CROSS else "bound on false alarms"
-        bound = f"{least} {100 * threshold.alpha:.3g} %" if rule.source == "calibration" else OWN[rule.source]
+        bound = f"{least} {100 * threshold.alpha:.3g} %" if rule.source == "calibration" else rule.bound_kind or BY_HAND
         lines = [f"{found} of {len(rows)} anomalous (threshold {threshold.value:.6g}, {bound})"]
     if "map_threshold" in chosen:
         maps = any(row[COLUMNS.index("map_max")] is not None for row in rows)

@@ -64,6 +64,7 @@ FIELDS = (
     "truth",  # what the pixel metrics are measured against, see `truth_kind`
     "counts",  # images by split and label
     "calibration",  # the threshold: alpha, number of images, value, explanation
+    "bound_kind",  # what the method's own bound on false alarms rests on; None without one
     "store",  # the feature cache: its folder, images read and computed, bytes
     "seconds",  # wall time by stage, see `StageTimes.total`
     "scale",  # map values of the pictures: where the colours begin, where normal images end, where the colours end

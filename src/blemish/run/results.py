@@ -15,7 +15,7 @@ from torch import Tensor
 from blemish.data.images import check_not_all_ignored, ignore_mask, prepare, to_image
 from blemish.data.roi import Roi
 from blemish.data.tiles import bytes_of
-from blemish.detector import Detector, apply_ignore_mask
+from blemish.detector import Detector, OnePassDetector, apply_ignore_mask
 from blemish.draw import Scale
 from blemish.edge.calibration import SPLIT, by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
@@ -83,6 +83,7 @@ class Rule:
         self.normal = first(level, calibrated)  # map value above which pictures are coloured
         self.scores = sorted(scores.double().tolist())
         self.source = "by hand" if threshold is not None else "calibration" if self.scores else None
+        self.bound_kind: str | None = None  # what the method's own bound rests on
         self.fdr, self.alpha, self.region_levels = None, alpha, list(region_levels) if self.scores and promise == SPLIT else []
         self.products: dict[str, Rule] = {}  # of a detector of several, in place of all the above
 
@@ -99,7 +100,7 @@ class Rule:
         """Return the rule of a fitted detector; one that needs no calibration decides by its own level without it."""
         rule = cls(model.calibration, alpha, model.map_threshold, chosen, model.promise, model.region_levels.tolist())
         if model.decides_by_map and rule.source is None:
-            rule.threshold, rule.source = by_hand(model.map_threshold, torch.empty(0)), "method"
+            rule.threshold, rule.source, rule.bound_kind = by_hand(model.map_threshold, torch.empty(0)), "method", model.bound_kind
         if isinstance(model, Products):
             if "threshold" in chosen or "map_threshold" in chosen:
                 raise InputError("threshold: each of several products has a scale of its own; expected alpha=NUMBER")
@@ -218,6 +219,23 @@ def predict(
     images = iter(images)
     while chosen := list(islice(images, size)):
         yield from attempt(chosen)
+
+
+@torch.no_grad()
+def fit_to_folder(model: OnePassDetector, preprocessing: Preprocessing) -> None:
+    """Fit a method to all images of its `reference_folder`; InputError if one cannot be used, or if images are cut into tiles."""
+    folder = model.reference_folder
+    if preprocessing.tile:
+        raise InputError(f"model.references={folder}: not with images that are cut into tiles; expected a number")
+    paths = images_at(folder)
+    state = model.new_state(len(paths))
+    for path in paths:
+        with named(path):
+            array = read(path)
+            image = prepare(array, preprocessing.window, preprocessing.geometry, preprocessing.inside(path, *array.shape[:2]))
+            state.update(model.collect(model.features(image[None].to(model.device))))
+    model.fit(state)
+    model.fitted.fill_(len(paths))
 
 
 def forward(

@@ -35,7 +35,7 @@ from blemish.run.evaluate import Calibrate, Evaluate
 from blemish.run.products import TestedProducts, fit_product, product_data, renew
 from blemish.run.progress import ProgressBar
 from blemish.run.record import ROI, STATE, Record, is_first_process, lock_run_folder, truth_kind
-from blemish.run.results import Rule
+from blemish.run.results import Rule, fit_to_folder, preprocessing_of
 from blemish.run.resume import resume_callbacks, resume_config, state_in
 from blemish.run.timing import StageTimes
 from blemish.run.update import calibration_of, load_for_update, mark_fitted
@@ -95,6 +95,8 @@ def train(cfg: DictConfig) -> dict:
         started = time.perf_counter()
         if past:
             model.update(run.trainer, run.data)
+        elif model.reference_folder:
+            fit_to_folder(model, preprocessing_of(cfg))
         elif model.needs_fit:
             run.trainer.fit(model, datamodule=run.data, ckpt_path=state_in(folder) if resumed else None, weights_only=True)
         if isinstance(model, TrainedDetector):
@@ -190,12 +192,15 @@ class Run:
         for name, threshold in evaluate.thresholds.items():
             if threshold.n:
                 log.log(logging.INFO if threshold.reachable else logging.WARNING, f"{name}: {threshold.explain()}".removeprefix(": "))
+        if self.model.bound_kind:
+            log.info("model.epsilon: %s", self.model.bound_kind)
         if cfg.save.scores:
             write_csv(folder / "scores.csv", evaluate.columns, evaluate.scores)
         files = evaluate.draw(folder / "images", folder / "curves.png" if cfg.save.curves else None)
         pictures = [file for file in files if file.parent != folder]
         names = [file.relative_to(folder).as_posix() for file in pictures]
-        self.record.note({"calibration": evaluate.calibration_metadata(), "scale": evaluate.scale, "pictures": names})
+        found = {"calibration": evaluate.calibration_metadata(), "bound_kind": self.model.bound_kind}
+        self.record.note(found | {"scale": evaluate.scale, "pictures": names})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         for logger in self.trainer.loggers:
             logger.log_hyperparams(plain(cfg))
