@@ -28,13 +28,24 @@ from blemish.edge.selection import Step, certificate
 from blemish.products import Products
 from blemish.run.auto import AUTO, FEW, choose
 from blemish.run.calibrate import calibrated_fit
-from blemish.run.checkpoint import contents, device_of, load, save_whole, saved_scale, unfitted
-from blemish.run.config import DictConfig, build, check_config, module_of
+from blemish.run.checkpoint import build_detector, contents, device_of, load, save_whole, saved_scale
+from blemish.run.config import DictConfig, check_config, module_of
 from blemish.run.evaluate import Calibrate
 from blemish.run.options import configured
 from blemish.run.predict import anomalous, write
 from blemish.run.products import fit_product
-from blemish.run.results import RECOGNISED, ImageResult, Rule, images_at, output_names, predict, preprocessing_of, recognised
+from blemish.run.results import (
+    RECOGNISED,
+    ImageResult,
+    Preprocessing,
+    Rule,
+    fit_to_folder,
+    images_at,
+    output_names,
+    predict,
+    preprocessing_of,
+    recognised,
+)
 from blemish.run.train import build_model, expected_warnings, trainer_of
 
 log = logging.getLogger(__name__)
@@ -69,7 +80,7 @@ class AnomalyDetector:
         cfg.trainer.devices = 1 if self.device.index is None or self.device.type == "cpu" else [self.device.index]
         check_config(cfg)
         self._data([], [])
-        self.model = (model or unfitted(cfg)).eval().to(self.device)
+        self.model = (model or build_detector(cfg)).eval().to(self.device)
         self.ready = model is not None or not self.model.needs_fit
         self.scale: Scale | None = None  # of the colours of overlays, from held-out images
         self._by_hand: dict[str, float] = {}
@@ -179,7 +190,7 @@ class AnomalyDetector:
         if not isinstance(self.model, Products):
             raise InputError(f"add: a detector of one product; expected train({{{product!r}: images, …}})")
         data = self._data(gather(train)[0], [] if val is None else gather(val)[0])
-        self.model.add(product, build(self.cfg.model))
+        self.model.add(product, build_detector(self.cfg, one=True))
         with self._fitting(data):
             fit_product(self.cfg, self.model, product, data, trainer_of, as_they_are)
         self.model, self.cfg.data.category = self.model.eval().to(self.device), self.products

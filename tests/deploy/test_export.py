@@ -390,7 +390,7 @@ def test_a_source_smaller_than_the_crop(geometry, tmp_path):
 
 def test_a_file_that_would_be_too_large_is_refused(run, tmp_path, monkeypatch):
     needs("onnx", "onnxscript", "onnxruntime")
-    monkeypatch.setattr(export, "LARGEST", 10**5)
+    monkeypatch.setattr("blemish.features.engine.LARGEST", 10**5)
     with pytest.raises(InputError, match="use format=torch_export"):
         exported(run, tmp_path / "m.onnx")
 

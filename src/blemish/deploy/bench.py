@@ -19,13 +19,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from blemish.data.images import prepare, to_image
-from blemish.deploy.export import ExportModule, check_exportable, chosen, example, geometry_metadata, loaded, onnx_of, traced
+from blemish.deploy.export import ExportModule, check_exportable, chosen, example, geometry_metadata, loaded, traced
 from blemish.detector import Detector
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
+from blemish.features.engine import onnx_of
 from blemish.features.extractor import Features
 from blemish.files import Outputs, write_json
 from blemish.report.formats import between

@@ -1,11 +1,8 @@
 """A run as one file that needs no blemish: ONNX, torch's exported program or OpenVINO, checked against the run on real images."""
 
-import contextlib
 import io
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from operator import attrgetter
@@ -26,6 +23,7 @@ from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, middle, strips_of
 from blemish.edge.reading import file_digest, read
 from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal
+from blemish.features.engine import onnx_of, quiet
 from blemish.files import atomic_write, remove_stale, replacing
 from blemish.run.checkpoint import load, newest_run
 from blemish.run.config import build
@@ -38,7 +36,6 @@ ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch_export": ()}
 NAMES = (["image"], ["score", "map"])  # of inputs and outputs, the map where there is one
 FOLDED = 2**20  # values of a constant that may be larger than what it is computed from
-LARGEST = 2**31 - 2**20  # bytes of constants: what a protobuf may hold, less its graph
 
 
 class Parity(NamedTuple):
@@ -287,26 +284,11 @@ def fold(module: torch.fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
-def onnx_of(program: torch.export.ExportedProgram, opset: int, names: tuple = NAMES) -> Any:
-    """The program as ONNX's ModelProto; InputError if that cannot hold it."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    values = [value for value in [*program.state_dict.values(), *program.constants.values()] if isinstance(value, Tensor)]
-    size = sum(value.numel() * value.element_size() for value in values)
-    if size > LARGEST:
-        raise InputError(f"{size / 2**30:.1f} GiB of constants, an ONNX file holds 2; use format=torch_export or a smaller image_size")
-    inputs, outputs = names
-    with quiet():
-        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, input_names=inputs, output_names=outputs)
-    ClearMetadataAndDocStringPass()(exported.model)  # every node's lines of source, with the paths of this machine
-    return exported.model_proto
-
-
 def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
     """A function that writes the program as ONNX with the metadata it is given."""
     import onnx
 
-    proto = onnx_of(program, opset)
+    proto = onnx_of(program, opset, NAMES)
 
     def write(metadata: dict) -> None:
         onnx.helper.set_model_props(proto, {KEY: json.dumps(metadata)})
@@ -320,7 +302,7 @@ def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -
     """The same by way of ONNX as OpenVINO's .xml and .bin, with all 32 bits."""
     import openvino
 
-    model = openvino_core().read_model(onnx_of(program, opset).SerializeToString())
+    model = openvino_core().read_model(onnx_of(program, opset, NAMES).SerializeToString())
 
     def write(metadata: dict) -> None:
         model.set_rt_info(json.dumps(metadata), [KEY, "metadata"])
@@ -433,17 +415,3 @@ def loaded(path: Path, sample: Sample) -> np.ndarray:
         return cut(path.parent, sample, read(path))
     except InputError as error:
         raise InputError(f"{error}; images come from the run's own test: where they have moved, give images=FOLDER") from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what tracing and the ONNX exporter log and warn of torch's own code."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch 2.14 and onnxscript 0.7 in their own code
-            warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # buffers that are empty share one address
-            yield
-    finally:
-        logging.disable(level)

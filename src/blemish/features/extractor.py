@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Iterable
+from importlib.metadata import version
 
 import timm
 import torch
@@ -14,12 +15,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blemish.edge.checks import check_stages, check_text
 from blemish.edge.errors import InputError
+from blemish.features.engine import Graph, graph_for
 from blemish.features.weights import OFFLINE_WAYS, bundled_state, file_state, load, no_waiting_offline
 from blemish.ops.rng import seeded
 
 # On a CPU, a layer's output is written, read once by the next layer and freed. Up to this size glibc keeps its memory for the next (above
 # its largest M_MMAP_THRESHOLD each output is mapped and cleared anew), and caches of tens of MB hold it until it is read.
 CHUNK_BYTES = 2**25
+ENGINES = ("auto", "torch", "onnxruntime")
 
 
 class Features(nn.Module):
@@ -28,7 +31,12 @@ class Features(nn.Module):
     `stages` are numbers (stage s has stride 2^(s+1); timm's own index for networks of one stride) or names of layers, see torchvision's
     feature extraction. `weights` is `pretrained`, `bundled`, `random` (drawn from `seed`), a file, or `checkpoint` when a state dict is
     loaded afterwards. InputError for an unknown backbone, stage or weights.
+    engine: torch, or onnxruntime for images of the first size that comes, where they are on a CPU; auto: the faster one, see `graph_for`.
     """
+
+    engine = "torch"
+    graph: tuple[tuple[int, ...], Graph | None] | None = None  # the size that it is for, once one is asked for
+    used: str | None = None  # the engine that made the last maps
 
     def __init__(self, backbone: str, stages: Iterable[int | str], weights: str, seed: int):
         super().__init__()
@@ -60,7 +68,21 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage. On a CPU a batch goes through the network in chunks."""
+        """Maps of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) per stage."""
+        graph = None if self.engine == "torch" else self._graph(image)
+        self.used = "onnxruntime" if graph else "torch"
+        return graph(image) if graph else self.by_torch(image)
+
+    def _graph(self, image: Tensor) -> Graph | None:
+        if image.device.type != "cpu" or image.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+            return None
+        if self.graph is None and len(image):
+            self.graph = (tuple(image.shape[-2:]), graph_for(self, image, self.engine == "onnxruntime"))
+        return self.graph[1] if self.graph and self.graph[0] == tuple(image.shape[-2:]) else None
+
+    @torch.no_grad()
+    def by_torch(self, image: Tensor) -> list[Tensor]:
+        """The maps by torch; on a CPU a batch goes through the network in chunks."""
         if image.device.type == "cpu" and not torch.compiler.is_exporting():
             count = max(1, int(CHUNK_BYTES / (self.pixel_bytes * image[0, 0].numel())))
             if count < len(image):
@@ -70,6 +92,17 @@ class Features(nn.Module):
     def maps(self, image: Tensor) -> list[Tensor]:
         x = ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return [m.movedim(-1, 1) if at_end else m for m, at_end in zip(as_list(self.net(x)), self.channels_at_end, strict=True)]
+
+    def metadata(self) -> dict[str, str | None]:
+        """What a run's record says of the network; the engine that ran it, None if all maps came from the store."""
+        return {"weights_digest": self.digest(), "engine": self.used and f"{self.used} {version(self.used)}"}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "graph": None}  # which no process can hand to another; copies open it again
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.graph = None
+        super()._load_from_state_dict(*args)
 
     def digest(self, stage: int | str | None = None) -> str:
         """16 hex digits that identify the weights, or those that one stage depends on, whatever the other stages."""

@@ -15,7 +15,7 @@ from blemish.data.module import ImageData
 from blemish.detector import Detector, OnePassDetector
 from blemish.edge.calibration import CROSS, FULL, SPLIT
 from blemish.edge.errors import InputError
-from blemish.run.config import build
+from blemish.run.checkpoint import build_detector
 from blemish.run.evaluate import Calibrate
 from blemish.run.results import fit_to_folder, preprocessing_of
 
@@ -117,7 +117,7 @@ def cross_calibrated(
     cfg.logger = None
     for number, samples in enumerate(parts, 1):
         log.info("calibrate=cross: fit %d of %d, each without a part of the images", number, len(parts))
-        part, other, seen = copy.copy(images), build(cfg.model), Calibrate()
+        part, other, seen = copy.copy(images), build_detector(cfg, one=True), Calibrate()
         part.samples, other.ranges, other.expects_calibration = samples, model.ranges, True
         trainer, data = trainer_of(cfg, [seen]), stored(part, other)
         trainer.fit(other, datamodule=data)

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.draw import Scale
-from blemish.edge.checks import check_number
+from blemish.edge.checks import check_choice, check_number
 from blemish.edge.errors import InputError
+from blemish.features.extractor import ENGINES, Features
 from blemish.files import atomic_write, fsync
 from blemish.products import Products
 from blemish.run.config import build, config_of, plain, products_of, read_config
@@ -23,11 +24,6 @@ from blemish.run.record import FINISHED, RECORD, check_archive, read_record
 log = logging.getLogger(__name__)
 
 CHECKED = 2**30  # bytes up to which a checkpoint's checksums are compared; a larger one is only mapped
-
-
-def unfitted(cfg: DictConfig) -> Detector:
-    """Return the method of a config, or one of several products, before a fit."""
-    return Products({name: build(cfg.model) for name in names}) if (names := products_of(cfg)) else build(cfg.model)
 
 
 def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
@@ -60,7 +56,7 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     if "weights" in cfg.model:
         cfg.model.weights = "checkpoint"
     try:
-        model = unfitted(cfg)
+        model = build_detector(cfg)
     except InputError as error:
         raise InputError(f"{config}: {error}") from None
     try:
@@ -68,6 +64,20 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
     except Exception as error:
         raise incomplete(checkpoint, error) from error
     return cfg, model.eval().to(device_of(device))
+
+
+def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
+    """Return the method of a config before a fit, one for each of several products unless for `one`; its engine runs its frozen networks."""
+    names = () if one else products_of(cfg)
+    model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
+    engine = cfg.get("engine", "torch")  # runs of earlier versions have none
+    check_choice("", ENGINES, engine=engine)
+    if engine == "auto" and cfg.get("weights") == "random":
+        engine = "torch"  # a graph of weights that are drawn for a run seldom pays
+    for part in model.modules():
+        if isinstance(part, Features):
+            part.engine = engine
+    return model
 
 
 def saved_scale(run: Path, cfg: DictConfig) -> Scale | None:

@@ -60,6 +60,7 @@ FIELDS = (
     "steps",  # of the optimiser, None for a method that does not train
     "batch",  # images or tiles per step
     "weights_digest",
+    "engine",  # what made the maps of the backbone, with its version
     "manifest_digest",
     "truth",  # what the pixel metrics are measured against, see `truth_kind`
     "counts",  # images by split and label

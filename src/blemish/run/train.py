@@ -29,7 +29,7 @@ from blemish.features.extractor import Features
 from blemish.files import atomic_write, no_room, release, write_csv, write_json, write_text
 from blemish.products import Products
 from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
-from blemish.run.checkpoint import Streamed, device_of, portable_config, save_checkpoint, save_whole, unfitted
+from blemish.run.checkpoint import Streamed, build_detector, device_of, portable_config, save_checkpoint, save_whole
 from blemish.run.config import build, check_config, default_folder, module_of, plain, products_of
 from blemish.run.evaluate import Calibrate, Evaluate
 from blemish.run.products import TestedProducts, fit_product, product_data, renew
@@ -182,7 +182,8 @@ class Run:
         if self.trainer.is_global_zero:
             self._write_results(metrics)
         store = self.data.metadata() if isinstance(self.data, StoredData) else None
-        self.record.finish({"seconds": self.times.total(), "store": store})
+        features = features_of(self.model)
+        self.record.finish({"seconds": self.times.total(), "store": store, **(features.metadata() if features else {})})
         return metrics
 
     def _write_results(self, metrics: dict) -> None:
@@ -215,7 +216,7 @@ class Run:
 
 def build_model(cfg: DictConfig) -> Detector:
     """Return the method of a config, ready to be fitted; InputError for an augmentation of images that are looked at once."""
-    model, augment = unfitted(cfg), Augment(**cfg.augment)
+    model, augment = build_detector(cfg), Augment(**cfg.augment)
     for part in model.parts if isinstance(model, Products) else [model]:
         if augment and not isinstance(part, TrainedDetector):
             raise InputError(
@@ -318,9 +319,14 @@ def save_config(cfg: DictConfig) -> None:
     write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
+def features_of(model: Detector) -> Features | None:
+    """Return the frozen backbone of a method that has one."""
+    return next((part for part in model.modules() if isinstance(part, Features)), None)
+
+
 def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
     """Return the FIELDS of a record that are known before the fit."""
-    features = next((part for part in model.modules() if isinstance(part, Features)), None)
+    features = features_of(model)
     trains = isinstance(model.parts[0] if isinstance(model, Products) else model, TrainedDetector)
     counts = Counter(f"{sample.split}/{sample.defect}" for sample in data.samples)
     return {
@@ -341,7 +347,7 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "unit": cfg.data.get("unit", "image"),
         "backbone": cfg.get("backbone") if features else None,
         "weights": cfg.get("weights") if features else None,
-        "weights_digest": features.digest() if features else None,
+        **(features.metadata() if features else {}),
         "manifest_digest": data.digest,
         "truth": truth_kind(data.samples),
         "counts": dict(sorted(counts.items())),
