@@ -2,8 +2,8 @@
 
 BLEMISH_NOISE_ORACLES=folder python benchmarks/noise_speed.py [--before FOLDER] writes results/noise_speed.json, and from it three tables of
 docs/noise_residual.md. FOLDER has an earlier version of the project, whose search is timed in turn with this one: `git archive 31a4a17`
-is the last with a search of every patch. Times are CPU seconds of one thread, which other work on the machine changes least; the smallest of
-three runs of small images.
+is the last with a search of every patch. Times are CPU seconds of one thread, which other work on the machine changes least; the least
+of three runs of small images.
 """
 
 import argparse

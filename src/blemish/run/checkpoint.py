@@ -67,7 +67,7 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
 
 
 def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
-    """Return the method of a config before a fit, one for each of several products unless for `one`; its engine runs its frozen networks."""
+    """Return the method of a config before a fit, for each of several products unless for `one`; its engine runs frozen networks."""
     names = () if one else products_of(cfg)
     model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
     engine = cfg.get("engine", "torch")  # runs of earlier versions have none

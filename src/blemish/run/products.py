@@ -20,6 +20,7 @@ from blemish.edge.errors import InputError
 from blemish.files import write_text
 from blemish.products import Products, global_features
 from blemish.run.calibrate import calibrated_fit
+from blemish.run.checkpoint import build_detector
 from blemish.run.config import build, composed, plain, products_of
 from blemish.run.evaluate import DECISIONS, METRICS, ORACLES, PRODUCTS, RECOGNITION, SCORES, Calibrate, Evaluate
 
@@ -63,7 +64,7 @@ def renew(cfg: DictConfig, model: Products, folder: Path, images: ProductData) -
             changed = f"{len(before - now)} gone, {len(now - before)} new"
             raise InputError(f"update={folder}: the normal images of {name} have changed since its fit ({changed}); expected the same ones")
     for name in new:
-        model.add(name, build(cfg.model))
+        model.add(name, build_detector(cfg, one=True))
     for name in gone:
         model.remove(name)
     log.info("products: %s kept, %s removed, %s to be fitted", *(", ".join(sorted(some)) or "none" for some in (kept, gone, new)))
