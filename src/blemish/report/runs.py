@@ -60,7 +60,7 @@ def calibration_of(run: Run) -> dict:
 
 
 def drifts(folder: str | Path) -> dict[str, str]:
-    """{digest of calibration scores: time of the alarm} of all monitors below a folder that have raised one, see `run.monitor`."""
+    """{digest of calibration scores: time of the alarm} of all monitors below a folder that have raised one, see `edge.monitor`."""
     found = {}
     for path in Path(folder).rglob("monitor.json"):
         saved = read_json(path) or {}

@@ -24,12 +24,12 @@ from blemish.data.module import ImageData
 from blemish.data.tiles import bytes_of
 from blemish.edge.boxes import boxes_of
 from blemish.edge.calibration import Threshold
+from blemish.edge.monitor import digest_of_scores
 from blemish.edge.reading import SOFTWARE, is_result
 from blemish.files import atomic_write, picture_info, write_text
 from blemish.metrics.image import IMAGE_METRICS, POOLED, ImageMetrics
 from blemish.metrics.pixel import PIXEL_METRICS, PixelMetrics
 from blemish.ops.maps import peaks
-from blemish.run.monitor import digest_of_scores
 from blemish.run.results import RECOGNISED, Rule, first, recognised, scale_of
 from blemish.run.tiling import ImageCallback, to_bytes
 from blemish.run.timing import StageTimes
