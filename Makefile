@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-gpu lint format docs clean
+.PHONY: help install demo test test-full test-gpu lint format docs sbom clean
 PYTHON ?= python3
 BIN := .venv/bin
 # a worker for each core, of one thread each; a test that a worker is done with is nobody else's
@@ -46,6 +46,12 @@ docs: .venv/installed-docs ## the documentation site, in build/site
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
+
+SBOM ?= build/sbom.json
+
+sbom: .venv/installed-dev ## what .venv consists of, tools included, as CycloneDX in build/sbom.json
+	mkdir -p $(dir $(SBOM))
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible -o $(SBOM) $(BIN)/python
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

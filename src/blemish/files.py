@@ -6,9 +6,7 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,15 +14,14 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from blemish.edge.errors import InputError
-from blemish.edge.outputs import INDEX as INDEX  # these three also for higher rooms
+from blemish.edge.outputs import INDEX as INDEX  # these four also for higher rooms
 from blemish.edge.outputs import Outputs as Outputs
 from blemish.edge.outputs import picture_info as picture_info
+from blemish.edge.outputs import remove_stale as remove_stale
 
 LOCK = ".lock"  # in a folder that a process writes to; the system releases it when the process ends, however it ends
 CHOOSE = "choose another folder"
 MIN_FREE = 2**16  # bytes: a disk with fewer free bytes counts as full
-STALE = 86400  # seconds after which an unfinished file is removed from a folder that several processes may write to
-UNFINISHED = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of files that are being written
 
 _locks: dict[Path, FileLock] = {}  # that this process holds, by folder
 
@@ -137,14 +134,6 @@ def fsync(file: IO) -> None:
     """Write an open file to the disk, so that a power cut after its renaming does not leave a name without content."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def remove_stale(folder: Path, age: float = STALE) -> None:
-    """Remove unfinished files of killed processes that are older than `age` seconds; younger ones may be another process's."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
-            if UNFINISHED.fullmatch(path.name) and path.lstat().st_mtime <= time.time() - age:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def no_room(error: BaseException, place: str | Path) -> InputError | None:

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import os
+import re
+import shutil
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +19,8 @@ from .errors import InputError
 from .reading import SOFTWARE, digest_of, file_digest, find_images, is_result
 
 INDEX = ".blemish"  # in an output folder: a line of digest and name for each file that was written there
+STALE = 86400  # seconds after which an unfinished file is removed from a folder that several processes may write to
+UNFINISHED = re.compile(r"\.\d+-[0-9a-f]{8}(\.\w+)?")  # names of files that are being written
 LONGEST = 255 - len("_detections.json")  # bytes of an output's name before its ending
 
 
@@ -54,6 +59,14 @@ def write_whole(path: Path, data: bytes, before: Callable[[Path], None] | None =
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_stale(folder: Path, age: float = STALE) -> None:
+    """Remove unfinished files of killed processes that are older than `age` seconds; younger ones may be another process's."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if UNFINISHED.fullmatch(path.name) and path.lstat().st_mtime <= time.time() - age:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 class Outputs:

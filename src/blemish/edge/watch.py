@@ -20,7 +20,7 @@ from .checks import check_number, check_switch, check_text, check_whole
 from .errors import InputError
 from .journal import Journal
 from .monitor import Monitor
-from .outputs import encoded, write_whole
+from .outputs import encoded, remove_stale, write_whole
 from .reading import file_digest
 from .result import Result
 from .runtime import Model
@@ -115,6 +115,8 @@ class Watch:
 
     def _begin(self, source: Arrivals | None, post: Post | None) -> None:
         settings, seen = self.settings, self.journal.__contains__
+        for folder in (self.output, self.output / "alarms"):
+            remove_stale(folder, age=0)  # of a process that was killed
         self.monitor = self._monitor()
         options = (settings.settle, settings.patience, settings.queue, settings.once)
         self.source = source or arrivals(settings.input, seen, self.clock, *options)
