@@ -2,7 +2,7 @@
 
 python benchmarks/false_alarms.py [--images 2000] [--again] writes results/false_alarms.json, and from it the tables of
 docs/noise_residual.md and the figure docs/false_alarms.svg. Rows that the file already has for as many images are kept unless --again is
-given; all of them take some fifteen minutes on one core.
+given; all of them take some twenty minutes on one core. Energies and three more photographs have 300 images, whole detectors 60.
 """
 
 import argparse
@@ -17,13 +17,16 @@ import numpy as np
 import skimage.data
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from scipy import ndimage
 from torch import Tensor
 
+from blemish.detector import Detector
 from blemish.noise import background
 from blemish.noise.false_alarms import disc, false_alarms, least, log10_tail, number_of_tests
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import grow, mirrored, pyramid
+from blemish.run.config import build
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "noise_residual.md"
@@ -31,6 +34,8 @@ EPSILONS = (1.0, 0.1, 0.01)
 RADII = (2, 4)
 SIDE = 128
 TEXTURES = ("brick", "grass", "gravel")
+MORE = ("moon", "immunohistochemistry", "retina")  # surfaces that scikit-image has without a download, too
+FEATURES = {"source": "features", "stage": 2, "patch_cells": 3, "components": 16, "statistic": "energy"}
 MODEL = {
     "patch": 8,
     "neighbors": 16,
@@ -92,9 +97,17 @@ def blur_gain(side: int, sigma: float) -> Tensor:
     return torch.exp(-2 * (math.pi * sigma) ** 2 * (fy**2 + fx**2))
 
 
-def residuals() -> dict[str, Tensor]:
-    """What the patch model leaves of whole grey photographs (1, 1, 512, 512) of textures without defects."""
-    return {name: background.residual(torch.tensor(getattr(skimage.data, name)()).float()[None, None], **MODEL) for name in TEXTURES}
+def photograph(name: str) -> Tensor:
+    """A grey photograph (1, 1, 512, 512), the middle of a larger one, in [0, 255]."""
+    image = torch.tensor(getattr(skimage.data, name)()).float()
+    image = image if image.ndim == 2 else image.mean(2)
+    top, left = ((side - 512) // 2 for side in image.shape)
+    return image[None, None, top : top + 512, left : left + 512]
+
+
+def residuals(names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What the patch model leaves of whole photographs (1, 1, 512, 512) of surfaces without defects."""
+    return {name: background.residual(photograph(name), **MODEL) for name in names}
 
 
 def crops(residual: Tensor, images: int, seed: int) -> Iterator[Tensor]:
@@ -138,6 +151,37 @@ def whole_detector(images: int, side: int, level: float, seed: int) -> Iterator[
         yield gaussianise(background.residual(noise, **MODEL))
 
 
+def detector(**changes) -> Detector:
+    """The method on one scale, with the bundled network."""
+    overrides = ["model=noise_residual", "backbone=tf_efficientnet_lite0", "weights=bundled", "data=textures", "model.scales=1"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides=[*overrides, "model.channels=1", *(f"model.{key}={value}" for key, value in changes.items())])
+    return build(cfg.model).eval()
+
+
+def alarms_of(name: str, images: int, side: int, **changes) -> list[dict]:
+    """What a detector finds in crops of the right half of a photograph, with ten crops of the left half as references if it has any."""
+    model, photo = detector(**changes), photograph(name).expand(1, 3, -1, -1) / 255
+
+    def crops(count: int, left: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        tops, lefts = (torch.randint(0, room + 1, (count,), generator=generator).tolist() for room in (512 - side, 256 - side))
+        return torch.cat([photo[..., y : y + side, left + x : left + x + side] for y, x in zip(tops, lefts, strict=True)])
+
+    if model.needs_fit:
+        state = model.new_state(10)
+        state.update(model.collect(crops(10, 0, 1)))
+        model.fit(state)
+    nfa = torch.cat([model.alarms(part).log10_nfa for part in crops(images, 256, 2).split(4)])
+    step = 8 if model.backbone else 1  # cells of the network's stage
+    hits = [(nfa <= math.log10(epsilon)) for epsilon in EPSILONS]
+    row = {"scales": 1, "bound": "tests", "images": images, "pixels": [h[:, ::step, ::step].sum().item() / images for h in hits]}
+    row["components"] = [sum(ndimage.label(one, structure=np.ones((3, 3)))[1] for one in h.numpy()) / images for h in hits]
+    row["map_pixels"] = [h.sum().item() / images for h in hits]
+    row["images_with_any"] = [h.any(2).any(1).float().mean().item() for h in hits]
+    return [row | {"promise": model.bound_kind}]
+
+
 def borders(images: int, seed: int) -> list[dict]:
     """Mean pixels of 64×64 noise at NFA ≤ ε, N = R·H·W, for four ways of treating the border."""
     generator = torch.Generator().manual_seed(seed)
@@ -170,8 +214,8 @@ def measure(images: int, path: Path, again: bool) -> dict:
     result = {"epsilon": EPSILONS, "side": SIDE, "rows": [], "borders": known.get("borders") or borders(2000, 5)}
     both = ((1, "tests"), (4, "tests"))
 
-    def add(name: str, channels: int, batches: Iterator[Tensor], count: Callable[[Iterator[Tensor]], list[dict]]) -> None:
-        found = [r for r in known.get("rows", []) if (r["noise"], r["channels"]) == (name, channels) and r["images"] >= images]
+    def add(name: str, channels: int, batches: Iterator[Tensor], count: Callable[..., list[dict]], least: int = images) -> None:
+        found = [r for r in known.get("rows", []) if (r["noise"], r["channels"]) == (name, channels) and r["images"] >= least]
         result["rows"].extend(found or [{"noise": name, "channels": channels, **f} for f in count(batches)])
         if not found:
             seen = {(r["noise"], r["channels"]) for r in result["rows"]}
@@ -179,7 +223,7 @@ def measure(images: int, path: Path, again: bool) -> dict:
             keep({**result, "rows": result["rows"] + later}, path)
             print(*result["rows"][-2:], sep="\n", flush=True)
 
-    left = residuals()
+    left, few = residuals(TEXTURES), min(300, images)
     low = blur_gain(SIDE, 1.0)
     colours: dict[str, Callable[[Tensor], Tensor]] = {"white": lambda x: x}
     colours |= {"low-pass, σ 1 px": spectral(low), "high-pass, σ 1 px": spectral(1 - low)}
@@ -192,20 +236,29 @@ def measure(images: int, path: Path, again: bool) -> dict:
         for kind, change in (("pixels shuffled", shuffled), ("phases drawn", other_phases)):
             add(f"{name}'s residual, {kind}", 1, changed(crops(r, images, 9), change, 11), partial(counts, settings=both))
         add(f"{name}'s residual itself", 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both))
-        name = f"{name}'s residual itself, measured tails"
+        name = f"{name}'s residual itself, mode: measured"
         add(name, 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both, measured=True))
-        count = partial(counts, settings=both, measured=True, statistic="energy")
-        add(f"{name}, energy", 1, map(gaussianise, crops(r, images, 9)), count)
     white = drawn(images, 1, 1, colours["white"])
-    add("white, measured tails", 1, white, partial(counts, settings=both, measured=True))
-    for channels in (1, 5):
-        add(
-            "white, energy",
-            channels,
-            drawn(images, channels, channels, colours["white"]),
-            partial(counts, settings=both, statistic="energy"),
-        )
+    add("white, mode: measured", 1, white, partial(counts, settings=both, measured=True))
     add("white image of 48 px through the whole detector", 1, whole_detector(images, 48, 30.0, 7), partial(counts, settings=both[:1]))
+    for channels in (1, 5):
+        count = partial(counts, settings=both, statistic="energy")
+        add("white, energy", channels, drawn(few, channels, channels, colours["white"]), count, few)
+    for name, r in (left | residuals(MORE)).items():
+        for kind, options in (("", {}), (", mode: measured", {"measured": True})):
+            for statistic in ("mean", "energy") if kind else ("mean",):
+                title = f"{name}'s residual itself{kind}" + (", energy" if statistic == "energy" else "")
+                if name in MORE or statistic == "energy":
+                    batches = map(gaussianise, crops(r, few, 9))
+                    add(title, 1, batches, partial(counts, settings=both, statistic=statistic, **options), few)
+    few = min(60, images)
+    for name in TEXTURES + MORE:
+        for kind, side, options in (
+            ("pixels, 10 references", 128, {"references": 10}),
+            ("features and their energy, 10 references", 192, {"references": 10, **FEATURES}),
+            ("features and their energy, alone", 192, FEATURES),
+        ):
+            add(f"{name}: {kind}", 1, iter(()), lambda _, a=(name, few, side), o=options: alarms_of(*a, **o), few)
     return result
 
 
@@ -215,7 +268,8 @@ def table(result: dict) -> str:
     lines = [f"| {head} |", "|---|--:|--:|---|--:|---|---|---|"]
     for r in result["rows"]:
         cells = [" / ".join(f"{v:.3g}" for v in r[key]) for key in ("pixels", "components", "map_pixels")]
-        lines.append(f"| {r['noise']} | {r['channels']} | {r['scales']} | {r['bound']} | {r['images']} | " + " | ".join(cells) + " |")
+        noise = r["noise"] + (f" ({r['promise']})" if "promise" in r else "")
+        lines.append(f"| {noise} | {r['channels']} | {r['scales']} | {r['bound']} | {r['images']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ from blemish.types import Prediction
 
 BORDER = 32  # mirrored pixels around the image of a network, whose own padding would stand out as an anomaly
 LEVELS = ("bank", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
-NO_OPERATORS = "ONNX has no logarithm of a normal tail and no median; use `predict run=…`, or export padim or patchcore"
+NO_OPERATORS = "ONNX has no medians and no logarithm of a normal tail, which it computes; use `predict run=…`, or export padim or patchcore"
 
 
 class NoiseResidual(OnePassDetector):
