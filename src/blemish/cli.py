@@ -101,7 +101,11 @@ def bench(cfg: Any) -> None:
 
     from blemish.deploy import bench
 
-    Console(soft_wrap=True).print(bench.table(bench.bench_run(cfg)))
+    rows, rates = bench.bench_run(cfg)
+    Console(soft_wrap=True).print(bench.table(rows))
+    say("images a second:")
+    for line in bench.best(rates):
+        say(line)
 
 
 def table(cfg: Any) -> None:

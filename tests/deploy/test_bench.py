@@ -11,8 +11,20 @@ import torch
 from support import composed, tiny_run
 
 from blemish.deploy import bench
-from blemish.deploy.bench import Engine, Row, bench_run, graph_engine, measured, timed, torch_engine
-from blemish.deploy.export import chosen, loaded
+from blemish.deploy.bench import (
+    Engine,
+    Rate,
+    Row,
+    bench_run,
+    graph_engine,
+    graphs_of,
+    measured,
+    parts_as_programs,
+    roof,
+    timed,
+    torch_engine,
+)
+from blemish.deploy.parity import chosen, loaded
 from blemish.edge.errors import InputError
 from blemish.run.checkpoint import load
 from blemish.run.results import preprocessing_of
@@ -49,7 +61,11 @@ def test_engines_compute_the_run_complete_and_in_parts(run, arrays, name):
     saved, model = load(run, "cpu")
     preprocessing = preprocessing_of(saved)
     plain = torch_engine(model, preprocessing, (48, 48))
-    other = graph_engine(name, load(run, "cpu")[1], preprocessing, (48, 48), "uint8", config(run))
+    parts = parts_as_programs(load(run, "cpu")[1], preprocessing, (48, 48), "uint8", True)
+    assert parts["full"].operations == pytest.approx(parts["backbone"].operations + parts["score"].operations)
+    assert parts["score"].bytes > model.cholesky.nbytes / 2 and parts["score"].operations > model.cholesky.numel() / 2
+    assert [r.stage for r in roof(parts)] == ["image to score", "backbone", "score"]
+    other = graph_engine(name, graphs_of(parts, 20), preprocessing, (48, 48), "uint8", 1)
     expected = plain.calls["full"](plain.stack([plain.resize(array) for array in arrays]))
     batch = other.stack([other.resize(array) for array in arrays])
     unit = torch.from_numpy(batch).permute(0, 3, 1, 2) / 255
@@ -72,19 +88,21 @@ def test_what_is_written(run, tmp_path, monkeypatch, caplog):
     page, threads = tmp_path / "page.md", torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     page.write_text("before\n<!-- latency: begin -->\nold\n<!-- latency: end -->\nafter\n")
-    rows = bench_run(config(run, "engines=[torch,onnxruntime]", f"output='{tmp_path}/b.json'", f"doc='{page}'"))
+    rows, rates = bench_run(config(run, "engines=[torch,onnxruntime]", f"output='{tmp_path}/b.json'", f"doc='{page}'"))
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
-    assert "onnxruntime is left out: no graph" in caplog.text
+    assert "no graph" in caplog.text
+    assert [rate[:3] for rate in rates] == [("torch", 1, 1), ("torch", 1, 2)] and all(rate.images_per_second > 0 for rate in rates)
+    assert len(bench.best([*rates, Rate("torch", 2, 1, 9.0)])) == 2
     stages = [("torch", n, stage) for n in (1, 2) for stage in STAGES]
     assert [(r.engine, r.batch, r.stage) for r in rows] == [("any", 1, "decode"), *stages]
     assert all(0 < r.median <= r.p95 <= r.p99 and r.calls == 3 for r in rows)
     written = json.loads((tmp_path / "b.json").read_text())
-    assert [Row(**row) for row in written["milliseconds"]] == rows
+    assert [Row(**row) for row in written["milliseconds"]] == rows and [Rate(**rate) for rate in written["throughput"]] == rates
     assert (written["threads"], written["warmup"], written["repeats"], written["size"]) == (1, 1, 3, [48, 48])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "48×48 px" in text and "1 threads" in text and "| torch | 2 | image to score |" in text
+    assert "48×48 px" in text and "1 threads" in text and "| torch | 2 | image to score |" in text and "- torch, 1 threads: " in text
     assert bench.table(rows).row_count == len(rows)
 
 

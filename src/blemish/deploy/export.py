@@ -2,61 +2,37 @@
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blemish.data.dataset import cut
-from blemish.data.images import ignore_mask, prepare
-from blemish.data.manifest import Sample, read_manifest
-from blemish.detector import Detector, apply_ignore_mask
+from blemish.deploy.parity import Parity, arrays_of, certified, chosen, compare
+from blemish.deploy.quantize import MOST, SEEN, joined, quantised
+from blemish.detector import Detector
 from blemish.edge.checks import check_choice, check_number, check_size, check_switch, check_whole
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, middle, strips_of
-from blemish.edge.reading import file_digest, read
-from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal
+from blemish.edge.reading import file_digest
+from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal, to_input
 from blemish.features.engine import onnx_of, quiet
+from blemish.features.extractor import Features
 from blemish.files import atomic_write, remove_stale, replacing
 from blemish.run.checkpoint import load, newest_run
-from blemish.run.config import build
+from blemish.run.progress import steps
 from blemish.run.record import check_archive, read_record
-from blemish.run.results import Preprocessing, Rule, images_at, preprocessing_of
-from blemish.run.tiling import TOGETHER, score_image
-from blemish.types import UNKNOWN, Prediction
+from blemish.run.results import Preprocessing, Rule, preprocessing_of
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch_export": ()}
 NAMES = (["image"], ["score", "map"])  # of inputs and outputs, the map where there is one
 FOLDED = 2**20  # values of a constant that may be larger than what it is computed from
-
-
-class Parity(NamedTuple):
-    """How far an export is from its run on the same images."""
-
-    images: int
-    score_difference: float  # the largest
-    score_scale: float  # what it is measured by, see `spread`
-    map_difference: float | None  # the largest of any pixel; None without maps
-    map_scale: float | None
-    flipped: int  # decisions that are not the run's
-
-    def holds(self, tolerance: float, map_tolerance: float, flips: int) -> bool:
-        """Whether no difference is above its share of its scale, and no more decisions than `flips` differ."""
-        close = self.score_difference <= tolerance * self.score_scale and self.flipped <= flips
-        return close and (self.map_difference is None or self.map_difference <= map_tolerance * self.map_scale)
-
-    def __str__(self) -> str:
-        found = [("a score", self.score_difference, self.score_scale), ("a map's pixel", self.map_difference, self.map_scale)]
-        shares = [f"of {name} {d:.3g}, {d / scale:.2g} of a spread of {scale:.3g}" for name, d, scale in found if d is not None]
-        return f"{self.images} images: largest difference {'; '.join(shares)}; {self.flipped} decisions flipped"
 
 
 class ExportModule(nn.Module):
@@ -127,6 +103,7 @@ def export_run(cfg: Any) -> tuple[Path, Parity]:
     InputError where the method has no such export or the file differs from the run by more than the config allows; nothing is left then.
     """
     check_choice("", ENDINGS, format=cfg.format)
+    check_choice("", ("float32", "int8"), precision=cfg.precision)
     check_choice("", ("uint8", "float"), input=cfg.input)
     check_size(source=cfg.source, size=cfg.size)
     check_switch("", maps=cfg.maps)
@@ -140,27 +117,74 @@ def export_run(cfg: Any) -> tuple[Path, Parity]:
     path = Path(cfg.output) if cfg.output else (run.parent if run.is_file() else run) / "export" / f"model{ENDINGS[cfg.format]}"
     size = checked_size(cfg, preprocessing, path)
     check_exportable(model, cfg.maps)
+    integers = cfg.precision == "int8"
+    if integers:
+        check_integers(cfg, run, model)
     images = chosen(cfg.images, run, saved.data, cfg.n)
     limits = {key: cfg[key] for key in ("tolerance", "map_tolerance", "flips")}
     weights = path.with_suffix(".bin") if cfg.format == "openvino" else None
     remove_stale(path.parent)
-    with replacing(path, weights), atomic_write(path) as temporary:
-        module = ExportModule(model, size, cfg.input, cfg.source, preprocessing, cfg.maps)
-        program, batch = traced(module, example(cfg.input, cfg.source or size))
-        metadata = metadata_of_run(cfg, saved, model, preprocessing) | {"size": size, "batch": batch}
+    with replacing(path, weights), atomic_write(path) as temporary, steps("graph", "file", "comparison") as step:
+        step("graph")
+        metadata = metadata_of_run(cfg, saved, model, preprocessing) | {"size": size}
+        options = (model, size, cfg.input, cfg.source, preprocessing, cfg.maps)
+        if integers:
+            seen = arrays_of(chosen(None, run, saved.data, SEEN, "train"), preprocessing)
+            graph, metadata["batch"] = two_precisions(options, cfg, [to_input(array, metadata) for array in seen])
+        else:
+            graph, metadata["batch"] = traced(ExportModule(*options), example(cfg.input, cfg.source or size))
         try:
-            write = WRITERS[cfg.format](program, temporary, cfg.opset)
+            step("file")
+            write = WRITERS[cfg.format](graph, temporary, cfg.opset)
             write(metadata)
-            parity = compare(model, preprocessing, (Program if cfg.format == "torch_export" else Model)(temporary), images)
+            step("comparison")
+            other = (Program if cfg.format == "torch_export" else Model)(temporary)
+            other.exact = integers
+            parity = compare(model, preprocessing, other, images)
             if not parity.holds(**limits):
                 allowed = ", ".join(f"{name}={value}" for name, value in limits.items())
                 raise InputError(f"{path}: not kept, it differs from its run ({parity}); expected {allowed}, each a share of its spread")
-            write({**metadata, "parity": {**parity._asdict(), **limits}})
+            if integers:
+                held_out = chosen(None, run, saved.data, MOST, "calibrate") or chosen(None, run, saved.data, MOST, "train")
+                parity = parity._replace(band=certified(other, held_out, images))
+                if parity.band.flips > cfg.flips:
+                    raise InputError(f"{path}: not kept, {parity.band}; expected flips={cfg.flips}, or precision=float32")
+            *figures, (_, band) = parity._asdict().items()
+            write({**metadata, "parity": {**dict(figures), **limits}, "band": band and band._asdict()})
             if weights:  # before the .xml that needs them
                 temporary.with_suffix(".bin").replace(weights)
         finally:
             temporary.with_suffix(".bin").unlink(missing_ok=True)
     return path, parity
+
+
+def check_integers(cfg: Any, run: Path, model: Detector) -> None:
+    """InputError where nothing can be computed in integers, or nothing says how far that is from float32."""
+    if cfg.format != "onnx":
+        raise InputError(f"precision=int8, format={cfg.format}: only with format=onnx")
+    if run.is_file() or not len(model.calibration):
+        raise InputError(f"precision=int8, run={run}: expected the folder of a run with calibration images (protocol=clean)")
+    if not splits(model):
+        raise InputError(f"precision=int8: {type(model).__name__} is not a backbone and a score of its maps; expected precision=float32")
+
+
+def splits(model: Detector) -> bool:
+    """Whether a method is `score` of the maps of its backbone and nothing else."""
+    return isinstance(getattr(model, "backbone", None), Features) and type(model).forward is Detector.forward
+
+
+def two_precisions(options: tuple, cfg: Any, seen: list) -> tuple[Any, int | None]:
+    """The graph in both precisions as ONNX's ModelProto, and its batch size; `seen` are inputs for the ranges of the integers."""
+    inputs, modules = (
+        example(cfg.input, cfg.source or options[1]),
+        [ExportModule(*options, part=part).eval() for part in ("backbone", "score")],
+    )
+    with torch.no_grad():
+        maps = modules[0](inputs)
+    programs, batches = zip(*(traced(*one) for one in zip(modules, (inputs, maps), strict=True)), strict=True)
+    between = [f"map_{i}" for i in range(len(maps))]
+    backbone, score = (onnx_of(*one) for one in zip(programs, [cfg.opset] * 2, ((NAMES[0], between), (between, NAMES[1])), strict=True))
+    return joined(backbone, quantised(backbone, [array[None] for array in seen]), score), 1 if 1 in batches else None
 
 
 def checked_size(cfg: Any, preprocessing: Preprocessing, path: Path) -> list[int]:
@@ -211,6 +235,7 @@ def metadata_of_run(cfg: Any, saved: Any, model: Detector, preprocessing: Prepro
         "roi": packed(preprocessing.roi.mask) if preprocessing.roi else None,
         "ranges": model.ranges,
         "maps": cfg.maps,
+        "band": None,
         "opset": cfg.opset if cfg.format != "torch_export" else None,
         "seal": NO_SEAL if cfg.format != "torch_export" else None,  # an archive has checksums of its own
         "exporter": f"torch {torch.__version__}" + (f", openvino {version('openvino')}" if cfg.format == "openvino" else ""),
@@ -284,11 +309,11 @@ def fold(module: torch.fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
-def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
-    """A function that writes the program as ONNX with the metadata it is given."""
+def to_onnx(program: Any, path: Path, opset: int) -> Callable[[dict], None]:
+    """A function that writes the program, or ONNX's ModelProto, as ONNX with the metadata it is given."""
     import onnx
 
-    proto = onnx_of(program, opset, NAMES)
+    proto = onnx_of(program, opset, NAMES) if isinstance(program, torch.export.ExportedProgram) else program
 
     def write(metadata: dict) -> None:
         onnx.helper.set_model_props(proto, {KEY: json.dumps(metadata)})
@@ -335,83 +360,3 @@ def set_seal(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(place)
         file.write(digest.encode())
-
-
-@torch.inference_mode()
-def compare(model: Detector, preprocessing: Preprocessing, other: Model, images: Iterable[tuple[Path, Sample]]) -> Parity:
-    """Scores, maps and decisions of the run, from its own preprocessing of each image, against those of the export from its file.
-
-    Of a sample that is a part of a file the export is given the pixels.
-    """
-    scores, peaks, differences, map_differences, flipped = [], [], [], [], 0
-    for path, sample in images:
-        array = loaded(path, sample)
-        score, map = score_of_run(model, preprocessing, array, other.metadata["maps"])
-        ((*_, found, found_map),) = other.scored([array if sample.tile else path], TOGETHER)
-        scores.append(score)
-        differences.append(abs(found - score))
-        flipped += other.threshold is not None and (score > other.threshold) != (found > other.threshold)
-        if found_map is not None:
-            peaks.append(float(map.max()))
-            map_differences.append(float(np.abs(found_map - map).max()))
-    if not np.isfinite(differences + map_differences).all():
-        differences = [float("inf")]
-    calibration = model.calibration.cpu().double().numpy()
-    maps = (max(map_differences), spread(calibration[:, 1], peaks)) if map_differences else (None, None)
-    return Parity(len(scores), max(differences), spread(calibration[:, 0], scores), *maps, int(flipped))
-
-
-def score_of_run(model: Detector, preprocessing: Preprocessing, array: np.ndarray, maps: bool) -> tuple[float, np.ndarray | None]:
-    """Score and map of an image by the run: (h, w) in the pixels of the network's input, or by tiles in the image's own.
-
-    InputError where an export without `maps` could not have the score.
-    """
-    geometry, window, tile, *_ = preprocessing
-    inside = preprocessing.inside(None, *array.shape[:2])
-    if tile:
-        score, map = score_image(model, array, preprocessing, TOGETHER, None, inside)
-        map, by_map = None if map is None else map[:], map is not None and inside is not None
-    else:
-        found = model(prepare(array, window, geometry, inside)[None])
-        ignored = ignore_mask(*array.shape[:2], geometry, inside)
-        by_map = found.map is not None and ignored is not None and model.map_share is not None
-        score, map = found if ignored is None else apply_ignore_mask(Prediction(*found), ignored[None], model.map_share)
-        score, map = float(score), None if map is None else map[0].numpy()
-    if by_map and not maps:
-        raise InputError("maps=false: the score is that of the map inside the ROI or the letterbox; expected maps=true")
-    return score, map
-
-
-def spread(normal: Sequence[float], shown: Sequence[float]) -> float:
-    """The standard deviation of the scores of held-out normal images; if there are none or all are equal, of the images compared, and
-    if these are equal too, their magnitude."""
-    for values in (np.asarray(normal), np.asarray(shown)):
-        if len(values) > 1 and values.std(ddof=1) > 1e-6 * np.abs(values).max():
-            return float(values.std(ddof=1))
-    return float(np.abs(shown).max()) or 1.0
-
-
-def chosen(folder: str | None, run: Path, data: Any, n: int) -> list[tuple[Path, Sample]]:
-    """At most n images, evenly spaced in their order: of a folder, or those that a run was tested on, with their rows of its manifest.
-
-    `data` is the config of the run's data, which knows where they are.
-    """
-    if not folder:
-        module = build(data)
-        module.prepare_data()  # drawn images are drawn again where they are gone
-        found = [(module.root / sample.path, sample) for sample in read_manifest(run / "manifest.csv") if sample.split == "test"]
-    elif not Path(folder).expanduser().exists():
-        raise InputError(f"images={folder}: no such file or folder")
-    else:
-        found = [(path, Sample(path.name, "test", UNKNOWN, "unknown")) for path in images_at(folder)]
-    if not found:
-        raise InputError(f"images={folder}: no images; expected images=FOLDER where the run was not tested")
-    return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(n, len(found))).round().astype(int))]
-
-
-def loaded(path: Path, sample: Sample) -> np.ndarray:
-    """The decoded image, or the tile of it that the sample is."""
-    try:
-        return cut(path.parent, sample, read(path))
-    except InputError as error:
-        raise InputError(f"{error}; images come from the run's own test: where they have moved, give images=FOLDER") from None

@@ -41,6 +41,7 @@ from .ranges import Range, doubt, range_of
 from .result import Result
 
 KEY = "blemish"  # of the metadata among a file's own metadata
+EXACT = "float32"  # the input of a graph in two precisions that chooses this one
 FORMAT = "blemish artefact 3"
 SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # in the metadata, and before it is known
 ENGINES = {".onnx": "onnxruntime", ".xml": "openvino"}
@@ -52,8 +53,13 @@ Run = Callable[..., Sequence[np.ndarray]]
 class Model:
     """An exported detector; `metadata` is what was written into the file: method, threshold, calibration, preprocessing, parity and so on.
 
-    `threads` for the engine, all of the machine if None. InputError for a file that is damaged or no export of blemish.
+    `threads` for the engine, all of the machine if None. Of an export in two precisions the backbone is run in integers, and images whose
+    score is near the threshold are scored again in float32; `exact` set to True: all are, and once. `twice` counts those scored again.
+    InputError for a file that is damaged or no export of blemish.
     """
+
+    exact = False
+    twice = 0
 
     def __init__(self, path: str | Path, threads: int | None = None):
         try:
@@ -102,9 +108,7 @@ class Model:
                 with named(chosen[0]):
                     found = [self._by_tiles(arrays[0], size)]
             else:
-                inputs, ignore_masks = zip(*map(self._prepared, chosen, arrays), strict=True)
-                share, pairs = self.metadata["map_share"], zip(self._scored(inputs), ignore_masks, strict=True)
-                found = [apply_ignore_mask(*one, mask, share) for one, mask in pairs]
+                found = self._scored(*zip(*map(self._prepared, chosen, arrays), strict=True))
             yield from ((*one, *scores) for *one, scores in zip(chosen, arrays, found, strict=True))
 
     def _prepared(self, image: Any, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -117,9 +121,22 @@ class Model:
                 raise InputError(OUTSIDE)
             return to_input(fill_masked(array, inside, self.metadata["window"]), self.metadata), ignore_mask
 
-    def _scored(self, batch: Sequence[np.ndarray]) -> list[tuple[float, np.ndarray | None]]:
-        scores, *maps = self.run(np.stack(batch))
-        return list(zip(map(float, scores), maps[0] if maps else [None] * len(scores), strict=True))
+    def _scored(self, batch: Sequence[np.ndarray], ignore_masks: Sequence[np.ndarray | None]) -> list[tuple[float, np.ndarray | None]]:
+        band, threshold = self.metadata.get("band"), self.threshold
+        found = self._run(batch, ignore_masks, self.exact)
+        if self.exact or not band or threshold is None:
+            return found
+        near = [i for i, (score, _) in enumerate(found) if band["low"] <= score - threshold <= band["high"]]
+        if near:
+            self.twice += len(near)
+            for i, one in zip(near, self._run([batch[i] for i in near], [ignore_masks[i] for i in near], True), strict=True):
+                found[i] = one
+        return found
+
+    def _run(self, batch: Sequence[np.ndarray], ignore_masks: Sequence, exact: bool) -> list[tuple[float, np.ndarray | None]]:
+        scores, *maps = self.run(np.stack(batch), **({EXACT: np.array(True)} if exact else {}))
+        rows = zip(map(float, scores), maps[0] if maps else [None] * len(scores), ignore_masks, strict=True)
+        return [apply_ignore_mask(*row, self.metadata["map_share"]) for row in rows]
 
     def _by_tiles(self, array: np.ndarray, batch_size: int) -> tuple[float, np.ndarray | None]:
         """Score and map of an image from its tiles: their largest score, and their maps blended in the image's own pixels."""
@@ -132,10 +149,9 @@ class Model:
         tiles = iter(grid(width, height, side, overlap))
         while chunk := list(islice(tiles, batch_size)):
             batch = [to_input(mirrored(array[y : y + h, x : x + w], side), self.metadata) for x, y, w, h in chunk]
-            for (x, y, w, h), (score, found) in zip(chunk, self._scored(batch), strict=True):
-                seen = None if inside is None else mirrored(inside[y : y + h, x : x + w], side)
-                ignore_mask = None if seen is None else mask_to_network(~seen, geometry, True)
-                score, found = apply_ignore_mask(score, found, ignore_mask, self.metadata["map_share"])
+            seen = [None if inside is None else mirrored(inside[y : y + h, x : x + w], side) for x, y, w, h in chunk]
+            ignore_masks = [None if one is None else mask_to_network(~one, geometry, True) for one in seen]
+            for (x, y, _, _), (score, found) in zip(chunk, self._scored(batch, ignore_masks), strict=True):
                 best = max(best, score)
                 if found is not None:
                     blend.add(to_image(found, side, side, geometry), x, y)
@@ -197,7 +213,8 @@ def by_onnxruntime(path: Path, threads: int | None) -> tuple[str | None, Run]:
     options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
-    return session.get_modelmeta().custom_metadata_map.get(KEY), lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    return text, lambda *inputs, **more: session.run(None, dict(zip(names, inputs, strict=True)) | more)
 
 
 @cache

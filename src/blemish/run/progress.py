@@ -1,9 +1,32 @@
 """Lightning's progress bar on stderr, without the number of a single epoch and the version of the logger."""
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from rich.progress import ProgressColumn, Task
+from rich.progress import Progress, ProgressColumn, Task, TimeElapsedColumn
 from rich.text import Text
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def steps(*names: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that shows which step a command is at: call the function with its name. Without a terminal it is logged."""
+    visible = ProgressBar.is_visible()
+    with Progress(
+        *Progress.get_default_columns()[:2], TimeElapsedColumn(), console=Console(stderr=True), transient=True, disable=not visible
+    ) as bar:
+        task = bar.add_task("", total=len(names))
+
+        def step(name: str) -> None:
+            bar.update(task, description=name, completed=names.index(name))
+            if not visible:
+                log.info("%s …", name)
+
+        yield step
 
 
 class ProgressBar(RichProgressBar):

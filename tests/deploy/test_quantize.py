@@ -1,0 +1,165 @@
+"""Exports in two precisions: what is rounded stays near, what is decided is what float32 decides."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import composed, tiny_run
+
+from blemish.deploy.export import export_run
+from blemish.deploy.quantize import STEPS, Band, band_of, quantised, rounded, to_steps
+from blemish.edge.errors import InputError
+from blemish.edge.runtime import EXACT, Model
+from blemish.run.train import train
+
+onnx = pytest.importorskip("onnx", reason="no onnx here: pip install blemish[export]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime here: pip install blemish[export]")
+
+
+def graph_of(convs: list[tuple[np.ndarray, np.ndarray, int]]):
+    """A chain of convolutions, each followed by a ReLU, as ModelProto."""
+    nodes, tensors = [], []
+    for i, (weight, bias, groups) in enumerate(convs):
+        tensors += [onnx.numpy_helper.from_array(value, f"{name}{i}") for name, value in (("w", weight), ("b", bias))]
+        pads = [weight.shape[2] // 2] * 4
+        before = "image" if i == 0 else f"y{i - 1}"
+        nodes.append(onnx.helper.make_node("Conv", [before, f"w{i}", f"b{i}"], [f"x{i}"], name=f"conv{i}", group=groups, pads=pads))
+        nodes.append(onnx.helper.make_node("Relu", [f"x{i}"], [f"y{i}"], name=f"relu{i}"))
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", None, None, None]) for name in ("image", nodes[-1].output[0])
+    ]
+    ends[0].type.tensor_type.shape.dim[1].dim_value = convs[0][0].shape[1]
+    graph = onnx.helper.make_graph(nodes, "chain", ends[:1], ends[1:], tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=8)
+
+
+def output(proto, x: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """A pointwise convolution, a depthwise one and a pointwise one, and images that are dark, nearly constant and far from 0."""
+    rng = np.random.default_rng(0)
+    shapes = [(8, 3, 1, 1, 1), (8, 1, 3, 3, 8), (6, 8, 1, 1, 1)]
+    convs = [(rng.normal(size=shape[:4]).astype(np.float32), rng.normal(size=shape[0]).astype(np.float32), shape[4]) for shape in shapes]
+    return graph_of(convs), [(5 + 0.3 * rng.normal(size=(1, 3, 16, 16))).astype(np.float32) for _ in range(12)]
+
+
+def test_steps_keep_the_sums_of_kernels():
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(5, 4, 3, 3)) * rng.uniform(0.01, 10, (5, 1, 1, 1))
+    near = to_steps(weight)
+    step = np.abs(weight).max((1, 2, 3)) / STEPS
+    whole = near / step[:, None, None, None]
+    np.testing.assert_allclose(whole, whole.round(), atol=1e-9)
+    assert np.abs(whole).max() == pytest.approx(STEPS)
+    assert (np.abs(near - weight) <= step[:, None, None, None] * (1 + 1e-9)).all()
+    assert (np.abs((near - weight).sum((2, 3))) <= step[:, None] * (0.5 + 1e-9)).all()
+    assert (to_steps(np.zeros((2, 1, 3, 3))) == 0).all()
+
+
+def test_biases_take_the_mean_error_of_the_weights(chain):
+    proto, images = chain
+    plain = rounded(proto, images, ["conv0"])
+    error = np.mean([output(plain, x) - output(proto, x) for x in images], (0, 1, 3, 4))
+    naive = type(proto).FromString(proto.SerializeToString())
+    for tensor in naive.graph.initializer:
+        if tensor.name in ("w1", "w2"):
+            weight = onnx.numpy_helper.to_array(tensor)
+            step = np.abs(weight).max((1, 2, 3), keepdims=True) / STEPS
+            tensor.CopyFrom(onnx.numpy_helper.from_array(((weight / step).round() * step).astype(np.float32), tensor.name))
+    alone = np.mean([output(naive, x) - output(proto, x) for x in images], (0, 1, 3, 4))
+    assert np.abs(error).max() < 0.3 * np.abs(alone).max()
+
+
+def test_integers_are_near_and_the_first_convolution_is_none(chain):
+    proto, images = chain
+    found = quantised(proto, images)
+    kinds = {node.name: node for node in found.graph.node}
+    assert kinds["conv0"].input[1] == "w0" and kinds["conv1"].input[1] != "w1"
+    for x in images[:3]:
+        exact = output(proto, x)
+        assert np.abs(output(found, x) - exact).max() < 0.05 * (exact.max() - exact.min())
+
+
+def test_the_band():
+    band = band_of([1.0, 2.5, 3.0], [1.5, 2.0, 3.0])
+    assert band[:4] == (-0.5, 0.5, 3, 0.5)
+    assert band_of([1.0], [1.0]).risk == 1.0
+    with pytest.raises(InputError, match="precision=int8"):
+        band_of([float("nan")], [1.0])
+    shown = str(Band(-0.1, 0.2, 39, 0.05, 20, 1, 0.25))
+    assert "1 of 20" in shown and "25 %" in shown and "5 %" in shown
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "subspace"
+    train(tiny_run(tiny, folder, "model=subspace", "model.score=max", "model.stages=[1,2]"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8") / "model.onnx"
+    return export_run(composed(f"run='{run}'", f"output='{path}'", "precision=int8", "flips=12", config="export"))
+
+
+def test_an_export_decides_as_float32(exported, tiny):
+    path, parity = exported
+    model = Model(path, threads=1)
+    assert parity.flipped == 0 and parity.score_difference <= 1e-3 * parity.score_scale  # of its float32 from the run
+    band = model.metadata["band"]
+    assert band == parity.band._asdict() and band["images"] == 5 and band["risk"] == pytest.approx(2 / 6)
+    files = sorted((tiny / "normal_test").glob("*.png")) + sorted((tiny / "square").glob("*.png"))
+    integer = [result.score for result in model.predict(files, batch_size=5)]
+    model.exact = True
+    exact = [result.score for result in model.predict(files, batch_size=5)]
+    assert model.twice == band["twice"] * 12 and integer != exact
+    assert sum((a > model.threshold) != (b > model.threshold) for a, b in zip(integer, exact, strict=True)) == band["flips"]
+    model.exact, model.twice, model.threshold = False, 0, integer[3] - (band["low"] + band["high"]) / 2  # this image is near now
+    again = [result.score for result in model.predict(files, batch_size=5)]
+    assert again[3] == pytest.approx(exact[3], rel=1e-6) and model.twice >= 1
+    near = [band["low"] <= score - model.threshold <= band["high"] for score in integer]
+    for new, old, other, twice in zip(again, integer, exact, near, strict=True):
+        if abs(old - model.threshold - band["low"]) > 1e-6 and abs(old - model.threshold - band["high"]) > 1e-6:
+            assert new == pytest.approx(other if twice else old, rel=1e-6)
+
+
+def test_others_who_read_onnx_get_integers_and_may_ask_for_float32(exported):
+    session = onnxruntime.InferenceSession(str(exported[0]), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["image"]
+    assert [value.name for value in session.get_overridable_initializers()] == [EXACT]
+    x = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    integer, exact = (session.run(["score"], {"image": x} | more)[0] for more in ({}, {EXACT: np.array(True)}))
+    assert integer.shape == exact.shape == (2,) and (integer != exact).all()
+    assert np.abs(integer - exact).max() < 0.5 * exact.max()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision=int4"], "precision=int4: expected"),
+        (["precision=int8", "format=torch_export"], "format=torch_export: only with format=onnx"),
+    ],
+)
+def test_what_has_no_integers_says_why(run, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        export_run(composed(f"run='{run}'", f"output='{tmp_path}/m.onnx'", *overrides, config="export"))
+
+
+def test_a_run_without_a_threshold_or_a_backbone_is_refused(run, tiny, tmp_path, monkeypatch):
+    train(tiny_run(tiny, tmp_path / "paper", "model=subspace", "protocol=paper"))
+    with pytest.raises(InputError, match="protocol=clean"):
+        export_run(composed(f"run='{tmp_path}/paper'", "precision=int8", config="export"))
+    monkeypatch.setattr("blemish.deploy.export.splits", lambda model: False)
+    with pytest.raises(InputError, match="Subspace is not a backbone and a score"):
+        export_run(composed(f"run='{run}'", "precision=int8", config="export"))
+
+
+def test_more_flips_than_allowed_leave_no_file(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("blemish.deploy.export.certified", lambda *_: Band(-1, 1, 5, 0.3, tested=12, flips=3, twice=0.0))
+    with pytest.raises(InputError, match=r"3 of 12 decisions flipped.*flips=0"):
+        export_run(composed(f"run='{run}'", f"output='{tmp_path}/m.onnx'", "precision=int8", config="export"))
+    assert not list(tmp_path.glob("*"))
