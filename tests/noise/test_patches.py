@@ -85,12 +85,22 @@ def test_neighbours_even_where_all_patches_are_equal():
 
 def test_keys_are_the_principal_components():
     images = torch.stack([texture(30, 33, 3), texture(33, 30, 3).mT])
-    axes = patches.principal_axes(images, 4)
+    axes = patches.principal_axes(images, 4, 0)
     assert axes.shape == (2, 48, 32)
     table = patches.vectors(images, 4).view(2, -1, 48)
     torch.testing.assert_close(patches.project(images, axes, 4).view(2, -1, 32), table @ axes, rtol=1e-4, atol=1e-2)
     variance = torch.linalg.eigvalsh(torch.stack([t.T.double().cov() for t in table]))
     torch.testing.assert_close((table @ axes).double().var(1), variance.flip(1)[:, :32], rtol=1e-3, atol=1e-2)
+
+
+def test_components_of_a_sample_see_every_phase_of_a_period():
+    """Stripes one pixel wide, twelve apart: patches at multiples of some stride would all be alike."""
+    image = torch.zeros(1, 1, 300, 300)
+    image[..., ::12] = 1
+    axes, table = patches.principal_axes(image, 4, 0)[0], patches.vectors(image, 4)
+    total = (table - table.mean(0)).square().sum(1).mean()
+    kept = ((table - table.mean(0)) @ axes[:, :4]).square().sum(1).mean()
+    assert kept > 0.999 * total
 
 
 def test_a_tree_holds_every_patch_in_leaves_of_one_size():

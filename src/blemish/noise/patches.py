@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEYS = 32  # numbers of a patch that the fast search compares
+SAMPLE = 4000  # patches that principal components are computed of
 SPLIT = 8  # the first of them, of which trees take their directions
 TREES = 4
 WINDOW_TREES = 3  # of each of several windows of an image
@@ -113,11 +114,16 @@ def exact(
     return Neighbours(torch.cat([i for i, _ in parts]), torch.cat([d for _, d in parts]))
 
 
-def principal_axes(images: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> the axes (B, C·p², K) of the largest variances of every image's patches, largest first, from 4,000 of them or so."""
+def principal_axes(images: Tensor, patch: int, seed: int) -> Tensor:
+    """(B, C, H, W) -> the axes (B, C·p², K) of the largest variances of every image's patches, largest first, from SAMPLE drawn ones."""
     h, w = grid(*images.shape[2:], patch)
-    step = max(1, math.isqrt(h * w // 4000))
-    x = F.unfold(images, patch, stride=step)  # (B, D, n)
+    number = torch.arange(h * w)
+    if h * w > SAMPLE:  # a raster would see one phase of a periodic texture
+        number = torch.randint(h * w, (SAMPLE,), generator=torch.Generator().manual_seed(seed))
+    corner = torch.div(number, w, rounding_mode="floor") * images.shape[3] + number % w  # (n,)
+    inside = torch.arange(patch)[:, None] * images.shape[3] + torch.arange(patch)
+    pixels = (inside.flatten()[:, None] + corner).to(images.device)  # (p², n)
+    x = images.flatten(2)[:, :, pixels].flatten(1, 2)  # (B, C·p², n)
     x = x - x.mean(2, keepdim=True)
     return torch.linalg.eigh(x @ x.mT).eigenvectors[:, :, -KEYS:].flip(2)
 
@@ -142,7 +148,7 @@ def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], see
     """
     shape = grid(*images.shape[2:], patch)
     size = shape[0] * shape[1]
-    keys = project(images, principal_axes(images, patch), patch)
+    keys = project(images, principal_axes(images, patch, seed), patch)
     first = size * torch.arange(len(images), device=images.device)[:, None]
     even, odd = (first + torch.arange(parity, size, 2, device=images.device) for parity in (0, 1))  # (B, Q), (B, Q − 1)
     levels = max(0, math.floor(math.log2(even.shape[1] / leaf_size(box))))
@@ -160,7 +166,7 @@ def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], see
 
 def build(images: Tensor, patch: int, seed: int) -> Index:
     """The index of all patches of reference images (N, C, H, W)."""
-    axes = principal_axes(images.movedim(0, 1).flatten(1, 2)[None], patch)
+    axes = principal_axes(images.movedim(0, 1).flatten(1, 2)[None], patch, seed)
     keys = project(images, axes, patch)
     levels = max(0, math.floor(math.log2(len(keys) / LEAF)))
     every = torch.arange(len(keys), device=keys.device)[None]
