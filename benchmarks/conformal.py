@@ -311,9 +311,10 @@ def measured(method: str, name: str, count: int, root: str) -> dict:
 
 def tables(results: dict) -> dict[str, str]:
     """The tables of the page, by the name of their marks."""
+    results = sorted(results.items())
     lines = ["| method, images | n | way | bound | false alarms | deviation | defects found | deviation |", "|" + " --- |" * 8]
     compared = ["| method, images | n | false alarms | defects found |", "|" + " --- |" * 4]
-    for key, result in results.items():
+    for key, result in results:
         for n, ways in result["draws"].items():
             for way, one in ways.items():
                 alarms, found = one["false_alarms"], one["found"]
@@ -327,7 +328,7 @@ def tables(results: dict) -> dict[str, str]:
         "| p-values | defects | bound too small somewhere | false of the alarms at 5 % | their bound | FDR at `fdr=0.1` |",
         "|" + " --- |" * 6,
     ]
-    for key, result in results.items():
+    for key, result in results:
         few += [folder_line(f"{key}, {CALIBRATION} held out", one) for one in result.get("mixtures", [])]
         for n, ways in result["draws"].items():
             if key.endswith("magnetic tiles"):
@@ -335,7 +336,7 @@ def tables(results: dict) -> dict[str, str]:
                     folder_line(f"{key}, `{way}` of {n}", one) for way in ("split", "full") for one in ways.get(way, {}).get("folders", [])
                 ]
     rows = ["| method | way | false alarms | bound too small somewhere |", "|" + " --- |" * 4]
-    for key, result in results.items():
+    for key, result in results:
         for way, one in result.get("sequence", {}).items():
             alarms, folder = one["false_alarms"], one["folders"]
             cells = f"{alarms['mean']:.3f} ± {alarms['half']:.3f} | {folder['violations']:.3f} ± {folder['half']:.3f}"

@@ -81,7 +81,7 @@ def measured(method: str, root: str, runs: Path) -> dict:
 def table(results: dict) -> str:
     lines = ["| method | product | image AUROC, difference | false alarms (bound) | recognised | unknown: as known | when left out |"]
     lines.append("|" + " --- |" * 7)
-    for method, products in results.items():
+    for method, products in sorted(results.items()):
         for name, one in products.items():
             alarms = f"{round(one['image_false_alarm_rate'] * one['normal'])} of {one['normal']} ({100 * one['bound']:.3g} %)"
             cells = f"{one['image_auroc']:.3f}, {one['image_auroc'] - one['image_auroc_alone']:+.4f} | {alarms} | {one['recognised']:.3f}"
@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("results/runs/products"))
     options = parser.parse_args()
     for method in options.methods:
-        write_json(FILE, (read_json(FILE) or {}) | {method: measured(method, options.root, options.runs)})
+        found = measured(method, options.root, options.runs)
+        write_json(FILE, (read_json(FILE) or {}) | {method: found})  # with those of other methods
     text = table(read_json(FILE))
     page = re.sub(r"(<!-- products -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{text}\n{found[2]}", DOC.read_text(), flags=re.S)
     DOC.write_text(page)

@@ -545,7 +545,7 @@ def test_the_examples_of_the_docs(page, count, tiny, tmp_path, monkeypatch):
     opencv = Mock(cvtColor=lambda image, code: image[..., ::-1])
     opencv.VideoCapture.return_value.read.side_effect = [(True, frame), (True, frame), (False, None)]
     monkeypatch.setitem(sys.modules, "cv2", opencv)
-    for name, source in (("good", "normal"), ("parts", "square")):
+    for name, source in (("good", "normal"), ("parts", "square"), ("nuts", "normal"), ("screws", "normal_test"), ("bolts", "square")):
         (tmp_path / name).mkdir()
         for path in sorted((tiny / source).glob("*.png"))[:6]:
             Image.open(path).resize((96, 96)).save(tmp_path / name / path.name)

@@ -128,10 +128,9 @@ class Evaluate(ImageCallback):
         self.kept: dict[str, Picture] = {}
         self.joined: dict[str, ScoredImage] = {}  # images put together from tiles
         own = {"promise": module.promise, "region_levels": module.region_levels.tolist()}
-        self.every = Rule(module.calibration, self.alpha, module.map_threshold, **own)
+        self.rule = Rule(module.calibration, self.alpha, module.map_threshold, **own)
         if self.product is not None:
-            self.every, self.names = Rule.of(module, self.alpha, {}), module.names
-        self.rule = self.every.at(self.product)
+            self.rule, self.names = Rule.of(module, self.alpha, {}), module.names
 
     def on_test_batch_end(self, trainer, module, outputs: Prediction, batch: Batch, index: int, loader: int = 0) -> None:
         self.add_batch(trainer, trainer.test_dataloaders, module, outputs, batch)
@@ -204,8 +203,13 @@ class Evaluate(ImageCallback):
     columns = SCORES
 
     @property
+    def own(self) -> Rule:
+        """The rule of the product that all tested images show."""
+        return self.rule.at(self.product)
+
+    @property
     def threshold(self) -> Threshold:
-        return self.rule.threshold
+        return self.own.threshold
 
     @property
     def thresholds(self) -> dict[str, Threshold]:
@@ -214,8 +218,8 @@ class Evaluate(ImageCallback):
     @property
     def scores(self) -> list[tuple]:
         """Rows of scores.csv, see SCORES, in the manifest's order; decision 1 anomalous, 0 normal, None without a threshold."""
-        every = self.every
-        return [(key, one.label, one.score, *every.at(one.product).columns(one.score), one.defect) for key, one in self.tested.items()]
+        rule = self.rule
+        return [(key, one.label, one.score, *rule.at(one.product).columns(one.score), one.defect) for key, one in self.tested.items()]
 
     @property
     def recognised(self) -> list[tuple]:
@@ -252,7 +256,7 @@ class Evaluate(ImageCallback):
     def decisions(self) -> dict[str, float | None]:
         """F1, recall and false alarm rate of the decisions, which no test image had a part in."""
         known = [one for one in self.tested.values() if one.label != UNKNOWN]
-        pairs = [(one.label == ANOMALOUS, self.every.at(one.product).decide(one.score)) for one in known]
+        pairs = [(one.label == ANOMALOUS, self.rule.at(one.product).decide(one.score)) for one in known]
         hits, misses, alarms, quiet = map(pairs.count, ((True, True), (True, False), (False, True), (False, False)))
         return {
             "image_f1": 2 * hits / (2 * hits + misses + alarms) if hits + misses else None,
@@ -264,8 +268,8 @@ class Evaluate(ImageCallback):
         """The part of a record on thresholds."""
         threshold = self.threshold
         more = {"reachable": threshold.reachable, "conditional": threshold.conditional}  # the latter with edge.calibration.CONFIDENCE
-        more |= {"map_value": self.rule.level if self.scale else None, "explanation": threshold.explain()}
-        more |= {"region_levels": self.rule.region_levels, "digest": digest_of_scores(self.rule.scores)}
+        more |= {"map_value": self.own.level if self.scale else None, "explanation": threshold.explain()}
+        more |= {"region_levels": self.own.region_levels, "digest": digest_of_scores(self.own.scores)}
         return threshold._asdict() | more
 
     @property
@@ -282,7 +286,7 @@ class Evaluate(ImageCallback):
             return None
         normal = highs[[one.label == NORMAL for one in self.tested.values()]]
         end = np.quantile(normal, 1 - self.alpha, method="lower") if len(normal) else np.median(highs)
-        return scale_of(np.median(lows), first(self.rule.normal, end), np.quantile(highs, 0.95, method="lower"))
+        return scale_of(np.median(lows), first(self.own.normal, end), np.quantile(highs, 0.95, method="lower"))
 
     def draw(self, folder: str | Path, curves: str | Path | None) -> list[Path]:
         """Write a strip of each image to draw into `folder`, and the curves to a file; returns the paths of the pictures.
@@ -321,9 +325,9 @@ class Evaluate(ImageCallback):
             map = np.where(picture.mask == IGNORED, -np.inf, map)  # no contour, no colour
         mask = None if one.label == UNKNOWN else picture.mask
         title = draw.caption(key, one.defect, one.label, one.score, self.threshold.value)
-        strip = draw.strip(picture.image, mask, map, scale, self.rule.level if scale else None, title, picture.reconstruction)
-        if map is not None and self.rule.region_levels:
-            strip.info["Regions"] = json.dumps(region_steps(map, min(self.rule.region_levels[-1], first(self.rule.level, np.inf))))
+        strip = draw.strip(picture.image, mask, map, scale, self.own.level if scale else None, title, picture.reconstruction)
+        if map is not None and self.own.region_levels:
+            strip.info["Regions"] = json.dumps(region_steps(map, min(self.own.region_levels[-1], first(self.own.level, np.inf))))
         return strip
 
 

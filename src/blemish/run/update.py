@@ -40,9 +40,8 @@ def load_for_update(cfg: DictConfig, past: Path) -> Detector:
         data[key] = saved.data.get(key)
     cfg.data, cfg.batch_size = data, data.batch_size
     if bool(products_of(cfg)) != isinstance(model, Products):
-        raise InputError(
-            f"update={past}: a run of {products_of(saved) or 'one product'}; expected data.category=[…] for several, and only then"
-        )
+        found = f"the products {', '.join(model.names)}" if isinstance(model, Products) else "one product"
+        raise InputError(f"update={past}: a run of {found}; expected data.category=[…] for several, and only then")
     return model
 
 
