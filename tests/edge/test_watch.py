@@ -113,6 +113,17 @@ def test_a_file_that_is_being_written_is_waited_for(place):
     assert folder.take() == [] and folder.waiting == 0
 
 
+def test_a_file_that_changes_while_it_is_scored_comes_once(place):
+    """It was empty when it was seen, and complete when it was read."""
+    source, output = place
+    (source / "a.png").write_text("")
+    work = watching(source, output)
+    real = work.scorer.predict
+    work.scorer = work.scorer._replace(predict=lambda path: (path.stat().st_size or path.write_text("1.5 END"), real(path))[1])
+    work.run()
+    assert [line["score"] for line in lines(output)] == [1.5]
+
+
 def test_a_damaged_file_is_logged_after_patience_and_stops_no_other(place):
     source, output = place
     put(source, 0.5)

@@ -7,11 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from edge.watched import lines, watching
 from support import CONFIGS, composed, tiny_overrides, tiny_run
 
 from blemish.api import AnomalyDetector
@@ -175,3 +178,30 @@ def test_a_saved_detector_a_table_and_a_manifest(disk, finished, tiny):
     data = build(tiny_run(tiny, tiny).data)
     data.setup()
     assert fills(disk, lambda: write_manifest(disk.place / "manifest.csv", data.samples), disk.place / "first") >= 1
+
+
+def test_watch_waits_for_room(disk, tmp_path):
+    """The disk fills up again and again while images arrive; at the end each is in the log once, with its picture, and the index agrees."""
+    source, output, count = tmp_path / "in", disk.place / "out", 400
+    source.mkdir()
+    work = watching(source, output, pictures=True, once=False)
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    for part in range(4):
+        disk.leave(4096 * part)
+        for number in range(part * count // 4, (part + 1) * count // 4):
+            (source / f"{number:04}.png").write_text(f"{number / 100} END")
+        end = time.monotonic() + 60
+        while work.trouble is None and time.monotonic() < end:
+            time.sleep(0.02)
+        assert "No space left on device" in work.trouble and "No space left on device" in work.line()
+        disk.clear()
+        while work.images < (part + 1) * count // 4 and time.monotonic() < end:
+            time.sleep(0.02)
+    work.stopping = True
+    thread.join()
+    assert [text for text in work.heard if "written again" in text]
+    watching(source, output).run()
+    found = lines(output)
+    assert len(found) == len({line["name"] for line in found}) == count
+    assert all((output / line["picture"]).stat().st_size for line in found if line["decision"])

@@ -55,6 +55,14 @@ class Arrivals:
         """Whether an image that could not be read will be taken once more, as it may be incomplete."""
         return False
 
+    def changed(self, item: Item) -> bool:
+        """Whether an image has changed since it was taken: it is taken again, as another image."""
+        return False
+
+    def id_of(self, path: str) -> str:
+        """The id of a file of this source as it is now, "" for no file of it; OSError if it is gone."""
+        return ""
+
     def close(self) -> None:
         """End threads and devices."""
 
@@ -106,6 +114,11 @@ class Folder(Arrivals):
     def done(self, item: Item) -> None:
         self.files[item.name] = self.files[item.name].signature
         self.waiting -= 1
+
+    def changed(self, item: Item) -> bool:
+        with suppress(OSError):  # gone, but it has been read
+            return signed(item.name) != self.files[item.name].signature
+        return False
 
     def again(self, item: Item) -> bool:
         file, now = self.files[item.name], self.clock.now()

@@ -117,18 +117,17 @@ class Watch:
         settings, seen = self.settings, self.journal.__contains__
         for folder in (self.output, self.output / "alarms"):
             remove_stale(folder, age=0)  # of a process that was killed
-        self.monitor = self._monitor()
-        options = (settings.settle, settings.patience, settings.queue, settings.once)
-        self.source = source or arrivals(settings.input, seen, self.clock, *options)
-        secret = os.environ.get(SECRET, "")
-        self.webhook = Webhook(settings.webhook, secret, self.journal, self.tell, post) if settings.webhook else None
-        self.page = None
+        self.monitor, self.page, self.webhook = self._monitor(), None, None
         if settings.serve:
             from .page import Page
 
             tail = (line for line, _ in self.journal.lines(max(self.journal.size - TAIL, 0)))
             self.page = Page(self.output, settings.port, self._image_of, tail)
             self.tell(f"watch: {self.page.address}")
+        options = (settings.settle, settings.patience, settings.queue, settings.once)
+        self.source = source or arrivals(settings.input, seen, self.clock, *options)
+        if settings.webhook:
+            self.webhook = Webhook(settings.webhook, os.environ.get(SECRET, ""), self.journal, self.tell, post)
 
     def _monitor(self) -> Monitor | None:
         """The monitor, with the scores that the log has since it was saved."""
@@ -180,6 +179,8 @@ class Watch:
             if self.source.again(item):
                 return True
             result, values = None, {"error": str(error).removeprefix(f"{item.name}: ")}
+        if self.source.changed(item):
+            return True
         alarm, picture = bool(values.get("decision")), None
         if alarm and self.settings.pictures:
             picture = f"alarms/{item.id}.png"
@@ -187,14 +188,9 @@ class Watch:
                 return False
         if result and self.monitor:
             values["bound"] = self.monitor.take([result.score])[0]
-        frame = {} if item.frame is None else {"frame": item.frame}
-        line = {
-            "id": item.id,
-            "time": f"{datetime.fromtimestamp(self.clock.wall(), UTC):%Y-%m-%dT%H:%M:%S.%f}Z",
-            "name": item.name,
-            **frame,
-        }
-        line |= values | {"picture": picture, "model": self.scorer.model}
+        moment = datetime.fromtimestamp(self.clock.wall(), UTC)
+        line = {"id": item.id, "time": f"{moment:%Y-%m-%dT%H:%M:%S.%f}Z", "name": item.name}
+        line |= ({} if item.frame is None else {"frame": item.frame}) | values | {"picture": picture, "model": self.scorer.model}
         if not self._insist(lambda: self.journal.append(line)):
             return False
         self.source.done(item)
@@ -224,8 +220,12 @@ class Watch:
 
     def _image_of(self, line: dict) -> Path | None:
         """The image of a line of the log as it was when it was scored; None if it is gone."""
-        path = self.output / "alarms" / f"{line['id']}_image.png" if "frame" in line else Path(line["name"])
-        return path if path.is_file() and ("frame" in line or self.source.id_of(line["name"]) == line["id"]) else None
+        if "frame" in line:
+            path = self.output / "alarms" / f"{line['id']}_image.png"
+            return path if path.is_file() else None
+        with suppress(OSError):
+            return Path(line["name"]) if self.source.id_of(line["name"]) == line["id"] else None
+        return None
 
     def _insist(self, write: Callable[[], None]) -> bool:
         """Write, and wait where there is no room, until there is; False if the end comes first."""
