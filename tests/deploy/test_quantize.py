@@ -111,7 +111,7 @@ def test_an_export_decides_as_float32(exported, tiny):
     model = Model(path, threads=1)
     assert parity.flipped == 0 and parity.score_difference <= 1e-3 * parity.score_scale  # of its float32 from the run
     band = model.metadata["band"]
-    assert band == parity.band._asdict() and band["images"] == 5 and band["risk"] == pytest.approx(2 / 6)
+    assert band == parity.band._asdict() and band["images"] == 6 and band["risk"] == pytest.approx(2 / 7)
     files = sorted((tiny / "normal_test").glob("*.png")) + sorted((tiny / "square").glob("*.png"))
     integer = [result.score for result in model.predict(files, batch_size=5)]
     model.exact = True

@@ -86,21 +86,22 @@ def rounded(proto: Any, arrays: Sequence[np.ndarray], kept: Sequence[str]) -> An
     from onnx import numpy_helper
 
     proto = type(proto).FromString(proto.SerializeToString())
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    convs = [
-        n
-        for n in proto.graph.node
-        if n.op_type == "Conv" and n.name not in kept and len(n.input) > 2 and set(n.input[1:]) <= weights.keys()
-    ]
-    means = mean_channels(proto, [node.input[0] for node in convs], arrays)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    convs = [node for node in proto.graph.node if node.op_type == "Conv" and node.name not in kept and node.input[1] in tensors]
+    means = mean_channels(proto, [node.input[0] for node in convs], arrays) if convs else {}
     for node in convs:
-        weight, bias = (numpy_helper.to_array(weights[name]) for name in node.input[1:])
+        weight = numpy_helper.to_array(tensors[node.input[1]])
         near = to_steps(weight)
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
         mean = means[node.input[0]].reshape(groups, -1).repeat(len(weight) // groups, axis=0)  # (O, C / groups)
-        error = ((near - weight).reshape(*weight.shape[:2], -1).sum(2) * mean).sum(1)
+        error = ((near - weight).reshape(*weight.shape[:2], -1).sum(2) * mean).sum(1)  # (O,)
+        if len(node.input) < 3:  # the exporter drops a bias of zeros
+            node.input.append(f"{node.input[1]}.bias")
+            tensors[node.input[2]] = proto.graph.initializer.add()
+            tensors[node.input[2]].CopyFrom(numpy_helper.from_array(np.zeros(len(weight), np.float32)))
+        bias = numpy_helper.to_array(tensors[node.input[2]])
         for name, value in zip(node.input[1:], (near, bias - error), strict=True):
-            weights[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+            tensors[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
     onnx.checker.check_model(proto)
     return proto
 
