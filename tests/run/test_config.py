@@ -194,7 +194,16 @@ def test_every_number_of_a_run_is_checked_before_anything_is_read(tmp_path):
             for value in ABSURD:
                 refused(cfg, key, value, train)
     values = {"pixel_limit": -1, "save.pictures": -2, "overlap": 128, "trainer.max_epochs": 0, "seed": -1, "sweep.minutes": 0}
-    values |= {"sweep.threads": -1, "objective": "foo", "batch_size": 0.5, "protocol": "fast", "save": 3, "weights": None, "backbone": 3}
+    values |= {
+        "sweep.threads": -1,
+        "sweep.without": "mutuall",
+        "objective": "foo",
+        "batch_size": 0.5,
+        "protocol": "fast",
+        "save": 3,
+        "weights": None,
+        "backbone": 3,
+    }
     switches = ("save.checkpoint", "save.curves", "overwrite", "store.enabled", "store.images", "trainer.enable_progress_bar")
     for key, value in [*(("alpha", alpha) for alpha in (0.0, 1.0, 5.0)), *values.items(), *((key, "no") for key in switches)]:
         refused(cfg, key, value, train)

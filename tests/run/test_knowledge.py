@@ -23,6 +23,7 @@ def test_every_point_sets_what_it_is_named_after():
     for known in cfg.points:
         values = plain(composed(*first_values([f"recipe={params.recipe.split(',')[0]}", "sweep=knowledge", f"known={known}"])))
         data = values["data"]
+        assert set(values["sweep"]["without"]) <= set(names("model"))
         expected = {"u": "unlabelled"}.get(known[0], "paper")
         assert values["protocol"] == data["protocol"] == expected
         shots, defects, share = data["shots"], data["defects"], data["contamination"]

@@ -64,6 +64,12 @@ def test_seeds_are_repeated_only_where_the_first_was_quick(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_method_that_makes_no_sense_has_no_cell(tiny, tmp_path):
+    status, said, rows = sweep(tiny, tmp_path, "model=dfkde,dfm", "sweep.without=[dfm]")
+    assert status == 0 and len(rows) == 1 and said.count("left out, sweep.without has dfm") == 1, said
+
+
+@pytest.mark.slow
 def test_a_cell_over_its_limit_is_stopped_and_can_go_on(tiny, tmp_path):
     endless = ["model=autoencoder", "trainer.max_epochs=1000000", "sweep.minutes=0.15"]
     epochs = []

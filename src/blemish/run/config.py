@@ -273,8 +273,9 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("sweep"):
         check_number("sweep", "(0, inf)", also=(None,), minutes=cfg.sweep.minutes)
         check_whole("sweep", 1, also=(None,), threads=cfg.sweep.threads)
-        for method in cfg.sweep.get("without") or ():
-            check_choice("sweep", [target.split(".")[-2] for target in known_targets("model")], without=method)
+        without = cfg.sweep.get("without", [])
+        for method in without if OmegaConf.is_list(without) else [without]:
+            check_choice("sweep", names("model"), without=method)
     if cfg.get("store"):
         check_switch("store", **{key: cfg.store[key] for key in ("enabled", "images") if key in cfg.store})
         if cfg.store.enabled:
