@@ -362,8 +362,9 @@ def summary(
 ) -> list[str]:
     """Return lines to print on the decisions and on where the results are; `claimed`: no drift has been found."""
     lines = []
-    for product in sorted(set(map(product_of, rows)), key=str):
-        own = [row for row in rows if product_of(row) == product]
+    groups = {product_of(row) for row in rows} if rule.fdr is None else {None}  # `fdr` is that of all products together
+    for product in sorted(groups, key=str):
+        own = [row for row in rows if product in (None, product_of(row))]
         lines += [f"{product}: {line}" if product else line for line in decisions(own, rule.at(product), chosen, claimed)]
     if rule.products:
         count = sum(row[-1] for row in rows)
@@ -391,7 +392,7 @@ def decisions(rows: Sequence[tuple], rule: Rule, chosen: Mapping[str, float], cl
     if threshold.value is not None and not threshold.reachable:
         lines.append(threshold.explain())
     bounds = false_at_most(rows, rule, claimed)
-    if found and bounds[0] is not None:
+    if found and bounds[0] is not None and len({product_of(row) for row in rows}) == 1:
         bound = max(bound for bound, row in zip(bounds, rows, strict=True) if row[COLUMNS.index("decision")])
         lines.append(f"of these {found} at most {bound} are normal images, with {100 * CONFIDENCE:.3g} % confidence")
     return lines
