@@ -108,10 +108,14 @@ def test_verdicts_are_kept_with_their_images(served, place):
     }
     Path(first["name"]).write_text("9.25 END")  # another image of that name
     assert judged(work.page, first["id"], "rejected") == (200, b'{"kept":false}')
+    with (output / "verdicts.jsonl").open("a") as file:
+        file.write('{"id": "cut')  # by a power cut
     again = served()  # after a restart: from the log
     state = state_of(again.page)
     assert [line["verdict"] for line in state["alarms"] if line["id"] == second["id"]] == ["rejected"]
     assert ask(again.page, f"/image/{second['id']}")[0] == 200
+    assert judged(again.page, second["id"], "confirmed")[0] == 200
+    assert json.loads((output / "verdicts.jsonl").read_text().splitlines()[-1])["verdict"] == "confirmed"
 
 
 def test_what_is_held_is_bounded(place):

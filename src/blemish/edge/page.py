@@ -46,7 +46,7 @@ SIDE = 480  # pixels of the longer side of a picture on the page
 RECENT, ALARMS, POINTS, EVENTS = 24, 48, 2000, 500  # images, alarms, scores and events that are held
 EVERY = 0.5  # seconds between two pictures of images that are no alarms
 LARGEST = 1024  # bytes of a request's body
-VERDICTS = {"confirmed": True, "rejected": False}  # whether the image has a defect
+VERDICTS = ("confirmed", "rejected")  # of an alarm: the image has a defect, or is normal
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -70,10 +70,11 @@ class Page:
         self.pictures: dict[str, bytes] = {}
         self.alarms = {line["id"]: line for line in deque((line for line in lines if line.get("decision")), ALARMS)}
         self.verdicts: dict[str, str] = {}
-        with suppress(OSError, ValueError, KeyError), (folder / "verdicts.jsonl").open(encoding="ascii") as file:
+        with suppress(OSError), (folder / "verdicts.jsonl").open("rb") as file:
             for text in file:
-                line = json.loads(text)
-                self.verdicts |= {line["id"]: line["verdict"]} if line["id"] in self.alarms else {}
+                with suppress(ValueError, TypeError, KeyError):  # a line that a power cut left
+                    line = json.loads(text)
+                    self.verdicts |= {line["id"]: line["verdict"]} if line["id"] in self.alarms else {}
         self.points: deque[tuple] = deque(maxlen=POINTS)
         self.events: deque[tuple[int, str, Any]] = deque(maxlen=EVENTS)
         self.number, self.state, self.drawn, self.closed = 0, {}, -EVERY, False
@@ -151,7 +152,7 @@ class Page:
                 id, verdict = given["id"], given["verdict"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 return Response(status_code=400)
-            if verdict not in list(VERDICTS) or not isinstance(id, str):
+            if verdict not in VERDICTS or not isinstance(id, str):
                 return Response(status_code=400)
             return await run_in_threadpool(self.judge, id, verdict)
 
@@ -192,17 +193,19 @@ class Page:
             line = self.alarms.get(id)
             if line is None:
                 return Response(status_code=404)
-            image, kept, now = self.image_of(line), None, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+            kept, now = None, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
             name = f"{id}-{Path(line['name']).name}" + (f"-{line['frame']}.png" if "frame" in line else "")
             try:
-                if image:
+                if image := self.image_of(line):
                     kept = self.folder / "verdicts" / verdict / name
                     write_whole(kept, image.read_bytes())
-                for other in VERDICTS.keys() - {verdict}:
+                for other in {*VERDICTS} - {verdict}:
                     (self.folder / "verdicts" / other / name).unlink(missing_ok=True)
                 row = {"id": id, "time": now, "name": line["name"], "verdict": verdict, "score": line["score"], "image": kept and str(kept)}
-                with (self.folder / "verdicts.jsonl").open("a", encoding="ascii") as file:
-                    file.write(json.dumps(row) + "\n")
+                with (self.folder / "verdicts.jsonl").open("ab+") as file:
+                    file.seek(max(file.tell() - 1, 0))
+                    torn = file.read(1) not in (b"", b"\n")
+                    file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
             except (OSError, InputError) as error:
