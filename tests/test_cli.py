@@ -2,10 +2,12 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -13,7 +15,7 @@ from PIL import Image
 from report.test_tables import recorded
 from support import CONFIGS, DRAWN, METHODS, composed, tiny_overrides
 
-from blemish import cli
+from blemish import AnomalyDetector, cli
 from blemish.data.manifest import read_manifest
 from blemish.run.config import keys_of
 from blemish.run.help import groups, names, sections
@@ -95,6 +97,9 @@ def test_every_tool_is_a_command():
         (["bench", "run=nowhere", "n=0"], "n=0"),
         (["bench", "run=nowhere", "seconds=nan"], "seconds=nan"),
         (["export", "run=nowhere", "tolerance=high"], "tolerance=high"),
+        (["watch", "model=nowhere", "input=."], "run=nowhere: no config.yaml there"),
+        (["watch", "run=nowhere", "input=.", "output=out"], "output=out: inside of input=."),
+        (["watch", "run=nowhere", "input=there", "settle=-1"], "settle=-1"),
     ],
 )
 def test_what_cannot_be_done_ends_with_two(blemish, arguments, says):
@@ -299,3 +304,23 @@ def test_what_only_reads_does_not_wait_for_torch(tmp_path, arguments, status):
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_watch_scores_with_a_run_what_comes(blemish, tiny, tmp_path):
+    """A saved detector, files that are damaged among others, and frames, which are no files."""
+    detector = AnomalyDetector("padim", backbone="test_resnet", weights="random", image_size=64, progress=False, device="cpu", recipe=False)
+    detector.train(tiny / "normal").save(tmp_path / "saved.ckpt")
+    (source := tmp_path / "in").mkdir()
+    for path in (*sorted((tiny / "square").glob("*.png"))[:2], *sorted((tiny / "normal_test").glob("*.png"))[:2]):
+        shutil.copy(path, source / f"{path.parent.name}-{path.name}")
+    (source / "bad.png").write_text("no image")
+    options = ["once=true", "settle=0", "patience=0", "stdout=true", "interval=0.01", "device=cpu"]
+    status, out, err = blemish("watch", "model=saved.ckpt", "input=in", "output=out", *options)
+    found = {Path(line["name"]).name: line for line in map(json.loads, out.splitlines())}
+    assert status == 0 and "watch: 5 images, 1 failed" in err and len(found) == 5 and "error" in found.pop("bad.png")
+    for name, line in found.items():
+        expected = detector.predict(source / name)
+        assert (line["score"], line["decision"], line["p_value"]) == (expected.score, expected.decision, expected.p_value)
+    scorer = cli.scorer_of_run(str(tmp_path / "saved.ckpt"), "cpu")
+    frame = np.asarray(Image.open(source / name))
+    assert scorer.predict(frame).score == line["score"] and len(scorer.calibration) == detector.threshold.n

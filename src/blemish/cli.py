@@ -59,7 +59,8 @@ def watch(cfg: Any) -> None:
     from blemish.edge.watch import Settings, exported, watch
 
     for handler in logging.getLogger().handlers:
-        handler.setStream(sys.stderr)  # standard output is for the lines of stdout=true
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setStream(sys.stderr)  # standard output is for the lines of stdout=true
     settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
     is_export = cfg.run.endswith((".onnx", ".xml"))
     scorer = exported(cfg.run, cfg.threads) if is_export else scorer_of_run(cfg.run, cfg.device)
