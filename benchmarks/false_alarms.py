@@ -2,14 +2,14 @@
 
 python benchmarks/false_alarms.py [--images 2000] [--again] writes results/false_alarms.json, and from it the tables of
 docs/noise_residual.md and the figure docs/false_alarms.svg. Rows that the file already has for as many images are kept unless --again is
-given; all of them take some twenty minutes on one core. Energies and three more photographs have 300 images, whole detectors 60.
+given; all of them take some twenty minutes on one core. Energies and three more photographs have 300 images, whole detectors 20.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -105,17 +105,18 @@ def photograph(name: str) -> Tensor:
     return image[None, None, top : top + 512, left : left + 512]
 
 
-def residuals(names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What the patch model leaves of whole photographs (1, 1, 512, 512) of surfaces without defects."""
-    return {name: background.residual(photograph(name), **MODEL) for name in names}
+@cache
+def residual(name: str) -> Tensor:
+    """What the patch model leaves of a whole photograph (1, 1, 512, 512) of a surface without defects."""
+    return background.residual(photograph(name), **MODEL)
 
 
-def crops(residual: Tensor, images: int, seed: int) -> Iterator[Tensor]:
-    """Crops (50, 1, 128, 128) at a time from places drawn at random: they overlap, and 16 would cover the photograph."""
-    generator = torch.Generator().manual_seed(seed)
-    corners = torch.randint(0, residual.shape[-1] - SIDE + 1, (images, 2), generator=generator).tolist()
+def crops(name: str, images: int, seed: int) -> Iterator[Tensor]:
+    """Crops (50, 1, 128, 128) of a residual at a time from places drawn at random: they overlap, and 16 would cover the photograph."""
+    generator, whole = torch.Generator().manual_seed(seed), residual(name)
+    corners = torch.randint(0, whole.shape[-1] - SIDE + 1, (images, 2), generator=generator).tolist()
     for start in range(0, images, 50):
-        yield torch.cat([residual[..., y : y + SIDE, x : x + SIDE] for y, x in corners[start : start + 50]])
+        yield torch.cat([whole[..., y : y + SIDE, x : x + SIDE] for y, x in corners[start : start + 50]])
 
 
 def shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -135,9 +136,10 @@ def changed(batches: Iterator[Tensor], change: Callable[[Tensor, torch.Generator
     return (gaussianise(change(x, generator)) for x in batches)
 
 
-def spectrum(residual: Tensor) -> Tensor:
+@cache
+def spectrum(name: str) -> Tensor:
     """The gain (SIDE, SIDE//2 + 1) that gives white noise the mean power spectrum of windowed crops of a residual."""
-    x = gaussianise(torch.cat(list(crops(residual, 200, 3))))
+    x = gaussianise(torch.cat(list(crops(name, 200, 3))))
     window = torch.hann_window(SIDE)[:, None] * torch.hann_window(SIDE)
     power = torch.fft.rfft2((x - x.mean((2, 3), keepdim=True)) * window).abs().square().mean((0, 1))
     return (power / power.mean()).sqrt()
@@ -159,20 +161,17 @@ def detector(**changes) -> Detector:
     return build(cfg.model).eval()
 
 
-def alarms_of(name: str, images: int, side: int, **changes) -> list[dict]:
-    """What a detector finds in crops of the right half of a photograph, with ten crops of the left half as references if it has any."""
+def alarms_of(name: str, images: int, **changes) -> list[dict]:
+    """What a detector finds in crops of the right half of a photograph; references are the eight of the left half, which do not overlap."""
     model, photo = detector(**changes), photograph(name).expand(1, 3, -1, -1) / 255
-
-    def crops(count: int, left: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        tops, lefts = (torch.randint(0, room + 1, (count,), generator=generator).tolist() for room in (512 - side, 256 - side))
-        return torch.cat([photo[..., y : y + side, left + x : left + x + side] for y, x in zip(tops, lefts, strict=True)])
-
     if model.needs_fit:
-        state = model.new_state(10)
-        state.update(model.collect(crops(10, 0, 1)))
+        state = model.new_state(8)
+        state.update(photo[..., :256].unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1))
         model.fit(state)
-    nfa = torch.cat([model.alarms(part).log10_nfa for part in crops(images, 256, 2).split(4)])
+    generator = torch.Generator().manual_seed(2)
+    corners = zip(*(torch.randint(0, room - SIDE + 1, (images,), generator=generator).tolist() for room in (512, 256)), strict=True)
+    crops = torch.cat([photo[..., y : y + SIDE, 256 + x : 256 + x + SIDE] for y, x in corners])
+    nfa = torch.cat([model.alarms(part).log10_nfa for part in crops.split(4)])
     step = 8 if model.backbone else 1  # cells of the network's stage
     hits = [(nfa <= math.log10(epsilon)) for epsilon in EPSILONS]
     row = {"scales": 1, "bound": "tests", "images": images, "pixels": [h[:, ::step, ::step].sum().item() / images for h in hits]}
@@ -223,42 +222,42 @@ def measure(images: int, path: Path, again: bool) -> dict:
             keep({**result, "rows": result["rows"] + later}, path)
             print(*result["rows"][-2:], sep="\n", flush=True)
 
-    left, few = residuals(TEXTURES), min(300, images)
+    few = min(300, images)
     low = blur_gain(SIDE, 1.0)
     colours: dict[str, Callable[[Tensor], Tensor]] = {"white": lambda x: x}
     colours |= {"low-pass, σ 1 px": spectral(low), "high-pass, σ 1 px": spectral(1 - low)}
-    colours |= {f"spectrum of {name}'s residual": spectral(spectrum(r)) for name, r in left.items()}
+    colours |= {f"spectrum of {name}'s residual": lambda x, name=name: spectral(spectrum(name))(x) for name in TEXTURES}
     for number, (name, colour) in enumerate(colours.items()):
         settings = (*both, (4, "map")) if name == "white" else both
         for channels in (1, 3, 5) if number < 3 else (1,):
             add(name, channels, drawn(images, channels, 1000 * number + channels, colour), partial(counts, settings=settings))
-    for name, r in left.items():
+    for name in TEXTURES:
         for kind, change in (("pixels shuffled", shuffled), ("phases drawn", other_phases)):
-            add(f"{name}'s residual, {kind}", 1, changed(crops(r, images, 9), change, 11), partial(counts, settings=both))
-        add(f"{name}'s residual itself", 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both))
-        name = f"{name}'s residual itself, mode: measured"
-        add(name, 1, map(gaussianise, crops(r, images, 9)), partial(counts, settings=both, measured=True))
+            add(f"{name}'s residual, {kind}", 1, changed(crops(name, images, 9), change, 11), partial(counts, settings=both))
+        itself = f"{name}'s residual itself"
+        add(itself, 1, map(gaussianise, crops(name, images, 9)), partial(counts, settings=both))
+        add(f"{itself}, mode: measured", 1, map(gaussianise, crops(name, images, 9)), partial(counts, settings=both, measured=True))
     white = drawn(images, 1, 1, colours["white"])
     add("white, mode: measured", 1, white, partial(counts, settings=both, measured=True))
     add("white image of 48 px through the whole detector", 1, whole_detector(images, 48, 30.0, 7), partial(counts, settings=both[:1]))
     for channels in (1, 5):
         count = partial(counts, settings=both, statistic="energy")
         add("white, energy", channels, drawn(few, channels, channels, colours["white"]), count, few)
-    for name, r in (left | residuals(MORE)).items():
+    for name in TEXTURES + MORE:
         for kind, options in (("", {}), (", mode: measured", {"measured": True})):
             for statistic in ("mean", "energy") if kind else ("mean",):
                 title = f"{name}'s residual itself{kind}" + (", energy" if statistic == "energy" else "")
                 if name in MORE or statistic == "energy":
-                    batches = map(gaussianise, crops(r, few, 9))
+                    batches = map(gaussianise, crops(name, few, 9))
                     add(title, 1, batches, partial(counts, settings=both, statistic=statistic, **options), few)
-    few = min(60, images)
+    few = min(20, images)
     for name in TEXTURES + MORE:
-        for kind, side, options in (
-            ("pixels, 10 references", 128, {"references": 10}),
-            ("features and their energy, 10 references", 192, {"references": 10, **FEATURES}),
-            ("features and their energy, alone", 192, FEATURES),
+        for kind, options in (
+            ("pixels, 8 references", {"references": 8}),
+            ("features and their energy, 8 references", {"references": 8, **FEATURES}),
+            ("features and their energy, alone", FEATURES),
         ):
-            add(f"{name}: {kind}", 1, iter(()), lambda _, a=(name, few, side), o=options: alarms_of(*a, **o), few)
+            add(f"{name}: {kind}", 1, iter(()), lambda _, n=name, o=options: alarms_of(n, few, **o), few)
     return result
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from blemish.data.images import check_not_all_ignored, ignore_mask, prepare, to_image
+from blemish.data.ranges import fit_ranges
 from blemish.data.roi import Roi
 from blemish.data.tiles import bytes_of
 from blemish.detector import Detector, OnePassDetector, apply_ignore_mask
@@ -236,6 +237,7 @@ def fit_to_folder(model: OnePassDetector, preprocessing: Preprocessing) -> None:
             state.update(model.collect(model.features(image[None].to(model.device))))
     model.fit(state)
     model.fitted.fill_(len(paths))
+    model.ranges = model.ranges or fit_ranges(paths)
 
 
 def forward(
