@@ -24,8 +24,9 @@ def merge_moments(count: int, mean: Tensor, scatter: Tensor, rows: Tensor) -> in
     fresh = rows.mean(1)  # (P, d)
     delta = fresh - mean  # (P, d)
     # the between-batch term is one more row, so that a single product updates the scatter
-    between = delta.mul((count * n / (count + n)) ** 0.5)[:, None]  # (P, 1, d)
-    centred = torch.cat([rows - fresh[:, None], between], 1)  # (P, n+1, d)
+    centred = rows.new_empty(len(rows), n + 1, rows.shape[2])  # (P, n+1, d), filled in place: a concatenation would copy it once more
+    torch.sub(rows, fresh[:, None], out=centred[:, :n])
+    torch.mul(delta, (count * n / (count + n)) ** 0.5, out=centred[:, n])
     scatter.baddbmm_(centred.mT, centred)
     mean.add_(delta, alpha=n / (count + n))
     return count + n
