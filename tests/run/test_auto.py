@@ -31,7 +31,7 @@ def test_the_choice_and_its_reason(normal, defects, unlabelled, recipe):
 
 @pytest.mark.parametrize(
     ("more", "recipe"),
-    [((), "patchcore"), (("data.shots=2",), "subspace"), (("protocol=unlabelled",), "mutual")],
+    [((), "patchcore"), (("data.shots=1",), "subspace"), (("protocol=unlabelled",), "mutual")],
 )
 def test_overrides_name_the_recipe_that_was_chosen_for_the_data(tiny, more, recipe, capsys):
     data = [override for override in tiny_overrides(tiny) if override.startswith("data")]
@@ -50,7 +50,7 @@ def test_a_detector_chooses_when_it_is_trained(caplog):
     detector.alpha = 0.2
     with caplog.at_level(logging.INFO):
         detector.train(pictures)
-    assert detector.method == "subspace"
+    assert detector.method == "patchcore"
     assert detector.alpha == 0.2
     assert "2 normal images" in caplog.text
     assert np.isfinite(detector.predict(pictures[0]).score)

@@ -32,7 +32,7 @@ class Mutual(OnePassDetector):
     """
 
     min_images = 2
-    quick = ("model.stages=[2]",)
+    quick = ("model.stages=[3]", "model.rescore=[1]")
 
     def __init__(
         self,

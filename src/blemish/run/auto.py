@@ -9,7 +9,7 @@ from blemish.run.config import build, composed, parse, products_of
 from blemish.types import NORMAL
 
 AUTO = "auto"
-FEW = 2  # normal images up to which a subspace ranks better than a memory bank
+FEW = 1  # normal images up to which a memory bank ranks no better than a subspace, which is the smaller and quicker one
 
 
 def choose(normal: int, defects: int, unlabelled: bool = False) -> tuple[str, str]:
@@ -18,8 +18,8 @@ def choose(normal: int, defects: int, unlabelled: bool = False) -> tuple[str, st
         return "mutual", "no image is known to be normal: they are compared with each other"
     known = f"{normal} normal images" + (f", {defects} labelled defects, which the choice does not depend on" if defects else "")
     if normal <= FEW:
-        return "subspace", f"{known}: up to {FEW} normal images, a subspace of their patches"
-    return "patchcore", f"{known}: more than {FEW} normal images, a memory bank of their patches"
+        return "subspace", f"{known}: up to {FEW}, a subspace of their patches"
+    return "patchcore", f"{known}: more than {FEW}, a memory bank of their patches"
 
 
 def resolve(overrides: Sequence[str]) -> list[str]:
