@@ -112,3 +112,17 @@ def test_what_is_not_installed_is_named(monkeypatch):
     assert bare.to_dict()["boxes"] is None
     with pytest.raises(InputError, match="pip install matplotlib"):
         bare.plot()
+
+
+def test_regions_above_any_threshold_and_how_many_are_false_at_most():
+    bounded = replace(RESULT, region_levels=(8.0, 5.5))
+    assert [bounded.regions(threshold) for threshold in (10.0, 8.0, 5.5, 4.0)] == [(0, 0), (1, 0), (2, 1), (2, None)]
+    assert RESULT.regions(5.5) == (2, None), "nothing is proven without held-out images"
+    with pytest.raises(InputError, match="map"):
+        replace(bounded, map=None).regions(5.5)
+
+
+def test_names_the_product():
+    named = replace(RESULT, product="screw", product_p_value=0.5, unknown_product=False)
+    assert "screw, anomalous" in repr(named) and named.to_dict()["product"] == "screw" and "product" not in RESULT.to_dict()
+    assert "unknown product" in repr(replace(named, unknown_product=True))
