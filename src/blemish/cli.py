@@ -212,7 +212,7 @@ def path_as_typed(override: str, several: bool) -> str:
         keep, found = False, None
     if keep:
         return override
-    if name in LISTS and value[0] + value[-1] == "[]":
+    if name in LISTS and value[0] + value[-1] == "[]" and (name != "data.category" or "," in value):  # [a] is a folder of that name
         return f"{key}=[{quoted_items(value[1:-1])}]"
     return f"{key}={quoted_items(value) if several and found is None else quoted(value)}"
 
