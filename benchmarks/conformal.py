@@ -46,6 +46,7 @@ METHODS = {
 MOST = (500, 150)  # normal and anomalous images of a set, and
 MOST_TESTED = (200, 100)  # of those that a draw is tested on, at most
 MIXTURES, FOLDER, CALIBRATION = (0.01, 0.05, 0.2), 200, 100  # shares of defects in a folder of so many images
+SHOWN = 80  # images of the figure, which has the quantiles of the false alarms over the draws
 REFITS = 20  # one draw of so many also compares other ways of leaving images out
 
 
@@ -207,7 +208,6 @@ def rates(found: Sequence[Draw]) -> dict:
     return {name: {"mean": mean[i], "half": half[i], "deviation": deviation[i]} for i, name in enumerate(names)} | {
         "bound": conformal_threshold(found[0][0], ALPHA).alpha,
         "draws": len(pairs),
-        "quantiles": np.quantile(pairs[:, 0], np.linspace(0, 1, 101)).round(4).tolist(),  # of the false alarms
     }
 
 
@@ -299,6 +299,8 @@ def measured(method: str, name: str, count: int, root: str) -> dict:
             if way in found:
                 size = min(FOLDER, len(found[way][0][1]))
                 entry[way]["folders"] = [{"share": share, **folders(found[way], share, size)} for share in MIXTURES]
+                if n == SHOWN:
+                    entry[way]["quantiles"] = np.quantile(decided(found[way])[:, 0], np.linspace(0, 1, 101)).round(4).tolist()
         if "split" in found:
             entry["full"]["ratios"] = ratios(found["full"], found["split"])
         print(method, name, n, {k: (v["false_alarms"], v["found"], v["bound"], v.get("ratios")) for k, v in entry.items()}, flush=True)
@@ -356,12 +358,12 @@ def figure(results: dict) -> None:
     from matplotlib import pyplot
 
     found = results.get("padim, magnetic tiles", {}).get("draws", {})
-    found = found.get("80", {})
+    found = found.get(str(SHOWN), {})
     fig, ax = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
     x = np.linspace(0, 0.2, 200)
-    for way, n, color in (("split", HELD_OUT, "tab:orange"), ("full", 80, "tab:blue")):
+    for way, n, color in (("split", HELD_OUT, "tab:orange"), ("full", SHOWN, "tab:blue")):
         k = rank(n, ALPHA)
-        ax.plot(x, beta.cdf(x, n + 1 - k, k), color=color, label=f"calibrate={way}: {n} of 80 images calibrate")
+        ax.plot(x, beta.cdf(x, n + 1 - k, k), color=color, label=f"calibrate={way}: {n} of {SHOWN} images calibrate")
         if way in found:
             ax.plot(found[way]["quantiles"], np.linspace(0, 1, 101), drawstyle="steps-post", color=color, lw=0.8, ls=":", label="measured")
     ax.axvline(ALPHA, color="black", lw=0.8, label="α")
