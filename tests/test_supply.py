@@ -88,25 +88,14 @@ def test_the_group_of_a_device_has_the_ranges_of_the_project():
 
 
 @pytest.mark.slow
-def test_the_lower_ends_of_the_ranges_fit_together(tmp_path):
-    """The oldest versions that the ranges allow can be installed together on the oldest and the newest Python."""
+def test_the_lower_ends_of_the_ranges_fit_together():
+    """The oldest versions that the ranges allow can be installed together on two versions of Python."""
     uv, oldest = program("uv"), re.search(r"3\.\d+", PROJECT["project"]["requires-python"])[0]
     for python in (oldest, "3.12"):
-        command = [
-            uv,
-            "pip",
-            "compile",
-            "--resolution",
-            "lowest-direct",
-            "--python-version",
-            python,
-            "--extra",
-            "export",
-            "--extra",
-            "watch",
-        ]
-        done = subprocess.run([*command, ROOT / "pyproject.toml"], capture_output=True, text=True, timeout=300)
-        if "error sending request" in done.stderr or "dns error" in done.stderr:
+        versions = ["--resolution", "lowest-direct", "--python-version", python, "--no-python-downloads"]
+        command = [uv, "pip", "compile", *versions, "--extra", "export", "--extra", "watch", ROOT / "pyproject.toml"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode and "dns error" in done.stderr:
             pytest.skip("no package index can be reached")
         assert done.returncode == 0, f"Python {python}: {done.stderr}"
 
