@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import betabinom
 
 from blemish.edge.calibration import chance_of_alarms
-from blemish.run.progress import ProgressBar, Speed
+from blemish.run.progress import ProgressBar, Speed, steps
 from blemish.run.terminal import decisions
 
 CALIBRATION = {"value": 1.5, "alpha": 0.05, "requested": 0.05, "n": 99, "reachable": True}
@@ -59,3 +59,13 @@ def test_the_bar_shows_no_version_and_no_speed_before_it_is_known():
     assert bar.get_metrics(trainer, None) == {"loss": 0.5}
     assert str(Speed().render(SimpleNamespace(speed=None))) == ""
     assert str(Speed().render(SimpleNamespace(speed=2.5))) == "2.5 batches/s"
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_steps_are_shown_or_logged(visible, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(ProgressBar, "is_visible", staticmethod(lambda: visible))
+    with steps("graph", "file") as step:
+        step("graph")
+        step("file")
+    assert [record.message for record in caplog.records] == ([] if visible else ["graph …", "file …"])

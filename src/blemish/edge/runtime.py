@@ -42,7 +42,7 @@ from .result import Result
 
 KEY = "blemish"  # of the metadata among a file's own metadata
 EXACT = "float32"  # the input of a graph in two precisions that chooses this one
-FORMAT = "blemish artefact 3"
+FORMAT = "blemish artefact 4"
 SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # in the metadata, and before it is known
 ENGINES = {".onnx": "onnxruntime", ".xml": "openvino"}
 OUTSIDE = "nothing of the image is inside the ROI of this detector; expected an image that has a part of it"
@@ -122,7 +122,7 @@ class Model:
             return to_input(fill_masked(array, inside, self.metadata["window"]), self.metadata), ignore_mask
 
     def _scored(self, batch: Sequence[np.ndarray], ignore_masks: Sequence[np.ndarray | None]) -> list[tuple[float, np.ndarray | None]]:
-        band, threshold = self.metadata.get("band"), self.threshold
+        band, threshold = self.metadata["band"], self.threshold
         found = self._run(batch, ignore_masks, self.exact)
         if self.exact or not band or threshold is None:
             return found
