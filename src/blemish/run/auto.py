@@ -9,7 +9,7 @@ from blemish.run.config import build, composed, parse, products_of
 from blemish.types import NORMAL
 
 AUTO = "auto"
-FEW = 1  # normal images up to which a memory bank ranks no better than a subspace, which is the smaller and quicker one
+FEW = 1  # normal images up to which a subspace ranks better than a memory bank
 
 
 def choose(normal: int, defects: int, unlabelled: bool = False) -> tuple[str, str]:
