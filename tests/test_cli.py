@@ -97,7 +97,7 @@ def test_every_tool_is_a_command():
         (["bench", "run=nowhere", "n=0"], "n=0"),
         (["bench", "run=nowhere", "seconds=nan"], "seconds=nan"),
         (["export", "run=nowhere", "tolerance=high"], "tolerance=high"),
-        (["watch", "model=nowhere", "input=."], "run=nowhere: no config.yaml there"),
+        (["watch", "model=nowhere", "input=.", "output=../out"], "run=nowhere: no config.yaml there"),
         (["watch", "run=nowhere", "input=.", "output=out"], "output=out: inside of input=."),
         (["watch", "run=nowhere", "input=there", "settle=-1"], "settle=-1"),
     ],

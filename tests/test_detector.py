@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import make
 
-from blemish.detector import apply_ignore_mask
+from blemish.ops.maps import apply_ignore_mask
 from blemish.types import Prediction
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, images_of
+from blemish.data.arrays import ASSUMED, ArrayData, Image, array_of, check_of, gather
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
 from blemish.draw import Scale
@@ -384,18 +384,6 @@ def one_mask(roi: str | Path | np.ndarray | None) -> Roi | None:
     if found and found.folder:
         raise InputError(f"roi={roi}: a folder; expected one mask for all images, a file or an array")
     return found
-
-
-def gather(images: Any) -> tuple[list[Image], bool]:
-    """Return the images of a file, a folder, an array, a batch or a list of these, and whether there may be several."""
-    if isinstance(images, str | os.PathLike):
-        return images_at(images), Path(images).expanduser().is_dir()
-    if isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
-        return images_of(images)
-    found = [image for one in images for image in gather(one)[0]]
-    if not found:
-        raise InputError(f"an empty {type(images).__name__}; expected at least one image")
-    return found, True
 
 
 @contextlib.contextmanager

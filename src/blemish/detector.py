@@ -19,7 +19,7 @@ from blemish.edge.ranges import Range
 from blemish.edge.selection import region_levels
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RowBuffer, RunningCovariance
-from blemish.ops.maps import TOP, top_mean
+from blemish.ops.maps import TOP, apply_ignore_mask, joined, top_mean
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
 
@@ -178,31 +178,6 @@ class Detector(pl.LightningModule):
             if saved is not None and buffer is not None and buffer.numel() == 0:
                 self._buffers[name] = saved.to(buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def joined(predictions: Sequence[Prediction]) -> Prediction:
-    """The predictions of several batches as one."""
-    score, map = zip(*predictions, strict=True)
-    return Prediction(torch.cat(score), None if map[0] is None else torch.cat(map))
-
-
-def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None, share: float | None) -> Prediction:
-    """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
-
-    Ignored pixels take the least map value of the others. The score of an image, or a tile, that is ignored completely is −∞; otherwise a
-    score of the map's `share` (`Detector.map_share`) becomes that of the other pixels.
-    """
-    score, map = prediction
-    if ignore_mask is None:
-        return prediction
-    if map is not None and share is not None:
-        parts = [pixels[~ignored] for pixels, ignored in zip(map, ignore_mask, strict=True)]
-        score = torch.cat([top_mean(part[None], share) if len(part) else score[:1] for part in parts])
-    score = score.masked_fill(ignore_mask.all(2).all(1), -torch.inf)
-    if map is None:
-        return Prediction(score)
-    least = map.masked_fill(ignore_mask, torch.inf).amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
-    return Prediction(score, torch.where(ignore_mask, least[:, None, None], map))
 
 
 class OnePassDetector(Detector):

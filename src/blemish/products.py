@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.detector import Detector, Maps, apply_ignore_mask
+from blemish.detector import Detector, Maps
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
+from blemish.ops.maps import apply_ignore_mask
 from blemish.types import Batch, ProductPrediction
 
 

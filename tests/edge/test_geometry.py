@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blemish.data.images import ignore_mask, mask_to_network, prepare, to_image, to_network, to_unit
-from blemish.detector import apply_ignore_mask
 from blemish.edge import geometry as edge
 from blemish.edge import runtime
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, Geometry
+from blemish.ops.maps import apply_ignore_mask
 from blemish.types import IGNORED, Prediction
 
 SIDES = st.integers(8, 400)

@@ -17,6 +17,7 @@ METADATA = {
     "format": FORMAT,
     "threshold": 50.0,
     "map_share": 0.0,
+    "band": None,
     "map_threshold": 40.0,
     "calibration": [10.0, 20.0, 50.0],
     "batch": None,

@@ -1,10 +1,11 @@
 """Normal images given as files or arrays, in place of a data set on disk."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -16,6 +17,7 @@ from blemish.data.module import ImageData, plain_window
 from blemish.data.ranges import ValueCheck, fit_ranges
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import UINT16
+from blemish.edge.outputs import images_at
 from blemish.edge.ranges import Range
 from blemish.edge.reading import SMALLEST, array_of_picture, read, size_of
 from blemish.types import NORMAL
@@ -149,3 +151,15 @@ def images_of(array: object) -> tuple[list[np.ndarray], bool]:
     if array.dtype == np.float32 and not np.isfinite(array).all():
         raise InputError(f"{found}: {np.count_nonzero(~np.isfinite(array))} values are NaN or infinite; expected finite values")
     return list(array) if is_batch else [array], is_batch
+
+
+def gather(images: Any) -> tuple[list[Image], bool]:
+    """Return the images of a file, a folder, an array, a batch or a list of these, and whether there may be several."""
+    if isinstance(images, str | os.PathLike):
+        return images_at(images), Path(images).expanduser().is_dir()
+    if isinstance(images, np.ndarray | Tensor) or not isinstance(images, Iterable):
+        return images_of(images)
+    found = [image for one in images for image in gather(one)[0]]
+    if not found:
+        raise InputError(f"an empty {type(images).__name__}; expected at least one image")
+    return found, True

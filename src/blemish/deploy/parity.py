@@ -11,11 +11,12 @@ from blemish.data.dataset import cut
 from blemish.data.images import ignore_mask, prepare
 from blemish.data.manifest import Sample, read_manifest
 from blemish.deploy.quantize import Band, band_of
-from blemish.detector import Detector, apply_ignore_mask
+from blemish.detector import Detector
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import fill_masked, middle, mirrored
 from blemish.edge.reading import read
 from blemish.edge.runtime import Model
+from blemish.ops.maps import apply_ignore_mask
 from blemish.run.config import build
 from blemish.run.results import Preprocessing, images_at
 from blemish.run.tiling import TOGETHER, score_image

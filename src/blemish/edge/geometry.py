@@ -105,7 +105,7 @@ def fill_masked(array: np.ndarray, inside: np.ndarray | None, window: Mapping) -
 def apply_ignore_mask(
     score: float, map: np.ndarray | None, ignore_mask: np.ndarray | None, share: float | None
 ) -> tuple[float, np.ndarray | None]:
-    """Score and map of an image without the pixels of an ignore mask (h, w); see `detector.apply_ignore_mask`."""
+    """Score and map of an image without the pixels of an ignore mask (h, w); see `ops.maps.apply_ignore_mask`."""
     if ignore_mask is not None and ignore_mask.all():  # as a tile may be
         return -np.inf, map if map is None else np.full_like(map, map.max())
     if map is None or ignore_mask is None:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, OnePassDetector, Stages, integer, joined
+from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, OnePassDetector, Stages, integer
 from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RowBuffer, RunningCovariance, distributed
 from blemish.ops.coreset import farthest_first, project
-from blemish.ops.maps import align, check_blur, smooth_upsample
+from blemish.ops.maps import align, check_blur, joined, smooth_upsample
 from blemish.ops.memory import available_memory
 from blemish.ops.neighbours import distances, nearest
 from blemish.types import Prediction

@@ -8,14 +8,14 @@ import torch
 from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
-from blemish.detector import COUNT, Maps, OnePassDetector, Stages, joined, number
+from blemish.detector import COUNT, Maps, OnePassDetector, Stages, number
 from blemish.edge.calibration import CROSS, FULL
 from blemish.edge.checks import check_stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RowBuffer, distributed
 from blemish.ops.maps import align as aligned
-from blemish.ops.maps import check_blur, smooth_upsample
+from blemish.ops.maps import check_blur, joined, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import Prediction
 

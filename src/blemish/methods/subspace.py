@@ -7,13 +7,13 @@ import torch
 from kornia.geometry.transform import rotate
 from torch import Tensor
 
-from blemish.detector import SHARE_OR_COUNT, Maps, OnePassDetector, Stages, joined
+from blemish.detector import SHARE_OR_COUNT, Maps, OnePassDetector, Stages
 from blemish.edge.calibration import CROSS
 from blemish.edge.checks import check_whole
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RunningCovariance
 from blemish.ops.gaussian import pack_triangle, unpack_triangle
-from blemish.ops.maps import align, check_blur, smooth_upsample
+from blemish.ops.maps import align, check_blur, joined, smooth_upsample
 from blemish.types import Batch, Prediction
 
 

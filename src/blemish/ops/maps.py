@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blemish.edge import geometry
 from blemish.edge.checks import check_number
+from blemish.types import Prediction
 
 TOP = 0.01  # share of a map that `score: top` averages
 MOST = 1000  # largest σ of a blur in pixels; its kernel has eight times as many
@@ -92,3 +93,28 @@ def paint(tiles: Tensor, size: tuple[int, int], tile: int, stride: int) -> Tenso
         cover = ((offset >= 0) & (offset < tile)).to(tiles.dtype)
         covers.append(cover / cover.sum(1, keepdim=True))
     return covers[0] @ tiles @ covers[1].T
+
+
+def joined(predictions: Sequence[Prediction]) -> Prediction:
+    """The predictions of several batches as one."""
+    score, map = zip(*predictions, strict=True)
+    return Prediction(torch.cat(score), None if map[0] is None else torch.cat(map))
+
+
+def apply_ignore_mask(prediction: Prediction, ignore_mask: Tensor | None, share: float | None) -> Prediction:
+    """Apply an ignore mask (B, H, W) to a prediction; None leaves it as it is.
+
+    Ignored pixels take the least map value of the others. The score of an image, or a tile, that is ignored completely is −∞; otherwise a
+    score of the map's `share` (`Detector.map_share`) becomes that of the other pixels.
+    """
+    score, map = prediction
+    if ignore_mask is None:
+        return prediction
+    if map is not None and share is not None:
+        parts = [pixels[~ignored] for pixels, ignored in zip(map, ignore_mask, strict=True)]
+        score = torch.cat([top_mean(part[None], share) if len(part) else score[:1] for part in parts])
+    score = score.masked_fill(ignore_mask.all(2).all(1), -torch.inf)
+    if map is None:
+        return Prediction(score)
+    least = map.masked_fill(ignore_mask, torch.inf).amin((1, 2)).clamp_max(map.amax((1, 2)))  # (B,)
+    return Prediction(score, torch.where(ignore_mask, least[:, None, None], map))

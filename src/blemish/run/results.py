@@ -16,7 +16,7 @@ from blemish.data.images import check_not_all_ignored, ignore_mask, prepare, to_
 from blemish.data.ranges import fit_ranges
 from blemish.data.roi import Roi
 from blemish.data.tiles import bytes_of
-from blemish.detector import Detector, OnePassDetector, apply_ignore_mask
+from blemish.detector import Detector, OnePassDetector
 from blemish.draw import Scale
 from blemish.edge.calibration import SPLIT, by_hand, conformal_threshold
 from blemish.edge.errors import InputError, named
@@ -26,6 +26,7 @@ from blemish.edge.outputs import output_names as output_names
 from blemish.edge.reading import read
 from blemish.edge.selection import adjusted
 from blemish.noise.false_alarms import Detection, detections
+from blemish.ops.maps import apply_ignore_mask
 from blemish.products import Products
 from blemish.run.tiling import MapOnDisk, Preprocessing, score_image
 from blemish.types import ProductPrediction

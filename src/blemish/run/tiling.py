@@ -16,9 +16,10 @@ from blemish.data.dataset import TileBatches, Tiles
 from blemish.data.images import prepare, to_image
 from blemish.data.roi import Roi
 from blemish.data.tiles import largest_blocks, reduction, tile_at
-from blemish.detector import Detector, apply_ignore_mask
+from blemish.detector import Detector
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import Blend, Geometry, grid, mask_to_network, mirrored
+from blemish.ops.maps import apply_ignore_mask
 from blemish.types import IGNORED, Batch, Prediction
 
 TOGETHER = 64  # tiles in a batch where no batch size is given
