@@ -19,8 +19,8 @@ RECIPES = {
     "vae": ["image_auroc", "pixel_auroc"],
 }
 
-# shorter than the recipes, on crops of their own size. patch_svdd's recipe does not train, as minutes of training lose here too, by rates of
-# 1e-4 and 3e-4; ganomaly's takes six minutes, and a quarter of it leaves it at chance: tests/test_learning.py has the training of both.
+# shorter than the recipes, on crops of their own size. patch_svdd's recipe does not train, as minutes of training lose here too, by a rate
+# of 1e-4 or 3e-4; ganomaly's takes six minutes, and a quarter of it leaves it at chance: tests/test_learning.py has the training of both.
 FEATURES, TILES = ("image_size=128", "trainer.max_epochs=8"), ("trainer.max_epochs=5",)
 SCHEDULES = {
     **dict.fromkeys(["dfr", "reverse_distillation", "stfpm"], FEATURES),
