@@ -70,7 +70,7 @@ def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
     """Return the method of a config before a fit, for each of several products unless for `one`; its engine runs frozen networks."""
     names = () if one else products_of(cfg)
     model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
-    engine = cfg.get("engine", "torch")  # runs of earlier versions have none
+    engine = cfg.engine
     check_choice("", ENGINES, engine=engine)
     if engine == "auto" and cfg.get("weights") == "random":
         engine = "torch"  # a graph of weights that are drawn for a run seldom pays
@@ -87,7 +87,7 @@ def saved_scale(run: Path, cfg: DictConfig) -> Scale | None:
     scale = (record or {}).get("scale") or plain(cfg).get("scale")
     if scale is not None:
         check_number("", "(-inf, inf)", each=True, scale=scale)
-    return tuple(scale) if scale and len(scale) == 3 else None  # runs of earlier versions have two values
+    return tuple(scale) if scale else None
 
 
 def newest_run(place: str | Path) -> Path:
