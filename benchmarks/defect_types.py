@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from recipes import rows_of
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
@@ -65,10 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.INFO)
     console = Console(highlight=False, width=160)
-    if not args.output.exists():
-        args.output.write_text(",".join(HEADER) + "\n")
-    with args.output.open() as file:
-        rows = {tuple(row[:5]): row for row in csv.reader(file)}
+    rows = rows_of(args.output, HEADER, 5)
     means = defaultdict(list)
     with initialize_config_dir(os.fspath(ROOT / "configs"), version_base="1.3"):
         for seed in args.seeds:

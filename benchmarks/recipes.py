@@ -14,6 +14,7 @@ import re
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -75,6 +76,14 @@ def mean_of(sets: dict[str, list[dict]], names: set[str], metric: str) -> float:
     return statistics.fmean(statistics.fmean(float(row[metric] or 0) for row in sets[name]) for name in names)
 
 
+def rows_of(output: Path, header: Sequence[str], key: int) -> dict[tuple[str, ...], list[str]]:
+    """The rows of a CSV by their first `key` cells; a file that is not there is made, with its header."""
+    if not output.exists():
+        output.write_text(",".join(header) + "\n")
+    with output.open() as file:
+        return {tuple(row[:key]): row for row in csv.reader(file)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", nargs="?")
@@ -92,10 +101,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     console = Console(highlight=False, width=160)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.output.exists():
-        args.output.write_text(",".join(HEADER) + "\n")
-    with args.output.open() as file:
-        rows = {tuple(row[:5]): row for row in csv.reader(file)}
+    rows = rows_of(args.output, HEADER, 5)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for settings in args.settings:
             mine = []

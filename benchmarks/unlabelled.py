@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from recipes import rows_of
 from rich.console import Console
 
 from blemish.data.manifest import Sample, write_manifest
@@ -72,10 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.INFO)
     console = Console(highlight=False, width=160)
-    if not args.output.exists():
-        args.output.write_text(",".join(HEADER) + "\n")
-    with args.output.open() as file:
-        rows = {tuple(row[:3]): row for row in csv.reader(file)}
+    rows = rows_of(args.output, HEADER, 3)
     with initialize_config_dir(os.fspath(ROOT / "configs"), version_base="1.3"):
         for settings in args.settings:
             found = []

@@ -69,7 +69,7 @@ class Detector(pl.LightningModule):
     not_exportable: str | None = None  # why the method cannot be exported, and what to use instead
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
-    reference_folder: str | None = None  # normal images that a fit takes in place of the training images
+    reference_folder: str | None = None  # of normal images to fit to, instead of the training images
     bound_kind: str | None = None  # what the method's own bound on false alarms rests on
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds

@@ -394,7 +394,7 @@ def test_a_camera_drops_the_oldest_and_comes_back(monkeypatch):
 
 
 def test_a_video_goes_on_after_its_last_frame(tmp_path):
-    cv2 = pytest.importorskip("cv2", reason="no OpenCV here: pip install opencv-python-headless")
+    cv2 = pytest.importorskip("cv2", reason="no OpenCV here: pip install 'blemish[watch]'")
     path, output = tmp_path / "line.avi", tmp_path / "out"
     video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
     for number in range(12):
@@ -415,7 +415,7 @@ def test_what_cannot_be_watched(tmp_path, source, says):
     Image.new("L", (16, 16)).save(tmp_path / "image.png")
     (tmp_path / "notes.txt").write_text("text")
     if source == "notes.txt":
-        pytest.importorskip("cv2", reason="no OpenCV here: pip install opencv-python-headless")
+        pytest.importorskip("cv2", reason="no OpenCV here: pip install 'blemish[watch]'")
     with pytest.raises(InputError, match=f"input={tmp_path / source}: .*{says}"):
         watching(tmp_path / source, tmp_path / "out")
 

@@ -19,8 +19,8 @@ HEAD = b'{"id": "'  # of every line
 class Journal:
     """The log in a folder, and an index of the ids in it that takes no memory and is made again from the log where it lacks or lags.
 
-    A line is what says that an image is done, so that a kill cannot come between the two. What a kill or a power cut left of a last line is
-    cut off, and its image is scored again. One process at a time; InputError for a second one, and for a log that is none.
+    A line is what says that an image is done, so that a kill cannot come between the two. An incomplete last line, after a kill or a power
+    cut, is removed and its image is scored again. One process at a time; InputError for a second one, and for a file that is not a log.
     """
 
     def __init__(self, folder: Path):

@@ -39,7 +39,7 @@ def product_data(cfg: DictConfig, **more: str) -> ProductData:
     `more` replaces settings that all have in common.
     """
     if cfg.tiling:
-        raise InputError(f"tiling={cfg.tiling}: the product is told from the image as a whole; expected tiling=null, or one product")
+        raise InputError(f"tiling={cfg.tiling}: products are recognised from whole images; expected tiling=null, or one product")
     shared = {name: plain(cfg.data)[name] for name in ALL_PARTS} | more
     if of := cfg.data.get("of"):
         parts = {name: build(composed("logger=none", *shlex.split(of[name])).data, **shared) for name in products_of(cfg)}
