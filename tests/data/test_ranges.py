@@ -62,6 +62,12 @@ def test_a_dtype_with_a_window_is_compared_with_it(caplog):
     assert "window is 0 to 10" in warnings_of(clipped, DEEP, caplog=caplog)[0]
 
 
+def test_without_training_bytes_need_no_window_and_others_are_said_once(caplog):
+    assert not warnings_of(ValueCheck({}, {}, "value_range", {"uint8": (0, 255)}), GREY, caplog=caplog)
+    (warning,) = warnings_of(ValueCheck({}, {}, "value_range", {"uint16": (0, 65535)}), DEEP * 16, DEEP * 16, caplog=caplog)
+    assert warning.startswith("0.png: uint16; 0 is taken for black and 65535 for white")
+
+
 def test_defects_and_gradual_change_bring_no_warning(caplog):
     check = ValueCheck({"uint16": Range(320, 3840, 3800)}, {})
     hole, glare = DEEP.copy(), DEEP.copy()

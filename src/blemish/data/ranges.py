@@ -99,7 +99,7 @@ class ValueCheck:
                 f"images converted to that, {setting}or a detector trained on {dtype} too"
             )
         self.checked.add(name)
-        if dtype not in self.ranges and dtype not in self.window:
+        if dtype not in self.ranges and dtype not in self.window and (self.trained or dtype != "uint8"):
             self.new.setdefault(dtype, name)
         inside = roi()
         if found := self.doubt(array if inside is None else array[inside]):
@@ -134,9 +134,8 @@ class ValueCheck:
         for dtype, name in self.new.items():
             lo, hi = self.assumed[dtype]
             log.warning(
-                "%s: %s, but training had %s alone; %g is taken for black and %g for white. If they are not, give %s, convert such images, "
-                "or train on them",
-                *(name, dtype, self.trained, lo, hi, setting),
+                "%s: %s%s; %g is taken for black and %g for white. If they are not, give %s, convert such images, or train on them",
+                *(name, dtype, f", but training had {self.trained} alone" if self.trained else "", lo, hi, setting),
             )
         if self.doubts:
             log.warning(
