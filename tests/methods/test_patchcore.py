@@ -199,7 +199,8 @@ def test_whitened_patches_have_covariance_one():
 
 @pytest.mark.parametrize("whiten", [True, False])
 def test_a_bounded_bank_covers_all_patches(whiten, monkeypatch):
-    monkeypatch.setattr(patchcore, "MERGED", 3)
+    monkeypatch.setattr(patchcore, "KEPT", 1)
+    monkeypatch.setattr(patchcore, "HELD", 3)
     model = detector(20, whiten=whiten)
     state = model.new_state(40)
     for part in images(40).split(2):
@@ -218,6 +219,6 @@ def test_a_bounded_bank_covers_all_patches(whiten, monkeypatch):
 
 
 def test_a_bounded_bank_of_few_patches_is_that_of_all(monkeypatch):
-    monkeypatch.setattr(patchcore, "MERGED", 100)
+    monkeypatch.setattr(patchcore, "HELD", 100)
     bounded, full = (fitted(detector(ratio), images(6)) for ratio in (19, 0.05))
     torch.testing.assert_close(bounded.bank, full.bank)

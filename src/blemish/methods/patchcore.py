@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FEW_PATCHES = 10  # in the bank, below which it says little of what is normal
 NEIGHBOURS = 9  # b of `reweight: true`; the paper leaves it open
-MERGED = 8  # times the rows of a bounded bank that are held before they are reduced to it
+KEPT, HELD = 4, 16  # times the rows of a bounded bank to which those held are reduced, and at which they are
 SHRINKAGE = 0.01  # share of the mean variance that is added to every principal component's before patches are whitened
 
 
@@ -132,12 +132,12 @@ class PatchCore(OnePassDetector):
         start = project(self.bank, self.projection, torch.Generator().manual_seed(self.seed)) if self.updating else generator
         return farthest_first(projected, count, start)
 
-    def thin(self, patches: Tensor, moments: RunningCovariance) -> Tensor:
-        """The coreset (M, D) of patches (N, D), by distances of patches that are whitened by the moments so far."""
+    def thin(self, patches: Tensor, count: int, moments: RunningCovariance) -> Tensor:
+        """The coreset (`count`, D) of patches (N, D), by distances of patches that are whitened by the moments so far."""
         if self.whiten:
             self.center, self.whitener = whitening(*moments.compute())
         projected = project(self.whitened(patches), self.projection, torch.Generator().manual_seed(self.seed))
-        return patches[farthest_first(projected, self.coreset_ratio, 0).indices]
+        return patches[farthest_first(projected, count, 0).indices]
 
     def restore(self, state: RowBuffer) -> None:
         """Do nothing: `fit` uses the bank, and the patches it was chosen from are gone."""
@@ -289,12 +289,13 @@ class PatchBuffer(RowBuffer):
 
 
 class BoundedBuffer(PatchBuffer):
-    """Patches (count, D) by merge and reduce: batches join those held, and MERGED · `most` or more are thinned to `most` again.
+    """Patches (count, D) by merge and reduce: batches join those held, and HELD · `most` or more are thinned to KEPT · `most` again.
 
-    A coreset of coresets covers all patches within the sum of their radii. thin(patches, moments) does it.
+    A coreset of coresets covers all patches within the sum of their radii, of which the larger coresets' are small.
+    thin(patches, count, moments) does it.
     """
 
-    def __init__(self, most: int, thin: Callable[[Tensor, RunningCovariance], Tensor], whiten: bool):
+    def __init__(self, most: int, thin: Callable[[Tensor, int, RunningCovariance], Tensor], whiten: bool):
         super().__init__(most, 0, whiten)
         self.thin = thin
         self.add_state("seen", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")  # patches of all batches
@@ -304,8 +305,8 @@ class BoundedBuffer(PatchBuffer):
         rows = rows.flatten(0, 1)  # (B·P, D)
         self.seen += len(rows)
         self.rows = torch.cat([self.rows, rows]) if self.count else rows
-        if len(self.rows) >= MERGED * self.capacity:
-            self.rows = self.thin(self.rows, self.moments)
+        if len(self.rows) >= HELD * self.capacity:
+            self.rows = self.thin(self.rows, KEPT * self.capacity, self.moments)
         self.count.fill_(len(self.rows))
 
     def gather(self) -> None:
