@@ -19,14 +19,13 @@ from blemish.edge.ranges import Range
 from blemish.edge.selection import region_levels
 from blemish.features.extractor import Features
 from blemish.ops.accumulators import RowBuffer, RunningCovariance
-from blemish.ops.maps import TOP, apply_ignore_mask, joined, top_mean
+from blemish.ops.maps import TOP, apply_ignore_mask, top_mean
 from blemish.ops.rng import stream
 from blemish.types import Batch, Prediction
 
 Maps = Sequence[Tensor]  # (B, C, h, w) of each stage
 Stages = Sequence[int | str]  # numbers or names, as `Features` has them
 DTYPES = ("uint8", "uint16", "float32")
-FEW_REFITS = 200  # training images up to which a fit without each is worth its time
 FEW_IMAGES = 5  # training images below which a run warns
 AUGMENT = 1  # the purpose of its random numbers, which are not those of a loss
 NO_RANGE = Range(math.inf, -math.inf, math.inf)  # of a dtype that no training image had
@@ -70,6 +69,8 @@ class Detector(pl.LightningModule):
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
     reference_folder: str | None = None  # of normal images to fit to, instead of the training images
+    scores_bag = False  # can score a new image and all training images, each by a fit to the others
+    whole_bag = False  # does so for every image: calibrate=full where no formula bounds the scores of the training images
     bound_kind: str | None = None  # what the method's own bound on false alarms rests on
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
@@ -185,7 +186,7 @@ class OnePassDetector(Detector):
 
     `left_out` is FULL or CROSS of `edge.calibration.PROMISES` where training images can be scored without themselves by `leave_one_out`:
     FULL if no image put in the place of the one that was left out could raise its score further. Then the bound on false alarms of split
-    conformal prediction holds (docs/decisions.md).
+    conformal prediction holds (docs/decisions.md), as it does with `scores_bag`.
     """
 
     left_out: str | None = None
@@ -212,18 +213,8 @@ class OnePassDetector(Detector):
         raise NotImplementedError
 
     def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
-        """The predictions of training images as if each had not been one, from their places `rows` among the rows of the state.
-
-        By default a fit to all others for each, of a method that keeps the rows of its state in a buffer `rows`.
-        """
-        kept, every, found = dict(self._buffers), self.rows, []
-        for b, row in enumerate(rows):
-            state = RowBuffer(len(every) - 1)
-            state.update(torch.cat([every[:row], every[row + 1 :]]))
-            self.fit(state)
-            found.append(self.score([stage[b : b + 1] for stage in maps], size))
-        self._buffers.update(kept)
-        return joined(found)
+        """The predictions of training images as if each had not been one, from their places `rows` among the rows of the state."""
+        raise NotImplementedError
 
     def restore(self, state: RowBuffer | RunningCovariance) -> None:
         """Fill an empty state with that of the images fitted so far, from the buffers alone."""

@@ -8,6 +8,7 @@ from support import tiny_run
 
 from blemish.api import AnomalyDetector
 from blemish.data.manifest import read_manifest
+from blemish.deploy.export import check_exportable
 from blemish.edge.errors import InputError
 from blemish.run.calibrate import FOLDS, folds
 from blemish.run.checkpoint import load
@@ -20,6 +21,7 @@ OPTIONS = {
     "patchcore": ["model=patchcore", "model.coreset=none", "model.reweight=false"],
     "coreset": ["model=patchcore", "model.coreset_ratio=0.5"],
     "dfm": ["model=dfm"],
+    "bag": ["model=dfm", "model.score=max"],
     "dfkdm": ["model=dfkdm", "model.density=gaussian"],
     "subspace": ["model=subspace", "model.rotations=0"],
 }
@@ -27,7 +29,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("name", "calibrate", "promise"), [
     ("padim", "full", "full"), ("spade", "full", "full"), ("patchcore", "full", "full"), ("coreset", "cross", "cross"),
-    ("dfm", "cross", "cross"), ("dfkdm", "cross", "cross"), ("subspace", "cross", "cross"),
+    ("dfm", "cross", "cross"), ("bag", "full", "full"), ("dfkdm", "cross", "cross"), ("dfkdm", "full", "full"), ("subspace", "cross", "cross"),
 ])  # fmt: skip
 def test_every_image_trains_and_calibrates(name, calibrate, promise, tiny, tmp_path, capsys):
     train(tiny_run(tiny, tmp_path / "run", *OPTIONS[name], f"calibrate={calibrate}"))
@@ -60,7 +62,10 @@ def test_methods_that_leave_no_image_out_are_calibrated_in_folds(tiny, tmp_path)
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["model=dfm", "calibrate=full"], "no proof for DFM"),
+    (["model=dfm", "model.groups=2", "calibrate=full"], "no proof for DFM"),
+    (["model=dfm", "model.score=max", "data.resize=letterbox", "calibrate=full"], "data.resize"),
+    (["model=dfkdm", "model.scaling=norm", "calibrate=full"], "no proof for DFKDM"),
+    (["model=subspace", "calibrate=full"], "no proof for Subspace"),
     (["model=patchcore", "calibrate=full"], "no proof for PatchCore"),
     (["model=padim", "calibrate=full", "tiling=32", "overlap=8"], "on tiles"),
     (["model=padim", "calibrate=full", "protocol=paper"], "protocol=clean"),
@@ -69,6 +74,29 @@ def test_methods_that_leave_no_image_out_are_calibrated_in_folds(tiny, tmp_path)
 def test_what_is_not_proven_is_refused(options, says, tiny, tmp_path):
     with pytest.raises(InputError, match=says):
         train(tiny_run(tiny, tmp_path / "run", *options))
+
+
+def test_a_bag_of_many_images_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("blemish.run.calibrate.BAG", 23)
+    with pytest.raises(InputError, match="at most 23"):
+        train(tiny_run(tiny, tmp_path / "run", "model=dfm", "calibrate=full"))
+
+
+@pytest.mark.parametrize("name", ["bag", "dfkdm"])
+def test_the_p_value_of_an_image_is_that_among_refits_of_its_bag(name, tiny, tmp_path):
+    train(tiny_run(tiny, tmp_path / "run", *OPTIONS[name], "calibrate=full"))
+    detector, plain = (AnomalyDetector.load(tmp_path / "run", device="cpu") for _ in range(2))
+    plain.model.calibration = torch.empty(0, 2)
+    for path in [next((tiny / folder).iterdir()) for folder in ("normal_test", "square")]:
+        found, own, raw = detector.predict(path), detector.model.calibration[:, 0], plain.predict(path).score
+        image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
+        rows = torch.cat([plain.model.rows, plain.model.collect(plain.model.features(image))])
+        scores = plain.model.bag_scores(rows, plain.model.features(image), (64, 64))  # tests/methods/test_vectors.py refits
+        assert found.p_value == (1 + int((scores[:-1] >= scores[-1]).sum())) / 25
+        assert found.decision == (found.score > detector.threshold.value)
+        assert found.score == raw or (1 + int((own >= raw).sum())) / 25 != found.p_value  # moved where it has to be
+    with pytest.raises(InputError, match="calibrate=split"):
+        check_exportable(detector.model, maps=False)
 
 
 def test_from_python(tiny, tmp_path):

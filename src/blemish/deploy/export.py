@@ -260,6 +260,8 @@ def check_exportable(model: Detector, maps: bool) -> None:
     name = type(model).__module__.rpartition(".")[2]
     if model.not_exportable:
         raise InputError(f"{name} cannot be exported: {model.not_exportable}")
+    if model.whole_bag:
+        raise InputError(f"{name} with calibrate=full compares each image with fits to it; expected a run with calibrate=split")
     if maps and model.map_not_exportable:
         raise InputError(f"{name} cannot be exported with its map: {model.map_not_exportable}")
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blemish.detector import COUNT, FEW_REFITS, Maps, OnePassDetector, Stages, number
-from blemish.edge.calibration import CROSS, FULL
+from blemish.detector import COUNT, Maps, Stages, number
 from blemish.features.extractor import Features
-from blemish.ops import pca
+from blemish.methods.vectors import VectorDetector
+from blemish.ops import bag, pca
 from blemish.ops.accumulators import RowBuffer
-from blemish.ops.density import Density, gaussian, kernels, leave_one_out, log_density
+from blemish.ops.density import Density, gaussian, kernels, leave_one_out, left_out_density, log_density
 from blemish.ops.gaussian import left_out_cholesky
 from blemish.types import Prediction
 
@@ -59,7 +59,7 @@ class VectorDensity:
         return -log_density(Density(self.points, self.factor, self.centre), self.coordinates(rows)).float()
 
 
-class DFKDE(VectorDensity, OnePassDetector):
+class DFKDE(VectorDensity, VectorDetector):
     """Anomaly = −log density of the feature: global average pool, `components` principal components, Gaussian KDE.
 
     scaling=scale divides the coordinates by the largest norm among the training images, which moves all scores by one constant; norm
@@ -67,24 +67,16 @@ class DFKDE(VectorDensity, OnePassDetector):
     components as directions.
     """
 
-    min_images = 2
-
     def __init__(self, backbone: str, stages: Stages, weights: str, components: int, bandwidth: str | float, scaling: str, seed: int):
         super().__init__()
         self.save_hyperparameters()
         self.check_arguments(scaling=("scale", "norm"))
         self.add_density(components, "kde", bandwidth, scaling)
-        self.add_buffers("rows")  # (N, D) the features, for an update
         self.backbone = Features(backbone, stages, weights, seed)
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is one Gaussian of all directions, so that no choice of components or density depends on an image."""
         return self.density == "gaussian" and self.scaling != "norm" and len(self.axes) == self.mean.numel() > 0
-
-    @property
-    def left_out(self) -> str | None:
-        return FULL if self.is_plain else CROSS if len(self.rows) <= FEW_REFITS else None
 
     def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
         if not self.is_plain:
@@ -94,6 +86,21 @@ class DFKDE(VectorDensity, OnePassDetector):
         squared = torch.linalg.solve_triangular(self.factor, z.T, upper=False).square().sum(0)  # (B,)
         return Prediction(self.negative_log_density(x) + 0.5 * (left_out_cholesky(squared.sqrt(), len(self.rows)) - squared).float())
 
+    @property
+    def scores_bag(self) -> bool:
+        return self.scaling != "norm"
+
+    def bag_scores(self, rows: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
+        variance, coordinates = others = bag.fit_others(rows)
+        square = rows.double().square().sum(1)
+        dims = resolved(variance, (square.sum() - square) / (len(rows) - 1)).minimum(pca.kept(variance, self.components))  # (N,)
+        bandwidth = None if self.density == "gaussian" else self.bandwidth
+        found = left_out_density(*others, dims, bandwidth, self.density == "auto")
+        if self.scaling == "scale":
+            length = (coordinates * bag.within(dims, variance.shape[1])[:, None]).norm(dim=2).fill_diagonal_(0).amax(1)
+            found = found + dims * length.log()
+        return -found
+
     def collect(self, maps: Maps) -> Tensor:
         """The global average pool of all stages, (B, D)."""
         return torch.cat([stage.mean((2, 3)) for stage in maps], 1)
@@ -102,11 +109,8 @@ class DFKDE(VectorDensity, OnePassDetector):
         self.rows = state.compute()
         self.fit_density(self.rows)
 
-    def restore(self, state: RowBuffer) -> None:
-        state.update(self.rows)
-
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        return Prediction(self.negative_log_density(self.collect(maps)))
+        return self.in_bag(Prediction(self.negative_log_density(self.collect(maps))), maps, size)
 
 
 def principal(rows: Tensor, components: int) -> pca.PCA:
@@ -116,5 +120,10 @@ def principal(rows: Tensor, components: int) -> pca.PCA:
     """
     rows = rows.double()
     mean, axes, variance = pca.fit(rows, components)
-    count = max(1, int((variance > RESOLUTION**2 * rows.square().sum(1).mean()).sum()))
+    count = int(resolved(variance, rows.square().sum(1).mean()))
     return pca.PCA(mean, axes[:count], variance[:count])
+
+
+def resolved(variance: Tensor, square: Tensor) -> Tensor:
+    """How many (…), at least one, of the variances (…, k) are above RESOLUTION, for vectors of the mean squared norm `square` (…)."""
+    return (variance > RESOLUTION**2 * square[..., None]).sum(-1).clamp_min(1)

@@ -13,12 +13,13 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blemish.detector import COUNT, FEW_REFITS, SHARE_OR_COUNT, Maps, OnePassDetector, Stages
-from blemish.edge.calibration import CROSS, FULL
+from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, Stages
 from blemish.edge.errors import InputError
 from blemish.features.extractor import Features
-from blemish.ops import kmeans, pca
+from blemish.methods.vectors import VectorDetector
+from blemish.ops import bag, kmeans, pca
 from blemish.ops.accumulators import RowBuffer
+from blemish.ops.density import left_out_density
 from blemish.ops.gaussian import left_out_cholesky
 from blemish.ops.maps import align, smooth_upsample
 from blemish.ops.rng import stream
@@ -27,7 +28,7 @@ from blemish.types import Prediction
 NARROWEST = 1e-3  # added to the variances of a mixture, where those of all training images are 1
 
 
-class DFM(OnePassDetector):
+class DFM(VectorDetector):
     """Anomaly = what the principal components of the pooled and flattened feature map, `keep` of their variance, do not explain.
 
     score=fre: the norm of the residual that the components do not reconstruct, and as map its norm over the channels of each cell.
@@ -36,7 +37,6 @@ class DFM(OnePassDetector):
     which counts (fre), or as a mixture of so many Gaussians, diagonal on the components (nll).
     """
 
-    min_images = 2
     quick = ("model.pool=1",)
 
     def __init__(
@@ -56,18 +56,12 @@ class DFM(OnePassDetector):
         self.check_arguments(pool=COUNT, keep=SHARE_OR_COUNT, groups=COUNT)
         self.backbone = Features(backbone, stages, weights, seed)
         self.pool, self.share, self.groups, self.likelihood, self.seed = pool, keep, groups, score == "nll", seed
-        self.add_buffers("rows")  # (N, D) the features, for an update; D = C·h·w of the pooled map
         self.add_buffers("mean", "axes")  # (G, D), (G, k, D) with rows of zeros where a group has fewer components
         self.add_buffers("variance", "shares", "means", "variances")  # of nll, where G = 1: (k,), and of M Gaussians (M,), (M, k), (M, k)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the score is that of one Gaussian of all directions, so that no choice of components depends on an image."""
         return self.likelihood and self.groups == 1 and self.axes.numel() > 0 and self.axes.shape[1] == self.axes.shape[2]
-
-    @property
-    def left_out(self) -> str | None:
-        return FULL if self.is_plain else CROSS if len(self.rows) <= FEW_REFITS else None
 
     def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
         if not self.is_plain:
@@ -75,6 +69,18 @@ class DFM(OnePassDetector):
         z = (self.collect(maps).to(self.mean) - self.mean[0]) @ self.axes[0].T / self.variance.sqrt()
         squared = z.square().sum(1)  # (B,)
         return Prediction(self.score(maps, size).score + 0.5 * (left_out_cholesky(squared.sqrt(), len(self.rows)) - squared))
+
+    @property
+    def scores_bag(self) -> bool:
+        return self.groups == 1
+
+    def bag_scores(self, rows: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
+        others = bag.fit_others(rows)
+        kept = pca.kept(others.variance, self.share)  # (N,)
+        if self.likelihood:
+            return -left_out_density(*others, kept, None)
+        residual = bag.residuals(rows, others, kept).float().view(len(rows), *self.embed(maps).shape[1:])
+        return self._from_residual(residual, size).score
 
     def embed(self, maps: Maps) -> Tensor:
         """All stages on the first one's grid, averaged over squares of `pool` cells: (B, C, h, w)."""
@@ -97,9 +103,6 @@ class DFM(OnePassDetector):
             z = pca.transform(spaces[0], self.rows, whiten=True)  # (N, k)
             self.shares, self.means, self.variances = mixture(z, min(self.groups, len(z)), self.seed)
 
-    def restore(self, state: RowBuffer) -> None:
-        state.update(self.rows)
-
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         x = self.embed(maps)  # (B, C, h, w)
         rows = x.flatten(1).to(self.mean)  # (B, D)
@@ -108,10 +111,14 @@ class DFM(OnePassDetector):
             raise InputError(f"image_size: DFM was fitted to {fitted} values an image and now gets {rows.shape[1]}; keep the size")
         if self.likelihood:
             z = (rows - self.mean[0]) @ self.axes[0].T / self.variance.sqrt()  # (B, k)
-            return Prediction(negative_log_likelihood(z, self.shares, self.means, self.variances) + 0.5 * self.variance.log().sum())
-        residual = nearest_residual(rows, self.mean, self.axes)  # (B, D)
-        map = smooth_upsample(residual.view(x.shape).norm(dim=1), size, sigma=0.0)  # (B, H, W)
-        return self.from_map(map, residual.norm(dim=1))
+            found = Prediction(negative_log_likelihood(z, self.shares, self.means, self.variances) + 0.5 * self.variance.log().sum())
+        else:
+            found = self._from_residual(nearest_residual(rows, self.mean, self.axes).view(x.shape), size)
+        return self.in_bag(found, maps, size)
+
+    def _from_residual(self, residual: Tensor, size: tuple[int, int]) -> Prediction:
+        cells = residual.norm(dim=1)  # (B, h, w)
+        return self.from_map(smooth_upsample(cells, size, sigma=0.0), cells.flatten(1).norm(dim=1))  # (B, H, W)
 
 
 def nearest_residual(rows: Tensor, mean: Tensor, axes: Tensor) -> Tensor:

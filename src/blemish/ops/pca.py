@@ -50,14 +50,19 @@ def from_moments(mean: Tensor, covariance: Tensor, keep: int | float) -> PCA:
     return _cut(mean, axes.T.flip(0), variance.flip(0), keep, torch.finfo(covariance.dtype).eps * len(mean))
 
 
+def kept(variance: Tensor, keep: int | float, tolerance: float = 0.0) -> Tensor:
+    """How many components `fit` keeps (…) of those with the variances (…, D), largest first, and 0 up to a share `tolerance` of it."""
+    count = (variance > tolerance * variance[..., :1]).sum(-1)  # the rank
+    if isinstance(keep, int):
+        return count.clamp_max(keep)
+    share = variance.cumsum(-1) / variance.clamp_min(0).sum(-1, keepdim=True)
+    return torch.minimum((share <= keep).sum(-1) + 1, count)
+
+
 def _cut(mean: Tensor, axes: Tensor, variance: Tensor, keep: int | float, tolerance: float) -> PCA:
-    rank = int((variance > tolerance * variance[0]).sum())
-    if rank == 0:
+    count = int(kept(variance, keep, tolerance))
+    if count == 0:
         raise InputError("rows: all rows are equal, PCA needs features that vary")
-    if isinstance(keep, float):
-        share = variance[:rank].cumsum(0) / variance.clamp_min(0).sum()
-        keep = int((share <= keep).sum()) + 1
-    count = min(keep, rank)
     axes = axes[:count]
     sign = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
     return PCA(mean, (axes * sign).contiguous(), variance[:count].contiguous())

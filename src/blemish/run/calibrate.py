@@ -21,6 +21,7 @@ from blemish.run.results import fit_to_folder, preprocessing_of
 
 log = logging.getLogger(__name__)
 
+BAG = 80  # training images up to which a new one is compared with fits to it and all of them but one
 FOLDS = 5  # fits for a method whose images cannot be left out one by one
 
 Data = ImageData | LightningDataModule  # the images, or what is stored of them
@@ -35,6 +36,22 @@ def check_calibrate(cfg: DictConfig, model: Detector, images: ImageData, trainer
     if cfg.calibrate == FULL and model.fits_training_images and not leaves_out(model, images):
         name = f"{type(model).__name__}{'' if images.tile is None else ' on tiles'}"
         raise InputError(f"calibrate=full: there is no proof for {name}; expected cross, without a proof, or split")
+
+
+def check_full(model: Detector, images: ImageData) -> None:
+    """InputError for a fitted model unless no further image raises the scores of its training images, or all can be scored with one."""
+    if model.left_out == FULL and leaves_out(model, images):
+        return
+    name, count = type(model).__name__, len(images.samples_of("train"))
+    if not model.scores_bag:
+        raise InputError(f"calibrate=full: there is no proof for {name} with these settings; expected split, or cross, without a proof")
+    if count > BAG:
+        raise InputError(
+            f"calibrate=full: {name} fits {count} times for each new image, to it and all training images but one; expected at most {BAG}, "
+            "or split"
+        )
+    if model.map_share is not None and (images.roi is not None or images.geometry.resize == "letterbox"):
+        raise InputError(f"calibrate=full: {name} scores full maps, without data.roi or data.resize=letterbox; expected those, or split")
 
 
 def leaves_out(model: Detector, images: ImageData) -> bool:
@@ -101,16 +118,16 @@ def cross_calibrated(
     count = len({sample.path for sample in images.samples_of("train")})
     if count < 2:
         raise InputError(f"calibrate={cfg.calibrate}: found {count} training image; expected 2 or more, each is scored without itself")
+    if cfg.calibrate == FULL:
+        check_full(model, images)
     if leaves_out(model, images):
-        if cfg.calibrate == FULL and model.left_out != FULL:
-            raise InputError(f"calibrate=full: there is no proof for {type(model).__name__} with these settings; expected calibrate=cross")
         model.to(trainer.strategy.root_device).eval()
         model.leaving_out = True
         try:
             trainer.predict(model, dataloaders=stored(images, model).loader("train"), return_predictions=False)
         finally:
             model.leaving_out = False
-        model.set_calibration(calibrate.values, model.left_out)
+        model.set_calibration(calibrate.values, FULL if cfg.calibrate == FULL else model.left_out)
         return
     found, parts = [], folds(images.samples, min(FOLDS, count), cfg.seed)
     cfg = copy.deepcopy(cfg)
