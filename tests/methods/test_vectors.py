@@ -51,10 +51,10 @@ def test_scores_of_a_bag_go_with_its_rows(method, options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "options"), [("dfm", {"keep": 2}), ("dfm", {"keep": 0.9, "score": "nll"}), ("dfkde", {"components": 3})])
+@pytest.mark.parametrize(("method", "options"), [CASES[1], CASES[4], CASES[9]])
 def test_false_alarms_are_bounded_with_no_image_held_out(method, options):
     """Vectors instead of images: 19 of them promise 5 %, exactly so where no two scores are equal."""
-    model, alarms, draws = make(method, **options), 0, 600
+    model, alarms, draws = make(method, **options), 0, 500
     for seed in range(draws):
         stage = maps(20, 8, seed, side=1)
         refit(model, model.collect([stage[:19]]))

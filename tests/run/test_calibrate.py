@@ -29,7 +29,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("name", "calibrate", "promise"), [
     ("padim", "full", "full"), ("spade", "full", "full"), ("patchcore", "full", "full"), ("coreset", "cross", "cross"),
-    ("dfm", "cross", "cross"), ("bag", "full", "full"), ("dfkdm", "cross", "cross"), ("dfkdm", "full", "full"), ("subspace", "cross", "cross"),
+    ("dfm", "cross", "cross"), ("bag", "full", "full"), ("dfkdm", "cross", "cross"), ("dfkdm", "full", "full"),
+    ("subspace", "cross", "cross"),
 ])  # fmt: skip
 def test_every_image_trains_and_calibrates(name, calibrate, promise, tiny, tmp_path, capsys):
     train(tiny_run(tiny, tmp_path / "run", *OPTIONS[name], f"calibrate={calibrate}"))
@@ -42,7 +43,7 @@ def test_every_image_trains_and_calibrates(name, calibrate, promise, tiny, tmp_p
         images = [torch.from_numpy(np.array(Image.open(tiny / path).convert("RGB"))).permute(2, 0, 1) / 255 for path in paths]
         for i in (0, 23):
             other = AnomalyDetector.load(tmp_path / "run", device="cpu").model
-            state = other.new_state(23)
+            other.calibration, state = torch.empty(0, 2), other.new_state(23)
             state.update(other.collect(other.features(torch.stack([*images[:i], *images[i + 1 :]]))))
             with torch.no_grad():
                 other.fit(state)
