@@ -11,30 +11,25 @@ tables of docs/decisions.md and the figure docs/decisions.svg; `--root` is the f
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from scipy.stats import beta
+from conformal_page import ALPHA, CALIBRATION, FILE, HELD_OUT, SHOWN, write_page
 from torch import Tensor
 
 from blemish.detector import OnePassDetector
-from blemish.edge.calibration import FULL, conformal_threshold, p_values, rank
+from blemish.edge.calibration import FULL, conformal_threshold, p_values
 from blemish.edge.selection import adjusted, false_alarm_bounds
 from blemish.files import write_json
 from blemish.ops import gaussian
 from blemish.run.config import build, composed
 from blemish.run.train import described
 
-ROOT = Path(__file__).parents[1]
-FILE, DOC, FIGURE = ROOT / "results" / "conformal.json", ROOT / "docs" / "decisions.md", ROOT / "docs" / "decisions.svg"
 SIDE = 96  # px of the images
-ALPHA, HELD_OUT, CONFIDENCE, FDR = 0.05, 19, 0.95, 0.1
+CONFIDENCE, FDR = 0.95, 0.1
 SETS = {  # overrides, and the numbers of normal images of a draw
     "magnetic tiles": (["data=mtd", "data.root={root}/mtd"], (19, 40, 80)),
     "C0047": (["data=gdxray", "data.root={root}/gdxray", "data.category=C0047"], (19, 40)),
@@ -49,8 +44,7 @@ METHODS = {
 }
 MOST = (500, 150)  # normal and anomalous images of a set, and
 MOST_TESTED = (200, 100)  # of those that a draw is tested on, at most
-MIXTURES, FOLDER, CALIBRATION = (0.01, 0.05, 0.2), 200, 100  # shares of defects in a folder of so many images
-SHOWN = 80  # images of the figure, which has the quantiles of the false alarms over the draws
+MIXTURES, FOLDER = (0.01, 0.05, 0.2), 200  # shares of defects in a folder of so many images
 REFITS = 20  # one draw of so many also compares other ways of leaving images out
 
 
@@ -340,67 +334,6 @@ def measured(method: str, name: str, count: int, root: str) -> dict:
     return result
 
 
-def tables(results: dict) -> dict[str, str]:
-    """The tables of the page, by the name of their marks."""
-    results = sorted(results.items())
-    lines = ["| method, images | n | way | bound | false alarms | deviation | defects found | deviation |", "|" + " --- |" * 8]
-    compared = ["| method, images | n | false alarms | defects found |", "|" + " --- |" * 4]
-    for key, result in results:
-        for n, ways in result["draws"].items():
-            for way, one in ways.items():
-                alarms, found = one["false_alarms"], one["found"]
-                cells = f"{100 * one['bound']:.3g} % | {alarms['mean']:.3f} ± {alarms['half']:.3f} | {alarms['deviation']:.3f}"
-                cells += f" | {found['mean']:.3f} ± {found['half']:.3f} | {found['deviation']:.3f}"
-                lines.append(f"| {key} | {n} | {f'`{way}`' if way in ('full', 'split') else way} | {cells} |")
-                if "ratios" in one:
-                    cells = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*one["ratios"][name]) for name in ("false_alarms", "found"))
-                    compared.append(f"| {key} | {n} | {cells} |")
-    few = [
-        "| p-values | defects | bound too small somewhere | false of the alarms at 5 % | their bound | FDR at `fdr=0.1` |",
-        "|" + " --- |" * 6,
-    ]
-    for key, result in results:
-        few += [folder_line(f"{key}, {CALIBRATION} held out", one) for one in result.get("mixtures", [])]
-        for n, ways in result["draws"].items():
-            if key.endswith("magnetic tiles"):
-                few += [
-                    folder_line(f"{key}, `{way}` of {n}", one) for way in ("split", "full") for one in ways.get(way, {}).get("folders", [])
-                ]
-    rows = ["| method | way | false alarms | bound too small somewhere |", "|" + " --- |" * 4]
-    for key, result in results:
-        for way, one in result.get("sequence", {}).items():
-            alarms, folder = one["false_alarms"], one["folders"]
-            cells = f"{alarms['mean']:.3f} ± {alarms['half']:.3f} | {folder['violations']:.3f} ± {folder['half']:.3f}"
-            rows.append(f"| {key} | {way} | {cells} |")
-    return {"draws": "\n".join(lines), "ratios": "\n".join(compared), "folders": "\n".join(few), "sequence": "\n".join(rows)}
-
-
-def folder_line(name: str, one: dict) -> str:
-    cells = f"{one['violations']:.3f} ± {one['half']:.3f} | {one['false_alarms']:.1f} | {one['bound']:.1f} | {one['fdr']:.3f}"
-    return f"| {name} | {100 * one['share']:.0f} % | {cells} |"
-
-
-def figure(results: dict) -> None:
-    """Write the distribution of the false alarm rate over the draws of 80 images: its law for held-out scores, and what was measured."""
-    mpl.use("Agg")
-    mpl.rcParams |= {"svg.hashsalt": "blemish", "svg.fonttype": "none", "font.size": 9}
-    from matplotlib import pyplot
-
-    found = results.get("padim, magnetic tiles", {}).get("draws", {})
-    found = found.get(str(SHOWN), {})
-    fig, ax = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
-    x = np.linspace(0, 0.2, 200)
-    for way, n, color in (("split", HELD_OUT, "tab:orange"), ("full", SHOWN, "tab:blue")):
-        k = rank(n, ALPHA)
-        ax.plot(x, beta.cdf(x, n + 1 - k, k), color=color, label=f"calibrate={way}: {n} of {SHOWN} images calibrate")
-        if way in found:
-            ax.plot(found[way]["quantiles"], np.linspace(0, 1, 101), drawstyle="steps-post", color=color, lw=0.8, ls=":", label="measured")
-    ax.axvline(ALPHA, color="black", lw=0.8, label="α")
-    ax.set(xlabel="share of other normal images that are called anomalous", ylabel="share of draws", xlim=(0, 0.2), ylim=(0, 1))
-    ax.legend(frameon=False, loc="lower right")
-    fig.savefig(FIGURE, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=1000)
@@ -413,14 +346,7 @@ def main() -> None:
             result = measured(method, name, options.draws, options.root)
             results = json.loads(FILE.read_text()) if FILE.is_file() else {}  # with those of other methods
             write_json(FILE, results | {f"{method}, {name}": result})
-    results = json.loads(FILE.read_text())
-    text = DOC.read_text()
-    for name, table in tables(results).items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.S
-        )
-    DOC.write_text(text)
-    figure(results)
+    write_page()
 
 
 if __name__ == "__main__":
