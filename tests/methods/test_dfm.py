@@ -110,7 +110,7 @@ def test_stages_are_joined():
 
 @torch.no_grad()
 def test_components_give_no_bound_for_an_image_that_joins():
-    """Why there is no `calibrate=full` with fewer components than directions: a far image takes one, and the others' scores lose it."""
+    """Why `calibrate=full` looks at the new image with fewer components than directions: a far one takes one, and the others lose it."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 12, generator=generator) * torch.tensor([9.0] + 11 * [0.1])  # one direction explains most
     model, scores = dfm(keep=1, pool=1), []
