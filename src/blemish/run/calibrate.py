@@ -44,7 +44,10 @@ def check_full(model: Detector, images: ImageData) -> None:
         return
     name, count = type(model).__name__, len(images.samples_of("train"))
     if not model.scores_bag:
-        raise InputError(f"calibrate=full: there is no proof for {name} with these settings; expected split, or cross, without a proof")
+        raise InputError(
+            f"calibrate=full: there is no proof for {name} with these settings: a new image may raise the scores of others, and fits to "
+            "it and all but each of them would take too long; expected split, or cross, without a proof"
+        )
     if count > BAG:
         raise InputError(
             f"calibrate=full: {name} fits {count} times for each new image, to it and all training images but one; expected at most {BAG}, "
