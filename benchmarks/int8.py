@@ -51,7 +51,11 @@ def measured(run: Path, threads: int) -> tuple[str, dict]:
         path = Path(folder) / "model.onnx"
         options = [f"run='{run}'", f"output='{path}'", "precision=int8", "n=200", "flips=1000000"]
         parity = export_run(composed(*options, config="export"))[1]
-        row = {"method": record["method"], "data": " ".join(filter(None, (record["dataset"], record["category"])))}
+        rows = len(getattr(load(run, "cpu")[1], "bank", ()))
+        row = {
+            "method": record["method"] + (f", {rows} rows" if rows else ""),
+            "data": " ".join(filter(None, (record["dataset"], record["category"]))),
+        }
         row |= {"threads": threads, **latency(path, run, threads), **parity.band._asdict(), "MB": path.stat().st_size / 1e6}
     return f"{row['method']} {row['data']} {threads}", row
 

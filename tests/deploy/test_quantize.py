@@ -8,7 +8,7 @@ from PIL import Image
 from support import composed, tiny_run
 
 from blemish.deploy.export import export_run
-from blemish.deploy.quantize import STEPS, Band, band_of, quantised, rounded, to_steps
+from blemish.deploy.quantize import CUT, STEPS, Band, band_of, channels_of, equalised, in_integers, quantised, rounded, to_steps
 from blemish.edge.errors import InputError
 from blemish.edge.runtime import EXACT, Model
 from blemish.run.train import train
@@ -35,7 +35,11 @@ def graph_of(convs: list[tuple[np.ndarray, np.ndarray, int]]):
 
 
 def output(proto, x: np.ndarray) -> np.ndarray:
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+    return outputs(proto, x)[0]
+
+
+def outputs(proto, x: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"image": x})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def test_steps_keep_the_sums_of_kernels():
 
 def test_biases_take_the_mean_error_of_the_weights(chain):
     proto, images = chain
-    plain = rounded(proto, images, ["conv0"])
+    plain = rounded(proto, channels_of(proto, images), ["conv1", "conv2"])
     error = np.mean([output(plain, x) - output(proto, x) for x in images], (0, 1, 3, 4))
     naive = type(proto).FromString(proto.SerializeToString())
     for tensor in naive.graph.initializer:
@@ -72,6 +76,57 @@ def test_biases_take_the_mean_error_of_the_weights(chain):
             tensor.CopyFrom(onnx.numpy_helper.from_array(((weight / step).round() * step).astype(np.float32), tensor.name))
     alone = np.mean([output(naive, x) - output(proto, x) for x in images], (0, 1, 3, 4))
     assert np.abs(error).max() < 0.3 * np.abs(alone).max()
+
+
+def test_equal_ranges_change_no_output():
+    """Through ReLU6, a residual sum, a depthwise convolution and an output that another convolution takes too."""
+    rng = np.random.default_rng(2)
+    spread = 10.0 ** rng.uniform(-2, 0, 8)
+    weights = {
+        "a": rng.normal(size=(8, 3, 1, 1)) * spread[:, None, None, None],
+        "b": rng.normal(size=(8, 1, 3, 3)) * spread[:, None, None, None],
+        "c": rng.normal(size=(8, 8, 1, 1)) * spread[:, None, None, None],
+        "d": rng.normal(size=(4, 8, 1, 1)),
+    }
+    tensors = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    tensors += [onnx.numpy_helper.from_array(np.float32(value), name) for name, value in (("zero", 0), ("six", 6))]
+    make = onnx.helper.make_node
+    nodes = [
+        make("Conv", ["image", "a"], ["x"], name="conv_a"),
+        make("Conv", ["x", "b"], ["y"], name="conv_b", group=8, pads=[1] * 4),
+        make("Clip", ["y", "zero", "six"], ["z"], name="clip"),
+        make("Conv", ["z", "c"], ["u"], name="conv_c"),
+        make("Add", ["u", "x"], ["sum"], name="add"),
+        make("Conv", ["sum", "d"], ["end"], name="conv_d"),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, c, 8, 8]) for name, c in (("image", 3), ("sum", 8), ("end", 4))
+    ]
+    graph = onnx.helper.make_graph(nodes, "residual", ends[:1], ends[1:], tensors)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=8)
+    images = [rng.normal(size=(1, 3, 8, 8)).astype(np.float32) for _ in range(6)]
+    before = channels_of(proto, images)
+    equal = equalised(proto, before)
+    after = channels_of(equal, images)
+    for x in images:
+        for found, exact in zip(outputs(equal, x), outputs(proto, x), strict=True):
+            np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
+    spans = np.maximum(-after["sum.equal"].low, after["sum.equal"].high)
+    widest = np.max([np.maximum(-after[name].low, after[name].high) for name in ("sum.equal", "u", "x")], 0)
+    np.testing.assert_allclose(widest, widest[0], rtol=1e-4)
+    assert (spans <= widest * (1 + 1e-6)).all()
+    assert (before["z"].high < 6 / CUT).all()
+    np.testing.assert_allclose(after["z"].high, 6 / CUT, rtol=1e-4)
+
+
+def test_the_first_convolutions_stay_in_float32_by_their_share(chain):
+    proto, images = chain  # 24, 72 and 48 multiplications a cell
+    channels = channels_of(proto, images)
+    assert in_integers(proto, channels) == ["conv1", "relu1", "conv2", "relu2"]
+    coarse = {name: one._replace(cells=1) if name[0] in "xy" and name[1] in "12" else one for name, one in channels.items()}
+    assert in_integers(proto, coarse) == ["conv1", "relu1", "conv2", "relu2"]  # 98 % are the first's, which always stays
+    most = {name: one._replace(cells=9 * one.cells) if name in ("x2", "y2") else one for name, one in channels.items()}
+    assert in_integers(proto, most) == ["conv2", "relu2"]
 
 
 def test_integers_are_near_and_the_first_convolution_is_none(chain):
@@ -85,12 +140,13 @@ def test_integers_are_near_and_the_first_convolution_is_none(chain):
 
 
 def test_the_band():
-    band = band_of([1.0, 2.5, 3.0], [1.5, 2.0, 3.0])
-    assert band[:4] == (-0.5, 0.5, 3, 0.5)
-    assert band_of([1.0], [1.0]).risk == 1.0
+    assert band_of([1.0, 2.5, 3.0], [1.5, 2.0, 3.0], 1.0)[:3] == (0.5, 3, 0.25)
+    assert band_of([1.0], [1.0], 1.0).risk == 0.5
+    assert band_of([1.1, 3.0], [1.0, 3.1], 4.0).width == pytest.approx(0.4)  # 10 % of a score of 1
+    assert band_of([1.1, -3.0], [1.0, -3.2], 4.0).width == pytest.approx(0.2)  # of negative scores there is no share
     with pytest.raises(InputError, match="precision=int8"):
-        band_of([float("nan")], [1.0])
-    shown = str(Band(-0.1, 0.2, 39, 0.05, 20, 1, 0.25))
+        band_of([float("nan")], [1.0], 1.0)
+    shown = str(Band(0.2, 19, 0.05, 20, 1, 0.25))
     assert "1 of 20" in shown and "25 %" in shown and "5 %" in shown
 
 
@@ -112,19 +168,19 @@ def test_an_export_decides_as_float32(exported, tiny):
     model = Model(path, threads=1)
     assert parity.flipped == 0 and parity.score_difference <= 1e-3 * parity.score_scale  # of its float32 from the run
     band = model.metadata["band"]
-    assert band == parity.band._asdict() and band["images"] == 6 and band["risk"] == pytest.approx(2 / 7)
+    assert band == parity.band._asdict() and band["images"] == 6 and band["risk"] == pytest.approx(1 / 7)
     files = sorted((tiny / "normal_test").glob("*.png")) + sorted((tiny / "square").glob("*.png"))
     integer = [result.score for result in model.predict(files, batch_size=5)]
     model.exact = True
     exact = [result.score for result in model.predict(files, batch_size=5)]
     assert model.twice == band["twice"] * 12 and integer != exact
     assert sum((a > model.threshold) != (b > model.threshold) for a, b in zip(integer, exact, strict=True)) == band["flips"]
-    model.exact, model.twice, model.threshold = False, 0, integer[3] - (band["low"] + band["high"]) / 2  # this image is near now
+    model.exact, model.twice, model.threshold = False, 0, integer[3] - band["width"] / 2  # this image is near now
     again = [result.score for result in model.predict(files, batch_size=5)]
     assert again[3] == pytest.approx(exact[3], rel=1e-6) and model.twice >= 1
-    near = [band["low"] <= score - model.threshold <= band["high"] for score in integer]
+    near = [abs(score - model.threshold) <= band["width"] for score in integer]
     for new, old, other, twice in zip(again, integer, exact, near, strict=True):
-        if abs(old - model.threshold - band["low"]) > 1e-6 and abs(old - model.threshold - band["high"]) > 1e-6:
+        if abs(abs(old - model.threshold) - band["width"]) > 1e-6:
             assert new == pytest.approx(other if twice else old, rel=1e-6)
 
 
@@ -160,7 +216,7 @@ def test_a_run_without_a_threshold_or_a_backbone_is_refused(run, tiny, tmp_path,
 
 
 def test_more_flips_than_allowed_leave_no_file(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("blemish.deploy.export.certified", lambda *_: Band(-1, 1, 5, 0.3, tested=12, flips=3, twice=0.0))
+    monkeypatch.setattr("blemish.deploy.export.certified", lambda *_: Band(1, 5, 0.2, tested=12, flips=3, twice=0.0))
     with pytest.raises(InputError, match=r"3 of 12 decisions flipped.*flips=0"):
         export_run(composed(f"run='{run}'", f"output='{tmp_path}/m.onnx'", "precision=int8", config="export"))
     assert not list(tmp_path.glob("*"))

@@ -103,7 +103,7 @@ def spread(normal: Sequence[float], shown: Sequence[float]) -> float:
 
 def certified(other: Model, held_out: Sequence[tuple[Path, Sample]], images: Sequence[tuple[Path, Sample]]) -> Band:
     """The band of an export in two precisions from images held out, with its decisions on other `images` counted."""
-    band = band_of(scores_of(other, held_out, exact=False), scores_of(other, held_out, exact=True))
+    band = band_of(scores_of(other, held_out, exact=False), scores_of(other, held_out, exact=True), other.threshold)
     other.metadata["band"] = band._asdict()
     found, exact = (scores_of(other, images, exact) for exact in (False, True))
     flips = sum((one > other.threshold) != (two > other.threshold) for one, two in zip(found, exact, strict=True))

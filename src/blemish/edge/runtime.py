@@ -42,7 +42,7 @@ from .result import Result
 
 KEY = "blemish"  # of the metadata among a file's own metadata
 EXACT = "float32"  # the input of a graph in two precisions that chooses this one
-FORMAT = "blemish artefact 4"
+FORMAT = "blemish artefact 5"
 SEAL, NO_SEAL = re.compile(rb"blake2b-([0-9a-f]{32})"), "blake2b-" + 32 * "0"  # in the metadata, and before it is known
 ENGINES = {".onnx": "onnxruntime", ".xml": "openvino"}
 OUTSIDE = "nothing of the image is inside the ROI of this detector; expected an image that has a part of it"
@@ -126,7 +126,7 @@ class Model:
         found = self._run(batch, ignore_masks, self.exact)
         if self.exact or not band or threshold is None:
             return found
-        near = [i for i, (score, _) in enumerate(found) if band["low"] <= score - threshold <= band["high"]]
+        near = [i for i, (score, _) in enumerate(found) if abs(score - threshold) <= band["width"]]
         if near:
             self.twice += len(near)
             for i, one in zip(near, self._run([batch[i] for i in near], [ignore_masks[i] for i in near], True), strict=True):

@@ -14,6 +14,7 @@ except ImportError:
     faiss = None
 
 TILE = 2**22  # distances, or feature values, held at a time
+ROW = 32  # distances of which engines find the minimum at once
 SPARE = 8  # candidates beyond k whose distance is computed by differences
 
 
@@ -71,13 +72,27 @@ def _nearest_in_graph(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tens
     """`nearest` by one product with the entire bank, in operations that exporters know."""
     centre = bank.mean(0)
     centred = bank - centre
-    about = (query - centre) @ (-2 * centred.T) + centred.square().sum(1)  # (Q, M) without ‖q‖²
+    square, more = centred.square().sum(1), -len(bank) % ROW if k == 1 else 0
+    if more:  # rows that are farther than all others
+        centred, square = torch.nn.functional.pad(centred, (0, 0, 0, more)), torch.nn.functional.pad(square, (0, more), value=torch.inf)
+    about = (query - centre) @ (-2 * centred.T) + square  # (Q, M) without ‖q‖²
     if k == 1:  # any of the rows that rounding cannot tell apart
-        index = about.argmin(1, keepdim=True)
+        index = first_least(about)
         return distances(query, bank[index]), index
     index = about.topk(min(k + SPARE, len(bank)), dim=1, largest=False).indices
     distance, order = distances(query, bank[index]).topk(k, dim=1, largest=False)
     return distance, index.gather(1, order)
+
+
+def first_least(values: Tensor) -> Tensor:
+    """The place (Q, 1) of the least of each row (Q, M), M a multiple of ROW.
+
+    Minima of short rows come first: engines find a minimum several times as fast as its place.
+    """
+    rows = values.unflatten(1, (-1, ROW))  # (Q, m, ROW)
+    row = rows.amin(2).argmin(1, keepdim=True)  # (Q, 1)
+    within = rows.gather(1, row[:, :, None].expand(-1, -1, ROW))[:, 0].argmin(1, keepdim=True)  # (Q, 1)
+    return row * ROW + within
 
 
 def _search(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> tuple[Tensor, Tensor]:
