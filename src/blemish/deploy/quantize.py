@@ -11,12 +11,12 @@ from blemish.edge.errors import InputError
 from blemish.edge.runtime import EXACT
 from blemish.features.engine import quiet
 
-SEEN = 48  # training images whose values set the ranges of the integers
+SEEN = 200  # training images whose values set the ranges of the integers
 STEPS = 127  # of a weight's magnitude
 MOST = 256  # calibration images that are scored in both precisions
 ROOM = 1.5  # the integers' range by that of the training images: images with defects have larger values, which must not be cut
 CUT = 2.0  # the same of a channel under a Clip, whose own range is smaller than the tensor's
-SHARE = 0.25  # of all multiplications, those of the first convolutions that stay in float32
+SHARE = 0.4  # of all multiplications, those of the first convolutions that stay in float32
 TIED = ("Add", "Relu", "Clip", "MaxPool")  # one factor for a channel of their inputs and outputs
 
 
