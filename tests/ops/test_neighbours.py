@@ -126,3 +126,15 @@ def test_nan_in_a_query_stays_in_its_row():
 def test_refuses_a_number_of_neighbours(k):
     with pytest.raises(InputError, match="k: "):
         neighbours.nearest(torch.zeros(2, 4), torch.zeros(3, 4), k)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 70])
+def test_the_nearest_row_in_a_graph(rows, monkeypatch):
+    """Rows that fill up the last short row are never nearest."""
+    generator = torch.Generator().manual_seed(rows)
+    query, bank = torch.randn(40, 6, generator=generator) + 5, torch.randn(rows, 6, generator=generator)
+    exact, index = brute_force(query, bank, 1)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    found = neighbours.nearest(query, bank, 1)
+    np.testing.assert_array_equal(found[1].numpy(), index)
+    np.testing.assert_allclose(found[0].numpy(), exact, rtol=1e-5)
