@@ -172,6 +172,7 @@ def efforts(tmp_path):
         "e": ("vae", 0.3, {"variant": "cut", "epochs": 4, "steps": 4, "batch": 8}),
         "f": ("vae", 0.4, {"epochs": 200, "steps": 2000, "batch": 32}),
         "g": ("riad", 0.1, {"epochs": 300, "steps": 3000, "batch": 1}),
+        "u": ("patch_svdd", 0.15, {"variant": "untrained", "epochs": 1, "steps": 1, "batch": 16}),
     }.items():
         recorded(tmp_path / name, method, "wood", 0, value, **metadata)
     change_metrics(tmp_path / "a", pixel_auroc=None, pixel_ap=None, aupro=None)
@@ -181,19 +182,23 @@ def efforts(tmp_path):
 def test_rows_by_effort_have_the_best_first(efforts):
     names = [[row[0] for row in grid.rows] for grid in tables.by_effort(efforts)]
     assert names == [
-        ["padim, recipe", "padim", "dfkde"],
+        ["padim, recipe", "padim", "dfkde", "patch_svdd, untrained, 1 × 16"],
         ["vae, 2,000 × 32", "riad, 3,000 × 1"],
         ["vae, cut, 4 × 8", "lake, cut, 4 × 8"],
     ]
     assert all(grid.title for grid in tables.by_effort(efforts))
 
 
-def test_highlights_are_the_best_of_each_method(efforts):
-    assert [row[0] for row in tables.highlights(efforts, 3).rows] == ["padim, recipe", "vae, 2,000 × 32", "riad, 3,000 × 1"]
-    grid = tables.highlights(efforts)  # without pixel metrics: behind all that have them, and chosen last
-    assert {row[0] for row in grid.rows} == {"padim, recipe", "vae, 2,000 × 32", "riad, 3,000 × 1", "lake, cut, 4 × 8", "dfkde"}
-    assert grid.columns == ["method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
-    assert grid.rows[0][3:] == ["0.600", "0.600", "0.600", "0"]
+def test_highlights_are_the_best_of_each_data_set(efforts, tmp_path):
+    recorded(tmp_path / "h", "spade", "tile", 0, 0.3)
+    recorded(tmp_path / "i", "dfkde", "tile", 0, 0.9)
+    change_metrics(tmp_path / "i", pixel_auroc=None, pixel_ap=None, aupro=None)
+    recorded(tmp_path / "j", "dfkdm", "grid", 0, 0.2)
+    change_metrics(tmp_path / "j", pixel_auroc=None, pixel_ap=None, aupro=None)
+    grid = tables.highlights(tables.collect(tmp_path))
+    assert [row[1] for row in grid.rows] == ["dfkdm", "spade", "padim, recipe"]  # by data set; with a map where any has one
+    assert grid.columns == ["data", "method", "backbone", "image auroc", "pixel auroc", "aupro", "fit s"]
+    assert grid.rows[2][3:] == ["0.600", "0.600", "0.600", "0"]
 
 
 SIZES = {"256 → 224": {}, "256 → 224, tiles of 512": {"tiling": 512}, "256 → 224, letterbox, roi": {"resize": "letterbox", "roi": "d"}}

@@ -136,7 +136,7 @@ def label(group: Mapping) -> list[str]:
     steps = ", ".join(f"{steps:,} × {batch}" for steps, batch in trainings)
     method = ", ".join(filter(None, (group["method"], group["variant"], steps)))
     backbone = f"{group['backbone']} ({Path(group['weights']).name})" if group["backbone"] else "–"
-    size = f"{group['image_size']}" + (f" → {group['crop']}" if group["crop"] else "")
+    size = f"{group['image_size'] or 'as they are'}" + (f" → {group['crop']}" if group["crop"] else "")
     pixels = (size, group["tiling"] and f"tiles of {group['tiling']}", group["resize"], "roi" * bool(group["roi"]))
     protocol = ", ".join(filter(None, (str(group["protocol"]), group["knowledge"])))
     return [method, backbone, ", ".join(filter(None, pixels)), protocol]
@@ -216,23 +216,21 @@ def by_run(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ())
 
 def by_effort(rows: Sequence[Mapping]) -> list[Grid]:
     """Separate tables of `by_run` for methods without training, complete trainings, and trainings that were cut short."""
-    parts = {
-        "One pass over the training images, or none": [row for row in rows if row["epochs"] is None],
-        "Trained, not cut": [row for row in rows if row["epochs"] is not None and row["variant"] != "cut"],
-        "Trained, cut to minutes on a CPU": [row for row in rows if row["epochs"] is not None and row["variant"] == "cut"],
-    }
+    parts = {"One pass over the training images, or none": [], "Trained, not cut": [], "Trained, cut to minutes on a CPU": []}
+    without, trained, cut = parts.values()
+    for row in rows:
+        (without if row["epochs"] is None or row["variant"] == "untrained" else cut if row["variant"] == "cut" else trained).append(row)
     return [by_run(part, "image_auroc")._replace(title=title) for title, part in parts.items() if part]
 
 
-def highlights(rows: Sequence[Mapping], count: int = 6) -> Grid:
-    """The `count` rows with the highest image AUROC, one for each method and data set; those without pixel metrics come last."""
-    ranked = sorted(pooled(rows), key=lambda group: (ranking(group, "pixel_auroc") == -math.inf, -ranking(group, "image_auroc")))
-    best: dict[tuple[str, str], list[dict]] = {}
-    for group in ranked:
-        best.setdefault((group["method"], place(group)), group["runs"])
-    chosen = [run for runs in list(best.values())[:count] for run in runs]
+def highlights(rows: Sequence[Mapping]) -> Grid:
+    """For each data set the setting with the highest image AUROC, of those with a map if there is one."""
+    best: dict[str, list[dict]] = {}
+    for group in sorted(pooled(rows), key=lambda group: (ranking(group, "pixel_auroc") == -math.inf, -ranking(group, "image_auroc"))):
+        best.setdefault(place(group), group["runs"])
+    chosen = [run for runs in best.values() for run in runs]
     grid = by_run(chosen, "image_auroc")
-    columns = [grid.columns.index(name) for name in ("method", "data", "backbone", "image auroc", "pixel auroc", "aupro", "fit s")]
+    columns = [grid.columns.index(name) for name in ("data", "method", "backbone", "image auroc", "pixel auroc", "aupro", "fit s")]
     notes = [f"{machines(chosen)} Seconds: medians over the seeds, of the whole process."]
     return Grid("", [grid.columns[i] for i in columns], 3, [[row[i] for i in columns] for row in grid.rows], set(), notes)
 
