@@ -1,7 +1,6 @@
 """The tables and the figure of docs/decisions.md from results/conformal.json: python benchmarks/conformal_page.py"""
 
 import json
-import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,6 +8,7 @@ import numpy as np
 from scipy.stats import beta
 
 from blemish.edge.calibration import rank
+from blemish.report.formats import between
 
 ROOT = Path(__file__).parents[1]
 FILE, DOC, FIGURE = ROOT / "results" / "conformal.json", ROOT / "docs" / "decisions.md", ROOT / "docs" / "decisions.svg"
@@ -20,12 +20,8 @@ SHOWN = 80  # images of the figure, which has the quantiles of the false alarms 
 def write_page() -> None:
     """Replace the tables of the page and its figure."""
     results = json.loads(FILE.read_text())
-    text = DOC.read_text()
     for name, table in tables(results).items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.S
-        )
-    DOC.write_text(text)
+        between(DOC, name, table + "\n")
     figure(results)
 
 

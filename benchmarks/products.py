@@ -6,13 +6,13 @@ and from it the table of docs/decisions.md; `--root` is the folder with mvtec, m
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
 
 from blemish.files import read_json, write_json
 from blemish.products import Products, global_features
+from blemish.report.formats import between
 from blemish.run.checkpoint import load
 from blemish.run.config import composed
 from blemish.run.train import described, train
@@ -98,9 +98,7 @@ def main() -> None:
     for method in options.methods:
         found = measured(method, options.root, options.runs)
         write_json(FILE, (read_json(FILE) or {}) | {method: found})  # with those of other methods
-    text = table(read_json(FILE))
-    page = re.sub(r"(<!-- products -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{text}\n{found[2]}", DOC.read_text(), flags=re.S)
-    DOC.write_text(page)
+    between(DOC, "products", table(read_json(FILE)) + "\n")
 
 
 if __name__ == "__main__":

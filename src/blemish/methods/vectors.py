@@ -23,7 +23,7 @@ class VectorDetector(OnePassDetector):
 
     def __init__(self):
         super().__init__()
-        self.add_buffers("rows")
+        self.add_buffers("rows")  # (N, D)
 
     @property
     def left_out(self) -> str | None:

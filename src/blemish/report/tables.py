@@ -219,7 +219,12 @@ def by_effort(rows: Sequence[Mapping]) -> list[Grid]:
     parts = {"One pass over the training images, or none": [], "Trained, not cut": [], "Trained, cut to minutes on a CPU": []}
     without, trained, cut = parts.values()
     for row in rows:
-        (without if row["epochs"] is None or row["variant"] == "untrained" else cut if row["variant"] == "cut" else trained).append(row)
+        if row["epochs"] is None or row["variant"] == "untrained":
+            without.append(row)
+        elif row["variant"] == "cut":
+            cut.append(row)
+        else:
+            trained.append(row)
     return [by_run(part, "image_auroc")._replace(title=title) for title, part in parts.items() if part]
 
 
