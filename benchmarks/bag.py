@@ -2,7 +2,7 @@
 
 The network and the score of an image, and the scores of its bag of n training images and itself, for the recipes of the methods that score
 one. `subspace` does not: its figure is n times a fit without an image and the score of that image. The features are those of random
-images, on which no time depends. Writes results/performance/bag.json and the table of docs/decisions.md.
+images, on which no time depends. Writes results/performance/bag.json and the table of docs/calibration.md.
 """
 
 import time
@@ -17,7 +17,7 @@ from blemish.run.config import build, composed
 from blemish.run.record import environment
 
 ROOT = Path(__file__).parents[1]
-FILE, DOC = ROOT / "results" / "performance" / "bag.json", ROOT / "docs" / "decisions.md"
+FILE, DOC = ROOT / "results" / "performance" / "bag.json", ROOT / "docs" / "calibration.md"
 METHODS = {
     "dfm, lite0": ["recipe=dfm"],
     "dfm, ResNet-50": ["model=dfm", "weights=random"],

@@ -5,7 +5,7 @@ Methods that score a bag for each image take longer: --methods dfm dfkdm --sets 
 The maps of all images are computed once, and what every fit needs of them: products of all embeddings for PaDiM's Gaussians, distances
 between all images for PatchCore's complete bank. A draw fits a method to n random normal images, either to all of them (`full`) or without
 19 that are held out (`split`), and counts alarms among other normal images and the defects. Writes results/conformal.json, and from it the
-tables of docs/decisions.md and the figure docs/decisions.svg; `--root` is the folder with mtd, gdxray and cookie. Minutes on one core.
+tables of docs/calibration.md and the figure docs/decisions.svg; `--root` is the folder with mtd, gdxray and cookie. Minutes on one core.
 """
 
 import argparse

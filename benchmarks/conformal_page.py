@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/decisions.md from results/conformal.json: python benchmarks/conformal_page.py"""
+"""The tables of docs/calibration.md and the figure of docs/decisions.md from results/conformal.json: python benchmarks/conformal_page.py"""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from blemish.edge.calibration import rank
 from blemish.report.formats import between
 
 ROOT = Path(__file__).parents[1]
-FILE, DOC, FIGURE = ROOT / "results" / "conformal.json", ROOT / "docs" / "decisions.md", ROOT / "docs" / "decisions.svg"
+FILE, DOC, FIGURE = ROOT / "results" / "conformal.json", ROOT / "docs" / "calibration.md", ROOT / "docs" / "decisions.svg"
 ALPHA, HELD_OUT = 0.05, 19
 CALIBRATION = 100  # images held out for the folders that are resampled from the scores of one detector
 SHOWN = 80  # images of the figure, which has the quantiles of the false alarms over the draws

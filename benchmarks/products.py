@@ -2,7 +2,7 @@
 
 Trains one run of screws, magnetic tiles, cookies and three series of castings, and a run of each of them with the same settings, and leaves
 each product out of the detector in turn, to see how many of its images are found to show none of the others. Writes results/products.json,
-and from it the table of docs/decisions.md; `--root` is the folder with mvtec, mtd, cookie and gdxray, `--runs` that of the runs.
+and from it the table of docs/products.md; `--root` is the folder with mvtec, mtd, cookie and gdxray, `--runs` that of the runs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from blemish.run.config import composed
 from blemish.run.train import described, train
 
 ROOT = Path(__file__).parents[1]
-FILE, DOC = ROOT / "results" / "products.json", ROOT / "docs" / "decisions.md"
+FILE, DOC = ROOT / "results" / "products.json", ROOT / "docs" / "products.md"
 OF = {
     "C0002": "data=gdxray data.root={root}/gdxray data.category=C0002",
     "C0045": "data=gdxray data.root={root}/gdxray data.category=C0045",

@@ -186,7 +186,7 @@ class OnePassDetector(Detector):
 
     `left_out` is FULL or CROSS of `edge.calibration.PROMISES` where training images can be scored without themselves by `leave_one_out`:
     FULL if no image put in the place of the one that was left out could raise its score further. Then the bound on false alarms of split
-    conformal prediction holds (docs/decisions.md), as it does with `scores_bag`.
+    conformal prediction holds (docs/calibration.md), as it does with `scores_bag`.
     """
 
     left_out: str | None = None

@@ -30,7 +30,7 @@ class Gallery(nn.Module):
         """Squared distances (B,) of rows (B, D) to the nearest of the product, and their p-values (B,), float64.
 
         Of n images and one more of the same product, exchangeable, (1 + #{i: apart_i ≥ distance}) / (n + 1) is ≤ p with probability ≤ p:
-        the one more could only bring the others nearer to each other, as for a complete memory bank (docs/decisions.md).
+        the one more could only bring the others nearer to each other, as for a complete memory bank (docs/calibration.md).
         """
         distance = squared_distances(rows, self.rows).amin(1)
         return distance, (1 + (self.apart >= distance[:, None]).sum(1).double()) / (len(self.rows) + 1)

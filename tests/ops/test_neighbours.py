@@ -13,10 +13,10 @@ BOTH = pytest.mark.parametrize("library", ["faiss", "torch"])
 
 @pytest.fixture
 def _library(library, monkeypatch):
-    if library == "torch":
-        monkeypatch.setattr(neighbours, "faiss", None)
-    elif neighbours.faiss is None:
+    if library == "faiss" and neighbours.faiss is None:
         pytest.skip("faiss is not installed")
+    monkeypatch.setattr(neighbours, "LARGE", 0)
+    monkeypatch.setattr(neighbours, "faiss_is_quicker", lambda: library == "faiss")
 
 
 def brute_force(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,3 +138,13 @@ def test_the_nearest_row_in_a_graph(rows, monkeypatch):
     found = neighbours.nearest(query, bank, 1)
     np.testing.assert_array_equal(found[1].numpy(), index)
     np.testing.assert_allclose(found[0].numpy(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("columns", [9, 31, 64, 577, 1024])
+def test_smallest_values_and_their_places(count, columns):
+    values = torch.randint(0, 50, (40, columns), generator=torch.Generator().manual_seed(columns)).float()  # with many equal ones
+    value, index = neighbours.smallest(values, count)
+    assert torch.equal(value.sort(1).values, values.sort(1).values[:, :count])
+    assert torch.equal(values.gather(1, index), value)
+    assert all(len(set(row)) == count for row in index.tolist())

@@ -19,7 +19,7 @@ from blemish.ops.maps import check_blur, joined, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import Prediction
 
-TILE = 2**20  # squared distances held at a time: small enough for the cache
+TILE = 2**19  # squared distances held at a time: small enough for the cache
 BLOCK = 32  # images of the gallery moved at a time
 
 
@@ -235,11 +235,11 @@ def nearest_distance(query: Tensor, gallery: Iterable[Tensor]) -> Tensor:
     best, centre = None, query.mean(0)  # centring reduces cancellation
     with torch.autocast(query.device.type, enabled=False):
         query = query - centre
-        own = query.square().sum(1)  # (P,)
+        own = query.square().sum(1)  # (P,) the same for all
+        query = torch.cat([query, torch.ones_like(query[:, :1])], 1)  # (P, C + 1): the part's square is one more product
         for part in gallery:
             part = part - centre
-            square = part.square().sum(1)  # (n,)
-            # the query's square is the same for all
-            found = torch.cat([torch.addmm(square, some, part.T, alpha=-2).amin(1) for some in query.split(max(1, TILE // len(part)))])
+            part = torch.cat([-2 * part, part.square().sum(1, keepdim=True)], 1)  # (n, C + 1)
+            found = torch.cat([(some @ part.T).amin(1) for some in query.split(max(1, TILE // len(part)))])
             best = found if best is None else torch.minimum(best, found)
     return (best + own).clamp_min(0).sqrt()

@@ -1,6 +1,9 @@
 """Exact nearest neighbours in L2, in bounded memory."""
 
 import logging
+import time
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,8 +17,9 @@ except ImportError:
     faiss = None
 
 TILE = 2**22  # distances, or feature values, held at a time
-ROW = 32  # distances of which engines find the minimum at once
-SPARE = 8  # candidates beyond k whose distance is computed by differences
+LARGE = 2**28  # products of two numbers in a search, from which it is worth finding the quicker library
+ROW = 32  # distances whose minimum is found at once
+SPARES = (1, 8)  # candidates beyond k whose distance is computed by differences: at first, and where these leave doubt
 
 
 def distances(left: Tensor, right: Tensor) -> Tensor:
@@ -48,9 +52,9 @@ def rounding(norm: Tensor, largest: Tensor | float, dims: int) -> Tensor:
 def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k bank rows (M, D) nearest to each query (Q, D): distances (Q, k) ascending, and indices (Q, k) int64.
 
-    Matrix products only propose k + SPARE candidates; the distances are computed by differences. A query whose candidates cannot be
-    proven complete within rounding is searched again in float64. Equal distances go to the lowest index; float64 input stays float64.
-    InputError if k is not in 1…M.
+    Matrix products only propose a few candidates more than k; the distances are computed by differences. A query whose candidates
+    cannot be proven complete within rounding is searched again with more of them, then in float64. Equal distances go to the
+    lowest index; float64 input stays float64. InputError if k is not in 1…M.
     """
     if not 1 <= k <= len(bank):
         raise InputError(f"k: {k} neighbours of a bank of {len(bank)} rows, allowed are 1…{len(bank)}")
@@ -79,7 +83,7 @@ def _nearest_in_graph(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tens
     if k == 1:  # any of the rows that rounding cannot tell apart
         index = first_least(about)
         return distances(query, bank[index]), index
-    index = about.topk(min(k + SPARE, len(bank)), dim=1, largest=False).indices
+    index = about.topk(min(k + SPARES[-1], len(bank)), dim=1, largest=False).indices
     distance, order = distances(query, bank[index]).topk(k, dim=1, largest=False)
     return distance, index.gather(1, order)
 
@@ -95,8 +99,24 @@ def first_least(values: Tensor) -> Tensor:
     return row * ROW + within
 
 
-def _search(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    approximate, candidates, slack = _propose(query, bank, centre, min(k + SPARE, len(bank)))
+def smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest values of each row (Q, M), in any order, and their places: (Q, count).
+
+    They are in the `count` short rows with the smallest minima, which are found several times as fast.
+    """
+    rows = values.shape[1] // ROW
+    if rows < 2 * count:
+        return values.topk(count, dim=1, largest=False)
+    short, rest = values[:, : rows * ROW].unflatten(1, (rows, ROW)), values[:, rows * ROW :]
+    row = short.amin(2).topk(count, dim=1, largest=False).indices  # (Q, count)
+    value = torch.cat([short.gather(1, row[:, :, None].expand(-1, -1, ROW)).flatten(1), rest], 1)  # (Q, count · ROW + M % ROW)
+    value, order = value.topk(count, dim=1, largest=False)
+    within = row.gather(1, (order // ROW).clamp_max(count - 1)) * ROW + order % ROW
+    return value, torch.where(order < count * ROW, within, order + (rows - count) * ROW)
+
+
+def _search(query: Tensor, bank: Tensor, centre: Tensor, k: int, spares: tuple[int, ...] = SPARES) -> tuple[Tensor, Tensor]:
+    approximate, candidates, slack = _propose(query, bank, centre, min(k + spares[0], len(bank)))
     candidates = candidates.sort(1).values  # so that the stable sort below gives ties to the lowest index
     step = max(1, TILE // (candidates.shape[1] * query.shape[1]))
     exact = torch.cat([distances(q, bank[c]) for q, c in zip(query.split(step), candidates.split(step), strict=True)])
@@ -105,19 +125,15 @@ def _search(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> tuple[Tensor
     if candidates.shape[1] < len(bank):
         doubtful = ~(distance[:, -1].square() < approximate.amax(1) - slack)  # a row left out may be as near; also true of NaN
         if doubtful.any():
-            index[doubtful] = _search_float64(query[doubtful], bank, centre, k)
-            again = doubtful.nonzero()[:, 0]
-            for part in again.split(max(1, TILE // (k * query.shape[1]))):
-                distance[part] = distances(query[part], bank[index[part]])
+            rest = query[doubtful], bank, centre, k
+            distance[doubtful], index[doubtful] = _search(*rest, spares[1:]) if spares[1:] else _search_float64(*rest)
     return distance, index
 
 
 def _propose(query: Tensor, bank: Tensor, centre: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` smallest squared distances (Q, count) within rounding, their indices, and the rounding error (Q,)."""
-    # faiss needs no index here: `knn` searches the array itself, and the same tiles serve both. Two cores, k = 1, 3, 9 of 3,276
-    # rows for 4,096 queries: faiss 72, 111, 75 ms against torch 127, 163, 161 at D = 152, and 326, 344, 223 against 514, 495, 210
-    # at D = 1,024; for 16 queries 1.5 against 2.4. It takes float32 on the CPU only.
-    by_faiss = faiss is not None and query.device.type == "cpu" and query.dtype == torch.float32
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+    by_faiss = on_cpu and len(query) * bank.numel() >= LARGE and faiss_is_quicker()
     dtype = torch.float32 if by_faiss else product_dtype(query, bank)
     query = (query - centre).to(dtype).contiguous()
     norm = query.norm(dim=1)  # (Q,)
@@ -129,11 +145,11 @@ def _propose(query: Tensor, bank: Tensor, centre: Tensor, count: int) -> tuple[T
         part = (bank[start : start + step] - centre).to(dtype).contiguous()  # (m, D)
         largest = torch.maximum(largest, part.norm(dim=1).max())
         here = min(count, len(part))
-        if by_faiss:
+        if by_faiss:  # it needs no index here: `knn` searches the array itself, and the same tiles serve both
             value, where = (torch.from_numpy(x) for x in faiss.knn(query.numpy(), part.numpy(), here))
         else:
             square = torch.addmm(part.square().sum(1), query, part.T, alpha=-2)  # (Q, m) without ‖q‖²
-            value, where = square.topk(here, dim=1, largest=False)
+            value, where = smallest(square, here)
             value = value + norm.square()[:, None]
         best, index = torch.cat([best, value], 1), torch.cat([index, where + start], 1)
         if best.shape[1] > count:
@@ -142,9 +158,31 @@ def _propose(query: Tensor, bank: Tensor, centre: Tensor, count: int) -> tuple[T
     return best, index, rounding(norm, largest, bank.shape[1])
 
 
-def _search_float64(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> Tensor:
-    """Indices (Q, k) by distances in float64, compared at float32's resolution, ties by index."""
-    query, centre = query.double() - centre, centre.double()
+@cache
+def faiss_is_quicker() -> bool:
+    """Whether faiss searches faster than torch on this processor, tried once for some milliseconds; both find the same rows.
+
+    Their products come from different libraries, of which one may be several times as fast: with AVX-512 of an Intel Xeon torch's.
+    """
+    if faiss is None:
+        return False
+    rows = torch.rand(512, 256, generator=torch.Generator().manual_seed(0))
+    return fastest(lambda: faiss.knn(rows.numpy(), rows.numpy(), 2)) < fastest(lambda: smallest(torch.mm(rows, rows.T), 2))
+
+
+def fastest(call: Callable) -> float:
+    """Seconds of the fastest of five calls."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _search_float64(given: Tensor, bank: Tensor, centre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices (Q, k) by distances in float64, compared at float32's resolution, ties by index."""
+    query, centre = given.double() - centre, centre.double()
     norm = query.norm(dim=1)  # (Q,)
     best = query.new_empty(len(query), 0, dtype=torch.float32)
     index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
@@ -160,4 +198,6 @@ def _search_float64(query: Tensor, bank: Tensor, centre: Tensor, k: int) -> Tens
             square.scatter_(1, where, torch.inf)
         best, order = best.sort(dim=1, stable=True)
         best, index = best[:, :k], index.gather(1, order)[:, :k]
-    return index
+    step = max(1, TILE // (k * given.shape[1]))
+    exact = torch.cat([distances(q, bank[i]) for q, i in zip(given.split(step), index.split(step), strict=True)])
+    return exact, index
