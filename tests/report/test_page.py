@@ -329,6 +329,8 @@ def test_a_real_run(tmp_path):
     data = inside(tmp_path / "runs" / "report.html")
     (setting,) = data["settings"]
     assert setting["values"]["pixel_auroc"] == [metrics["pixel_auroc"], None]
+    assert data["decisions"] == ["image_recall", "image_false_alarm_rate"]
+    assert setting["values"]["image_recall"] == [metrics["image_recall"], None]
     assert set(data["runs"][0]["curves"]) == set(CURVES)
     (gallery,) = data["galleries"]
     assert gallery["drawn"] == 8

@@ -88,6 +88,15 @@ def test_real_runs_make_a_csv_and_the_text_between_the_markers(runs, tmp_path):
         tables.write(folder, tmp_path / "measured.csv", readme)
 
 
+def test_decisions_are_shown_where_a_run_made_some(several, tmp_path):
+    (_, without), with_ = tables.write(several, None, None), several / "padim-w-0"
+    change_metrics(with_, image_recall=0.75, image_false_alarm_rate=0.05)
+    _, (grid,) = tables.write(several, tmp_path / "m.csv", None)
+    assert [name for name in grid.columns if name not in without[0].columns] == ["found", "false alarms"]
+    assert ["0.750", "0.050"] in [row[grid.columns.index("found") :][:2] for row in tables.write(with_, None, None)[1][0].rows]
+    assert {row["image_recall"] for row in contents(tmp_path / "m.csv")} == {"", "0.75"}
+
+
 def test_a_csv_keeps_the_rows_of_runs_that_are_gone(several, tmp_path):
     output, page = tmp_path / "m.csv", tmp_path / "m.md"
     tables.write(several, output, None)

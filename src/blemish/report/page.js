@@ -30,6 +30,7 @@ const breakable = text => text.split(/(?<=_)/).flatMap((part, index) => index ? 
 
 const WORDS = {
   image_auroc: "image AUROC", image_ap: "image AP", image_f1_max: "image F1 max", pixel_auroc: "pixel AUROC", pixel_ap: "pixel AP", aupro: "AUPRO",
+  image_recall: "defects found", image_false_alarm_rate: "false alarms",
   fit_seconds: "fit s", test_seconds: "test s", image_seconds: "ms per image", peak_memory_mb: "memory MB",
   image_roc: "ROC of images", pixel_roc: "ROC of pixels", pixel_pro: "PRO", image_pr: "precision-recall of images", pixel_pr: "precision-recall of pixels",
 };
@@ -183,7 +184,7 @@ $("text").addEventListener("input", event => { state.text = event.target.value.t
 // heading, what to sort by, what to show, figure or cost
 const ALL_COLUMNS = [
   ["Method", of => `${of.method} ${of.variant || ""}`, null, null],
-  ...[...data.figures, ...data.costs].map(name => [words(name), of => value(of, name), of => shown(of, name), name]),
+  ...[...data.decisions, ...data.figures, ...data.costs].map(name => [words(name), of => value(of, name), of => shown(of, name), name]),
   ["Seeds", of => of.seeds.length, of => of.seeds.join(", "), null], ["Protocol", tell.protocol, tell.protocol, null], ["Variant", of => of.variant, of => of.variant ?? "–", null],
   ["Epochs", of => of.epochs, epochs, null], ["Pixels", of => of.image_size, pixels, null], ["Backbone", network, network, null],
 ];
@@ -196,7 +197,7 @@ const sections = [];
 
 function sortBoard(column) {
   const name = COLUMNS[column][3];
-  order.direction = order.column === column ? -order.direction : data.figures.includes(name) || COLUMNS[column][0] === "Seeds" ? -1 : 1;
+  order.direction = order.column === column ? -order.direction : [...data.figures, "image_recall"].includes(name) || COLUMNS[column][0] === "Seeds" ? -1 : 1;
   order.column = column;
   arrange();
 }
@@ -558,14 +559,15 @@ function drawGallery() {
   $("gallery-controls").replaceChildren(); $("cards").replaceChildren();
   if (!group) { $("gallery-note").textContent = "No run that passes the filters has pictures here."; return; }
   const gallery = galleryOf(group);
-  $("gallery-controls").append(groupSelect(has), radios("list", "Which images", Object.entries(LISTS).map(([key, text]) => [key, `${text} (${gallery.lists[key].length})`]), state.list, key => {
+  const kind = [state.list, ...Object.keys(LISTS)].find(key => gallery.lists[key].length) || state.list;
+  $("gallery-controls").append(groupSelect(has), radios("list", "Which images", Object.entries(LISTS).map(([key, text]) => [key, `${text} (${gallery.lists[key].length})`]), kind, key => {
     state.list = key; drawGallery(); document.querySelector(`input[name="list"][value="${key}"]`).focus();
   }));
   $("gallery-note").textContent = "The place of an anomalous image is the share of the normal test images with a lower score; of a normal image, the share of the anomalous ones with a higher; " +
     "averaged over the images it is the AUROC. " + { disputed: "Disputed: the largest standard deviation of the place over the settings.", worst: "Worst: the lowest mean place over the settings; ties go to the lower rank among all images.",
-      best: "Best: the highest mean place over the settings; ties go to the higher rank among all images." }[state.list] +
+      best: "Best: the highest mean place over the settings; ties go to the higher rank among all images." }[kind] +
     ` Chosen among the ${count(gallery.drawn, "image")}, of ${gallery.tested} tested, that at least half of the ${count(gallery.drawing, "setting")} with pictures drew; all settings of the group count, filtered or not.`;
-  const list = gallery.lists[state.list].map(index => gallery.images[index]);
+  const list = gallery.lists[kind].map(index => gallery.images[index]);
   $("cards").append(...list.map((image, index) => {
     const panel = image.panels.image;
     return h("li", {}, h("button", { type: "button", onclick: () => show(group, list, index) },

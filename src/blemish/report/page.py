@@ -22,7 +22,7 @@ from blemish.files import plain, read_json, write_text
 from blemish.metrics.image import ImageMetrics
 from blemish.report.gallery import gallery, pictures
 from blemish.report.runs import Run, calibration_of, drawn, scan
-from blemish.report.tables import averages, pooled
+from blemish.report.tables import DECISIONS, averages, pooled
 from blemish.run.record import METRICS, PLACE, SETTING, now
 from blemish.types import NORMAL, UNKNOWN
 
@@ -83,7 +83,9 @@ def contents(runs: Sequence[Run]) -> tuple[dict, list[dict]]:
         for run in runs
     ]
     means, notes = over_categories(pools)
-    data = {"made": now(), "figures": METRICS, "costs": COSTS, "setting": SETTING, "groups": list(groups.values()), "settings": settings}
+    decided = [name for name in DECISIONS if any(setting["values"][name][0] is not None for setting in settings)]
+    data = {"made": now(), "figures": METRICS, "decisions": decided, "costs": COSTS, "setting": SETTING}
+    data |= {"groups": list(groups.values()), "settings": settings}
     return data | {"means": means, "notes": notes, "lines": list(lines), "runs": described}, galleries
 
 
@@ -93,10 +95,10 @@ def summary(parts: Sequence[Mapping]) -> dict:
     Its values are [mean, standard deviation] over the seeds that all parts have, or [median, None] of a cost; None where one is missing.
     """
     values = {}
-    for name in (*METRICS, *COSTS):
+    for name in (*METRICS, *DECISIONS, *COSTS):
         seeds = averages(parts, name)
         center = (median if name in COSTS else fmean)(seeds) if seeds else None
-        values[name] = [center, stdev(seeds) if name in METRICS and len(seeds) > 1 else None]
+        values[name] = [center, stdev(seeds) if name not in COSTS and len(seeds) > 1 else None]
     return {
         **{name: parts[0][name] for name in SETTING},
         "seeds": [seed for seed in parts[0]["seeds"] if all(seed in part["seeds"] for part in parts)],

@@ -19,11 +19,13 @@ from blemish.run.record import FINISHED, METRICS, PLACE, SETTING, read_record
 
 log = logging.getLogger(__name__)
 
+DECISIONS = {"image_recall": "found", "image_false_alarm_rate": "false alarms"}  # shares at the run's own threshold, if it has one
 COSTS = {"fit_seconds": "fit s", "test_seconds": "test s", "peak_memory_mb": "MB"}
 IDENTITY = (*SETTING, "seed", "started", "manifest_digest")  # columns that tell two runs apart
-RUN = (*SETTING, "seed", "steps", "batch", *METRICS, *COSTS, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
+FIGURES = (*METRICS, *DECISIONS, *COSTS)
+RUN = (*SETTING, "seed", "steps", "batch", *FIGURES, "cpu", "cores", "gpu", "torch", "git", "manifest_digest", "started")
 PAPER = ("paper", "difference", "paper_table", "paper_differs")  # further columns where published figures are wanted
-NUMBERS = ("epochs", "epoch_size", "steps", "batch", "image_size", "crop", "tiling", "seed", "cores", *METRICS, *COSTS)  # not text
+NUMBERS = ("epochs", "epoch_size", "steps", "batch", "image_size", "crop", "tiling", "seed", "cores", *FIGURES)  # not text
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised for records and metrics that no run has left
 
 
@@ -65,6 +67,7 @@ def row_from(record: Mapping, metrics: Mapping, folder: Path) -> dict:
         "steps": record.get("steps"),
         "batch": record.get("batch"),
         **{name: metrics[name] for name in (*METRICS, "fit_seconds", "test_seconds")},
+        **{name: metrics.get(name) for name in DECISIONS},
         "peak_memory_mb": memory["host"],
         "cpu": machine["cpu"],
         "cores": machine["cores_usable"],
@@ -196,12 +199,14 @@ def by_run(rows: Sequence[Mapping], metric: str, tables: Sequence[Mapping] = ())
     With published tables, each row also has the published figure of `metric` and our difference from it.
     """
     groups = sorted(pooled(rows), key=lambda group: (place(group), -ranking(group, metric)))
-    columns = ["method", "data", "backbone", "px", "protocol", "seeds", *(name.replace("_", " ") for name in METRICS), *COSTS.values()]
+    decided = [name for name in DECISIONS if any(row[name] is not None for row in rows)]
+    columns = ["method", "data", "backbone", "px", "protocol", "seeds", *(name.replace("_", " ") for name in METRICS)]
+    columns += [*(DECISIONS[name] for name in decided), *COSTS.values()]
     cells, notes, best = [], [], set()
     for group in groups:
         (method, *how), runs = label(group), group["runs"]
         row = [method, place(group), *how, ",".join(map(str, group["seeds"]))]
-        cells.append(row + [spread([run[name] for run in runs]) for name in METRICS] + costs(runs))
+        cells.append(row + [spread([run[name] for run in runs]) for name in (*METRICS, *decided)] + costs(runs))
     for data in {place(group) for group in groups}:
         best |= best_of(cells, [i for i, group in enumerate(groups) if place(group) == data], range(6, 6 + len(METRICS)))
     if tables:
