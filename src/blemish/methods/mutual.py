@@ -162,11 +162,15 @@ def patches_of(maps: Tensor, side: int) -> Tensor:
     return F.normalize(means).mT.contiguous()
 
 
+def factor(patches: Tensor) -> Tensor:
+    """Right factors (…, Q, C + 2) of patches y (…, Q, C): y, 1 and ‖y‖²; with −2x, ‖x‖² and 1 one product gives squared distances."""
+    return torch.cat([patches, torch.ones_like(patches[..., :1]), patches.square().sum(-1, keepdim=True)], -1)
+
+
 def squares(rows: Tensor, others: Tensor) -> Tensor:
-    """Squared distances (P, n, Q) of patches (P, C) to those of other images (n, Q, C)."""
-    every = others.flatten(0, 1)
-    product = torch.addmm(every.square().sum(1)[None], rows, every.T, alpha=-2)  # (P, n·Q)
-    return product.add_(rows.square().sum(1, keepdim=True)).unflatten(1, others.shape[:2])
+    """Squared distances (P, n, Q) of patches to those of other images, both as factors (P, C + 2) and (n, Q, C + 2)."""
+    left = torch.cat([-2 * rows[:, :-2], rows[:, -1:], rows[:, -2:-1]], 1)  # (P, C + 2)
+    return (left @ others.flatten(0, 1).T).unflatten(1, others.shape[:2])
 
 
 def step_of(patches: Tensor, others: Tensor) -> int:
@@ -176,8 +180,9 @@ def step_of(patches: Tensor, others: Tensor) -> int:
 
 def matches(patches: Tensor, others: Tensor) -> Tensor:
     """Distance (B, P, N) of each patch (B, P, C) to its nearest patch of each other image (N, Q, C)."""
-    chunks = others.split(step_of(patches, others))
-    return torch.stack([torch.cat([squares(rows, chunk).amin(2) for chunk in chunks], 1) for rows in patches]).clamp_min(0).sqrt()
+    chunks = factor(others).split(step_of(patches, others))
+    found = [torch.cat([squares(rows, chunk).amin(2) for chunk in chunks], 1) for rows in factor(patches)]
+    return torch.stack(found).clamp_min(0).sqrt()
 
 
 def mutual_matches(patches: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -185,7 +190,7 @@ def mutual_matches(patches: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     Within a block the distances of two images serve both of them.
     """
-    count, cells, _ = patches.shape
+    (count, cells, _), factors = patches.shape, factor(patches)
     step, size = step_of(patches, patches), max(MATCHES // (count * cells), 1)
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -194,7 +199,7 @@ def mutual_matches(patches: Tensor) -> Iterator[tuple[slice, Tensor]]:
             for left, right in ((0, start), (i + 1, stop), (stop, count)):
                 for first in range(left, right, step):
                     some = slice(first, min(first + step, right))
-                    distance = squares(patches[i], patches[some])  # (P, n, P)
+                    distance = squares(factors[i], factors[some])  # (P, n, P)
                     found[i - start, :, some] = distance.amin(2)
                     if start <= first < stop:
                         found[some.start - start : some.stop - start, :, i] = distance.amin(0)

@@ -16,6 +16,7 @@ try:
 except ImportError:
     faiss = None
 
+QUERIES = 1024  # searched at once
 TILE = 2**22  # distances, or feature values, held at a time
 LARGE = 2**28  # products of two numbers in a search, from which it is worth finding the quicker library
 ROW = 32  # distances whose minimum is found at once
@@ -66,8 +67,8 @@ def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     centre = bank.mean(0)  # distances do not change when both are centred, cancellation does
     with torch.autocast(query.device.type, enabled=False):
-        for start in range(0, len(query), 4096):
-            rows = slice(start, start + 4096)
+        for start in range(0, len(query), QUERIES):
+            rows = slice(start, start + QUERIES)
             distance[rows], index[rows] = _search(query[rows], bank, centre, k)
     return distance, index
 
