@@ -56,8 +56,8 @@ class PaDiM(OnePassDetector):
     def embed(self, maps: Maps) -> Tensor:
         """The channels of each draw at every position of the finest grid, (B, R·P, d)."""
         draws = zip(self.drawn, self.counts, strict=True)
-        # copied, so that the channels of a position are contiguous: batched products would copy position by position otherwise
-        return torch.cat([self.embed_draw(maps, drawn.split(counts)) for drawn, counts in draws], 1)
+        parts = [self.embed_draw(maps, drawn.split(counts)) for drawn, counts in draws]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def embed_draw(self, maps: Maps, drawn: Sequence[Tensor]) -> Tensor:
         """The channels that a draw takes of each stage, (B, P, d)."""
@@ -65,8 +65,10 @@ class PaDiM(OnePassDetector):
         for stage, first, channels in zip(maps, self.first, drawn, strict=True):
             # it costs less to draw before resizing
             if len(channels) or not parts:  # the first stage sets the grid even if no channel of it was drawn
-                parts.append(stage.index_select(1, channels - first).float())
-        return align(parts, self.align).flatten(2).mT
+                chosen = stage.index_select(1, channels - first).float()
+                # the channels of a position are then contiguous, as batched products over positions need them
+                parts.append(chosen.contiguous(memory_format=torch.channels_last))
+        return align(parts, self.align).flatten(2).mT.contiguous()
 
     def new_state(self, images: int) -> RowBuffer | RunningCovariance:
         # both forms are exact: use the smaller of N·P·d samples and P·d·d second moments
