@@ -1,13 +1,15 @@
 """What methods make of what is known: image AUROC and AUPRO against the number of normal images, labelled defects and contamination.
 
     python tools/train.py -m sweep=knowledge data=mtd sweep.name=knowledge-mtd
-    python benchmarks/knowledge.py results/runs/sweeps/knowledge-mtd … [--csv results/knowledge.csv] [--figure docs/images/knowledge.svg]
+    python benchmarks/knowledge.py results/runs/sweeps/knowledge-mtd … [--csv FILE.csv] [--figure FILE.svg] [--page FILE.md]
 
-Pools the seeds of every finished run below the folders, writes their mean, least and number to the CSV, and draws a row of curves for each
-data set. The right-most points are all normal images, then with labelled defects that the test no longer has.
+Pools the seeds of every finished run below the folders and writes their mean, least and number to the CSV, whose other rows are kept, and
+draws a row of curves for each data set in it. The right-most points are all normal images, then with labelled defects that the test no
+longer has. A page gets the means as tables, between its marks `known` and `contamination`.
 """
 
 import argparse
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from blemish.files import write_csv
+from blemish.report.formats import between
 from blemish.report.tables import collect, place, pooled
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +41,6 @@ def known_of(group: Mapping) -> str:
 
 def rows_of(folders: Sequence[Path]) -> list[dict]:
     """A row of COLUMNS for every setting and number of seeds, sorted."""
-    order = {known: i for i, known in enumerate((*KNOWN, *CONTAMINATION[1:]))}
     rows = []
     for group in pooled([row for folder in folders for row in collect(folder)]):
         row = {"dataset": place(group), "method": group["method"], "known": known_of(group), "seeds": len(group["seeds"])}
@@ -47,14 +49,35 @@ def rows_of(folders: Sequence[Path]) -> list[dict]:
             row |= {f"{metric}_mean": values and sum(values) / len(values), f"{metric}_min": values and min(values)}
         row["seconds"] = max(run["fit_seconds"] + run["test_seconds"] for run in group["runs"])
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["dataset"], row["method"], order.get(row["known"], len(order))))
+    return rows
 
 
-def write(rows: Sequence[Mapping], path: Path) -> None:
-    """The rows as a CSV."""
-    shown = [[f"{value:.4f}" if isinstance(value, float) else value or "" for value in row.values()] for row in rows]
+def write(rows: Sequence[Mapping], path: Path) -> list[dict]:
+    """Write rows to a CSV, in place of those of the same data, method and knowledge, and return all that it then has, sorted."""
+    order = {known: i for i, known in enumerate((*KNOWN, *CONTAMINATION[1:]))}
+    every = {}
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            every = {tuple(row[name] for name in COLUMNS[:3]): row for row in csv.DictReader(file)}
+        every = {key: row | {name: float(row[name]) if row[name] else None for name in COLUMNS[3:]} for key, row in every.items()}
+    every |= {tuple(row[name] for name in COLUMNS[:3]): row for row in rows}
+    every = sorted(every.values(), key=lambda row: (row["dataset"], row["method"], order.get(row["known"], len(order))))
+    shown = [[f"{value:.6g}" if isinstance(value, float) else value or "" for value in row.values()] for row in every]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, COLUMNS, shown)
+    return every
+
+
+def table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """Mean image AUROC of each data set and method, a column for each of what is known, in Markdown."""
+    lines, found = ["| set | method | " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * len(columns)], {}
+    for row in rows:
+        found.setdefault((row["dataset"], row["method"]), {})[row["known"]] = row
+    for (dataset, method), of in found.items():
+        if any(known in of for known in columns if known != "all"):
+            cells = [f"{of[known]['image_auroc_mean']:.3f}" if known in of else "–" for known in columns]
+            lines.append(f"| {dataset} | `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Mapping], path: Path) -> None:
@@ -89,10 +112,13 @@ def main() -> None:
     parser.add_argument("sweeps", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--csv", type=Path, default=ROOT / "results/knowledge.csv")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/knowledge.svg")
+    parser.add_argument("--page", type=Path)
     args = parser.parse_args()
-    rows = rows_of(args.sweeps)
-    write(rows, args.csv)
+    rows = write(rows_of(args.sweeps), args.csv)
     draw(rows, args.figure)
+    if args.page:
+        between(args.page, "known", table(rows, KNOWN))
+        between(args.page, "contamination", table(rows, CONTAMINATION))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,12 @@ def test_runs_become_rows_and_curves(tiny, tmp_path):
     assert rows[0]["image_auroc_min"] <= rows[0]["image_auroc_mean"] <= 1
     knowledge.draw(rows, tmp_path / "figure.svg")
     assert "subspace" in (tmp_path / "figure.svg").read_text()
-    knowledge.write(rows, tmp_path / "rows.csv")
+    knowledge.write([{**rows[0], "known": "all"}, {**rows[0], "image_auroc_mean": 0.0}], tmp_path / "rows.csv")
+    every = knowledge.write(rows, tmp_path / "rows.csv")
+    assert [(row["known"], row["image_auroc_mean"] == rows[0]["image_auroc_mean"]) for row in every] == [("2", True), ("all", True)]
     with (tmp_path / "rows.csv").open() as file:
-        assert next(csv.DictReader(file))["known"] == "2"
+        assert [row["known"] for row in csv.DictReader(file)] == ["2", "all"]
+    assert f"| {every[0]['dataset']} | `subspace` | – | – | {every[0]['image_auroc_mean']:.3f} |" in knowledge.table(every, knowledge.KNOWN)
 
 
 @pytest.mark.slow
