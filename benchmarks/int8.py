@@ -64,7 +64,7 @@ def page(rows: dict) -> str:
     names = ("method", "data", "threads", "float32, ms", "int8, ms", "ratio", "images held out", "risk", "tested", "flips", "scored twice")
     lines = [f"| {' | '.join(names)} |", "| --- | --- |" + " ---: |" * (len(names) - 2)]
     for _, row in sorted(rows.items()):
-        slow, fast = row["float32_cpu_ms"], row["int8_cpu_ms"]
+        slow, fast = row["float32_wall_ms"], row["int8_wall_ms"]
         cells = [row["method"], row["data"], row["threads"], f"{slow:.1f}", f"{fast:.1f}", f"{fast / slow:.2f}", row["images"]]
         cells += [f"{100 * row['risk']:.1f} %", row["tested"], row["flips"], f"{100 * row['twice']:.0f} %"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -92,6 +92,7 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
             (metric, title), ticks = list(METRICS.items())[column // 2], (KNOWN, CONTAMINATION)[column % 2]
             axis.set_title(title, fontsize="medium")
             axis.set_xticks(range(len(ticks)), ["unlab." if tick == "unlabelled" else tick for tick in ticks], fontsize="x-small")
+            axis.set_xlim(-0.5, len(ticks) - 0.5)
             axis.set_xlabel(("normal images, and labelled defects", "contamination")[column % 2], fontsize="small")
             axis.grid(alpha=0.3)
             for method in methods:
@@ -99,7 +100,9 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
                 points = [(i, found[tick]) for i, tick in enumerate(ticks) if tick in found and found[tick][f"{metric}_mean"]]
                 x, mean, least = [i for i, _ in points], *([row[f"{metric}_{part}"] for _, row in points] for part in ("mean", "min"))
                 color = f"C{methods.index(method)}"
-                axis.plot(x, mean, marker="o", ms=3, lw=1, color=color, label=method)
+                apart = int(bool(points) and ticks[x[0]] == "unlabelled")  # fitted to other images: no line leads on from it
+                axis.plot(x[:apart], mean[:apart], marker="o", ms=3, color=color)
+                axis.plot(x[apart:], mean[apart:], marker="o", ms=3, lw=1, color=color, label=method)
                 axis.vlines(x, least, mean, color=color, lw=0.6)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
