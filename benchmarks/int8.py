@@ -18,7 +18,7 @@ from blemish.deploy.export import export_run
 from blemish.deploy.parity import arrays_of, chosen
 from blemish.edge.runtime import EXACT, Model, to_input
 from blemish.files import write_json
-from blemish.report.tables import between
+from blemish.report.formats import between
 from blemish.run.checkpoint import load
 from blemish.run.config import composed
 from blemish.run.record import environment, read_record

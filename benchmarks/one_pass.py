@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blemish.files import write_json
-from blemish.report.tables import between
+from blemish.report.formats import between
 from blemish.run.record import environment, read_record
 from blemish.run.timing import STAGES
 

@@ -229,9 +229,11 @@ def as_config(values: dict) -> None:
 
 
 def follow_parent() -> None:
-    """End with the process that started this one, however that ended."""
+    """End with the process that started this one, however that ended: first asked to, then by force, as in the middle of a long fit."""
     wait([multiprocessing.parent_process().sentinel])
     os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
 
 
 def stop(process: multiprocessing.Process) -> None:
