@@ -10,6 +10,7 @@ from blemish.ops.neighbours import distances, nearest, product_dtype, rounding
 
 POOL = 2048  # candidates among which centres are chosen between two refreshes
 LIVE = 0.98  # rows nearer to a centre than this share of the covering radius wait, stale, until the radius has come down to them
+SHORT = 16  # centres whose minimum is looked at before each of them
 TILE = 2**20  # approximate distances held at a time: large enough for the matrix product, small enough for the cache
 
 
@@ -91,17 +92,20 @@ class _Search:
         first, done = self.seen[stale].tolist(), 0
         while done < len(stale):
             new = self.indices[first[done] : self.found]  # all that any row of the tile has not seen
+            short = SHORT if len(new) >= 2 * SHORT else 1
+            new = torch.cat([new, new[-1:].expand(-len(new) % short)])  # the last one again, until all groups have `short`
             row = stale[done : done + max(1, TILE // max(len(new), self.bank.shape[1]))]
             done += len(row)
             norm, other = self.norm[row], self.norm[new]
             square = torch.addmm(other.square(), self.rows[row], self.rows[new].T, alpha=-2)  # (m, n) without ‖row‖²
             slack = rounding(norm, other.max(), self.bank.shape[1])  # (m,)
-            least = square.amin(1)
+            parts = square.unflatten(1, (short, -1))
+            least = parts.amin(1)  # (m, n / short)
             # A centre matters if it may be nearer than those seen before, and may be the nearest of the new ones.
-            limit = torch.minimum(self.distance[row].square().to(norm.dtype) - norm.square() + slack, least + 2 * slack)
-            open_ = (least <= limit).nonzero()[:, 0]
-            at, centre = (square[open_] <= limit[open_, None]).nonzero().unbind(1)
-            at, centre = row[open_[at]], new[centre]
+            limit = torch.minimum(self.distance[row].square().to(norm.dtype) - norm.square() + slack, least.amin(1) + 2 * slack)
+            at, part = (least <= limit[:, None]).nonzero().unbind(1)
+            pair, place = (parts[at, :, part] <= limit[at, None]).nonzero().unbind(1)
+            at, centre = row[at[pair]], new[place * least.shape[1] + part[pair]]
             step = max(1, TILE // self.bank.shape[1])
             for i, j in zip(at.split(step), centre.split(step), strict=True):
                 exact = distances(self.bank[i].double(), self.bank[j, None].double())[:, 0]
