@@ -40,7 +40,7 @@ def known_of(group: Mapping) -> str:
 
 
 def rows_of(folders: Sequence[Path]) -> list[dict]:
-    """A row of COLUMNS for every setting and number of seeds, sorted."""
+    """A row of COLUMNS for every setting and number of seeds."""
     rows = []
     for group in pooled([row for folder in folders for row in collect(folder)]):
         row = {"dataset": place(group), "method": group["method"], "known": known_of(group), "seeds": len(group["seeds"])}
