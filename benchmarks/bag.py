@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from blemish.files import write_json
+from blemish.ops.bag import folds
 from blemish.report.formats import between
 from blemish.run.config import build, composed
 from blemish.run.record import environment
@@ -51,7 +52,7 @@ def measured(overrides: list[str]) -> dict:
     for n in NUMBERS:
         if model.scores_bag:
             rows = torch.randn(n + 1, model.rows.shape[1], generator=torch.Generator().manual_seed(n))
-            found[n] = milliseconds(lambda rows=rows: model.bag_scores(rows, one, SIZE))
+            found[n] = milliseconds(lambda rows=rows: model.bag_scores(rows, folds(len(rows), 0), one))
         else:
             found[n] = (n + 1) * milliseconds(lambda: model.leave_one_out(one, SIZE, [0]))
     return found

@@ -165,7 +165,7 @@ class Bags:
 
     def left_out(self, rows: np.ndarray) -> np.ndarray:
         grid = [stage[:1] for stage in self.stages]
-        return self.model.bag_scores(self.rows[rows], grid, (SIDE, SIDE)).float().double().numpy()
+        return self.model.bag_scores(self.rows[rows], torch.arange(len(rows)), grid).float().double().numpy()
 
 
 Fits = Gaussians | Neighbours | Bags

@@ -6,6 +6,7 @@ from support import make
 
 from blemish.detector import RowBuffer
 from blemish.edge.calibration import FULL, conformal_threshold
+from blemish.ops.bag import folds
 
 CASES = [
     ("dfm", {"keep": 0.9}), ("dfm", {"keep": 3}), ("dfm", {"keep": 0.9, "score": "max"}), ("dfm", {"keep": 0.97, "score": "top"}),
@@ -35,9 +36,9 @@ def refit(model, rows):
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_scores_of_a_bag_are_those_of_fits_to_the_others(method, options, channels):
     model, stage = make(method, **options), maps(13, channels)
-    rows = model.collect([stage])
-    for i, found in enumerate(model.bag_scores(rows, [stage], SIZE).tolist()):
-        refit(model, torch.cat([rows[:i], rows[i + 1 :]]))
+    rows, fold = model.collect([stage]), folds(13, 0)
+    for i, found in enumerate(model.bag_scores(rows, fold, [stage]).tolist()):
+        refit(model, rows[fold != fold[i]])
         assert found == pytest.approx(float(model.score([stage[i : i + 1]], SIZE).score), rel=1e-4, abs=1e-5)
 
 
@@ -46,8 +47,9 @@ def test_scores_of_a_bag_are_those_of_fits_to_the_others(method, options, channe
 def test_scores_of_a_bag_go_with_its_rows(method, options):
     model, stage = make(method, **options), maps(12, 20)
     rows, order = model.collect([stage]), torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    score = model.bag_scores(rows, [stage], SIZE)
-    torch.testing.assert_close(model.bag_scores(rows[order], [stage], SIZE), score[order], rtol=1e-5, atol=1e-6)
+    fold = folds(12, 0)
+    score = model.bag_scores(rows, fold, [stage])
+    torch.testing.assert_close(model.bag_scores(rows[order], fold[order], [stage]), score[order], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def test_false_alarms_are_bounded_with_no_image_held_out(method, options):
     for seed in range(draws):
         stage = maps(20, 8, seed, side=1)
         refit(model, model.collect([stage[:19]]))
-        left = model.bag_scores(model.rows, [stage], SIZE)
+        left = model.bag_scores(model.rows, torch.arange(19), [stage])
         model.set_calibration(torch.stack([left, left], 1).float(), FULL)
         assert model.whole_bag
         alarms += float(model.score([stage[19:]], SIZE).score) > conformal_threshold(left.float().numpy(), 0.05, FULL).value
@@ -70,7 +72,7 @@ def test_each_image_of_a_batch_has_a_bag_of_its_own():
     stage = maps(16, 12)
     model = make("dfm", keep=0.8)
     refit(model, model.collect([stage[:12]]))
-    left = model.bag_scores(model.rows, [stage], SIZE).float()
+    left = model.bag_scores(model.rows, torch.arange(12), [stage]).float()
     model.set_calibration(torch.stack([left, left], 1), FULL)
     both, single = model.score([stage[12:]], SIZE), [model.score([one[None]], SIZE).score for one in stage[12:]]
     torch.testing.assert_close(both.score, torch.cat(single), rtol=1e-5, atol=0)

@@ -14,24 +14,34 @@ def rows(count, dims, seed=0):
 
 @pytest.mark.parametrize(("count", "dims"), [(3, 5), (12, 40), (30, 6)])
 @pytest.mark.parametrize("keep", [1, 0.9])
-def test_others_are_those_of_scikit_learn(count, dims, keep):
-    x = rows(count, dims)
-    others = bag.fit_others(x)
-    kept = pca.kept(others.variance, keep)
-    residual = bag.residuals(x, others, kept).numpy()
-    for i in range(count):
-        left = np.delete(x.numpy(), i, 0)
-        full, k = PCA(min(count - 2, dims), svd_solver="full").fit(left), int(kept[i])
-        assert np.allclose(others.variance[i, : full.n_components_], full.explained_variance_)
-        assert np.allclose(others.coordinates[i, :, :k].abs(), np.abs(full.transform(x.numpy())[:, :k]), atol=1e-7)
+@pytest.mark.parametrize("single", [True, False])
+def test_others_are_those_of_scikit_learn(count, dims, keep, single):
+    x, fold = rows(count, dims), torch.arange(count) if single or count < 4 else bag.folds(count, seed=3)
+    for others in bag.fit_others(x, fold):
+        own, left, k = x[others.inside].numpy(), x[others.outside].numpy(), int(pca.kept(others.variance, keep))
+        full = PCA(min(len(left) - 1, dims), svd_solver="full").fit(left)
+        assert np.allclose(others.variance[: full.n_components_], full.explained_variance_)
+        for rows_of, coordinates in ((own, others.left), (left, others.others)):
+            assert np.allclose(coordinates[:, :k].abs(), np.abs(full.transform(rows_of)[:, :k]), atol=1e-7)
         assert k == PCA(keep, svd_solver="full").fit(left).n_components_
         reduce = PCA(k, svd_solver="full").fit(left)
-        assert np.allclose(residual[i], x.numpy()[i] - reduce.inverse_transform(reduce.transform(x.numpy()[i : i + 1]))[0], atol=1e-7)
+        assert np.allclose(bag.residuals(x, others, k).numpy(), own - reduce.inverse_transform(reduce.transform(own)), atol=1e-7)
 
 
 def test_equal_rows_have_no_components():
-    others = bag.fit_others(torch.cat([torch.ones(5, 3), rows(1, 3)]))
-    assert (others.variance[5] == 0).all() and (others.coordinates[5] == 0).all() and others.coordinates.isfinite().all()
+    *_, others = bag.fit_others(torch.cat([torch.ones(5, 3), rows(1, 3)]), torch.arange(6))
+    assert others.inside.tolist() == [5]
+    assert all((part == 0).all() for part in (others.variance, others.left, others.others))
+
+
+@pytest.mark.parametrize("count", [2, 4, 20, 81])
+def test_folds_are_drawn_and_of_equal_size(count):
+    fold = torch.stack([bag.folds(count, seed) for seed in range(200)])
+    for one in fold:
+        size = one.bincount(minlength=bag.FOLDS)
+        assert size.sum() == count and size.max() - size.min() <= 1
+    share = (fold[:, -1:] == torch.arange(bag.FOLDS)).double().mean(0)  # of the new image
+    assert count < bag.FOLDS or (share - 1 / bag.FOLDS).abs().max() < 4 * (0.2 * 0.8 / 200) ** 0.5
 
 
 def test_placed_scores_have_the_p_values_of_their_bags_and_move_no_farther():

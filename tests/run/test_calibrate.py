@@ -10,6 +10,7 @@ from blemish.api import AnomalyDetector
 from blemish.data.manifest import read_manifest
 from blemish.deploy.export import check_exportable
 from blemish.edge.errors import InputError
+from blemish.ops import bag
 from blemish.run.calibrate import FOLDS, folds
 from blemish.run.checkpoint import load
 from blemish.run.record import read_record
@@ -92,7 +93,7 @@ def test_the_p_value_of_an_image_is_that_among_refits_of_its_bag(name, tiny, tmp
         found, own, raw = detector.predict(path), detector.model.calibration[:, 0], plain.predict(path).score
         image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
         rows = torch.cat([plain.model.rows, plain.model.collect(plain.model.features(image))])
-        scores = plain.model.bag_scores(rows, plain.model.features(image), (64, 64))  # tests/methods/test_vectors.py refits
+        scores = plain.model.bag_scores(rows, bag.folds(25, 0), plain.model.features(image))
         assert found.p_value == (1 + int((scores[:-1] >= scores[-1]).sum())) / 25
         assert found.decision == (found.score > detector.threshold.value)
         assert found.score == raw or (1 + int((own >= raw).sum())) / 25 != found.p_value  # moved where it has to be

@@ -11,7 +11,7 @@ from blemish.features.extractor import Features
 from blemish.methods.vectors import VectorDetector
 from blemish.ops import bag, pca
 from blemish.ops.accumulators import RowBuffer
-from blemish.ops.density import Density, gaussian, kernels, leave_one_out, left_out_density, log_density
+from blemish.ops.density import Density, Moments, gaussian, kernels, leave_one_out, log_density
 from blemish.ops.gaussian import left_out_cholesky
 from blemish.types import Prediction
 
@@ -46,13 +46,18 @@ class VectorDensity:
         self.length = self.mean.new_ones(())
         if self.scaling == "scale":
             self.length = self.coordinates(rows).norm(dim=1).amax()
-        z, density = self.coordinates(rows), self.density
+        self.points, self.factor, self.centre = self.density_of(self.coordinates(rows))
+        if self.density == "auto":
+            log.info("density=auto: %s, the likelier for images left out", "kde" if len(self.points) > 1 else "gaussian")
+
+    def density_of(self, z: Tensor, known: Moments | None = None) -> Density:
+        """The density of coordinates (N, k); their moments, if `known`, are those of at most FOR_CHOICE rows."""
+        density = self.density
         if density == "auto":
             some = z[:: -(-len(z) // FOR_CHOICE)]
-            single, many = (float(leave_one_out(some, bandwidth).mean()) for bandwidth in (None, self.bandwidth))
+            single, many = (leave_one_out(some, bandwidth, known).mean() for bandwidth in (None, self.bandwidth))
             density = "kde" if many > single else "gaussian"
-            log.info("density=auto: %s; leave-one-out log likelihood %.2f of the kernels, %.2f of the Gaussian", density, many, single)
-        self.points, self.factor, self.centre = kernels(z, self.bandwidth) if density == "kde" else gaussian(z)
+        return kernels(z, self.bandwidth, known) if density == "kde" else gaussian(z, known)
 
     def negative_log_density(self, rows: Tensor) -> Tensor:
         """−log density (B,) of vectors (B, D), float32."""
@@ -90,16 +95,18 @@ class DFKDE(VectorDensity, VectorDetector):
     def scores_bag(self) -> bool:
         return self.scaling != "norm"
 
-    def bag_scores(self, rows: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
-        variance, coordinates = others = bag.fit_others(rows)
-        square = rows.double().square().sum(1)
-        dims = resolved(variance, (square.sum() - square) / (len(rows) - 1)).minimum(pca.kept(variance, self.components))  # (N,)
-        bandwidth = None if self.density == "gaussian" else self.bandwidth
-        found = left_out_density(*others, dims, bandwidth, self.density == "auto")
-        if self.scaling == "scale":
-            length = (coordinates * bag.within(dims, variance.shape[1])[:, None]).norm(dim=2).fill_diagonal_(0).amax(1)
-            found = found + dims * length.log()
-        return -found
+    def bag_scores(self, rows: Tensor, fold: Tensor, maps: Maps) -> Tensor:
+        square, found = rows.double().square().sum(1), rows.new_empty(len(rows), dtype=torch.float64)
+        for fit in bag.fit_others(rows, fold):
+            if not fit.variance.any():
+                found[fit.inside] = torch.inf  # equal vectors have no density
+                continue
+            dims = min(self.components, int(resolved(fit.variance, square[fit.outside].mean())))
+            left, others = fit.left[:, :dims], fit.others[:, :dims]  # (m, k), (n, k)
+            length = others.norm(dim=1).amax() if self.scaling == "scale" else 1
+            known = others.new_zeros(dims), (fit.variance[:dims].sqrt() / length).diag()
+            found[fit.inside] = -log_density(self.density_of(others / length, known), left / length)
+        return found
 
     def collect(self, maps: Maps) -> Tensor:
         """The global average pool of all stages, (B, D)."""
@@ -110,7 +117,7 @@ class DFKDE(VectorDensity, VectorDetector):
         self.fit_density(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        return self.in_bag(Prediction(self.negative_log_density(self.collect(maps))), maps, size)
+        return self.in_bag(Prediction(self.negative_log_density(self.collect(maps))), maps)
 
 
 def principal(rows: Tensor, components: int) -> pca.PCA:

@@ -19,7 +19,6 @@ from blemish.features.extractor import Features
 from blemish.methods.vectors import VectorDetector
 from blemish.ops import bag, kmeans, pca
 from blemish.ops.accumulators import RowBuffer
-from blemish.ops.density import left_out_density
 from blemish.ops.gaussian import left_out_cholesky
 from blemish.ops.maps import align, smooth_upsample
 from blemish.ops.rng import stream
@@ -74,13 +73,19 @@ class DFM(VectorDetector):
     def scores_bag(self) -> bool:
         return self.groups == 1
 
-    def bag_scores(self, rows: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
-        others = bag.fit_others(rows)
-        kept = pca.kept(others.variance, self.share)  # (N,)
-        if self.likelihood:
-            return -left_out_density(*others, kept, None)
-        residual = bag.residuals(rows, others, kept).float().view(len(rows), *self.embed(maps).shape[1:])
-        return self._from_residual(residual, size).score
+    def bag_scores(self, rows: Tensor, fold: Tensor, maps: Maps) -> Tensor:
+        grid, found = self.embed(maps).shape[1:], rows.new_empty(len(rows), dtype=torch.float64)
+        for fit in bag.fit_others(rows, fold):
+            kept = int(pca.kept(fit.variance, self.share))
+            if self.likelihood:
+                variance = fit.variance[:kept]
+                z = fit.left[:, :kept] / variance.sqrt()  # (m, k)
+                score = negative_log_likelihood(z, *mixture(z, 1, self.seed)) + 0.5 * variance.log().sum()
+            else:
+                cells = bag.residuals(rows, fit, kept).view(-1, *grid).norm(dim=1)  # (m, h, w)
+                score = self.from_map(cells, cells.flatten(1).norm(dim=1)).score  # of cells: upsampled maps take longer than the fits
+            found[fit.inside] = score.double()
+        return found
 
     def embed(self, maps: Maps) -> Tensor:
         """All stages on the first one's grid, averaged over squares of `pool` cells: (B, C, h, w)."""
@@ -114,7 +119,7 @@ class DFM(VectorDetector):
             found = Prediction(negative_log_likelihood(z, self.shares, self.means, self.variances) + 0.5 * self.variance.log().sum())
         else:
             found = self._from_residual(nearest_residual(rows, self.mean, self.axes).view(x.shape), size)
-        return self.in_bag(found, maps, size)
+        return self.in_bag(found, maps)
 
     def _from_residual(self, residual: Tensor, size: tuple[int, int]) -> Prediction:
         cells = residual.norm(dim=1)  # (B, h, w)

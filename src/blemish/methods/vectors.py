@@ -8,7 +8,7 @@ from torch import Tensor
 from blemish.detector import Maps, OnePassDetector
 from blemish.edge.calibration import CROSS, FULL
 from blemish.ops.accumulators import RowBuffer
-from blemish.ops.bag import placed
+from blemish.ops.bag import folds, placed
 from blemish.ops.maps import joined
 from blemish.types import Prediction
 
@@ -39,20 +39,21 @@ class VectorDetector(OnePassDetector):
         self._buffers.update(kept)
         return joined(found)
 
-    def bag_scores(self, rows: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
-        """Scores (N,) of vectors (N, D), each by a fit to the others, where `scores_bag`; `maps` and `size` are those of any image."""
+    def bag_scores(self, rows: Tensor, fold: Tensor, maps: Maps) -> Tensor:
+        """Scores (N,) of vectors (N, D), each by a fit to those of other folds (N,); `maps` are those of any image."""
         raise NotImplementedError
 
     @property
     def whole_bag(self) -> bool:
         return len(self.calibration) > 0 and self.promise == FULL != self.left_out
 
-    def in_bag(self, found: Prediction, maps: Maps, size: tuple[int, int]) -> Prediction:
+    def in_bag(self, found: Prediction, maps: Maps) -> Prediction:
         """The prediction of images; with `whole_bag` each score is moved to where its p-value is that among the scores of its bag."""
         if torch.compiler.is_exporting() or not self.whole_bag:
             return found
-        bags = torch.stack([self.bag_scores(torch.cat([self.rows, row[None]]), maps, size) for row in self.collect(maps)])  # (B, n + 1)
-        return found._replace(score=placed(found.score, bags, self.calibration[:, 0]))
+        fold = folds(len(self.rows) + 1, self.hparams.seed)
+        bags = [self.bag_scores(torch.cat([self.rows, row[None]]), fold, maps) for row in self.collect(maps)]  # B of (n + 1,)
+        return found._replace(score=placed(found.score, torch.stack(bags), self.calibration[:, 0]))
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.rows)

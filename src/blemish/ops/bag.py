@@ -1,54 +1,63 @@
-"""Full conformal prediction with a new image in the bag: principal components of all rows but one, for each of them, and what it says.
+"""Full conformal prediction with a new image in the bag: principal components of all rows but a fold of them, and what the scores say.
 
-Of n + 1 rows, the last one new, each is scored by a fit to the n others. If they are exchangeable, so are the scores, and the new one is
-among the (n + 1)α largest with probability ≤ α (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005).
+Of n + 1 rows, the last one new, each is scored by a fit to those outside its own fold. If the rows are exchangeable and the folds are drawn
+without looking at them, so are the scores, and the new one is among the (n + 1)α largest with probability ≤ α (Vovk, Gammerman and Shafer,
+Algorithmic Learning in a Random World, 2005).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from blemish.ops.rng import stream
+
+FOLDS = 5  # fits for each new image
+
 
 class Others(NamedTuple):
-    """For each of N rows the PCA of the N − 1 others, by components of falling variance; 0 beyond their rank. In float64."""
+    """The PCA of the n rows outside a fold, by components of falling variance; 0 beyond their rank. In float64."""
 
-    variance: Tensor  # (N, k) without row i, N − 2 in the denominator
-    coordinates: Tensor  # (N, N, k) without row i: of all rows, i among them, about the mean of the others
-
-
-def fit_others(rows: Tensor) -> Others:
-    """PCA of rows (N, D) without each of them, by the eigenvectors of the others' products: N matrices of N × N, whatever D is."""
-    x = rows.double() - rows.double().mean(0)  # (N, D): the mean of all but row i is −x_i / (N − 1)
-    count, gram = len(x), x @ x.T  # (N, N)
-    shift = gram / (count - 1)
-    products = gram + shift[:, :, None] + shift[:, None] + (shift.diagonal() / (count - 1))[:, None, None]  # (N, N, N) without row i
-    own = products.diagonal(dim1=0, dim2=1).T.clone()  # (N, N) of row i with all
-    every = torch.arange(count, device=x.device)
-    products[every, every], products[every, :, every] = 0.0, 0.0
-    scatter, vectors = torch.linalg.eigh(products)  # ascending
-    scatter, vectors = scatter.flip(1)[:, : count - 2], vectors.flip(2)[:, :, : count - 2]  # the others span no more
-    least = torch.finfo(x.dtype).eps * max(count - 1, x.shape[1]) * scatter[:, :1].maximum(gram.diagonal().amax())  # as `pca.fit`
-    root = scatter.where(scatter > least, 0).sqrt()
-    coordinates = vectors * root[:, None]
-    away = (own[:, None] @ vectors)[:, 0] / root  # (N, k)
-    coordinates[every, every] = away.masked_fill(root == 0, 0)
-    return Others(root.square() / max(count - 2, 1), coordinates)
+    inside: Tensor  # (m,) numbers of the rows that are left out
+    outside: Tensor  # (n,) and of the others
+    variance: Tensor  # (k,) with n − 1 in the denominator
+    left: Tensor  # (m, k) coordinates of the rows that are left out about the mean of the others
+    others: Tensor  # (n, k) and of the others
 
 
-def residuals(rows: Tensor, others: Others, kept: Tensor) -> Tensor:
-    """What the first `kept` (N,) components of the others do not explain of rows (N, D): (N, D)."""
-    x, (variance, coordinates) = rows.double() - rows.double().mean(0), others
-    count, chosen = len(x), within(kept, variance.shape[1])
+def folds(count: int, seed: int) -> Tensor:
+    """The fold (N,) of each row: as equal in size as can be, and drawn."""
+    return torch.randperm(count, generator=stream(seed)) % FOLDS
+
+
+def fit_others(rows: Tensor, fold: Tensor) -> Iterator[Others]:
+    """PCA of rows (N, D) without each fold (N,), by the eigenvectors of the others' products: matrices of n × n, whatever D is."""
+    x = rows.double()
+    x = x - x.mean(0)  # (N, D)
+    gram = x @ x.T  # (N, N)
+    floor = torch.finfo(x.dtype).eps * max(x.shape) * gram.diagonal().amax()
+    for number in range(int(fold.max()) + 1):
+        inside, outside = (part.nonzero()[:, 0].to(x.device) for part in (fold == number, fold != number))
+        kept = gram[:, outside]  # (N, n)
+        along = kept.mean(1)  # (N,) products with the mean of the others
+        products = kept - along[:, None] - (along[outside] - along[outside].mean())  # (N, n) about it
+        scatter, vectors = torch.linalg.eigh(products[outside])  # ascending
+        scatter, vectors = scatter.flip(0)[: len(outside) - 1], vectors.flip(1)[:, : len(outside) - 1]  # the others span no more
+        root = scatter.where(scatter > floor, 0).sqrt()  # (k,)
+        left = (products[inside] @ vectors / root).masked_fill(root == 0, 0)
+        yield Others(inside, outside, root.square() / (len(outside) - 1), left, vectors * root)
+
+
+def residuals(rows: Tensor, fit: Others, kept: int) -> Tensor:
+    """What the first `kept` components of the others do not explain of the rows that are left out, of rows (N, D): (m, D)."""
+    base, own = fit.others[:, :kept], fit.left[:, :kept]  # (n, k), (m, k)
     # a component is the sum of the others, about their mean, times their coordinates along it, over its scatter
-    along = (coordinates.diagonal(dim1=0, dim2=1).T / (variance * (count - 2))).masked_fill(~chosen, 0)  # (N, k)
-    weights = (coordinates @ along[:, :, None])[:, :, 0].fill_diagonal_(0)  # (N, N) of the others in what is explained of row i
-    return (count - weights.sum(1, keepdim=True)) / (count - 1) * x - weights @ x
-
-
-def within(kept: Tensor, most: int) -> Tensor:
-    """Which of `most` components are among the first `kept` (…): (…, most)."""
-    return torch.arange(most, device=kept.device) < kept[..., None]
+    weights = (own / (fit.variance[:kept] * (len(base) - 1))) @ base.T  # (m, n) of the others in what is explained
+    every = rows.new_zeros(len(own), len(rows), dtype=torch.float64)  # (m, N) of all rows in what is left
+    every[:, fit.outside] = (weights.sum(1, keepdim=True) - 1) / len(base) - weights
+    every[torch.arange(len(own), device=rows.device), fit.inside] = 1
+    return every.to(rows) @ rows
 
 
 def placed(score: Tensor, bags: Tensor, calibration: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from blemish.edge.errors import InputError
-from blemish.ops import bag
 from blemish.ops.neighbours import pairwise
 
 TILE = 2**22  # distances held at a time: 32 MB of float64
@@ -21,32 +20,36 @@ class Density(NamedTuple):
     mean: Tensor  # (D,)
 
 
+Moments = tuple[Tensor, Tensor]  # the mean (D,) of points and L (D, D), lower triangular, of their covariance L Lᵀ
+
+
 @torch.no_grad()
-def kernels(points: Tensor, bandwidth: str | float) -> Density:
+def kernels(points: Tensor, bandwidth: str | float, known: Moments | None = None) -> Density:
     """Density of points (N, D), as `scipy.stats.gaussian_kde`: kernel covariance = `bandwidth_factor`² · sample covariance.
 
-    InputError if the points are not finite or span fewer than D dimensions, as they then have no density.
+    known: their `moments`, where they are not to be computed. InputError if the points are not finite or span fewer than D dimensions,
+    as they then have no density.
     """
-    mean, lower = moments(points)
+    mean, lower = known or moments(points)
     factor = lower * bandwidth_factor(bandwidth, *points.shape)
     return Density(_whiten(points.double() - mean, factor), factor, mean)
 
 
 @torch.no_grad()
-def gaussian(points: Tensor) -> Density:
+def gaussian(points: Tensor, known: Moments | None = None) -> Density:
     """The Gaussian with the mean and sample covariance of points (N, D); InputError as for `kernels`."""
-    mean, lower = moments(points)
+    mean, lower = known or moments(points)
     return Density(torch.zeros_like(mean)[None], lower, mean)
 
 
-def bandwidth_factor(bandwidth: str | float, count: int, dims: int | Tensor) -> float | Tensor:
+def bandwidth_factor(bandwidth: str | float, count: int, dims: int) -> float:
     """n^(−1/(d+4)) for "scott", (n(d+2)/4)^(−1/(d+4)) for "silverman", or the number given."""
     rules = {"scott": float(count), "silverman": count * (dims + 2) / 4}
     return rules[bandwidth] ** (-1 / (dims + 4)) if bandwidth in rules else float(bandwidth)
 
 
-def moments(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) of points (N, D), and L (D, D) with L Lᵀ their sample covariance; float64. InputError if they have no density."""
+def moments(points: Tensor) -> Moments:
+    """The moments of points (N, D) with their sample covariance, in float64. InputError if they have no density."""
     if not points.isfinite().all():
         raise InputError("points: NaN or infinity, a density needs finite points")
     count, dims = points.shape
@@ -83,28 +86,20 @@ def log_density(density: Density, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leave_one_out(points: Tensor, bandwidth: str | float | None) -> Tensor:
+def leave_one_out(points: Tensor, bandwidth: str | float | None, known: Moments | None = None) -> Tensor:
     """Log density (N,) at each of points (N, D) of what is fitted to the others: `kernels`, or for bandwidth=None the `gaussian`.
 
     −∞ where the others span fewer than D dimensions. Without point i, at u from the mean, the covariance S becomes
     (S (N − 1) − u uᵀ N/(N − 1)) / (N − 2), whose inverse and determinant follow from those of S (Sherman and Morrison).
     """
-    dims, (mean, lower) = points.shape[1], moments(points)
-    level = 0.5 * dims * math.log(2 * math.pi) + lower.diagonal().log().sum()
-    return left_out(_whiten(points.double() - mean, lower), bandwidth) - level
-
-
-def left_out(z: Tensor, bandwidth: str | float | None, dims: int | Tensor | None = None) -> Tensor:
-    """`leave_one_out` (…, N) of whitened points (…, N, D), but for one constant: their own Gaussian at its mean.
-
-    dims: of the sets of points, (…), where these have zeros in the last of the D coordinates.
-    """
-    count, dims = z.shape[-2], torch.as_tensor(z.shape[-1] if dims is None else dims, dtype=z.dtype, device=z.device)[..., None]
-    square = z.square().sum(-1)  # (…, N) uᵀS⁻¹u
-    left = 1 - square * count / (count - 1) ** 2  # (…, N) det of the others' scatter as a share of that of all
+    (count, dims), (mean, lower) = points.shape, known or moments(points)
+    z = _whiten(points.double() - mean, lower)  # (N, D)
+    square = z.square().sum(1)  # (N,) uᵀS⁻¹u
+    left = 1 - square * count / (count - 1) ** 2  # (N,) det of the others' scatter as a share of that of all
     singular = (left <= torch.finfo(torch.float64).eps * count) | (count - 1 <= dims)
     left = left.masked_fill(singular, 1)
-    level = 0.5 * dims * math.log((count - 1) / max(count - 2, 1)) + 0.5 * left.log()  # (…, N) −log of the others' Gaussian at its mean
+    # −log of the others' Gaussian at its mean
+    level = 0.5 * dims * math.log(2 * math.pi * (count - 1) / max(count - 2, 1)) + lower.diagonal().log().sum() + 0.5 * left.log()  # (N,)
 
     def length(plain: Tensor, along: Tensor, left: Tensor) -> Tensor:
         """vᵀS⁻¹v without point i, from `plain` vᵀS⁻¹v and `along` uᵀS⁻¹v."""
@@ -114,32 +109,11 @@ def left_out(z: Tensor, bandwidth: str | float | None, dims: int | Tensor | None
         ratio = count / (count - 1)  # of x − the others' mean, and u
         result = -0.5 * length(ratio**2 * square, ratio * square, left)
     else:
-        factor = bandwidth_factor(bandwidth, count - 1, dims) * torch.ones_like(dims)
-        product = z @ z.mT  # (…, N, N)
-        distance = length(square[..., None] + square[..., None, :] - 2 * product, square[..., None] - product, left[..., None])
-        distance.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-        result = torch.logsumexp(-0.5 * distance / (factor**2)[..., None], -1) - math.log(count - 1) - dims * factor.log()
+        factor = bandwidth_factor(bandwidth, count - 1, dims)
+        product = z @ z.T  # (N, N)
+        distance = length(square[:, None] + square - 2 * product, square[:, None] - product, left[:, None]).fill_diagonal_(math.inf)
+        result = torch.logsumexp(-0.5 * distance / factor**2, 1) - math.log(count - 1) - dims * math.log(factor)
     return (result - level).masked_fill(singular, -math.inf)
-
-
-def left_out_density(variance: Tensor, coordinates: Tensor, dims: Tensor, bandwidth: str | float | None, auto: bool = False) -> Tensor:
-    """Log density (N,) of each of N rows of what is fitted to the others: `kernels`, or for bandwidth=None the `gaussian`.
-
-    From the first `dims` (N,) of the components `bag.Others`. auto: the likelier of the two for the others, as `leave_one_out` has it.
-    """
-    chosen = bag.within(dims, variance.shape[1])  # (N, k)
-    deviation = variance.sqrt().masked_fill(~chosen, 1)
-    z = coordinates * chosen[:, None] / deviation[:, None]  # (N, N, k)
-    own, count = z.diagonal(dim1=0, dim2=1).T, len(z) - 1  # (N, k)
-    others = z[~torch.eye(len(z), dtype=torch.bool, device=z.device)].view(len(z), count, -1)  # (N, N − 1, k)
-    level = 0.5 * dims * math.log(2 * math.pi) + deviation.log().sum(1)
-    single = -0.5 * own.square().sum(1) - level
-    if bandwidth is None:
-        return single
-    factor = bandwidth_factor(bandwidth, count, dims) * torch.ones_like(level)
-    distance = (others - own[:, None]).square().sum(2) / factor.square()[:, None]
-    many = torch.logsumexp(-0.5 * distance, 1) - math.log(count) - dims * factor.log() - level
-    return many if not auto else torch.where(left_out(others, bandwidth, dims).mean(1) > left_out(others, None, dims).mean(1), many, single)
 
 
 def _whiten(centred: Tensor, factor: Tensor) -> Tensor:

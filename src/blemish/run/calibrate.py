@@ -21,7 +21,7 @@ from blemish.run.results import fit_to_folder, preprocessing_of
 
 log = logging.getLogger(__name__)
 
-BAG = 80  # training images up to which a new one is compared with fits to it and all of them but one
+BAG = 80  # training images up to which a new one and they are scored by further fits
 FOLDS = 5  # fits for a method whose images cannot be left out one by one
 
 Data = ImageData | LightningDataModule  # the images, or what is stored of them
@@ -50,8 +50,7 @@ def check_full(model: Detector, images: ImageData) -> None:
         )
     if count > BAG:
         raise InputError(
-            f"calibrate=full: {name} fits {count} times for each new image, to it and all training images but one; expected at most {BAG}, "
-            "or split"
+            f"calibrate=full: {name} is fitted anew for each new image, with {count} training images; expected at most {BAG}, or split"
         )
     if model.map_share is not None and (images.roi is not None or images.geometry.resize == "letterbox"):
         raise InputError(f"calibrate=full: {name} scores full maps, without data.roi or data.resize=letterbox; expected those, or split")
