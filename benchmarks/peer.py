@@ -45,7 +45,7 @@ from sklearn.metrics import roc_auc_score
 from blemish.detector import Detector
 from blemish.features.weights import bundled_state
 from blemish.files import write_json
-from blemish.report.tables import Grid, between, markdown, show
+from blemish.report.formats import Grid, between, markdown, show
 from blemish.run.config import build
 from blemish.run.record import environment
 from blemish.run.train import described, expected_warnings, set_up, trainer_of
