@@ -164,9 +164,9 @@ def test_commands_compose(tool):
 
 
 def test_the_tables_are_what_was_measured(tmp_path):
-    pages = [ROOT / "README.md", DOCS / "results.md"]
+    pages = [ROOT / "README.md", DOCS / "results.md", *(DOCS / "methods").glob("*.md")]
     copies = [Path(shutil.copy(page, tmp_path)) for page in pages]
-    write(MEASURED, tmp_path / "m.csv", copies[0], docs=copies[1])
+    write(MEASURED, tmp_path / "m.csv", copies[0], docs=copies[1], pages=tmp_path)
     for page, copy in zip(pages, copies, strict=True):
         assert copy.read_bytes() == page.read_bytes(), f"{name(page)}: python tools/table.py makes another table"
 

@@ -118,11 +118,13 @@ def table(cfg: Any) -> None:
     from blemish.report.tables import RUN, write
 
     with replacing(cfg.output, cfg.markdown, cfg.latex, choose="output=, markdown= or latex=FILE", header=",".join(RUN)):
-        runs, grids = write(cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs)
+        runs, grids = write(
+            cfg.runs, cfg.output, cfg.readme, cfg.markdown, cfg.latex, cfg.by, cfg.metric, cfg.published, cfg.docs, cfg.pages
+        )
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for grid in grids:
         show(console, grid, bold=cfg.by == "category")
-    files = ", ".join(filter(None, (cfg.output, cfg.readme, cfg.docs, cfg.markdown, cfg.latex)))
+    files = ", ".join(filter(None, (cfg.output, cfg.readme, cfg.docs, cfg.pages, cfg.markdown, cfg.latex)))
     say(f"{runs} run{'s' * (runs != 1)} in {cfg.runs}" + (f", written to {files}" if files else ""))
 
 
@@ -182,7 +184,7 @@ COMMANDS = {work.__name__: work for work in (train, test, predict, watch, data, 
 ACTIONS = ("check", "synthesize")  # the first word of `data`, which stands for action=WORD
 # keys whose values are files or folders
 PATHS = ("run_dir", "run", "runs", "input", "output", "resume", "update", "images", "weights", "data.root", "data.manifest", "store.root")
-PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "markdown", "latex", "data.masks", "webhook")
+PATHS += ("data.roi", "roi", "monitor_file", "readme", "docs", "pages", "markdown", "latex", "data.masks", "webhook")
 LISTS = ("data.category", "data.normal", "data.validation", "data.normal_test", "data.abnormal")  # and such names, or lists of them
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*(?:,|$)""")
 

@@ -133,6 +133,16 @@ def test_a_csv_is_as_good_as_the_folder(several, tmp_path):
     assert pages[0].read_text() == pages[1].read_text()
 
 
+def test_the_page_of_a_method_gets_its_own_figures(several, tmp_path):
+    page = tmp_path / "padim.md"  # spade has no page
+    page.write_text("before\n<!-- runs: begin -->\nstale\n<!-- runs: end -->\nafter\n")
+    tables.write(several, tmp_path / "m.csv", None, pages=tmp_path)
+    before, head, _, row, after = page.read_text().replace("<!-- runs: begin -->\n", "").replace("<!-- runs: end -->\n", "").splitlines()
+    assert (before, after) == ("before", "after")
+    assert head == "| settings | px | mvtec a\\|b | mvtec wood |"
+    assert row == "| own settings (paper) | 256 → 224 | 0.850 ± 0.071 / 0.850 ± 0.071 | 0.700 ± 0.000 / 0.700 ± 0.000 |"
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
 def test_another_file_is_not_replaced(text, several, tmp_path):
     output = tmp_path / "m.csv"

@@ -295,6 +295,19 @@ def matrix(rows: Sequence[Mapping], title: str, metric: str, tables: Sequence[Ma
     return Grid(title, columns, 5, cells, best, [legend, *notes])
 
 
+def by_data(rows: Sequence[Mapping]) -> Grid:
+    """Image AUROC / pixel AUROC of the settings of one method on each data set, for its page."""
+    found: dict[tuple[str, str], dict[str, str]] = {}  # how it was run → data → figures
+    for group in pooled(rows):
+        method, _, pixels, protocol = label(group)
+        name = method.partition(", ")[2] or "own settings"
+        shown = [spread([run[metric] for run in group["runs"]]) for metric in ("image_auroc", "pixel_auroc")]
+        found.setdefault((f"{name} ({protocol})", pixels), {})[place(group)] = " / ".join(shown).removesuffix(" / –")
+    places = sorted({data for figures in found.values() for data in figures})
+    cells = [[*setting, *(figures.get(data, "–") for data in places)] for setting, figures in sorted(found.items())]
+    return Grid("", ["settings", "px", *places], 2, cells, set(), [])
+
+
 def averages(groups: Iterable[Mapping], name: str) -> list[float]:
     """The mean over the categories for each seed that all have, or of their means where they share none; [] where a value is missing."""
     by_seed = [{run["seed"]: run[name] for run in group["runs"]} for group in groups]
@@ -333,17 +346,18 @@ def write(
     metric: str = "image_auroc",  # of a matrix, and of the comparison with published figures
     papers: str | Path | None = None,  # folder of the published tables to compare with; the CSV then has the columns PAPER
     docs: str | Path | None = None,  # Markdown file that gets the tables of `by_effort` between its markers
+    pages: str | Path | None = None,  # folder whose page of each method that has runs gets `by_data` between its markers
 ) -> tuple[int, list[Grid]]:
     """Collect runs and write the files that are given; returns the number of runs and their tables.
 
-    Rows of other runs in an existing `output` are kept and are part of every table; so `readme` and `docs`, whose rows may be of runs
-    that are gone, need a CSV: InputError without.
+    Rows of other runs in an existing `output` are kept and are part of every table; so `readme`, `docs` and `pages`, whose rows may be of
+    runs that are gone, need a CSV: InputError without.
     """
     check_choice("", ("run", "category"), by=by)
     check_choice("", METRICS, metric=metric)
     listed = Path(folder).is_file()
-    if (readme or docs) and not (output or listed):
-        raise InputError(f"{readme or docs}: its rows may be of runs whose folders are gone; add output=FILE.csv, which keeps its rows")
+    if (shown := readme or docs or pages) and not (output or listed):
+        raise InputError(f"{shown}: its rows may be of runs whose folders are gone; add output=FILE.csv, which keeps its rows")
     found, tables = read_rows(folder) if listed else collect(folder), read(papers) if papers else []
     rows = {run_key(row): row for row in (read_rows(output) if output and Path(output).exists() else [])}
     rows = [row for _, row in sorted({**rows, **{run_key(row): row for row in found}}.items())]
@@ -356,6 +370,9 @@ def write(
         between(readme, "runs", markdown(highlights(rows), bold=False))
     if docs:
         between(docs, "runs", "\n".join(markdown(grid, bold=True) for grid in by_effort(rows)))
+    for method in sorted({row["method"] for row in rows}) if pages else ():
+        if (own := Path(pages, f"{method}.md")).is_file():
+            between(own, "runs", markdown(by_data([row for row in rows if row["method"] == method]), bold=False).rstrip() + "\n")
     if page:
         write_text(page, "\n".join(markdown(grid, bold=by == "category") for grid in grids))
     if tex:
