@@ -69,7 +69,7 @@ class Detector(pl.LightningModule):
     map_not_exportable: str | None = None  # likewise, where only the score can be exported
     needs_fit = True  # False: a single image can be scored by `alarms(image)`, without any training
     reference_folder: str | None = None  # of normal images to fit to, instead of the training images
-    scores_bag = False  # can score a new image and all training images, each by a fit to the others
+    scores_bag = False  # can score a new image and all training images, each by a fit to others
     whole_bag = False  # does so for every image: calibrate=full where no formula bounds the scores of the training images
     bound_kind: str | None = None  # what the method's own bound on false alarms rests on
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
