@@ -1,8 +1,7 @@
 """What one bag of all images costs with calibrate=full, for one image at 256 px on one thread: python benchmarks/bag.py
 
 The network and the score of an image, and the scores of its bag of n training images and itself, for the recipes of the methods that score
-one. `subspace` does not: its figure is n times a fit without an image and the score of that image. The features are those of random
-images, on which no time depends. Writes results/performance/bag.json and the table of docs/calibration.md.
+one. The features are those of random images. Writes results/performance/bag.json and the table of docs/calibration.md.
 """
 
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 
 from blemish.files import write_json
-from blemish.ops.bag import folds
 from blemish.report.formats import between
 from blemish.run.config import build, composed
 from blemish.run.record import environment
@@ -43,18 +41,19 @@ def milliseconds(call: Callable) -> float:
 def measured(overrides: list[str]) -> dict:
     """Milliseconds of an image, and of its bag by the number of training images."""
     model = build(composed(*overrides, "data=textures", "logger=none").model).eval()
-    pictures = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    maps = model.features(pictures)
-    state, one = model.new_state(len(pictures)), [stage[:1] for stage in maps]
-    state.update(model.collect(maps))
-    model.fit(state)
-    found = {"image": milliseconds(lambda: model(pictures[:1]))}
+    model.expects_bag = True
+    pictures = torch.rand(NUMBERS[-1] + 1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    rows, one = [], model.features(pictures[-1:])
+    for part in pictures.split(4):
+        rows += model.collect(model.features(part))
+    found = {}
     for n in NUMBERS:
-        if model.scores_bag:
-            rows = torch.randn(n + 1, model.rows.shape[1], generator=torch.Generator().manual_seed(n))
-            found[n] = milliseconds(lambda rows=rows: model.bag_scores(rows, folds(len(rows), 0), one))
-        else:
-            found[n] = (n + 1) * milliseconds(lambda: model.leave_one_out(one, SIZE, [0]))
+        state = model.new_state(n)
+        state.update(torch.stack(rows[:n]))
+        model.fit(state)
+        found.setdefault("image", milliseconds(lambda: model(pictures[-1:])))
+        model.bag(rows[-1], one)  # what is known before the image is computed once
+        found[n] = milliseconds(lambda: model.bag(rows[-1], one))
     return found
 
 

@@ -1,6 +1,6 @@
 """What the bounds on false alarms hold, over 1,000 draws of normal images: python benchmarks/conformal.py [--methods padim …]
 
-Methods that score a bag for each image take longer: --methods dfm dfkdm --sets C0047 cookie --draws 100
+Methods that score a bag for each image take longer: --methods dfm dfkdm subspace --draws 100
 
 The maps of all images are computed once, and what every fit needs of them: products of all embeddings for PaDiM's Gaussians, distances
 between all images for PatchCore's complete bank. A draw fits a method to n random normal images, either to all of them (`full`) or without
@@ -41,6 +41,7 @@ METHODS = {
     "patchcore": [*BACKBONE, "model.embedding=concatenate", "model.coreset=none", "model.reweight=false"],
     "dfm": [*BACKBONE, "model.pool=4"],
     "dfkdm": [*BACKBONE, "model.stages=[4]"],
+    "subspace": BACKBONE,
 }
 MOST = (500, 150)  # normal and anomalous images of a set, and
 MOST_TESTED = (200, 100)  # of those that a draw is tested on, at most
@@ -148,9 +149,10 @@ class Neighbours:
 
 
 class Bags:
-    """A method of one vector an image, itself: with `calibrate=full` each image is scored with the images of the fit in one bag."""
+    """A method itself: with `calibrate=full` each image is scored with the images of the fit in one bag."""
 
     def __init__(self, model: OnePassDetector, maps: Maps):
+        model.expects_bag = True
         self.model, self.stages, self.rows = model, maps.stages, model.collect(maps.stages)
 
     def score(self, rows: np.ndarray, tested: np.ndarray, calibration: Sequence[float] = ()) -> np.ndarray:
@@ -168,8 +170,16 @@ class Bags:
         return self.model.bag_scores(self.rows[rows], torch.arange(len(rows)), grid).float().double().numpy()
 
 
+class Subspaces(Bags):
+    """Bags of a method of all patches of an image."""
+
+    def left_out(self, rows: np.ndarray) -> np.ndarray:
+        self.score(rows, rows[:0])
+        return self.model.leave_one_out([stage[rows] for stage in self.stages], (SIDE, SIDE), rows).score.double().numpy()
+
+
 Fits = Gaussians | Neighbours | Bags
-KINDS = {"padim": Gaussians, "patchcore": Neighbours, "dfm": Bags, "dfkdm": Bags}
+KINDS = {"padim": Gaussians, "patchcore": Neighbours, "dfm": Bags, "dfkdm": Bags, "subspace": Subspaces}
 
 
 @torch.inference_mode()

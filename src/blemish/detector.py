@@ -61,6 +61,7 @@ class Detector(pl.LightningModule):
     learns_defects = False  # trains on labelled defects too, see `TrainedDetector.learn_defects`
     min_images = 1  # smallest number of training images
     expects_calibration = False  # set before a fit that `calibrate` will follow
+    expects_bag = False  # set before a fit that calibrate=full will follow
     map_threshold: float | None = None  # the method's own threshold for maps
     map_share: float | None = 0.0  # of the map whose largest values are averaged for the score, see `set_score`; None: it is not the map's
     decides_by_map = False  # without calibration images, a score above `map_threshold` makes an image anomalous

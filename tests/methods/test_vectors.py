@@ -36,7 +36,7 @@ def refit(model, rows):
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_scores_of_a_bag_are_those_of_fits_to_the_others(method, options, channels):
     model, stage = make(method, **options), maps(13, channels)
-    rows, fold = model.collect([stage]), folds(13, 0)
+    rows, fold = model.collect([stage]), folds(13, 10, 0)
     for i, found in enumerate(model.bag_scores(rows, fold, [stage]).tolist()):
         refit(model, rows[fold != fold[i]])
         assert found == pytest.approx(float(model.score([stage[i : i + 1]], SIZE).score), rel=1e-4, abs=1e-5)
@@ -47,7 +47,7 @@ def test_scores_of_a_bag_are_those_of_fits_to_the_others(method, options, channe
 def test_scores_of_a_bag_go_with_its_rows(method, options):
     model, stage = make(method, **options), maps(12, 20)
     rows, order = model.collect([stage]), torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    fold = folds(12, 0)
+    fold = folds(12, 10, 0)
     score = model.bag_scores(rows, fold, [stage])
     torch.testing.assert_close(model.bag_scores(rows[order], fold[order], [stage]), score[order], rtol=1e-5, atol=1e-6)
 

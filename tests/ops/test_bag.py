@@ -16,7 +16,7 @@ def rows(count, dims, seed=0):
 @pytest.mark.parametrize("keep", [1, 0.9])
 @pytest.mark.parametrize("single", [True, False])
 def test_others_are_those_of_scikit_learn(count, dims, keep, single):
-    x, fold = rows(count, dims), torch.arange(count) if single or count < 4 else bag.folds(count, seed=3)
+    x, fold = rows(count, dims), torch.arange(count) if single or count < 4 else bag.folds(count, 10, seed=3)
     for others in bag.fit_others(x, fold):
         own, left, k = x[others.inside].numpy(), x[others.outside].numpy(), int(pca.kept(others.variance, keep))
         full = PCA(min(len(left) - 1, dims), svd_solver="full").fit(left)
@@ -34,14 +34,14 @@ def test_equal_rows_have_no_components():
     assert all((part == 0).all() for part in (others.variance, others.left, others.others))
 
 
-@pytest.mark.parametrize("count", [2, 4, 20, 81])
-def test_folds_are_drawn_and_of_equal_size(count):
-    fold = torch.stack([bag.folds(count, seed) for seed in range(200)])
+@pytest.mark.parametrize(("count", "folds"), [(2, 2), (4, 4), (20, 10), (50, 10), (51, 5), (81, 5)])
+def test_folds_are_drawn_and_of_equal_size(count, folds):
+    fold = torch.stack([bag.folds(count, folds, seed) for seed in range(200)])
     for one in fold:
-        size = one.bincount(minlength=bag.FOLDS)
-        assert size.sum() == count and size.max() - size.min() <= 1
-    share = (fold[:, -1:] == torch.arange(bag.FOLDS)).double().mean(0)  # of the new image
-    assert count < bag.FOLDS or (share - 1 / bag.FOLDS).abs().max() < 4 * (0.2 * 0.8 / 200) ** 0.5
+        size = one.bincount()
+        assert len(size) == folds and size.sum() == count and size.max() - size.min() <= 1
+    share = (fold[:, -1:] == torch.arange(folds)).double().mean(0)  # of the new image
+    assert (share - 1 / folds).abs().max() < 4 * (1 / folds * (1 - 1 / folds) / 200) ** 0.5
 
 
 def test_placed_scores_have_the_p_values_of_their_bags_and_move_no_farther():

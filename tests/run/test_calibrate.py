@@ -10,7 +10,6 @@ from blemish.api import AnomalyDetector
 from blemish.data.manifest import read_manifest
 from blemish.deploy.export import check_exportable
 from blemish.edge.errors import InputError
-from blemish.ops import bag
 from blemish.run.calibrate import FOLDS, folds
 from blemish.run.checkpoint import load
 from blemish.run.record import read_record
@@ -67,7 +66,7 @@ def test_methods_that_leave_no_image_out_are_calibrated_in_folds(tiny, tmp_path)
     (["model=dfm", "model.groups=2", "calibrate=full"], "no proof for DFM"),
     (["model=dfm", "model.score=max", "data.resize=letterbox", "calibrate=full"], "data.resize"),
     (["model=dfkdm", "model.scaling=norm", "calibrate=full"], "no proof for DFKDM"),
-    (["model=subspace", "calibrate=full"], "no proof for Subspace"),
+    (["model=subspace", "model.rotations=2", "calibrate=full"], "no proof for Subspace"),
     (["model=patchcore", "calibrate=full"], "no proof for PatchCore"),
     (["model=padim", "calibrate=full", "tiling=32", "overlap=8"], "on tiles"),
     (["model=padim", "calibrate=full", "protocol=paper"], "protocol=clean"),
@@ -84,7 +83,7 @@ def test_a_bag_of_many_images_is_refused(tiny, tmp_path, monkeypatch):
         train(tiny_run(tiny, tmp_path / "run", "model=dfm", "calibrate=full"))
 
 
-@pytest.mark.parametrize("name", ["bag", "dfkdm"])
+@pytest.mark.parametrize("name", ["bag", "dfkdm", "subspace"])
 def test_the_p_value_of_an_image_is_that_among_refits_of_its_bag(name, tiny, tmp_path):
     train(tiny_run(tiny, tmp_path / "run", *OPTIONS[name], "calibrate=full"))
     detector, plain = (AnomalyDetector.load(tmp_path / "run", device="cpu") for _ in range(2))
@@ -92,8 +91,8 @@ def test_the_p_value_of_an_image_is_that_among_refits_of_its_bag(name, tiny, tmp
     for path in [next((tiny / folder).iterdir()) for folder in ("normal_test", "square")]:
         found, own, raw = detector.predict(path), detector.model.calibration[:, 0], plain.predict(path).score
         image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
-        rows = torch.cat([plain.model.rows, plain.model.collect(plain.model.features(image))])
-        scores = plain.model.bag_scores(rows, bag.folds(25, 0), plain.model.features(image))
+        maps = plain.model.features(image)
+        scores = plain.model.bag(plain.model.collect(maps)[0], maps)
         assert found.p_value == (1 + int((scores[:-1] >= scores[-1]).sum())) / 25
         assert found.decision == (found.score > detector.threshold.value)
         assert found.score == raw or (1 + int((own >= raw).sum())) / 25 != found.p_value  # moved where it has to be

@@ -1,4 +1,7 @@
-"""What DFM and DFKDE share: a fit to one vector of each training image, which can be repeated without each of them."""
+"""What DFM and DFKDE share: a fit to one vector of each training image, which can be repeated without each of them.
+
+And, with Subspace: calibrate=full by further fits with each new image.
+"""
 
 from collections.abc import Sequence
 
@@ -8,22 +11,47 @@ from torch import Tensor
 from blemish.detector import Maps, OnePassDetector
 from blemish.edge.calibration import CROSS, FULL
 from blemish.ops.accumulators import RowBuffer
-from blemish.ops.bag import folds, placed
+from blemish.ops.bag import FEW, FOLDS, folds, placed
 from blemish.ops.maps import joined
 from blemish.types import Prediction
 
 FEW_REFITS = 200  # training images up to which a fit without each is worth its time
 
 
-class VectorDetector(OnePassDetector):
+class BagDetector(OnePassDetector):
+    """A method that keeps `rows` (N, …) of the training images, to score them and a new image each by a fit to others."""
+
+    parts = FOLDS  # folds of a bag of up to FEW images, and of more
+
+    def __init__(self):
+        super().__init__()
+        self.add_buffers("rows")
+
+    def bag(self, row: Tensor, maps: Maps) -> Tensor:
+        """Scores (N + 1,) of `rows` and a new one, each by a fit to those of other folds; `maps` are those of any image."""
+        raise NotImplementedError
+
+    def folds(self, count: int) -> Tensor:
+        """The fold (N,) of each row of a bag."""
+        return folds(count, self.parts[count > FEW], self.hparams.seed)
+
+    @property
+    def whole_bag(self) -> bool:
+        return len(self.calibration) > 0 and self.promise == FULL != self.left_out
+
+    def in_bag(self, found: Prediction, maps: Maps) -> Prediction:
+        """The prediction of images; with `whole_bag` each score is moved to where its p-value is that among the scores of its bag."""
+        if torch.compiler.is_exporting() or not self.whole_bag:
+            return found
+        bags = torch.stack([self.bag(row, maps) for row in self.collect(maps)])  # (B, N + 1)
+        return found._replace(score=placed(found.score, bags, self.calibration[:, 0]))
+
+
+class VectorDetector(BagDetector):
     """A method that is fitted to the vectors (N, D) of the training images, `rows`, and keeps them."""
 
     min_images = 2
     is_plain = False  # the score is that of one Gaussian of all directions, so that no choice of components depends on an image
-
-    def __init__(self):
-        super().__init__()
-        self.add_buffers("rows")  # (N, D)
 
     @property
     def left_out(self) -> str | None:
@@ -43,17 +71,8 @@ class VectorDetector(OnePassDetector):
         """Scores (N,) of vectors (N, D), each by a fit to those of other folds (N,); `maps` are those of any image."""
         raise NotImplementedError
 
-    @property
-    def whole_bag(self) -> bool:
-        return len(self.calibration) > 0 and self.promise == FULL != self.left_out
-
-    def in_bag(self, found: Prediction, maps: Maps) -> Prediction:
-        """The prediction of images; with `whole_bag` each score is moved to where its p-value is that among the scores of its bag."""
-        if torch.compiler.is_exporting() or not self.whole_bag:
-            return found
-        fold = folds(len(self.rows) + 1, self.hparams.seed)
-        bags = [self.bag_scores(torch.cat([self.rows, row[None]]), fold, maps) for row in self.collect(maps)]  # B of (n + 1,)
-        return found._replace(score=placed(found.score, torch.stack(bags), self.calibration[:, 0]))
+    def bag(self, row: Tensor, maps: Maps) -> Tensor:
+        return self.bag_scores(torch.cat([self.rows, row[None]]), self.folds(len(self.rows) + 1), maps)
 
     def restore(self, state: RowBuffer) -> None:
         state.update(self.rows)

@@ -42,17 +42,22 @@ class RowBuffer(Metric):
 
 
 class RunningCovariance(Metric):
-    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of all batches."""
+    """Count, mean (P, d) and scatter Σ(x-μ)(x-μ)ᵀ (P, d, d) of the samples (n, P, d) of all batches.
+
+    pooled: samples (…, d) of one distribution, P = 1.
+    """
 
     full_state_update = False
 
-    def __init__(self):
+    def __init__(self, pooled: bool = False):
         super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self.pooled = pooled
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("mean", torch.empty(0), dist_reduce_fx=None)
         self.add_state("scatter", torch.empty(0), dist_reduce_fx=None)
 
     def update(self, samples: Tensor) -> None:
+        samples = samples.flatten(0, -2)[:, None] if self.pooled else samples  # of any number of axes
         if self.count == 0:
             positions, dim = samples.shape[1:]
             self.mean, self.scatter = samples.new_zeros(positions, dim), samples.new_zeros(positions, dim, dim)

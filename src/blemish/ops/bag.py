@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blemish.ops.rng import stream
 
-FOLDS = 5  # fits for each new image
+BAG = 80  # training images up to which a new one and they are scored by further fits
+FOLDS, FEW = (10, 5), 50  # fits for each new image in a bag of up to FEW and of more: a fit takes up to the cube of its images
 
 
 class Others(NamedTuple):
@@ -26,9 +27,9 @@ class Others(NamedTuple):
     others: Tensor  # (n, k) and of the others
 
 
-def folds(count: int, seed: int) -> Tensor:
-    """The fold (N,) of each row: as equal in size as can be, and drawn."""
-    return torch.randperm(count, generator=stream(seed)) % FOLDS
+def folds(count: int, parts: int, seed: int) -> Tensor:
+    """The fold (N,) of each row, of `parts`: as equal in size as can be, and drawn."""
+    return torch.randperm(count, generator=stream(seed)) % parts
 
 
 def fit_others(rows: Tensor, fold: Tensor) -> Iterator[Others]:

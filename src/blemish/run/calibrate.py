@@ -15,13 +15,13 @@ from blemish.data.module import ImageData
 from blemish.detector import Detector, OnePassDetector
 from blemish.edge.calibration import CROSS, FULL, SPLIT
 from blemish.edge.errors import InputError
+from blemish.ops.bag import BAG
 from blemish.run.checkpoint import build_detector
 from blemish.run.evaluate import Calibrate
 from blemish.run.results import fit_to_folder, preprocessing_of
 
 log = logging.getLogger(__name__)
 
-BAG = 80  # training images up to which a new one and they are scored by further fits
 FOLDS = 5  # fits for a method whose images cannot be left out one by one
 
 Data = ImageData | LightningDataModule  # the images, or what is stored of them
@@ -45,8 +45,8 @@ def check_full(model: Detector, images: ImageData) -> None:
     name, count = type(model).__name__, len(images.samples_of("train"))
     if not model.scores_bag:
         raise InputError(
-            f"calibrate=full: there is no proof for {name} with these settings: a new image may raise the scores of others, and fits to "
-            "it and all but each of them would take too long; expected split, or cross, without a proof"
+            f"calibrate=full: there is no proof for {name} with these settings: a new image may raise the scores of others, and further "
+            "fits with it would take too long; expected split, or cross, without a proof"
         )
     if count > BAG:
         raise InputError(
@@ -73,7 +73,8 @@ def calibrated_fit(
 ) -> None:
     """Fit a model to its images if it needs that, and calibrate it as the config says; `stored` gives what a trainer is given of them."""
     check_calibrate(cfg, model, images, trainer)
-    model.ranges, model.expects_calibration = images.ranges, any(sample.split == "calibrate" for sample in images.samples)
+    model.ranges, model.expects_bag = images.ranges, cfg.calibrate == FULL
+    model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
     data = stored(images, model)
     if model.reference_folder:
         fit_to_folder(model, preprocessing_of(cfg)._replace(roi=images.roi))

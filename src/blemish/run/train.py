@@ -21,7 +21,7 @@ from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
 from blemish.data.module import ImageData
 from blemish.detector import Detector, TrainedDetector
-from blemish.edge.calibration import SPLIT
+from blemish.edge.calibration import FULL, SPLIT
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.cache import Store, StoredData
@@ -91,7 +91,7 @@ def train(cfg: DictConfig) -> dict:
             )
         record.started = True
         save_split(folder, images)
-        model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
+        model.expects_calibration, model.expects_bag = any(sample.split == "calibrate" for sample in images.samples), cfg.calibrate == FULL
         started = time.perf_counter()
         if past:
             model.update(run.trainer, run.data)
