@@ -55,7 +55,7 @@ class VectorDensity:
         density = self.density
         if density == "auto":
             some = z[:: -(-len(z) // FOR_CHOICE)]
-            single, many = (leave_one_out(some, bandwidth, known).mean() for bandwidth in (None, self.bandwidth))
+            single, many = leave_one_out(some, None, self.bandwidth, known=known).mean(1).tolist()
             density = "kde" if many > single else "gaussian"
         return kernels(z, self.bandwidth, known) if density == "kde" else gaussian(z, known)
 

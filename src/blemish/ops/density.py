@@ -86,8 +86,8 @@ def log_density(density: Density, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leave_one_out(points: Tensor, bandwidth: str | float | None, known: Moments | None = None) -> Tensor:
-    """Log density (N,) at each of points (N, D) of what is fitted to the others: `kernels`, or for bandwidth=None the `gaussian`.
+def leave_one_out(points: Tensor, *bandwidths: str | float | None, known: Moments | None = None) -> Tensor:
+    """Log density (M, N) at each of points (N, D) of what is fitted to the others: `kernels` of M bandwidths, or for None the `gaussian`.
 
     −∞ where the others span fewer than D dimensions. Without point i, at u from the mean, the covariance S becomes
     (S (N − 1) − u uᵀ N/(N − 1)) / (N − 2), whose inverse and determinant follow from those of S (Sherman and Morrison).
@@ -105,15 +105,17 @@ def leave_one_out(points: Tensor, bandwidth: str | float | None, known: Moments 
         """vᵀS⁻¹v without point i, from `plain` vᵀS⁻¹v and `along` uᵀS⁻¹v."""
         return (count - 2) / (count - 1) * (plain + along.square() * (count / (count - 1) ** 2 / left))
 
-    if bandwidth is None:
-        ratio = count / (count - 1)  # of x − the others' mean, and u
-        result = -0.5 * length(ratio**2 * square, ratio * square, left)
-    else:
-        factor = bandwidth_factor(bandwidth, count - 1, dims)
-        product = z @ z.T  # (N, N)
-        distance = length(square[:, None] + square - 2 * product, square[:, None] - product, left[:, None]).fill_diagonal_(math.inf)
-        result = torch.logsumexp(-0.5 * distance / factor**2, 1) - math.log(count - 1) - dims * math.log(factor)
-    return (result - level).masked_fill(singular, -math.inf)
+    found = []
+    for bandwidth in bandwidths:
+        if bandwidth is None:
+            ratio = count / (count - 1)  # of x − the others' mean, and u
+            found.append(-0.5 * length(ratio**2 * square, ratio * square, left))
+        else:
+            factor = bandwidth_factor(bandwidth, count - 1, dims)
+            product = z @ z.T  # (N, N)
+            distance = length(square[:, None] + square - 2 * product, square[:, None] - product, left[:, None]).fill_diagonal_(math.inf)
+            found.append(torch.logsumexp(-0.5 * distance / factor**2, 1) - math.log(count - 1) - dims * math.log(factor))
+    return (torch.stack(found) - level).masked_fill(singular, -math.inf)
 
 
 def _whiten(centred: Tensor, factor: Tensor) -> Tensor:
