@@ -1,16 +1,23 @@
 """PatchCore against its paper written plainly, its nested coresets, and its refusal to outgrow the memory."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.ndimage import gaussian_filter
-from support import fitted, images, make
+from support import fitted, images, make, tiny_run
 
+from blemish.api import AnomalyDetector
 from blemish.edge.errors import InputError
 from blemish.methods import patchcore
-from blemish.methods.patchcore import embed, forecast, weight
+from blemish.methods.patchcore import PatchCoreEnsemble, embed, forecast, weight
 from blemish.ops.coreset import project
+from blemish.run.checkpoint import load
+from blemish.run.train import train
 
 
 def detector(ratio=0.05, **changes):
@@ -222,3 +229,69 @@ def test_a_bounded_bank_of_few_patches_is_that_of_all(monkeypatch):
     monkeypatch.setattr(patchcore, "HELD", 100)
     bounded, full = (fitted(detector(ratio), images(6)) for ratio in (19, 0.05))
     torch.testing.assert_close(bounded.bank, full.bank)
+
+
+def ensemble(pictures, *backbones):
+    return fitted(PatchCoreEnsemble([detector(0.5, backbone=name) for name in backbones]), pictures)
+
+
+@torch.no_grad()
+def test_an_ensemble_is_the_mean_in_units_of_each_banks_spread():
+    names, pictures, tested = ("test_resnet", "test_efficientnet"), images(8), images(3, seed=1)
+    found, expected = ensemble(pictures, *names)(tested), []
+    for name in names:
+        one = fitted(detector(0.5, backbone=name), pictures)
+        spread = (one.bank - one.bank.mean(0)).norm(dim=1).square().mean().sqrt()
+        expected.append([part / spread for part in one(tested)])
+    for mine, parts in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(parts).mean(0))
+
+
+@torch.no_grad()
+def test_an_ensemble_of_one_backbone_twice_ranks_as_it_does():
+    model, twice, tested = fitted(detector(0.5), images(8)), ensemble(images(8), "test_resnet", "test_resnet"), images(3, seed=1)
+    torch.testing.assert_close(twice(tested).map * twice.spread[0], model(tested).map)
+    rows, maps = [0, 3], model.features(images(8)[[0, 3]])
+    left = twice.leave_one_out([*maps, *maps], (64, 64), rows)
+    torch.testing.assert_close(left.score * twice.spread[0], model.leave_one_out(maps, (64, 64), rows).score)
+
+
+ENSEMBLE = ["model=patchcore", "model.coreset_ratio=0.3", "backbone=[test_resnet,test_efficientnet]"]
+
+
+def test_an_ensemble_trains_and_loads(tiny, tmp_path):
+    metrics = train(tiny_run(tiny, tmp_path / "run", *ENSEMBLE, "calibrate=cross"))
+    assert metrics["image_auroc"] > 0.9
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["backbone"] == "test_resnet+test_efficientnet" and record["weights_digest"].count("+") == 1
+    assert record["calibration"]["promise"] == "cross" and record["calibration"]["n"] == 24
+    assert AnomalyDetector.load(tmp_path / "run", device="cpu").predict(next((tiny / "square").iterdir())).decision
+
+
+def test_an_ensemble_is_updated(tiny, tmp_path):
+    fresh = shutil.copytree(tiny, tmp_path / "fresh")
+    for path in (fresh / "normal").iterdir():
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    train(tiny_run(tiny, tmp_path / "run", *ENSEMBLE, "protocol=paper"))
+    train(tiny_run(fresh, tmp_path / "more", *ENSEMBLE, "protocol=paper", f"update='{tmp_path / 'run'}'"))
+    old, new = (load(tmp_path / name, "cpu")[1] for name in ("run", "more"))
+    for before, after in zip(old.members, new.members, strict=True):
+        assert len(after.bank) > len(before.bank) and torch.equal(after.bank[: len(before.bank)], before.bank)
+
+
+def test_an_ensemble_from_python(tiny, tmp_path):
+    detector = AnomalyDetector("patchcore", backbone=["test_resnet", "test_efficientnet"], weights="random", image_size=64, device="cpu")
+    detector.train(tiny / "normal")
+    detector.save(tmp_path / "x.ckpt")
+    path = next((tiny / "square").iterdir())
+    assert AnomalyDetector.load(tmp_path / "x.ckpt", device="cpu").predict(path).score == detector.predict(path).score
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["model=patchcore", "backbone=[test_resnet,nothing]"], "nothing"),
+    (["model=padim", "backbone=[test_resnet,test_efficientnet]"], "backbone"),
+    (["model=patchcore", "backbone=[test_resnet,test_efficientnet]", "calibrate=full", "model.coreset=none"], "no proof"),
+])  # fmt: skip
+def test_what_is_no_ensemble_is_refused(options, says, tiny, tmp_path):
+    with pytest.raises(InputError, match=says):
+        train(tiny_run(tiny, tmp_path / "run", *options))

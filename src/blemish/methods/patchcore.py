@@ -1,12 +1,13 @@
 """PatchCore: distance to a coreset of all normal patches (Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler 2022, arXiv 2106.08265)."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blemish.detector import COUNT, SHARE_OR_COUNT, Maps, OnePassDetector, Stages, integer
 from blemish.edge.calibration import CROSS, FULL
@@ -181,6 +182,71 @@ class PatchCore(OnePassDetector):
             first, index = first.gather(1, worst), index.gather(1, worst)[:, 0]
             score = score * weight(x, first[:, 0], bank, index, self.neighbours, self.dims)[:, None]
         return self.from_map(map, score[:, 0])
+
+
+class PatchCoreEnsemble(OnePassDetector):
+    """The mean of PatchCores on several backbones, each with a bank of its own, in units of the spread of its rows.
+
+    The official code scales the scores, and the maps, of each to [0, 1] over all test images, which no single image allows.
+    """
+
+    def __init__(self, members: Sequence[PatchCore]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.map_share = members[0].map_share
+        self.add_buffers("spread")  # (M,)
+
+    def features(self, image: Tensor) -> Maps:
+        return [stage for member in self.members for stage in member.features(image)]
+
+    def parts(self, maps: Maps) -> Iterator[tuple[PatchCore, Maps]]:
+        """The members, each with its maps."""
+        rest = iter(maps)
+        return ((member, list(islice(rest, len(member.backbone.stages)))) for member in self.members)
+
+    @property
+    def left_out(self) -> str | None:
+        return None if None in [member.left_out for member in self.members] else CROSS  # the spread depends on all images
+
+    def new_state(self, images: int) -> "States":
+        for member in self.members:
+            member.updating, member.fitted = self.updating, self.fitted.clone()
+        return States(member.new_state(images) for member in self.members)
+
+    def restore(self, state: "States") -> None:
+        for member, own in zip(self.members, state, strict=True):
+            member.restore(own)
+
+    def collect(self, maps: Maps) -> list[Tensor]:
+        return [member.collect(own) for member, own in self.parts(maps)]
+
+    def fit(self, state: "States") -> None:
+        for member, own in zip(self.members, state, strict=True):
+            member.fit(own)
+        self.spread = torch.stack([(member.bank - member.bank.mean(0)).square().sum(1).mean().sqrt() for member in self.members])
+
+    def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
+        return self.mean_of([member.score(own, size) for member, own in self.parts(maps)])
+
+    def leave_one_out(self, maps: Maps, size: tuple[int, int], rows: Sequence[int]) -> Prediction:
+        return self.mean_of([member.leave_one_out(own, size, rows) for member, own in self.parts(maps)])
+
+    def mean_of(self, found: Sequence[Prediction]) -> Prediction:
+        """The mean of the members' scores, and that of their maps."""
+        parts = [Prediction(one.score / spread, one.map / spread) for one, spread in zip(found, self.spread, strict=True)]
+        return Prediction(torch.stack([one.score for one in parts]).mean(0), torch.stack([one.map for one in parts]).mean(0))
+
+
+class States(nn.ModuleList):
+    """The states of the members of an ensemble."""
+
+    def update(self, parts: Sequence[Tensor]) -> None:
+        for state, part in zip(self, parts, strict=True):
+            state.update(part)
+
+    def gather(self) -> None:
+        for state in self:
+            state.gather()
 
 
 def embed(maps: Maps, embedding: str, patch_size: int, embed_dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from blemish.data.roi import Roi
 from blemish.detector import Detector, TrainedDetector
@@ -17,6 +17,7 @@ from blemish.edge.checks import check_choice, check_number
 from blemish.edge.errors import InputError
 from blemish.features.extractor import ENGINES, Features
 from blemish.files import atomic_write, fsync
+from blemish.methods.patchcore import PatchCoreEnsemble
 from blemish.products import Products
 from blemish.run.config import build, config_of, plain, products_of, read_config
 from blemish.run.record import FINISHED, RECORD, check_archive, read_record
@@ -67,9 +68,17 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
 
 
 def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
-    """Return the method of a config before a fit, for each of several products unless for `one`; its engine runs frozen networks."""
-    names = () if one else products_of(cfg)
-    model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
+    """Return the method of a config before a fit, for each of several products unless for `one`; its engine runs frozen networks.
+
+    PatchCore with several backbones is an ensemble.
+    """
+    names, backbones = () if one else products_of(cfg), cfg.model.get("backbone")
+    if isinstance(backbones, ListConfig) and len(backbones) > 1 and cfg.model._target_.endswith(".PatchCore"):
+        if names:
+            raise InputError(f"backbone={list(backbones)}: found {len(names)} products; expected one backbone")
+        model = PatchCoreEnsemble([build(cfg.model, backbone=name) for name in backbones])
+    else:
+        model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
     engine = cfg.engine
     check_choice("", ENGINES, engine=engine)
     if engine == "auto" and cfg.get("weights") == "random":

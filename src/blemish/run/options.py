@@ -33,7 +33,8 @@ def configured(method: str, options: Mapping[str, Any]) -> DictConfig:
         raise InputError(f"{unknown[0]}: no option of {method}; {near(unknown[0], allowed)}")
     values = {name: plain(name, value) for name, value in options.items()}
     if "backbone" in values and "weights" not in values:
-        values["weights"] = "bundled" if values["backbone"] in BUNDLED else "pretrained"
+        several = [values["backbone"]] if isinstance(values["backbone"], str) else values["backbone"]
+        values["weights"] = "bundled" if set(several) <= set(BUNDLED) else "pretrained"
     if not class_of(cfg.model).needs_fit:
         cfg.image_size, cfg.batch_size = None, 1  # only a fit needs images of one size
     for name, value in values.items():

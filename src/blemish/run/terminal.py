@@ -39,7 +39,7 @@ def decisions(metrics: Mapping, calibration: Mapping) -> list[str]:
     bound = f"about {100 * alpha:.3g} %, not proven" if calibration.get("promise") == CROSS else f"bound {100 * alpha:.3g} %"
     if at_most := calibration.get("conditional"):
         bound += f"; {100 * at_most:.3g} % with {100 * CONFIDENCE:.3g} % confidence"
-    bound += "" if calibration["reachable"] else f", {n} images cannot promise {100 * requested:.3g} %"
+    bound += "" if calibration["reachable"] else f", {n} image{'s' * (n != 1)} cannot promise {100 * requested:.3g} %"
     parts, warnings = [], []
     if defective:
         parts.append(f"found {round(metrics['image_recall'] * defective)} of {defective} defective")

@@ -182,8 +182,7 @@ class Run:
         if self.trainer.is_global_zero:
             self._write_results(metrics)
         store = self.data.metadata() if isinstance(self.data, StoredData) else None
-        features = features_of(self.model)
-        self.record.finish({"seconds": self.times.total(), "store": store, **(features.metadata() if features else {})})
+        self.record.finish({"seconds": self.times.total(), "store": store, **network_metadata(self.model)})
         return metrics
 
     def _write_results(self, metrics: dict) -> None:
@@ -319,14 +318,15 @@ def save_config(cfg: DictConfig) -> None:
     write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def features_of(model: Detector) -> Features | None:
-    """Return the frozen backbone of a method that has one."""
-    return next((part for part in model.modules() if isinstance(part, Features)), None)
+def network_metadata(model: Detector) -> dict[str, str | None]:
+    """Return what a record says of the frozen backbone of a method, or of those of an ensemble; nothing of a method without one."""
+    found = [part.metadata() for part in model.modules() if isinstance(part, Features)]
+    return {key: "+".join(dict.fromkeys(one[key] for one in found if one[key])) or None for key in (found[0] if found else ())}
 
 
 def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
     """Return the FIELDS of a record that are known before the fit."""
-    features = features_of(model)
+    network = network_metadata(model)
     trains = isinstance(model.parts[0] if isinstance(model, Products) else model, TrainedDetector)
     counts = Counter(f"{sample.split}/{sample.defect}" for sample in data.samples)
     return {
@@ -345,13 +345,18 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,
         "roi": data.roi.digest() if data.roi else None,
         "unit": cfg.data.get("unit", "image"),
-        "backbone": cfg.get("backbone") if features else None,
-        "weights": cfg.get("weights") if features else None,
-        **(features.metadata() if features else {}),
+        "backbone": joined_names(cfg.get("backbone")) if network else None,
+        "weights": cfg.get("weights") if network else None,
+        **network,
         "manifest_digest": data.digest,
         "truth": truth_kind(data.samples),
         "counts": dict(sorted(counts.items())),
     }
+
+
+def joined_names(backbone: str | Sequence[str] | None) -> str | None:
+    """The backbone of a record: those of an ensemble in one text."""
+    return backbone if backbone is None or isinstance(backbone, str) else "+".join(backbone)
 
 
 def steps_of(trainer: Trainer, data: ImageData) -> dict[str, int]:
