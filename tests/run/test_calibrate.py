@@ -30,7 +30,7 @@ OPTIONS = {
 @pytest.mark.parametrize(("name", "calibrate", "promise"), [
     ("padim", "full", "full"), ("spade", "full", "full"), ("patchcore", "full", "full"), ("coreset", "cross", "cross"),
     ("dfm", "cross", "cross"), ("bag", "full", "full"), ("dfkdm", "cross", "cross"), ("dfkdm", "full", "full"),
-    ("subspace", "cross", "cross"),
+    ("subspace", "cross", "cross"), ("subspace", "full", "full"),
 ])  # fmt: skip
 def test_every_image_trains_and_calibrates(name, calibrate, promise, tiny, tmp_path, capsys):
     train(tiny_run(tiny, tmp_path / "run", *OPTIONS[name], f"calibrate={calibrate}"))
