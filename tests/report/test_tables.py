@@ -143,6 +143,12 @@ def test_the_page_of_a_method_gets_its_own_figures(several, tmp_path):
     assert row == "| own settings (paper) | 256 → 224 | 0.850 ± 0.071 / 0.850 ± 0.071 | 0.700 ± 0.000 / 0.700 ± 0.000 |"
 
 
+def test_the_page_of_a_method_tells_backbones_apart(several):
+    rows = [row for row in tables.collect(several) if row["method"] == "padim"]
+    grid = tables.by_data([*rows, *({**row, "backbone": "a+b"} for row in rows)])
+    assert [row[0].partition(", ")[2] for row in grid.rows] == ["a+b (pretrained) (paper)", "resnet18 (pretrained) (paper)"]
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\0", "{header}\n{row},one too many\n", "{header}\nx\n", "{header}\n{wrong}\n"])
 def test_another_file_is_not_replaced(text, several, tmp_path):
     output = tmp_path / "m.csv"

@@ -298,9 +298,10 @@ def matrix(rows: Sequence[Mapping], title: str, metric: str, tables: Sequence[Ma
 def by_data(rows: Sequence[Mapping]) -> Grid:
     """Image AUROC / pixel AUROC of the settings of one method on each data set, for its page."""
     found: dict[tuple[str, str], dict[str, str]] = {}  # how it was run → data → figures
+    several = len({row["backbone"] for row in rows}) > 1
     for group in pooled(rows):
-        method, _, pixels, protocol = label(group)
-        name = method.partition(", ")[2] or "own settings"
+        method, backbone, pixels, protocol = label(group)
+        name = (method.partition(", ")[2] or "own settings") + (f", {backbone}" if several else "")
         shown = [spread([run[metric] for run in group["runs"]]) for metric in ("image_auroc", "pixel_auroc")]
         found.setdefault((f"{name} ({protocol})", pixels), {})[place(group)] = " / ".join(shown).removesuffix(" / –")
     places = sorted({data for figures in found.values() for data in figures})
