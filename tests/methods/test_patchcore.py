@@ -289,7 +289,8 @@ def test_an_ensemble_from_python(tiny, tmp_path):
 
 @pytest.mark.parametrize(("options", "says"), [
     (["model=patchcore", "backbone=[test_resnet,nothing]"], "nothing"),
-    (["model=padim", "backbone=[test_resnet,test_efficientnet]"], "backbone"),
+    (["model=padim", "backbone=[test_resnet,test_efficientnet]"], "expected one name"),
+    (["model=patchcore", "backbone=[test_resnet]"], "expected one name"),
     (["model=patchcore", "backbone=[test_resnet,test_efficientnet]", "calibrate=full", "model.coreset=none"], "no proof"),
 ])  # fmt: skip
 def test_what_is_no_ensemble_is_refused(options, says, tiny, tmp_path):

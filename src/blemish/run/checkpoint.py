@@ -17,9 +17,9 @@ from blemish.edge.checks import check_choice, check_number
 from blemish.edge.errors import InputError
 from blemish.features.extractor import ENGINES, Features
 from blemish.files import atomic_write, fsync
-from blemish.methods.patchcore import PatchCoreEnsemble
+from blemish.methods.patchcore import PatchCore, PatchCoreEnsemble
 from blemish.products import Products
-from blemish.run.config import build, config_of, plain, products_of, read_config
+from blemish.run.config import build, class_of, config_of, plain, products_of, read_config
 from blemish.run.record import FINISHED, RECORD, check_archive, read_record
 
 log = logging.getLogger(__name__)
@@ -72,11 +72,11 @@ def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
 
     PatchCore with several backbones is an ensemble.
     """
-    names, backbones = () if one else products_of(cfg), cfg.model.get("backbone")
-    if isinstance(backbones, ListConfig) and len(backbones) > 1 and cfg.model._target_.endswith(".PatchCore"):
-        if names:
-            raise InputError(f"backbone={list(backbones)}: found {len(names)} products; expected one backbone")
-        model = PatchCoreEnsemble([build(cfg.model, backbone=name) for name in backbones])
+    names, backbone = () if one else products_of(cfg), cfg.model.get("backbone")
+    if isinstance(backbone, ListConfig):
+        if names or len(backbone) < 2 or not issubclass(class_of(cfg.model), PatchCore):
+            raise InputError(f"backbone={list(backbone)}: expected one name; several are an ensemble of model=patchcore, of one product")
+        model = PatchCoreEnsemble([build(cfg.model, backbone=name) for name in backbone])
     else:
         model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
     engine = cfg.engine
