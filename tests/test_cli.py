@@ -203,7 +203,7 @@ def test_the_commands_do_the_work_of_the_tools(blemish, tiny, tmp_path):
     out = blemish("predict", "run=runs/one", f"input={tiny / 'square'}", "output=out", "device=cpu")[1]
     assert "6 images scored: out/scores.csv" in out
     assert "written to table.csv" in blemish("table", "runs=runs", "output=table.csv")[1]
-    assert "runs: runs/report.html" in blemish("report", "runs=runs")[1]
+    assert "1 run: runs/report.html" in blemish("report", "runs=runs")[1]
     assert {path.name for path in tmp_path.iterdir()} == {".blemish", "manifest.csv", "runs", "out", "table.csv"}  # nothing of Hydra's own
 
 

@@ -135,7 +135,7 @@ def report(cfg: Any) -> None:
 
     with replacing(cfg.output):
         runs = write(cfg.runs, cfg.output, cfg.max_mb, cfg.images, cfg.picture_px)
-    say(f"{runs} runs: {cfg.output} ({Path(cfg.output).stat().st_size / 1e6:.1f} MB)")
+    say(f"{runs} run{'s' * (runs != 1)}: {cfg.output} ({Path(cfg.output).stat().st_size / 1e6:.1f} MB)")
 
 
 def reproduce(cfg: Any) -> None:
