@@ -7,7 +7,8 @@ from sklearn.decomposition import PCA
 from support import batch, fitted, images
 
 from blemish.edge.calibration import FULL, conformal_threshold
-from blemish.methods.subspace import COARSE, Subspace
+from blemish.methods import subspace as subspace_module
+from blemish.methods.subspace import Subspace
 from blemish.ops.accumulators import RowBuffer, RunningCovariance
 from blemish.ops.maps import align, smooth_upsample
 
@@ -87,19 +88,21 @@ def test_scores_of_a_bag_are_those_of_fits_to_the_other_half(count, keep):
         state = RunningCovariance(pooled=True)
         state.update(rows[fold != half])
         _, mean, scatter = state.compute()
-        away = (rows[fold == half] - mean) @ model._left(scatter[0].double()).to(mean).T
+        away = (rows[fold == half] - mean) @ model._left(scatter[0]).T
         expected[fold == half] = away.square().sum(2).amax(1)
     found = model.bag(every[-1], None)
     own = fold[:-1] == fold[-1]
     torch.testing.assert_close(found, torch.cat([expected[:-1][own], expected[:-1][~own], expected[-1:]]), rtol=1e-3, atol=1e-4)
 
 
-def test_cells_of_a_bag_are_means_where_maps_are_large():
-    rows = features(2, side=2 * COARSE)
+def test_cells_of_a_bag_are_means_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(subspace_module, "CELLS", 5 * 8**2)
+    rows = features(5, side=16)
     model = bagged(rows)
-    cells = rows.unflatten(1, (COARSE, 2)).unflatten(3, (COARSE, 2)).mean((2, 4)).flatten(1, 2)
-    torch.testing.assert_close(model.rows, cells)
-    assert model.patches == 2 * 4 * COARSE**2  # the fit is to all patches
+    torch.testing.assert_close(model.rows, rows.unflatten(1, (8, 2)).unflatten(3, (8, 2)).mean((2, 4)).flatten(1, 2))
+    assert model.patches == 5 * 16**2  # the fit is to all patches
+    assert model.bag(rows[0], None).shape == (6,)
+    assert bagged(features(4, side=8)).rows.shape == (4, 64, 6)
 
 
 @torch.no_grad()

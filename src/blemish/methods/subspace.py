@@ -20,7 +20,7 @@ from blemish.ops.gaussian import merge_moments, pack_triangle, unpack_triangle
 from blemish.ops.maps import align, check_blur, joined, smooth_upsample
 from blemish.types import Batch, Prediction
 
-COARSE = 32  # cells a side of the maps of a bag, at most
+CELLS = 20_480  # of all training images in a bag: where their maps have more, they are averaged, so that its time is bounded
 
 
 class Halves(NamedTuple):
@@ -29,7 +29,7 @@ class Halves(NamedTuple):
     count: int  # cells of the training images in the half of the new one
     mean: Tensor  # (1, D) of them
     scatter: Tensor  # (1, D, D)
-    other: Tensor  # (m, P, D) cells of the other half
+    other: Tensor  # (D, m·P) cells of the other half
     fit: tuple[Tensor, Tensor]  # mean (D,) and residual (D − k, D) of that half
     scores: Tensor  # (N − m,) by it, of the training images in the half of the new one
 
@@ -71,7 +71,7 @@ class Subspace(BagDetector):
 
     def fit(self, state: RowBuffer | RunningCovariance) -> None:
         if isinstance(state, RowBuffer):
-            self.rows = coarse(state.compute())
+            self.rows = coarse(state.compute(), len(state.compute()))
             count, mean, scatter = moments(state.compute())
         else:
             self.rows = self.rows[:0]
@@ -113,22 +113,23 @@ class Subspace(BagDetector):
     def bag(self, row: Tensor, maps: Maps) -> Tensor:
         if self.halves is None or self.halves[0] is not self.rows:
             self.halves = self.rows, self._halves(self.folds(len(self.rows) + 1))
-        known, row = self.halves[1], coarse(row[None]) - self.mean  # (1, P, D)
+        known, row = self.halves[1], coarse(row[None], len(self.rows)) - self.mean  # (1, P, D)
         mean, scatter = known.mean.clone(), known.scatter.clone()
         merge_moments(known.count, mean, scatter, row)
-        others = self._cells(known.other, mean[0], self._left(scatter[0].double()).to(mean))
-        return torch.cat([known.scores, others, self._cells(row, *known.fit)])
+        others = self._cells(known.other, row.shape[1], mean[0], self._left(scatter[0]))
+        return torch.cat([known.scores, others, self._cells(row[0].T, row.shape[1], *known.fit)])
 
     def _halves(self, fold: Tensor) -> Halves:
-        beside = (fold[:-1] == fold[-1]).to(self.rows.device)
+        beside, cells = (fold[:-1] == fold[-1]).to(self.rows.device), self.rows.shape[1]
         own, other = self.rows[beside] - self.mean, self.rows[~beside] - self.mean
         (count, mean, scatter), (_, center, lower) = moments(own), moments(other)
-        fit = center[0], self._left(lower[0].double()).to(center)
-        return Halves(count, mean, scatter, other, fit, self._cells(own, *fit))
+        fit = center[0], self._left(lower[0])
+        return Halves(count, mean, scatter, columns(other), fit, self._cells(columns(own), cells, *fit))
 
-    def _cells(self, rows: Tensor, mean: Tensor, residual: Tensor) -> Tensor:
-        """Scores (N,) of images from the squared distances of their cells (N, P, D)."""
-        return self.from_map(F.linear(rows, residual, -residual @ mean).square().sum(2)).score
+    def _cells(self, cells: Tensor, count: int, mean: Tensor, residual: Tensor) -> Tensor:
+        """Scores (N,) of images from the squared distances of their cells (D, N · `count`)."""
+        along = torch.addmm(-residual @ mean[:, None], residual, cells)  # (D − k, N·P)
+        return self.from_map(along.square_().sum(0).view(-1, count)).score
 
     def restore(self, state: RunningCovariance) -> None:
         lower = unpack_triangle(self.scatter)
@@ -144,10 +145,16 @@ class Subspace(BagDetector):
         return self.from_map(map)
 
 
-def coarse(x: Tensor) -> Tensor:
-    """Features (N, h, w, D) averaged to a grid of at most COARSE cells a side: (N, P, D)."""
-    cells = F.adaptive_avg_pool2d(x.movedim(3, 1), [min(side, COARSE) for side in x.shape[1:3]])  # (N, D, h', w')
+def coarse(x: Tensor, images: int) -> Tensor:
+    """Features (N, h, w, D) averaged to a grid of which `images` have at most CELLS cells: (N, P, D)."""
+    most = max(int((CELLS / images) ** 0.5), 1)
+    cells = F.adaptive_avg_pool2d(x.movedim(3, 1), [min(side, most) for side in x.shape[1:3]])  # (N, D, h', w')
     return cells.flatten(2).mT.contiguous()
+
+
+def columns(rows: Tensor) -> Tensor:
+    """Cells (N, P, D) as (D, N·P), which a product with few axes takes in less time."""
+    return rows.flatten(0, 1).T.contiguous()
 
 
 def moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
