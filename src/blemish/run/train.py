@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
@@ -327,6 +327,7 @@ def network_metadata(model: Detector) -> dict[str, str | None]:
 def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
     """Return the FIELDS of a record that are known before the fit."""
     network = network_metadata(model)
+    backbone = cfg.get("backbone") if network else None
     trains = isinstance(model.parts[0] if isinstance(model, Products) else model, TrainedDetector)
     counts = Counter(f"{sample.split}/{sample.defect}" for sample in data.samples)
     return {
@@ -345,18 +346,13 @@ def metadata(cfg: DictConfig, data: ImageData, model: Detector) -> dict:
         "resize": None if data.geometry.resize == "stretch" else data.geometry.resize,
         "roi": data.roi.digest() if data.roi else None,
         "unit": cfg.data.get("unit", "image"),
-        "backbone": joined_names(cfg.get("backbone")) if network else None,
+        "backbone": "+".join(backbone) if isinstance(backbone, ListConfig) else backbone,
         "weights": cfg.get("weights") if network else None,
         **network,
         "manifest_digest": data.digest,
         "truth": truth_kind(data.samples),
         "counts": dict(sorted(counts.items())),
     }
-
-
-def joined_names(backbone: str | Sequence[str] | None) -> str | None:
-    """The backbone of a record: those of an ensemble in one text."""
-    return backbone if backbone is None or isinstance(backbone, str) else "+".join(backbone)
 
 
 def steps_of(trainer: Trainer, data: ImageData) -> dict[str, int]:
