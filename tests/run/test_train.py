@@ -228,7 +228,13 @@ def test_notes_of_lightning_are_not_printed(finished):
 def test_ctrl_c_during_fit_leaves_a_record_and_no_checkpoint(tiny, tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "train.py"), "model=padim", *tiny_overrides(tiny), f"run_dir={tmp_path / 'run'}"]
     # one image a batch and large images, so that the fit lasts long enough to be interrupted
-    process = subprocess.Popen([*command, "batch_size=1", "image_size=256"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "batch_size=1", "image_size=256"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background of a shell, and theirs, ignore it
+    )
     deadline = time.time() + 300
     while not (tmp_path / "run" / "manifest.csv").exists() and time.time() < deadline:
         time.sleep(0.005)
