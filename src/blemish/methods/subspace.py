@@ -148,6 +148,8 @@ class Subspace(BagDetector):
 def coarse(x: Tensor, images: int) -> Tensor:
     """Features (N, h, w, D) averaged to a grid of which `images` have at most CELLS cells: (N, P, D)."""
     most = max(int((CELLS / images) ** 0.5), 1)
+    if max(x.shape[1:3]) <= most:
+        return x.flatten(1, 2)
     cells = F.adaptive_avg_pool2d(x.movedim(3, 1), [min(side, most) for side in x.shape[1:3]])  # (N, D, h', w')
     return cells.flatten(2).mT.contiguous()
 
