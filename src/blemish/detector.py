@@ -74,6 +74,7 @@ class Detector(pl.LightningModule):
     whole_bag = False  # does so for every image: calibrate=full where no formula bounds the scores of the training images
     bound_kind: str | None = None  # what the method's own bound on false alarms rests on
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of the images of a training step, without cached maps
+    ensemble: ClassVar[type["Detector"] | None] = None  # takes detectors of this class, each with a backbone of its own
     quick: ClassVar[tuple[str, ...]] = ()  # overrides for tests that make it learn 24 small images in seconds
 
     def __init__(self):

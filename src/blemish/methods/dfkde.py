@@ -117,7 +117,8 @@ class DFKDE(VectorDensity, VectorDetector):
         self.fit_density(self.rows)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        return self.in_bag(Prediction(self.negative_log_density(self.collect(maps))), maps)
+        rows = self.collect(maps)
+        return self.in_bag(Prediction(self.negative_log_density(rows)), rows, maps)
 
 
 def principal(rows: Tensor, components: int) -> pca.PCA:

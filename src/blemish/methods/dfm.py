@@ -119,7 +119,7 @@ class DFM(VectorDetector):
             found = Prediction(negative_log_likelihood(z, self.shares, self.means, self.variances) + 0.5 * self.variance.log().sum())
         else:
             found = self._from_residual(nearest_residual(rows, self.mean, self.axes).view(x.shape), size)
-        return self.in_bag(found, maps)
+        return self.in_bag(found, x.flatten(1), maps)
 
     def _from_residual(self, residual: Tensor, size: tuple[int, int]) -> Prediction:
         cells = residual.norm(dim=1)  # (B, h, w)

@@ -237,6 +237,9 @@ class PatchCoreEnsemble(OnePassDetector):
         return Prediction(torch.stack([one.score for one in parts]).mean(0), torch.stack([one.map for one in parts]).mean(0))
 
 
+PatchCore.ensemble = PatchCoreEnsemble
+
+
 class States(nn.ModuleList):
     """The states of the members of an ensemble."""
 

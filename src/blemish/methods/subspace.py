@@ -42,7 +42,7 @@ class Subspace(BagDetector):
     """
 
     quick = ("model.score=max",)
-    parts = (2, 2)
+    fold_counts = (2, 2)
 
     def __init__(
         self, backbone: str, stages: Stages, weights: str, keep: float, rotations: int, sigma: float, score: str | float, seed: int
@@ -98,12 +98,13 @@ class Subspace(BagDetector):
         lower, mean, found = unpack_triangle(self.scatter)[0].double(), self.mean.double(), []
         for b in range(len(rows)):
             one = [stage[b : b + 1] for stage in maps]
-            own = self.collect(one).flatten(0, 2).double()  # (P, D)
+            x = align(one).float()  # (1, D, h, w)
+            own = x[0].flatten(1).T.double()  # (P, D)
             rest = int(self.patches) - len(own)
             delta = (own.mean(0) - mean) * int(self.patches) / rest  # from the mean of the others
             away = own - own.mean(0)
             scatter = lower + lower.tril(-1).mT - away.T @ away - rest * len(own) / int(self.patches) * torch.outer(delta, delta)
-            found.append(self._score(one, size, (own.mean(0) - delta).to(self.mean), self._left(scatter).to(self.mean)))
+            found.append(self._score(x, size, (own.mean(0) - delta).to(self.mean), self._left(scatter).to(self.mean)))
         return joined(found)
 
     @property
@@ -136,10 +137,10 @@ class Subspace(BagDetector):
         state.restore(int(self.patches), self.mean[None], lower + lower.tril(-1).mT)
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
-        return self.in_bag(self._score(maps, size, self.mean, self.residual), maps)
-
-    def _score(self, maps: Maps, size: tuple[int, int], mean: Tensor, residual: Tensor) -> Prediction:
         x = align(maps).float()  # (B, D, h, w)
+        return self.in_bag(self._score(x, size, self.mean, self.residual), x.movedim(1, 3), maps)
+
+    def _score(self, x: Tensor, size: tuple[int, int], mean: Tensor, residual: Tensor) -> Prediction:
         along = F.conv2d(x - mean[:, None, None], residual[:, :, None, None])  # (B, D − k, h, w)
         map = smooth_upsample(along.square().sum(1), size, self.sigma)  # (B, H, W)
         return self.from_map(map)
@@ -155,7 +156,7 @@ def coarse(x: Tensor, images: int) -> Tensor:
 
 
 def columns(rows: Tensor) -> Tensor:
-    """Cells (N, P, D) as (D, N·P), which a product with few axes takes in less time."""
+    """Cells (N, P, D) transposed to (D, N·P): multiplying them by a few axes is faster in this layout."""
     return rows.flatten(0, 1).T.contiguous()
 
 

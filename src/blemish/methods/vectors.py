@@ -21,7 +21,7 @@ FEW_REFITS = 200  # training images up to which a fit without each is worth its 
 class BagDetector(OnePassDetector):
     """A method that keeps `rows` (N, …) of the training images, to score them and a new image each by a fit to others."""
 
-    parts = FOLDS  # folds of a bag of up to FEW images, and of more
+    fold_counts = FOLDS  # of a bag of up to FEW images, and of more
 
     def __init__(self):
         super().__init__()
@@ -33,17 +33,17 @@ class BagDetector(OnePassDetector):
 
     def folds(self, count: int) -> Tensor:
         """The fold (N,) of each row of a bag."""
-        return folds(count, self.parts[count > FEW], self.hparams.seed)
+        return folds(count, self.fold_counts[count > FEW], self.hparams.seed)
 
     @property
     def whole_bag(self) -> bool:
         return len(self.calibration) > 0 and self.promise == FULL != self.left_out
 
-    def in_bag(self, found: Prediction, maps: Maps) -> Prediction:
-        """The prediction of images; with `whole_bag` each score is moved to where its p-value is that among the scores of its bag."""
+    def in_bag(self, found: Prediction, rows: Tensor, maps: Maps) -> Prediction:
+        """The prediction of images from their rows; with `whole_bag` each score moves to where its p-value is that among its bag's."""
         if torch.compiler.is_exporting() or not self.whole_bag:
             return found
-        bags = torch.stack([self.bag(row, maps) for row in self.collect(maps)])  # (B, N + 1)
+        bags = torch.stack([self.bag(row, maps) for row in rows])  # (B, N + 1)
         return found._replace(score=placed(found.score, bags, self.calibration[:, 0]))
 
 

@@ -38,6 +38,12 @@ def check_calibrate(cfg: DictConfig, model: Detector, images: ImageData, trainer
         raise InputError(f"calibrate=full: there is no proof for {name}; expected cross, without a proof, or split")
 
 
+def expect_calibration(cfg: DictConfig, model: Detector, images: ImageData) -> None:
+    """Tell a model before its fit how it will be calibrated."""
+    model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
+    model.expects_bag = cfg.calibrate == FULL
+
+
 def check_full(model: Detector, images: ImageData) -> None:
     """InputError for a fitted model unless no further image raises the scores of its training images, or all can be scored with one."""
     if model.left_out == FULL and leaves_out(model, images):
@@ -73,8 +79,8 @@ def calibrated_fit(
 ) -> None:
     """Fit a model to its images if it needs that, and calibrate it as the config says; `stored` gives what a trainer is given of them."""
     check_calibrate(cfg, model, images, trainer)
-    model.ranges, model.expects_bag = images.ranges, cfg.calibrate == FULL
-    model.expects_calibration = any(sample.split == "calibrate" for sample in images.samples)
+    model.ranges = images.ranges
+    expect_calibration(cfg, model, images)
     data = stored(images, model)
     if model.reference_folder:
         fit_to_folder(model, preprocessing_of(cfg)._replace(roi=images.roi))

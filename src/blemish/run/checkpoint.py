@@ -17,7 +17,6 @@ from blemish.edge.checks import check_choice, check_number
 from blemish.edge.errors import InputError
 from blemish.features.extractor import ENGINES, Features
 from blemish.files import atomic_write, fsync
-from blemish.methods.patchcore import PatchCore, PatchCoreEnsemble
 from blemish.products import Products
 from blemish.run.config import build, class_of, config_of, plain, products_of, read_config
 from blemish.run.record import FINISHED, RECORD, check_archive, read_record
@@ -70,13 +69,14 @@ def load(run: Path, device: str = "auto") -> tuple[DictConfig, Detector]:
 def build_detector(cfg: DictConfig, one: bool = False) -> Detector:
     """Return the method of a config before a fit, for each of several products unless for `one`; its engine runs frozen networks.
 
-    PatchCore with several backbones is an ensemble.
+    With several backbones it is the `ensemble` of its class.
     """
     names, backbone = () if one else products_of(cfg), cfg.model.get("backbone")
     if isinstance(backbone, ListConfig):
-        if names or len(backbone) < 2 or not issubclass(class_of(cfg.model), PatchCore):
+        ensemble = class_of(cfg.model).ensemble
+        if names or len(backbone) < 2 or ensemble is None:
             raise InputError(f"backbone={list(backbone)}: expected one name; several are an ensemble of model=patchcore, of one product")
-        model = PatchCoreEnsemble([build(cfg.model, backbone=name) for name in backbone])
+        model = ensemble([build(cfg.model, backbone=name) for name in backbone])
     else:
         model = Products({name: build(cfg.model) for name in names}) if names else build(cfg.model)
     engine = cfg.engine

@@ -21,14 +21,14 @@ from blemish.data.augment import Augment
 from blemish.data.manifest import write_manifest
 from blemish.data.module import ImageData
 from blemish.detector import Detector, TrainedDetector
-from blemish.edge.calibration import FULL, SPLIT
+from blemish.edge.calibration import SPLIT
 from blemish.edge.errors import InputError
 from blemish.edge.ranges import Range
 from blemish.features.cache import Store, StoredData
 from blemish.features.extractor import Features
 from blemish.files import atomic_write, no_room, release, write_csv, write_json, write_text
 from blemish.products import Products
-from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated
+from blemish.run.calibrate import calibrated, check_calibrate, cross_calibrated, expect_calibration
 from blemish.run.checkpoint import Streamed, build_detector, device_of, portable_config, save_checkpoint, save_whole
 from blemish.run.config import build, check_config, default_folder, module_of, plain, products_of
 from blemish.run.evaluate import Calibrate, Evaluate
@@ -91,7 +91,7 @@ def train(cfg: DictConfig) -> dict:
             )
         record.started = True
         save_split(folder, images)
-        model.expects_calibration, model.expects_bag = any(sample.split == "calibrate" for sample in images.samples), cfg.calibrate == FULL
+        expect_calibration(cfg, model, images)
         started = time.perf_counter()
         if past:
             model.update(run.trainer, run.data)
