@@ -18,7 +18,7 @@ def test_oracle_aggregation_from_stored_neighbours(oracle, name):
     msd = torch.from_numpy(z["cpp_nn_msd"]).view(-1, 16)
     mix = background.weights(msd[None], 10.0)[0]
     estimate = F.embedding_bag(index, patches.vectors(image[None], 8), per_sample_weights=mix, mode="sum")
-    total, cover = background.spread(estimate[None], (h, w), 8, checkerboard=False)
+    total, cover = background.spread(estimate[None], (h, w), 8, lattice=False)
     model = (total / cover)[0]
     stale = torch.from_numpy(z["cpp_patch_underfilled"]).float()
     touched = F.conv_transpose2d(stale[None, None], torch.ones(1, 1, 8, 8))[0, 0] > 0
@@ -110,10 +110,10 @@ def test_windows_cover_every_patch_in_even_shares(size):
         seen[y : y + view.shape[1] - 7, x : x + view.shape[2] - 7] += 1
     assert seen.min() >= 1
     assert max(views.shape[2:]) <= 64
-    assert [s % 2 for s in views.shape[2:]] == [s % 2 for s in size]
-    for side, length in zip(views.shape[2:], size, strict=True):  # a pixel more than the limit costs hardly more
+    assert [s % 3 for s in views.shape[2:]] == [s % 3 for s in size]
+    for side, length in zip(views.shape[2:], size, strict=True):  # two pixels more than the limit cost hardly more
         count = -(-(length - 7) // (64 - 7))
-        assert side <= -(-(length + (count - 1) * 7) // count) + 1
+        assert side <= -(-(length + (count - 1) * 7) // count) + 2
 
 
 def test_windows_change_the_model_little():
@@ -122,16 +122,16 @@ def test_windows_change_the_model_little():
     assert torch.corrcoef(torch.stack([(image - full).flatten(), (image - tiled).flatten()]))[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("shape", [(9, 11), (3, 3), (5, 3)])
-def test_a_checkerboard_covers_all_pixels(shape):
+@pytest.mark.parametrize("shape", [(10, 13), (4, 4), (7, 4)])
+def test_a_lattice_covers_all_pixels(shape):
     size = shape[0] * shape[1]
     estimate = torch.randn(2, size, 2 * 9, generator=torch.Generator().manual_seed(0))
-    even = torch.zeros(size, 1)
-    even[::2] = 1
-    full, often = background.spread(estimate * even, shape, 3, checkerboard=False)
-    drawn, cover = background.spread(estimate[:, ::2], shape, 3, checkerboard=True)
+    third = torch.zeros(size, 1)
+    third[::3] = 1
+    full, often = background.spread(estimate * third, shape, 3, lattice=False)
+    drawn, cover = background.spread(estimate[:, ::3], shape, 3, lattice=True)
     torch.testing.assert_close(drawn, full)
-    torch.testing.assert_close(cover, background.spread(even.expand(size, 9)[None], shape, 3, checkerboard=False)[0])
+    torch.testing.assert_close(cover, background.spread(third.expand(size, 9)[None], shape, 3, lattice=False)[0])
     assert cover.min() >= 1
     assert often.max() == min(9, size)
 

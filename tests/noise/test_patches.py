@@ -42,20 +42,20 @@ def test_exact_is_the_definition(size, channels, patch, box, mean):
 
 
 def test_the_fast_search_finds_most_and_nothing_forbidden():
-    images = torch.stack([texture(96, 110, 3), texture(110, 96, 3).mT])
-    shape, size = patches.grid(96, 110, 8), 89 * 103
-    assert shape == (89, 103)
+    images = torch.stack([texture(98, 110, 3), texture(110, 98, 3).mT])
+    shape, size = patches.grid(98, 110, 8), 91 * 103
+    assert shape == (91, 103)
     index, _ = patches.within(images - images.mean((2, 3), keepdim=True), 8, 16, BOX, 0)
-    even = torch.arange(0, size, 2)
-    assert index.shape == (2 * len(even), 16)
-    for found, image, first in zip(index.split(len(even)), images, (0, size), strict=True):
+    redrawn = torch.arange(0, size, 3)
+    assert index.shape == (2 * len(redrawn), 16)
+    for found, image, first in zip(index.split(len(redrawn)), images, (0, size), strict=True):
         found = found - first
         assert found.min() >= 0
         assert found.max() < size
         table = patches.vectors(image[None], 8)
         exact = patches.exact(table, table, 16, shape, BOX)
-        assert (found[:, :, None] == exact.index[::2][:, None]).any(1).float().mean() > 0.55
-        y, x = (found // 103 - even[:, None] // 103).abs(), (found % 103 - even[:, None] % 103).abs()
+        assert (found[:, :, None] == exact.index[::3][:, None]).any(1).float().mean() > 0.55
+        y, x = (found // 103 - redrawn[:, None] // 103).abs(), (found % 103 - redrawn[:, None] % 103).abs()
         assert torch.maximum(y, x).min() > 8
         assert (found.sort(1).values.diff(dim=1) > 0).all()  # none counted twice
 
@@ -66,17 +66,17 @@ def test_the_fast_search_of_references_finds_most():
     index = patches.build(bank, 8, 0)
     assert all(set(leaves.flatten().tolist()) == set(range(2 * 57 * 64)) for leaves in index.leaves)
     found, _ = patches.among(query, index, (57, 64), 8, 16)
-    table = patches.vectors(query, 8)[::2]
+    table = patches.vectors(query, 8)[::3]
     exact = patches.exact(table, patches.vectors(bank, 8), 16)
     assert found.shape == exact.index.shape
     assert (found[:, :, None] == exact.index[:, None]).any(1).float().mean() > 0.6
-    again, distance = patches.among(bank[:1, :, :, :70], index, (57, 64), 8, 1)
+    again, distance = patches.among(bank[:1, :, :62], index, (57, 64), 8, 1)
     assert (distance < 1e-2).float().mean() > 0.99  # a patch of the bank is its own nearest
     assert again.shape[1] == 1
 
 
 def test_neighbours_even_where_all_patches_are_equal():
-    image = torch.full((1, 1, 90, 90), 7.0)
+    image = torch.full((1, 1, 92, 92), 7.0)
     image[0, 0, 40, 40] = 9
     index, distance = patches.within(image, 8, 16, BOX, 0)
     assert index.min() >= 0
@@ -86,11 +86,11 @@ def test_neighbours_even_where_all_patches_are_equal():
 def test_keys_are_the_principal_components():
     images = torch.stack([texture(30, 33, 3), texture(33, 30, 3).mT])
     axes = patches.principal_axes(images, 4, 0)
-    assert axes.shape == (2, 48, 32)
+    assert axes.shape == (2, 48, 40)
     table = patches.vectors(images, 4).view(2, -1, 48)
-    torch.testing.assert_close(patches.project(images, axes, 4).view(2, -1, 32), table @ axes, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(patches.project(images, axes, 4).view(2, -1, 40), table @ axes, rtol=1e-4, atol=1e-2)
     variance = torch.linalg.eigvalsh(torch.stack([t.T.double().cov() for t in table]))
-    torch.testing.assert_close((table @ axes).double().var(1), variance.flip(1)[:, :32], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close((table @ axes).double().var(1), variance.flip(1)[:, :40], rtol=1e-3, atol=1e-2)
 
 
 def test_components_of_a_sample_see_every_phase_of_a_period():
@@ -103,13 +103,13 @@ def test_components_of_a_sample_see_every_phase_of_a_period():
     assert kept > 0.999 * total
 
 
-def test_a_tree_holds_every_patch_in_leaves_of_one_size():
+def test_a_tree_holds_every_query_and_all_candidates_but_a_rest():
     generator = torch.Generator().manual_seed(0)
     keys, starts = torch.randn(5003, 6, generator=generator), torch.randn(2, 6, generator=generator)
     queries, candidates, *_ = patches.plant(keys, starts, [4, 2], torch.arange(0, 5003, 2)[None], torch.arange(1, 5003, 2)[None])
-    assert (queries.shape, candidates.shape) == ((8, 313), (8, 313))
+    assert (queries.shape, candidates.shape) == ((8, 313), (8, 312))  # of 2,502 and 2,501
     assert queries.unique().tolist() == list(range(0, 5003, 2))
-    assert candidates.unique().tolist() == list(range(1, 5003, 2))
+    assert candidates.unique().tolist() == list(range(1, 4993, 2))
     spread = torch.stack([keys[leaf].var(0).sum() for leaf in queries])
     assert spread.mean() < 0.9 * keys.var(0).sum()
 

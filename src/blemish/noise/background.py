@@ -62,20 +62,20 @@ def model(
     """The background (B, C, H, W) of images: at every pixel the mean of the estimates of the patches that cover it.
 
     Patches are redrawn from the same image, outside the range `box` of offsets, or from reference images `bank` (N, C, H', W') with their
-    `index`. h is in the image's units, or see `weights`. `exact` compares all patches. `trees` redraws every second one, in a checkerboard
+    `index`. h is in the image's units, or see `weights`. `exact` compares all patches. `trees` redraws every third one, on diagonals
     (of small images from its exact neighbours), and searches an image with a side above `tile` in windows of one size that share patch − 1
     pixels, so that memory is bounded. Either
     finds n neighbours only where `patches.enough` holds.
     """
     height, width = images.shape[2:]
     fast = search == "trees"
-    if fast:  # grids of odd sides, for a checkerboard that covers all corners
-        images = F.pad(images, (0, (width - patch) % 2, 0, (height - patch) % 2), mode="replicate")
+    if fast:  # grids with the sides that a lattice with all four corners needs
+        images = F.pad(images, (0, (patch - width) % patches.STEP, 0, (patch - height) % patches.STEP), mode="replicate")
     views, corners = windows(images, tile if fast and bank is None else max(images.shape[2:]), patch - 1)  # (B·n, C, h, w)
     shape = patches.grid(*views.shape[2:], patch)
-    fast = fast and min(shape) > 2
-    trees = fast and (index is not None or shape[0] * shape[1] >= 16 * patches.leaf_size(box))
-    count = patches.TREES if len(views) == len(images) else patches.WINDOW_TREES
+    fast = fast and min(shape) > patches.STEP
+    step = patches.STEP if fast else 1
+    trees = fast and (index is not None or shape[0] * shape[1] >= patches.STEP * patches.leaf_size(box))
     total, cover = torch.zeros_like(images), torch.zeros_like(images[:, :1])
     chunk = max(1, 8 * patches.workspace(images.device) // (views[0].numel() * patch**2))
     for start in range(0, len(views), chunk):
@@ -83,15 +83,15 @@ def model(
         middle = part.mean((2, 3), keepdim=True)
         table = patches.vectors(part - middle, patch) if bank is None else patches.vectors(part, patch)
         source = table if bank is None else patches.vectors(bank, patch)
-        query = table.unflatten(0, (len(part), -1))[:, :: 2 if fast else 1].flatten(0, 1)
+        query = table.unflatten(0, (len(part), -1))[:, ::step].flatten(0, 1)
         if trees:
             if bank is None:
-                where, _ = patches.within(part - middle, patch, neighbors, box, seed, count)
+                where, _ = patches.within(part - middle, patch, neighbors, box, seed)
             else:
                 where, _ = patches.among(part, index, patches.grid(*bank.shape[2:], patch), patch, neighbors)
             found = by_distance(source, query, where)
         elif bank is None:
-            found = exact(query, source, shape, neighbors, box, len(part), 2 if fast else 1)
+            found = exact(query, source, shape, neighbors, box, len(part), step)
         else:
             found = patches.exact(query, source, neighbors)
         mix = weights(found.distance.unflatten(0, (len(part), -1)), h, relative).flatten(0, 1)
@@ -123,22 +123,29 @@ def by_distance(source: Tensor, query: Tensor, index: Tensor) -> Neighbours:
     return Neighbours(index.clamp_min(0).long().gather(1, order), msd)
 
 
-def spread(estimate: Tensor, shape: tuple[int, int], patch: int, checkerboard: bool) -> tuple[Tensor, Tensor]:
-    """Sums (B, C, H, W) of the patch estimates (B, Q, C·p²) over each pixel, and how many (1, 1, H, W) they are."""
+def spread(estimate: Tensor, shape: tuple[int, int], patch: int, lattice: bool) -> tuple[Tensor, Tensor]:
+    """Sums (B, C, H, W) of the patch estimates (B, Q, C·p²) over each pixel, and how many (1, 1, H, W) they are.
+
+    Of all patches of a grid (h, w), or of the `lattice` of those with y + x divisible by STEP.
+    """
     h, w = shape
     size = (h + patch - 1, w + patch - 1)
     count = torch.ones_like(estimate[:1, :, : patch**2])
-    if not checkerboard:
+    if not lattice:
         return F.fold(estimate.mT, size, patch), F.fold(count.mT, size, patch)
+    step = patches.STEP
 
-    def both(x: Tensor) -> Tensor:
-        # rows 2i and 2i + 1 of the grid have (w + 1)/2 and (w − 1)/2 patches
-        x = F.pad(x, (0, 0, 0, w // 2)).unflatten(1, (-1, w))  # (B, (h + 1)/2, w, C·p²)
-        first = F.fold(x[:, :, : w // 2 + 1].flatten(1, 2).mT, size, patch, stride=2)
-        second = F.fold(x[:, :-1, w // 2 + 1 :].flatten(1, 2).mT, (size[0] - 2, size[1] - 2), patch, stride=2)
-        return first + F.pad(second, (1, 1, 1, 1))
+    def rows(x: Tensor) -> Tensor:
+        # of each `step` rows the first has one patch more than the others, and the grid ends with such a row
+        few = w // step
+        x = F.pad(x, (0, 0, 0, w - few - 1)).unflatten(1, (-1, w))  # (B, (h − 1)/step + 1, w, C·p²)
+        total = F.fold(x[:, :, : few + 1].flatten(1, 2).mT, size, patch, stride=step)
+        for row in range(1, step):
+            some = x[:, :-1, row * few + 1 : (row + 1) * few + 1].flatten(1, 2).mT
+            total[:, :, row : row - step, step - row : -row] += F.fold(some, (size[0] - step, size[1] - step), patch, stride=step)
+        return total
 
-    return both(estimate), both(count)
+    return rows(estimate), rows(count)
 
 
 def windows(images: Tensor, side: int, shared: int) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -147,7 +154,7 @@ def windows(images: Tensor, side: int, shared: int) -> tuple[Tensor, list[tuple[
     def starts(size: int) -> tuple[list[int], int]:
         count = -(-(size - shared) // (side - shared))
         length = -(-(size + (count - 1) * shared) // count)
-        length += (size - length) % 2  # grids keep their parity
+        length += (size - length) % patches.STEP  # as `model` needs the sides of grids
         return [0] if count == 1 else [round(k * (size - length) / (count - 1)) for k in range(count)], length
 
     (tops, height), (lefts, width) = (starts(size) for size in images.shape[2:])

@@ -5,8 +5,9 @@ W − p + 1) grids. Distances are mean squared differences over all p²·C value
 (−8, 8) along both axes, are excluded: a patch never meets itself or its surroundings. All shapes follow from those of the images, so
 nothing waits for the device.
 
-`exact` is the definition. The fast search compares KEYS principal components of the patches instead of all values: random trees whose
-leaves have one size, then twice the neighbours of the adjacent patches, moved along.
+`exact` is the definition. The fast search is for every STEP-th patch of grids whose sides are one more than a multiple of STEP, so that
+patches (y, x) with y + x divisible by STEP, a lattice of diagonals, are redrawn. It compares KEYS principal components of the patches
+instead of all values: random trees whose leaves have one size, then the neighbours of four patches of the lattice near by, moved along.
 """
 
 import math
@@ -16,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEYS = 32  # numbers of a patch that the fast search compares
+STEP = 3  # of the patches that the fast search redraws
+NEARBY = ((-1, 1), (1, -1), (1, 2), (-1, -2))  # rows and columns between patches of the lattice
+KEYS = 40  # numbers of a patch that the fast search compares
 SAMPLE = 4000  # patches that principal components are computed of
 SPLIT = 8  # the first of them, of which trees take their directions
-TREES = 4
-WINDOW_TREES = 3  # of each of several windows of an image
+TREES = 4  # of references
 ROUNDS = 1  # of propagation after the trees
-GROUPS = 32  # a leaf's distances are reduced to the least of each of 32 groups before the n best are picked
+GROUPS = 64  # a leaf's distances are reduced to the least of each of 64 groups before the n best are picked
 KEEP = 12  # of a tree
 LEAF = 64  # of the trees of reference images
 FAR = 2**31 - 1
@@ -58,8 +60,8 @@ def enough(height: int, width: int, patch: int, neighbors: int, exclusion: int) 
 
 
 def leaf_size(box: tuple[int, int]) -> int:
-    """Smallest leaf of a tree: at most two thirds of it, which has every second patch, lie in the exclusion box."""
-    return max(128, (box[1] - box[0] + 1) ** 2 // 2)
+    """Smallest leaf of a tree, eight times the patches of a lattice in an exclusion box."""
+    return max(320, 8 * (box[1] - box[0] + 1) ** 2 // STEP)
 
 
 def workspace(device: torch.device) -> int:
@@ -69,7 +71,8 @@ def workspace(device: torch.device) -> int:
 
 def vectors(images: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> all patches (B·h·w, C·p²)."""
-    return F.unfold(images, patch).transpose(1, 2).contiguous().flatten(0, 1)
+    views = images.unfold(2, patch, 1).unfold(3, patch, 1).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, C, p, p)
+    return views.reshape(-1, images.shape[1] * patch**2)
 
 
 def boxed(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], box: tuple[int, int]) -> Tensor:
@@ -137,30 +140,33 @@ def project(images: Tensor, axes: Tensor, patch: int) -> Tensor:
         F.conv2d(images.reshape(b // groups, groups * c, *images.shape[2:]), kernel, groups=groups)
         .reshape(b, axes.shape[2], -1)
         .mT.flatten(0, 1)
+        .contiguous()  # rows together in memory
     )
 
 
-def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int, trees: int = TREES) -> tuple[Tensor, Tensor]:
-    """A fast search of images (B, C, H, W), with grids of odd sides, for the patches of even number: index and distance (B·Q, n) of keys.
+def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """A fast search of images (B, C, H, W) for the patches of the lattice: index and distance (B·Q, n) of keys.
 
-    Even numbers are a checkerboard. A tree's leaf has queries and candidates, which are patches of even or, in every second tree, of odd
-    number; each query is compared with all candidates by a matrix product. −1 and inf where there is no neighbour.
+    There are STEP trees. The leaves of each have queries and candidates, which are the patches of one of the STEP lattices, and each query
+    is compared with all candidates by a matrix product. −1 and inf where there is no neighbour.
     """
     shape = grid(*images.shape[2:], patch)
     size = shape[0] * shape[1]
     keys = project(images, principal_axes(images, patch, seed), patch)
     first = size * torch.arange(len(images), device=images.device)[:, None]
-    even, odd = (first + torch.arange(parity, size, 2, device=images.device) for parity in (0, 1))  # (B, Q), (B, Q − 1)
-    levels = max(0, math.floor(math.log2(even.shape[1] / leaf_size(box))))
-    ways = [4] * (levels // 2) + [2] * (levels % 2)
+    lattices = [first + torch.arange(start, size, STEP, device=images.device) for start in range(STEP)]  # (B, Q), (B, Q − 1), …
+    leaves, ways = lattices[0].shape[1] // leaf_size(box), []
+    while leaves > 1:
+        ways.append(4 if leaves > 7 else 2 if leaves > 3 else leaves)
+        leaves //= ways[-1]
     found = []
-    for tree in range(trees):
-        starts = random_starts(tree, len(ways), seed, keys)
-        queries, candidates, *_ = plant(keys, starts, ways, even, odd if tree % 2 else None)
-        found.append(search_leaves(keys, queries, candidates, shape, even.numel(), KEEP, box))
-    index, distance = merge(found, neighbors)
+    for tree, candidates in enumerate(lattices):
+        queries, candidates, *_ = plant(keys, random_starts(tree, len(ways), seed, keys), ways, lattices[0], candidates)
+        found.append(search_leaves(keys, queries, candidates, shape, lattices[0].numel(), KEEP, box))
+    index, distance = merge(found, neighbors, distinct=True)
     for _ in range(ROUNDS):
-        index, distance = propagate(keys[0::2] if len(images) == 1 else keys[even.flatten()], keys, index, distance, shape, shape, box)
+        own = keys[::STEP] if len(images) == 1 else keys[lattices[0].flatten()]
+        index, distance = propagate(own, keys, index, distance, shape, shape, box)
     return index, distance
 
 
@@ -170,15 +176,15 @@ def build(images: Tensor, patch: int, seed: int) -> Index:
     keys = project(images, axes, patch)
     levels = max(0, math.floor(math.log2(len(keys) / LEAF)))
     every = torch.arange(len(keys), device=keys.device)[None]
-    trees = [plant(keys, random_starts(tree, levels, seed, keys), [2] * levels, every)[1:] for tree in range(TREES)]
-    leaves, directions, limits = (torch.stack(parts) for parts in zip(*trees, strict=True))
+    trees = [plant(keys, random_starts(tree, levels, seed, keys), [2] * levels, every) for tree in range(TREES)]
+    leaves, directions, limits = (torch.stack([tree[part] for tree in trees]) for part in (0, 2, 3))
     return Index(axes, keys, leaves.int(), directions, limits)
 
 
 def among(images: Tensor, index: Index, shape: tuple[int, int], patch: int, neighbors: int) -> tuple[Tensor, Tensor]:
-    """A fast search of an index, of references with grids of `shape`, for the patches of even number of images: as `within`."""
+    """A fast search of an index, of references with grids of `shape`, for the patches of the lattice of images: as `within`."""
     own = grid(*images.shape[2:], patch)
-    keys = project(images, index.axes, patch).unflatten(0, (len(images), -1))[:, ::2].flatten(0, 1)  # (B·Q, K)
+    keys = project(images, index.axes, patch).unflatten(0, (len(images), -1))[:, ::STEP].flatten(0, 1)  # (B·Q, K)
     found = []
     for leaves, directions, limits in zip(*index[2:], strict=True):
         node = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
@@ -201,38 +207,43 @@ def random_starts(tree: int, levels: int, seed: int, keys: Tensor) -> Tensor:
 
 def plant(
     keys: Tensor, starts: Tensor, ways: list[int], queries: Tensor, candidates: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sort patches into a tree: the leaves (B·2^levels, L) of queries (B, Q) and of candidates, by default the same, for each of B images.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Sort patches into a tree: the leaves (B·L, P) of queries (B, Q), and of candidates, for each of B images with L = Πways.
 
-    A node is halved at the median along a random direction, which one step of the power method turns towards its large variances; the
-    candidates at their own median. To fill leaves of one size some patches come twice. Also directions and medians of all nodes (B = 1).
+    A node is divided at the quantiles along a random direction, which one step of the power method turns towards its large variances; the
+    candidates at their own. To fill leaves of one size some queries come twice, and the last candidates, fewer than leaves, are left out.
+    Also directions and medians of all nodes (B = 1).
     """
     leaves = math.prod(ways)
     queries = torch.cat([queries, queries[:, : -queries.shape[1] % leaves]], 1)
-    other = candidates is not None
-    if other:
-        candidates = torch.cat([candidates, candidates[:, : -candidates.shape[1] % leaves]], 1)
+    if candidates is not None:
+        candidates = candidates[:, : candidates.shape[1] // leaves * leaves]
     keys = keys[:, :SPLIT].contiguous()
     directions, limits = [], []
     for start, children in zip(starts, ways, strict=True):
-        x = keys[queries]  # (nodes, places, S)
+        x = rows_of(keys, queries)  # (nodes, places, S)
         centred = x - x.mean(1, keepdim=True)
         direction = ((centred @ start)[:, None] @ centred)[:, 0]  # (nodes, S)
         height, order = (x @ direction[:, :, None])[..., 0].sort(1)
         queries = queries.gather(1, order).view(children * len(queries), -1)
         directions.append(direction)
         limits.append(height[:, height.shape[1] // 2 - 1])
-        if other:
-            order = (keys[candidates] @ direction[:, :, None])[..., 0].argsort(1)
+        if candidates is not None:
+            order = (rows_of(keys, candidates) @ direction[:, :, None])[..., 0].argsort(1)
             candidates = candidates.gather(1, order).view(children * len(candidates), -1)
     directions = torch.cat(directions) if len(starts) else keys.new_empty(0, keys.shape[1])
-    return queries, candidates if other else queries, directions, torch.cat(limits) if len(starts) else keys.new_empty(0)
+    return queries, candidates, directions, torch.cat(limits) if len(starts) else keys.new_empty(0)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows (…, D) of a table (M, D); on a CPU several times as fast as table[index]."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def search_leaves(
     keys: Tensor, queries: Tensor, candidates: Tensor, shape: tuple[int, int], count: int, keep: int, box: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The `keep` nearest candidates in the leaf of each of `count` patches of even number: index and distance (count, keep), −1 for none.
+    """The `keep` nearest candidates in the leaf of each of `count` patches of the lattice: index and distance (count, keep), −1 for none.
 
     Distance and column share one int32 (positive floats are ordered as integers), so that a minimum over a group includes its place. Of
     two among the n best in one group the worse is lost, but this is a hundred times cheaper than a full sort, and other trees find it.
@@ -241,35 +252,42 @@ def search_leaves(
     keep = min(keep, GROUPS)
     low = 2 ** (length - 1).bit_length() - 1
     column = torch.arange(length, device=keys.device, dtype=torch.int32)
-    norm = keys.square().sum(1)
     index = torch.empty(count, keep, dtype=torch.int32, device=keys.device)
     distance = torch.empty(count, keep, device=keys.device)
-    leaves = max(1, workspace(keys.device) // (queries.shape[1] * length))
+    leaves = min(len(queries), max(1, workspace(keys.device) // (queries.shape[1] * length)))
+    buffer = keys.new_empty(leaves, queries.shape[1], length)  # a CPU's allocator would give such a temporary back at every turn
     for q, c in zip(queries.split(leaves), candidates.split(leaves), strict=True):
-        d = torch.baddbmm(norm[c][:, None] + norm[q][:, :, None], keys[q], keys[c].mT, alpha=-2).clamp_min_(0)  # (leaves, Q, L)
+        own, other = rows_of(keys, q), rows_of(keys, c)
+        d = torch.add(own.square().sum(2)[:, :, None], other.square().sum(2)[:, None], out=buffer[: len(q)])
+        d.baddbmm_(own, other.mT, alpha=-2)  # (leaves, Q, L)
         y, x = place(c, *shape)
         own = place(q, *shape)
         barred = boxed((own[0][:, :, None], own[1][:, :, None]), (y[:, None], x[:, None]), box)
-        key = (d.view(torch.int32) & ~low).bitwise_or_(column).masked_fill_(barred, FAR)
+        key = d.view(torch.int32).bitwise_and_(~low).bitwise_or_(column).masked_fill_(barred, FAR)
         key = F.pad(key, (0, -length % GROUPS), value=FAR).unflatten(2, (-1, GROUPS)).amin(2)
         key = key.topk(keep, 2, largest=False).values  # (leaves, Q, keep)
         where = (key & low).clamp_max_(length - 1).long()
         there = c[:, None].expand(-1, q.shape[1], -1).gather(2, where).masked_fill_(key == FAR, -1)
-        row = (torch.div(q, size, rounding_mode="floor") * ((size + 1) // 2) + q % size // 2).flatten()
+        row = (torch.div(q, size, rounding_mode="floor") * -(-size // STEP) + q % size // STEP).flatten()
         index[row] = there.flatten(0, 1).int()
-        distance[row] = (key & ~low).view(torch.float32).masked_fill_(key == FAR, math.inf).flatten(0, 1)
+        distance[row] = (key & ~low).view(torch.float32).clamp_min_(0).masked_fill_(key == FAR, math.inf).flatten(0, 1)
     return index, distance
 
 
-def merge(found: list[tuple[Tensor, Tensor]], keep: int) -> tuple[Tensor, Tensor]:
-    """The `keep` nearest of several lists (Q, M_i) of candidates and distances, each number once; −1 and inf where there are fewer."""
+def merge(found: list[tuple[Tensor, Tensor]], keep: int, distinct: bool = False) -> tuple[Tensor, Tensor]:
+    """The `keep` nearest of several lists (Q, M_i) of candidates and distances, each number once; −1 and inf where there are fewer.
+
+    distinct: no number comes twice, so that none is looked for.
+    """
     rows = max(1, workspace(found[0][0].device) // sum(i.shape[1] for i, _ in found))
     parts = []
     for start in range(0, len(found[0][0]), rows):
-        index, order = torch.cat([i[start : start + rows] for i, _ in found], 1).sort(1)
-        distance = torch.cat([d[start : start + rows] for _, d in found], 1).gather(1, order)
-        again = F.pad(index[:, 1:] == index[:, :-1], (1, 0))
-        index, distance = index.masked_fill_(again, -1), distance.masked_fill_(again, math.inf)
+        index, distance = (torch.cat([part[start : start + rows] for part in parts_of], 1) for parts_of in zip(*found, strict=True))
+        if not distinct:
+            index, order = index.sort(1)
+            distance = distance.gather(1, order)
+            again = F.pad(index[:, 1:] == index[:, :-1], (1, 0))
+            index, distance = index.masked_fill_(again, -1), distance.masked_fill_(again, math.inf)
         distance, order = distance.topk(keep, 1, largest=False)
         parts.append((index.gather(1, order), distance))
     return torch.cat([i for i, _ in parts]), torch.cat([d for _, d in parts])
@@ -277,12 +295,13 @@ def merge(found: list[tuple[Tensor, Tensor]], keep: int) -> tuple[Tensor, Tensor
 
 def distances(bank: Tensor, query: Tensor, index: Tensor) -> Tensor:
     """Squared distances (Q, n) of patches (Q, D) to the patches `index` (Q, n) of a bank (M, D)."""
-    rows = max(1, 2 * workspace(bank.device) // (index.shape[1] * bank.shape[1]))
-    parts = [
-        bank.index_select(0, i.flatten()).view(*i.shape, -1).sub_(own[:, None]).square_().sum(-1)
-        for i, own in zip(index.split(rows), query.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
+    rows = max(1, min(len(index), workspace(bank.device) // (index.shape[1] * bank.shape[1])))
+    found = bank.new_empty(index.shape)
+    buffer = bank.new_empty(rows * index.shape[1], bank.shape[1])  # as in `search_leaves`
+    for i, own, out in zip(index.split(rows), query.split(rows), found.split(rows), strict=True):
+        part = torch.index_select(bank, 0, i.flatten(), out=buffer[: i.numel()]).view(*i.shape, -1)
+        torch.sum(part.sub_(own[:, None]).square_(), -1, out=out)
+    return found
 
 
 def propagate(
@@ -294,20 +313,20 @@ def propagate(
     shape: tuple[int, int],
     box: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """One round: the four best of each of the four diagonal patches, moved along, compete with the neighbours (B·Q, n) found so far.
+    """One round: the four best of four patches of the lattice near by, moved along, compete with the neighbours (B·Q, n) found so far.
 
-    Queries are the patches of even number on grids `own`; the bank has grids of `shape`, and `box` excludes offsets if they are the same.
+    Queries are the lattices of grids `own`; the bank has grids of `shape`, and `box` excludes offsets if they are the same.
     """
     h, w = own
-    images = len(index) * 2 // (h * w)
-    number = torch.arange(0, h * w, 2, device=index.device, dtype=index.dtype)
+    images = len(index) // -(-h * w // STEP)
+    number = torch.arange(0, h * w, STEP, device=index.device, dtype=index.dtype)
     y, x = torch.div(number, w, rounding_mode="floor"), number % w  # (Q,)
     best = index[:, :4].unflatten(0, (images, -1))  # (B, Q, 4)
     moved = []
-    for dy, dx in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+    for dy, dx in NEARBY:
         from_y, from_x = y + dy, x + dx
         inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
-        there = best[:, torch.where(inside, torch.div(from_y * w + from_x, 2, rounding_mode="floor"), 0).long()]  # (B, Q, 4)
+        there = best[:, torch.where(inside, torch.div(from_y * w + from_x, STEP, rounding_mode="floor"), 0).long()]  # (B, Q, 4)
         to_y, to_x = torch.div(there, shape[1], rounding_mode="floor") % shape[0] - dy, there % shape[1] - dx
         valid = inside[:, None] & (there >= 0) & (to_y >= 0) & (to_y < shape[0]) & (to_x >= 0) & (to_x < shape[1])
         if box is not None:
