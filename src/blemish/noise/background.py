@@ -76,6 +76,7 @@ def model(
     fast = fast and min(shape) > patches.STEP
     step = patches.STEP if fast else 1
     trees = fast and (index is not None or shape[0] * shape[1] >= patches.STEP * patches.leaf_size(box))
+    count = patches.STEP if len(views) == len(images) else patches.WINDOW_TREES
     total, cover = torch.zeros_like(images), torch.zeros_like(images[:, :1])
     chunk = max(1, 8 * patches.workspace(images.device) // (views[0].numel() * patch**2))
     for start in range(0, len(views), chunk):
@@ -86,7 +87,7 @@ def model(
         query = table.unflatten(0, (len(part), -1))[:, ::step].flatten(0, 1)
         if trees:
             if bank is None:
-                where, _ = patches.within(part - middle, patch, neighbors, box, seed)
+                where, _ = patches.within(part - middle, patch, neighbors, box, seed, count)
             else:
                 where, _ = patches.among(part, index, patches.grid(*bank.shape[2:], patch), patch, neighbors)
             found = by_distance(source, query, where)

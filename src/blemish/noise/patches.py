@@ -23,6 +23,7 @@ KEYS = 40  # numbers of a patch that the fast search compares
 SAMPLE = 4000  # patches that principal components are computed of
 SPLIT = 8  # the first of them, of which trees take their directions
 TREES = 4  # of references
+WINDOW_TREES = 2  # of each of several windows of an image, with smaller leaves, in place of STEP
 ROUNDS = 1  # of propagation after the trees
 GROUPS = 64  # a leaf's distances are reduced to the least of each of 64 groups before the n best are picked
 KEEP = 12  # of a tree
@@ -144,10 +145,10 @@ def project(images: Tensor, axes: Tensor, patch: int) -> Tensor:
     )
 
 
-def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], seed: int, trees: int = STEP) -> tuple[Tensor, Tensor]:
     """A fast search of images (B, C, H, W) for the patches of the lattice: index and distance (B·Q, n) of keys.
 
-    There are STEP trees. The leaves of each have queries and candidates, which are the patches of one of the STEP lattices, and each query
+    The leaves of each of up to STEP trees have queries and candidates, which are the patches of one of the STEP lattices, and each query
     is compared with all candidates by a matrix product. −1 and inf where there is no neighbour.
     """
     shape = grid(*images.shape[2:], patch)
@@ -155,12 +156,12 @@ def within(images: Tensor, patch: int, neighbors: int, box: tuple[int, int], see
     keys = project(images, principal_axes(images, patch, seed), patch)
     first = size * torch.arange(len(images), device=images.device)[:, None]
     lattices = [first + torch.arange(start, size, STEP, device=images.device) for start in range(STEP)]  # (B, Q), (B, Q − 1), …
-    leaves, ways = lattices[0].shape[1] // leaf_size(box), []
+    leaves, ways = STEP * lattices[0].shape[1] // (trees * leaf_size(box)), []
     while leaves > 1:
         ways.append(4 if leaves > 7 else 2 if leaves > 3 else leaves)
         leaves //= ways[-1]
     found = []
-    for tree, candidates in enumerate(lattices):
+    for tree, candidates in enumerate(lattices[:trees]):
         queries, candidates, *_ = plant(keys, random_starts(tree, len(ways), seed, keys), ways, lattices[0], candidates)
         found.append(search_leaves(keys, queries, candidates, shape, lattices[0].numel(), KEEP, box))
     index, distance = merge(found, neighbors, distinct=True)
