@@ -212,13 +212,13 @@ def plant(
     """Sort patches into a tree: the leaves (B·L, P) of queries (B, Q), and of candidates, for each of B images with L = Πways.
 
     A node is divided at the quantiles along a random direction, which one step of the power method turns towards its large variances; the
-    candidates at their own. To fill leaves of one size some queries come twice, and the last candidates, fewer than leaves, are left out.
-    Also directions and medians of all nodes (B = 1).
+    candidates at their own. To fill leaves of one size some queries come twice, and −1 stands among the candidates. Also directions and
+    medians of all nodes (B = 1).
     """
     leaves = math.prod(ways)
     queries = torch.cat([queries, queries[:, : -queries.shape[1] % leaves]], 1)
     if candidates is not None:
-        candidates = candidates[:, : candidates.shape[1] // leaves * leaves]
+        candidates = F.pad(candidates, (0, -candidates.shape[1] % leaves), value=-1)
     keys = keys[:, :SPLIT].contiguous()
     directions, limits = [], []
     for start, children in zip(starts, ways, strict=True):
@@ -230,7 +230,7 @@ def plant(
         directions.append(direction)
         limits.append(height[:, height.shape[1] // 2 - 1])
         if candidates is not None:
-            order = (rows_of(keys, candidates) @ direction[:, :, None])[..., 0].argsort(1)
+            order = (rows_of(keys, candidates.clamp_min(0)) @ direction[:, :, None])[..., 0].argsort(1)
             candidates = candidates.gather(1, order).view(children * len(candidates), -1)
     directions = torch.cat(directions) if len(starts) else keys.new_empty(0, keys.shape[1])
     return queries, candidates, directions, torch.cat(limits) if len(starts) else keys.new_empty(0)
@@ -258,8 +258,9 @@ def search_leaves(
     leaves = min(len(queries), max(1, workspace(keys.device) // (queries.shape[1] * length)))
     buffer = keys.new_empty(leaves, queries.shape[1], length)  # a CPU's allocator would give such a temporary back at every turn
     for q, c in zip(queries.split(leaves), candidates.split(leaves), strict=True):
-        own, other = rows_of(keys, q), rows_of(keys, c)
-        d = torch.add(own.square().sum(2)[:, :, None], other.square().sum(2)[:, None], out=buffer[: len(q)])
+        own, other = rows_of(keys, q), rows_of(keys, c.clamp_min(0))
+        norms = other.square().sum(2).masked_fill_(c < 0, math.inf)
+        d = torch.add(own.square().sum(2)[:, :, None], norms[:, None], out=buffer[: len(q)])
         d.baddbmm_(own, other.mT, alpha=-2)  # (leaves, Q, L)
         y, x = place(c, *shape)
         own = place(q, *shape)
