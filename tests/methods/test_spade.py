@@ -12,7 +12,7 @@ from support import fitted, images, make
 
 from blemish.edge.errors import InputError
 from blemish.methods import spade
-from blemish.methods.spade import inliers, nearest_distance
+from blemish.methods.spade import by_threads, inliers, nearest_distance
 
 
 def detector(**changes):
@@ -70,6 +70,19 @@ def test_nearest_distances_are_those_to_all_parts(tile, monkeypatch):
     expected = pairwise_distances(query.double().numpy(), torch.cat(parts).double().numpy()).min(1)
     np.testing.assert_allclose(nearest_distance(query, parts), expected, rtol=1e-4)
     assert nearest_distance(query, [parts[0], query]).max() < 1e-2
+
+
+def test_threads_take_items_in_order_and_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inner = by_threads(lambda i: torch.tensor([i, torch.get_num_threads()]), range(7), torch.device("cpu"))
+        assert torch.equal(torch.stack(inner), torch.tensor([[i, 1] for i in range(7)]))
+        with pytest.raises(ZeroDivisionError):
+            by_threads(lambda i: torch.tensor(1 // i), range(3), torch.device("cpu"))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_training_image_finds_itself():

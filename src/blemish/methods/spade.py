@@ -1,7 +1,9 @@
 """SPADE: correspondences with the nearest normal images (Cohen, Hoshen 2020, arXiv 2005.02357)."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from blemish.ops.maps import check_blur, joined, smooth_upsample
 from blemish.ops.neighbours import nearest
 from blemish.types import Prediction
 
-TILE = 2**19  # squared distances held at a time: small enough for the cache
+TILE = 2**19  # squared distances that a thread holds at a time: small enough for its cache
+QUERIES = 2048  # positions that a thread takes at a time
 BLOCK = 32  # images of the gallery moved at a time
 
 
@@ -124,11 +127,10 @@ class SPADE(OnePassDetector):
         found = []
         for group in [[s] for s in stages] if self.per_stage else [stages]:  # stages that are compared together
             query = rows(aligned([maps[s].float() for s in group], self.align))  # (B, P, C)
-            part = [
-                nearest_distance(image, self.images_of([gallery[s] for s in group], [grids[s] for s in group], near, image))
-                for image, near in zip(query, index, strict=True)
-            ]
-            found.append(smooth_upsample(torch.stack(part).unflatten(1, grids[group[0]]), size, self.sigma))
+            own = [gallery[s] for s in group], [grids[s] for s in group]
+            tasks = [(part, near) for image, near in zip(query, index, strict=True) for part in image.split(QUERIES)]
+            part = by_threads(lambda task, own=own: nearest_distance(task[0], self.images_of(*own, task[1], task[0])), tasks, query.device)
+            found.append(smooth_upsample(torch.cat(part).view(len(query), *grids[group[0]]), size, self.sigma))
         return self.from_map(torch.stack(found).mean(0), distance.mean(1))
 
     def images_of(self, gallery: Sequence[Tensor], grids: Sequence[tuple[int, int]], index: Tensor, like: Tensor) -> Iterator[Tensor]:
@@ -238,8 +240,20 @@ def nearest_distance(query: Tensor, gallery: Iterable[Tensor]) -> Tensor:
         own = query.square().sum(1)  # (P,) the same for all
         query = torch.cat([query, torch.ones_like(query[:, :1])], 1)  # (P, C + 1): the part's square is one more product
         for part in gallery:
-            part = part - centre
-            part = torch.cat([-2 * part, part.square().sum(1, keepdim=True)], 1)  # (n, C + 1)
-            found = torch.cat([(some @ part.T).amin(1) for some in query.split(max(1, TILE // len(part)))])
+            part = (part - centre).T
+            part = torch.cat([-2 * part, part.square().sum(0, keepdim=True)])  # (C + 1, n), contiguous, which the product is quicker with
+            found = torch.cat([(some @ part).amin(1) for some in query.split(max(1, TILE // part.shape[1]))])
             best = found if best is None else torch.minimum(best, found)
     return (best + own).clamp_min(0).sqrt()
+
+
+def by_threads(task: Callable[[Any], Tensor], items: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """What `task` makes of each item; on a CPU each of torch's threads takes others, as those of one small product wait for each other."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return [task(item) for item in items]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(task, items))
+    finally:
+        torch.set_num_threads(threads)
