@@ -158,13 +158,19 @@ def run(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("int8") / "model.onnx"
-    return export_run(composed(f"run='{run}'", f"output='{path}'", "precision=int8", "flips=12", config="export"))
+def exports(run, tmp_path_factory):
+    """File and parity of both formats."""
+    folder, options = tmp_path_factory.mktemp("int8"), ("precision=int8", "flips=12")
+    formats = {"onnx": "onnx", "openvino": "xml"}
+    return {
+        name: export_run(composed(f"run='{run}'", f"output='{folder}/model.{end}'", f"format={name}", *options, config="export"))
+        for name, end in formats.items()
+    }
 
 
-def test_an_export_decides_as_float32(exported, tiny):
-    path, parity = exported
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_an_export_decides_as_float32(exports, format, tiny):
+    path, parity = exports[format]
     model = Model(path, threads=1)
     assert parity.flipped == 0 and parity.score_difference <= 1e-3 * parity.score_scale  # of its float32 from the run
     band = model.metadata["band"]
@@ -184,8 +190,19 @@ def test_an_export_decides_as_float32(exported, tiny):
             assert new == pytest.approx(other if twice else old, rel=1e-6)
 
 
-def test_others_who_read_onnx_get_integers_and_may_ask_for_float32(exported, tiny):
-    session = onnxruntime.InferenceSession(str(exported[0]), providers=["CPUExecutionProvider"])
+def test_both_engines_find_the_same_scores(exports, tiny):
+    files = sorted((tiny / "normal_test").glob("*.png"))
+    for exact in (False, True):
+        scores = []
+        for path, _ in exports.values():
+            model = Model(path, threads=1)
+            model.exact, model.threshold = exact, None
+            scores.append([result.score for result in model.predict(files, batch_size=4)])
+        np.testing.assert_allclose(*scores, rtol=1e-4 if exact else 2e-2)
+
+
+def test_others_who_read_onnx_get_integers_and_may_ask_for_float32(exports, tiny):
+    session = onnxruntime.InferenceSession(str(exports["onnx"][0]), providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["image"]
     assert [value.name for value in session.get_overridable_initializers()] == [EXACT]
     x = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted((tiny / "normal_test").glob("*.png"))[:2]])
@@ -198,7 +215,7 @@ def test_others_who_read_onnx_get_integers_and_may_ask_for_float32(exported, tin
     ("overrides", "message"),
     [
         (["precision=int4"], "precision=int4: expected"),
-        (["precision=int8", "format=torch_export"], "format=torch_export: only with format=onnx"),
+        (["precision=int8", "format=torch_export"], "format=torch_export: expected format=onnx or openvino"),
     ],
 )
 def test_what_has_no_integers_says_why(run, overrides, message):

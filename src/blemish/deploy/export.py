@@ -20,7 +20,7 @@ from blemish.edge.checks import check_choice, check_number, check_size, check_sw
 from blemish.edge.errors import InputError
 from blemish.edge.geometry import GREY, middle, strips_of
 from blemish.edge.reading import file_digest
-from blemish.edge.runtime import FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal, to_input
+from blemish.edge.runtime import EXACT, FORMAT, KEY, NO_SEAL, Model, Run, openvino_core, packed, seal, to_input
 from blemish.features.engine import onnx_of, quiet
 from blemish.features.extractor import Features
 from blemish.files import atomic_write, remove_stale, replacing
@@ -160,8 +160,8 @@ def export_run(cfg: Any) -> tuple[Path, Parity]:
 
 def check_integers(cfg: Any, run: Path, model: Detector) -> None:
     """InputError where nothing can be computed in integers, or nothing says how far that is from float32."""
-    if cfg.format != "onnx":
-        raise InputError(f"precision=int8, format={cfg.format}: only with format=onnx")
+    if cfg.format == "torch_export":
+        raise InputError("precision=int8, format=torch_export: expected format=onnx or openvino")
     if run.is_file() or not len(model.calibration):
         raise InputError(f"precision=int8, run={run}: expected the folder of a run with calibration images (protocol=clean)")
     if not splits(model):
@@ -202,7 +202,8 @@ def checked_size(cfg: Any, preprocessing: Preprocessing, path: Path) -> list[int
         raise InputError(f"source={source}: smaller than the run's crop of {geometry.crop}")
     if path.suffix != ENDINGS[cfg.format]:
         raise InputError(f"output={path}: expected a name that ends with {ENDINGS[cfg.format]}")
-    if absent := [name for name in NEEDS[cfg.format] if not find_spec(name)]:
+    needs = {*NEEDS[cfg.format], *(NEEDS["onnx"] if cfg.precision == "int8" else ())}
+    if absent := sorted(name for name in needs if not find_spec(name)):
         raise InputError(f"format={cfg.format}: needs {', '.join(absent)}, which are not here; pip install 'blemish[export]'")
     side = geometry.side or preprocessing.tile
     if not (side or size or source):
@@ -311,11 +312,16 @@ def fold(module: torch.fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
+def proto_of(program: Any, opset: int) -> Any:
+    """The program as ONNX's ModelProto, which it may be already."""
+    return onnx_of(program, opset, NAMES) if isinstance(program, torch.export.ExportedProgram) else program
+
+
 def to_onnx(program: Any, path: Path, opset: int) -> Callable[[dict], None]:
     """A function that writes the program, or ONNX's ModelProto, as ONNX with the metadata it is given."""
     import onnx
 
-    proto = onnx_of(program, opset, NAMES) if isinstance(program, torch.export.ExportedProgram) else program
+    proto = proto_of(program, opset)
 
     def write(metadata: dict) -> None:
         onnx.helper.set_model_props(proto, {KEY: json.dumps(metadata)})
@@ -325,11 +331,14 @@ def to_onnx(program: Any, path: Path, opset: int) -> Callable[[dict], None]:
     return write
 
 
-def to_openvino(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[dict], None]:
+def to_openvino(program: Any, path: Path, opset: int) -> Callable[[dict], None]:
     """The same by way of ONNX as OpenVINO's .xml and .bin, with all 32 bits."""
     import openvino
 
-    model = openvino_core().read_model(onnx_of(program, opset, NAMES).SerializeToString())
+    proto = proto_of(program, opset)
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name == EXACT]:
+        proto.graph.initializer.remove(tensor)  # OpenVINO would take an input with a value for a constant
+    model = openvino_core().read_model(proto.SerializeToString())
 
     def write(metadata: dict) -> None:
         model.set_rt_info(json.dumps(metadata), [KEY, "metadata"])

@@ -236,7 +236,13 @@ def by_openvino(path: Path, threads: int | None) -> tuple[str | None, Run]:
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     compiled = openvino_core().compile_model(model, "CPU", options)
     text = model.get_rt_info([KEY, "metadata"]).value if model.has_rt_info([KEY, "metadata"]) else None
-    return text, lambda *inputs: [np.array(value) for value in compiled(list(inputs)).values()]
+    switch = [EXACT] if any(EXACT in value.names for value in model.inputs) else []  # ONNX has a value for it
+
+    def run(*inputs: np.ndarray, **more: np.ndarray) -> list[np.ndarray]:
+        given = [*inputs, *(more.get(name, np.array(False)) for name in switch)]
+        return [np.array(value) for value in compiled(given).values()]
+
+    return text, run
 
 
 def pixels(image: Any) -> np.ndarray:
