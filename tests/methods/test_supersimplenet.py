@@ -107,6 +107,19 @@ def test_labelled_defects_pass_the_gradient_into_the_map():
     assert issubclass(type(model), TrainedDetector)
 
 
+def test_a_score_of_the_map_trains_the_head_for_labelled_defects_alone():
+    pictures, mask = bricks(4, 0), torch.ones(1, 64, 64, dtype=torch.uint8)
+    for score, known, needed in (("head", False, True), ("top", False, False), ("top", True, True)):
+        model = make("supersimplenet", score=score)
+        if known:
+            model.learn_defects([batch(pictures[:1])._replace(mask=mask)])
+        model.loss(batch(pictures)).backward()
+        parameters = [*model.head.parameters(), *model.decide.parameters()]
+        assert all(p.requires_grad == needed and (p.grad is not None) == needed for p in parameters)
+        assert all(p.grad is not None for p in [*model.adaptor.parameters(), *model.segment.parameters()])
+        assert model.eval()(pictures).score.shape == (4,)
+
+
 def test_defects_fill_half_of_a_batch():
     model, pictures = make("supersimplenet"), bricks(4, 0)
     mask = F.pad(torch.ones(1, 8, 8, dtype=torch.uint8), (0, 56, 0, 56))

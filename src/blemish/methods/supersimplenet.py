@@ -67,6 +67,7 @@ class SuperSimpleNet(TrainedDetector):
                     nn.init.xavier_normal_(layer.weight)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
+        self.train_head(self.map_share is None)
         self.known: list[tuple[list[Tensor], Tensor]] = []  # maps (C, h, w) of each stage, and truth (h, w), of each labelled defect
 
     def embed(self, maps: Maps) -> Tensor:
@@ -75,9 +76,17 @@ class SuperSimpleNet(TrainedDetector):
         x = torch.cat([F.interpolate(m.float(), size, mode="bilinear", align_corners=True) for m in maps], 1)
         return F.avg_pool2d((x - self.mean[:, None, None]) / self.scale[:, None, None], 3, 1, 1)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, 1, h, w) and score (B,) of adapted features (B, D, h, w), both logits of being anomalous."""
+    def train_head(self, needed: bool) -> None:
+        """Train the head of the score or leave it out: it takes up to half of the time, and a score of the map may do without."""
+        self.has_head = needed
+        for part in (self.head, self.decide):
+            part.requires_grad_(needed)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map (B, 1, h, w) and score (B,), if it `has_head`, of adapted features (B, D, h, w), both logits of being anomalous."""
         map = self.segment(x)
+        if not self.has_head:
+            return map, None
         passed = map if self.known else map.detach()  # the official code lets the score teach the map where there are labels
         seen = self.head(torch.cat((x, passed), 1))  # (B, channels, h, w)
         return map, self.decide(torch.cat((seen.amax((2, 3)), seen.mean((2, 3)), passed.amax((2, 3)), passed.mean((2, 3))), 1))[:, 0]
@@ -97,6 +106,7 @@ class SuperSimpleNet(TrainedDetector):
 
     def learn_defects(self, batches: Iterable[Batch]) -> None:
         self.known = []
+        self.train_head(True)  # through it a defect without a mask teaches the map
         for batch in batches:
             maps = self.maps(batch)
             truth = truth_of(batch.mask, [self.hparams.upscale * side for side in maps[0].shape[-2:]])
@@ -121,11 +131,12 @@ class SuperSimpleNet(TrainedDetector):
         map, score = self.heads(x + noise * noisy[:, None])
         truth = torch.where(noisy, 1, truth)
         label = torch.maximum(label, noisy.flatten(1).any(1).float())
-        return segmentation_loss(map[:, 0], truth, self.hparams.margin) + focal(score, label).mean()
+        loss = segmentation_loss(map[:, 0], truth, self.hparams.margin)
+        return loss if score is None else loss + focal(score, label).mean()
 
     def score(self, maps: Maps, size: tuple[int, int]) -> Prediction:
         map, score = self.heads(self.adaptor(self.embed(maps)))
-        return self.from_map(smooth_upsample(map[:, 0].float(), size, self.hparams.sigma), score.float())
+        return self.from_map(smooth_upsample(map[:, 0].float(), size, self.hparams.sigma), None if score is None else score.float())
 
     def configure_optimizers(self) -> dict:
         rate, heads = self.hparams.learning_rate, [*self.segment.parameters(), *self.head.parameters(), *self.decide.parameters()]
