@@ -22,7 +22,7 @@ from blemish.ops.neighbours import nearest
 from blemish.types import Prediction
 
 TILE = 2**19  # squared distances that a thread holds at a time: small enough for its cache
-QUERIES = 2048  # positions that a thread takes at a time
+QUERIES = 2048  # positions that a thread takes at a time; a GPU takes all, as the gallery comes to it with every part
 BLOCK = 32  # images of the gallery moved at a time
 
 
@@ -128,7 +128,8 @@ class SPADE(OnePassDetector):
         for group in [[s] for s in stages] if self.per_stage else [stages]:  # stages that are compared together
             query = rows(aligned([maps[s].float() for s in group], self.align))  # (B, P, C)
             own = [gallery[s] for s in group], [grids[s] for s in group]
-            tasks = [(part, near) for image, near in zip(query, index, strict=True) for part in image.split(QUERIES)]
+            step = QUERIES if query.device.type == "cpu" else query.shape[1]
+            tasks = [(part, near) for image, near in zip(query, index, strict=True) for part in image.split(step)]
             part = by_threads(lambda task, own=own: nearest_distance(task[0], self.images_of(*own, task[1], task[0])), tasks, query.device)
             found.append(smooth_upsample(torch.cat(part).view(len(query), *grids[group[0]]), size, self.sigma))
         return self.from_map(torch.stack(found).mean(0), distance.mean(1))
