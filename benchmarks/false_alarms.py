@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blemish.detector import Detector
 from blemish.noise import background
-from blemish.noise.false_alarms import disc, false_alarms, least, log10_tail, number_of_tests
+from blemish.noise.false_alarms import disc, false_alarms, least, log10_tail, number_of_tests, tests_of
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.pyramid import grow, mirrored, pyramid
 from blemish.run.config import build
@@ -35,7 +35,7 @@ RADII = (2, 4)
 SIDE = 128
 TEXTURES = ("brick", "grass", "gravel")
 MORE = ("moon", "immunohistochemistry", "retina")  # surfaces that scikit-image has without a download, too
-FEATURES = {"source": "features", "stage": 2, "patch_cells": 3, "components": 16, "statistic": "energy"}
+FEATURES = {"source": "features", "stages": [1, 2, 3], "patch_cells": 2, "components": 16}
 MODEL = {
     "patch": 8,
     "neighbors": 16,
@@ -57,7 +57,7 @@ def counts(batches: Iterator[Tensor], settings: tuple[tuple[int, str], ...], mea
     images = 0
     for noise in batches:
         channels, height, width = noise.shape[1:]
-        channels = {"mean": channels, "energy": 1, "both": channels + 1}[statistic]
+        channels = tests_of(statistic, channels)
         levels = pyramid(noise, max(scales for scales, _ in settings))
         levels = [false_alarms(x, RADII, 1.0, mirrored(s), measured, statistic) for s, x in enumerate(levels)]  # log10 p
         grown = [tuple(grow(a, height, width, s) for a in level) for s, level in enumerate(levels)]
@@ -172,7 +172,7 @@ def alarms_of(name: str, images: int, **changes) -> list[dict]:
     corners = zip(*(torch.randint(0, room - SIDE + 1, (images,), generator=generator).tolist() for room in (512, 256)), strict=True)
     crops = torch.cat([photo[..., y : y + SIDE, 256 + x : 256 + x + SIDE] for y, x in corners])
     nfa = torch.cat([model.alarms(part).log10_nfa for part in crops.split(4)])
-    step = 8 if model.backbone else 1  # cells of the network's stage
+    step = 4 if model.backbone else 1  # cells of the network's finest stage
     hits = [(nfa <= math.log10(epsilon)) for epsilon in EPSILONS]
     row = {"scales": 1, "bound": "tests", "images": images, "pixels": [h[:, ::step, ::step].sum().item() / images for h in hits]}
     row["components"] = [sum(ndimage.label(one, structure=np.ones((3, 3)))[1] for one in h.numpy()) / images for h in hits]
@@ -241,21 +241,22 @@ def measure(images: int, path: Path, again: bool) -> dict:
     add("white, mode: measured", 1, white, partial(counts, settings=both, measured=True))
     add("white image of 48 px through the whole detector", 1, whole_detector(images, 48, 30.0, 7), partial(counts, settings=both[:1]))
     for channels in (1, 5):
-        count = partial(counts, settings=both, statistic="energy")
-        add("white, energy", channels, drawn(few, channels, channels, colours["white"]), count, few)
+        count = partial(counts, settings=both, statistic="both")
+        add("white, means and energy", channels, drawn(few, channels, channels, colours["white"]), count, few)
     for name in TEXTURES + MORE:
         for kind, options in (("", {}), (", mode: measured", {"measured": True})):
-            for statistic in ("mean", "energy") if kind else ("mean",):
-                title = f"{name}'s residual itself{kind}" + (", energy" if statistic == "energy" else "")
-                if name in MORE or statistic == "energy":
+            for statistic in ("mean", "both") if kind else ("mean",):
+                title = f"{name}'s residual itself{kind}" + (", means and energy" if statistic == "both" else "")
+                if name in MORE or statistic == "both":
                     batches = map(gaussianise, crops(name, few, 9))
                     add(title, 1, batches, partial(counts, settings=both, statistic=statistic, **options), few)
     few = min(20, images)
     for name in TEXTURES + MORE:
         for kind, options in (
             ("pixels, 8 references", {"references": 8}),
-            ("features and their energy, 8 references", {"references": 8, **FEATURES}),
-            ("features and their energy, alone", FEATURES),
+            ("features, means and energy, 8 references", {"references": 8, "statistic": "both", **FEATURES}),
+            ("features, energy, 8 references", {"references": 8, "statistic": "energy", **FEATURES}),
+            ("features, energy, alone", {"statistic": "energy", **FEATURES}),
         ):
             add(f"{name}: {kind}", 1, iter(()), lambda _, n=name, o=options: alarms_of(n, few, **o), few)
     return result

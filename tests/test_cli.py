@@ -92,6 +92,8 @@ def test_every_tool_is_a_command():
         (["reproduce", "paper=padin"], "paper=padin: no such file of configs/paper; did you mean 'padim'?"),
         (["reproduce", "paper=padim", "data.root=nowhere", "tolerance=nan"], "tolerance=nan"),
         (["data", "synthesize", "data=folder", "data.root=nowhere", "share=2"], "share=2"),
+        (["data", "synthesize", "data=folder", "data.root=nowhere", "sides=[0.5,0.2]"], "sides=[0.5, 0.2]: expected [from, to]"),
+        (["data", "synthesize", "data=folder", "data.root=nowhere", "sides=[0.5,2]"], "sides="),
         (["report", "runs=nowhere", "max_mb=0"], "max_mb=0"),
         (["table", "runs=nowhere", "by=colour"], "by=colour"),
         (["bench", "run=nowhere", "n=0"], "n=0"),

@@ -75,6 +75,9 @@ def data(cfg: Any) -> None:
     from blemish.run.config import build, products_of
 
     check_number("", "(0, 1]", share=cfg.share)
+    check_number("", "(0, 1]", also=(None,), each=True, sides=cfg.sides)
+    if cfg.sides is not None and (len(cfg.sides) != 2 or cfg.sides[0] > cfg.sides[1]):
+        refuse(f"sides={list(cfg.sides)}: expected [from, to]")
     check_choice("", ACTIONS, action=cfg.action)
     if names := products_of(cfg):
         refuse(f"data.category=[{','.join(names)}]: one product at a time; expected one of them")
@@ -85,7 +88,7 @@ def data(cfg: Any) -> None:
         sys.exit(status)
     images.setup()
     output = cfg.output or "synthetic"
-    say(f"{synthetic.write(images, output, cfg.share, cfg.seed)} images drawn on: {output}")
+    say(f"{synthetic.write(images, output, cfg.share, cfg.seed, cfg.sides)} images drawn on: {output}")
 
 
 def export(cfg: Any) -> None:

@@ -55,7 +55,7 @@ class OnDeviceOnly(FakeTensorMode):
         {"channels": 1, "bound": "map"},
         {"mode": "original"},
         {"mode": "measured"},
-        {"source": "features", "stage": 1, "scales": 2},
+        {"source": "features", "stages": [1, 2], "patch_cells": 2, "neighbors": 4, "scales": 2, "statistic": "both"},
         {"tile": 48},
         {"statistic": "both"},
     ],
@@ -102,7 +102,10 @@ def test_a_stain_is_detected_where_it_is(changes):
         assert first[0].x1 <= peak_x < first[0].x2
 
 
-REFERENCES = [{"references": 4, "channels": 1, "scales": 2}, {"references": 4, "source": "features", "scales": 1, "statistic": "energy"}]
+REFERENCES = [
+    {"references": 4, "channels": 1, "scales": 2},
+    {"references": 4, "source": "features", "stages": [0, 1], "scales": 1, "statistic": "both"},
+]
 
 
 @pytest.mark.parametrize("changes", REFERENCES, ids=str)
@@ -176,11 +179,22 @@ def test_images_of_two_sizes_are_no_references():
 
 def test_features_have_no_border_of_their_own():
     """A flat image has flat features up to its rim, which a network's zero padding would not leave; any size keeps its grid."""
-    model = detector(source="features", stage=1)
-    assert model.channels_of(texture(64, 96)).shape[2:] == (16, 24)
-    assert model.channels_of(texture(50, 61)).shape[2:] == (13, 16)
-    flat = model.channels_of(torch.full((1, 3, 64, 64), 0.4))
-    assert (flat - flat.mean((2, 3), keepdim=True)).abs().max() < 1e-3 * flat.abs().max()
+    model = detector(source="features", stages=[1, 2])
+    assert [tuple(map.shape[2:]) for map in model.maps_of(texture(64, 96))] == [(16, 24), (8, 12)]
+    assert [tuple(map.shape[2:]) for map in model.maps_of(texture(50, 61))] == [(13, 16), (7, 8)]
+    for flat in model.maps_of(torch.full((1, 3, 64, 64), 0.4)):
+        assert (flat - flat.mean((2, 3), keepdim=True)).abs().max() < 1e-3 * flat.abs().max()
+
+
+def test_stages_share_the_bound_and_say_their_scale():
+    """Each of two stages may spend half of ε, and the scale is that of the pyramid, also where a stage has no room."""
+    image = stained(96, 112, 40, 50)
+    kinds = {"source": "features", "patch_cells": 2, "neighbors": 4, "statistic": "both"}
+    both, fine, coarse = (detector(stages=stages, scales=1, **kinds).alarms(image).log10_nfa for stages in ([1, 2], [1], [2]))
+    torch.testing.assert_close(both, torch.minimum(fine, coarse) + math.log10(2))
+    halved = detector(stages=[1, 4], scales=2, **kinds)
+    assert list(halved.residuals(image)) == [0, 2]  # twice the first stage: 3×4 cells of the last have too few patches
+    assert set(halved.alarms(image).scale.unique().tolist()) <= {0, 1}
 
 
 def test_the_radius_is_in_pixels_of_the_image():

@@ -16,12 +16,16 @@ from blemish.data.textures import DEFECTS, blemished, new_folder
 from blemish.edge.errors import InputError
 from blemish.edge.reading import read
 
-SIDES = 0.12, 0.45  # of the square that a defect is drawn in, as shares of the image's shorter side
+SIDES = (0.12, 0.45)  # of the square that a defect is drawn in, from and to, as shares of the image's shorter side
 SMALLEST = 24  # pixels of that square
 
 
 def blemish(
-    image: np.ndarray, others: Sequence[np.ndarray], rng: np.random.Generator, inside: np.ndarray | None = None
+    image: np.ndarray,
+    others: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    inside: np.ndarray | None = None,
+    sides: Sequence[float] = SIDES,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Draw one defect on a uint8 image (H, W) or (H, W, 3); returns the image, the bool mask (H, W) of the defect, and its type.
 
@@ -30,7 +34,7 @@ def blemish(
     """
     grey = image if image.ndim == 2 else image.mean(2)
     short = min(grey.shape)
-    side = int(np.clip(rng.uniform(*SIDES) * short, min(SMALLEST, short), short))
+    side = int(np.clip(rng.uniform(*sides) * short, min(SMALLEST, short), short))
     y, x = np.clip(np.array(place(grey, rng, inside)) - side // 2, 0, np.array(grey.shape) - side)
     square = slice(y, y + side), slice(x, x + side)
     clean = np.rint(grey[square]).astype(np.uint8)
@@ -62,11 +66,12 @@ def piece(image: np.ndarray, side: int) -> np.ndarray:
     return np.pad(grey, [(0, max(0, side - length)) for length in grey.shape], mode="symmetric")
 
 
-def write(data: ImageData, output: str | Path, share: float, seed: int) -> int:
+def write(data: ImageData, output: str | Path, share: float, seed: int, sides: Sequence[float] | None = None) -> int:
     """Make a folder for `data=folder` of a data set's training images; returns the number of images with drawn defects.
 
     normal/ is to train on, normal_test/ a seeded share kept from it; defects/ has the images of normal_test/ with one defect each, masks/
-    the pixels of the defects. InputError if the folder exists, images are not of 8 bits, or the ROI is a folder of masks.
+    the pixels of the defects, drawn in squares of `sides`, by default SIDES. InputError if the folder exists, images are not of 8 bits, or
+    the ROI is a folder of masks.
     """
     if data.roi and data.roi.folder:
         raise InputError(f"data.roi={data.roi.folder}: a mask for each image, which drawn images lack; expected one mask for all")
@@ -87,7 +92,7 @@ def write(data: ImageData, output: str | Path, share: float, seed: int) -> int:
             name = f"{i:05}.png"
             Image.fromarray(image).save(made / ("normal_test" if sample in tested else "normal") / name, compress_level=1)
             if sample in tested:
-                changed, mask, _ = blemish(image, others[-8:], rng, data.roi and data.roi.inside(None, *image.shape[:2]))
+                changed, mask, _ = blemish(image, others[-8:], rng, data.roi and data.roi.inside(None, *image.shape[:2]), sides or SIDES)
                 Image.fromarray(changed).save(made / "defects" / name, compress_level=1)
                 Image.fromarray(mask).save(made / "masks" / name)
             others = [*others[-7:], image]

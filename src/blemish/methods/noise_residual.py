@@ -2,7 +2,8 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from blemish.noise.false_alarms import (
     number_of_tests,
     original_false_alarms,
     statistics,
+    tests_of,
 )
 from blemish.noise.gaussianise import gaussianise
 from blemish.noise.patches import Index
@@ -33,7 +35,7 @@ from blemish.ops.accumulators import RowBuffer
 from blemish.types import Prediction
 
 BORDER = 32  # mirrored pixels around the image of a network, whose own padding would stand out as an anomaly
-LEVELS = ("bank", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
+LEVELS = ("bank", "deviation", "law", "white_mean", "white_axes", "axes", "keys", "leaves", "directions", "limits")  # of every scale
 NO_OPERATORS = "ONNX has no medians and no logarithm of a normal tail, which it computes; use `predict run=…`, or export padim or patchcore"
 
 
@@ -62,7 +64,7 @@ class NoiseResidual(OnePassDetector):
         self,
         source: str,
         backbone: str,
-        stage: int | str,
+        stages: Sequence[int | str],
         weights: str,
         components: int,
         channels: int,
@@ -94,12 +96,13 @@ class NoiseResidual(OnePassDetector):
         else:
             self.check_arguments(references=integer(2, also=(None,)))
         self.features_too = source == "features" and residual_of is None
+        self.grids = len(stages) if self.features_too else 1  # of every scale
         patch = patch_cells if self.features_too else patch
         self.check_arguments(tile=integer(2 * patch + 1, 16383))
-        check_stages(stage=[stage])
+        check_stages(stages=stages)
         if references is not None and (residual_of is not None or mode == "original"):
             raise InputError(f"references={references}: not with residual_of or mode=original; use null")
-        self.backbone = Features(backbone, [stage], weights, seed) if self.features_too else None
+        self.backbone = Features(backbone, stages, weights, seed) if self.features_too else None
         self.reconstruction = reconstruction(Path(residual_of)) if residual_of is not None else None
         self.components, self.grey, self.scales, self.radii, self.epsilon = components, channels == 1, scales, tuple(radii), epsilon
         self.original, self.measured, self.bound, self.references = mode == "original", mode == "measured", bound, references
@@ -107,7 +110,7 @@ class NoiseResidual(OnePassDetector):
         self.needs_fit, self.patch, self.neighbors, self.seed = references is not None, patch, neighbors, seed
         if references is not None:
             self.not_exportable = NO_OPERATORS
-            self.add_buffers("images", *(f"{name}{level}" for level in range(scales) for name in LEVELS))
+            self.add_buffers("images", *(f"{name}{level}" for level in range(scales * self.grids) for name in LEVELS))
         self.similarity = {
             "patch": patch,
             "neighbors": neighbors,
@@ -155,17 +158,18 @@ class NoiseResidual(OnePassDetector):
         self.images = images = torch.cat([kept, new[torch.linspace(0, len(new) - 1, count).round().long()]])
         if len(images) < 2:
             raise InputError(f"references={self.references}: found {len(images)} image; expected 2 or more")
-        for level, u in enumerate(pyramid(images, self.scales)):
-            x = self.channels_of(u)
+        for level, x in enumerate(self.levels(images)):
             if self.features_too:
                 mean, axes = background.whitening(x.movedim(1, 0).flatten(1)[None], self.components)
                 self.set_buffers(level, white_mean=mean, white_axes=axes)
                 x = background.whiten(x, mean, axes)
             if not self.has_room(x):
-                break
+                continue
             halves = x[::2], x[1::2]
-            residuals = [self.redrawn(a, b, patches.build(b, self.patch, self.seed)) for a, b in (halves, halves[::-1])]
-            self.set_buffers(level, bank=x, law=self.measure(torch.cat(residuals)), **patches.build(x, self.patch, self.seed)._asdict())
+            residual = torch.cat([self.redrawn(a, b, patches.build(b, self.patch, self.seed)) for a, b in (halves, halves[::-1])])
+            deviation = residual.square().mean((0, 2, 3), keepdim=True).sqrt().clamp_min(1e-30)  # (1, C, 1, 1)
+            index = patches.build(x, self.patch, self.seed)._asdict()
+            self.set_buffers(level, bank=x, deviation=deviation, law=self.measure(residual / deviation), **index)
 
     def set_buffers(self, level: int, **values: Tensor) -> None:
         for name, value in values.items():
@@ -178,26 +182,23 @@ class NoiseResidual(OnePassDetector):
         return background.residual(x, **self.similarity, bank=bank, index=index)
 
     def measure(self, residual: Tensor) -> Tensor:
-        """The laws (R, 5, C + 1) of residuals (N, C, h, w), all images together: rows as in `Law`."""
+        """The laws (R, 5, max(C, 2)) of residuals (N, C, h, w), all images together: rows as in `Law`."""
         rows = []
         for mean, energy, share in statistics(residual, self.radii, 0, self.statistic):
             together = [None if a is None else a.transpose(0, 1).flatten(1, 2)[None] for a in (mean, energy)]  # (1, C, N·h, w)
             law = law_of(*together, share.repeat(1, 1, len(residual), 1), measured=True)
-            channels = residual.shape[1] + 1
-            rows.append(torch.stack([torch.nn.functional.pad(v.flatten(), (0, channels - v.numel())) for v in law]))
+            width = max(residual.shape[1], 2)
+            rows.append(torch.stack([torch.nn.functional.pad(v.flatten(), (0, width - v.numel())) for v in law]))
         return torch.stack(rows)
 
     def laws(self, level: int) -> list[Law] | None:
         if self.references is None:
             return None
-        (law,) = self.of_level(level, "law")
-        c, t = self.channels_tested(law.shape[2] - 1)
-        return [Law(*(v[:n].view(1, n, 1, 1) for v, n in zip(rows, (c, 1, 1, t, t), strict=True))) for rows in law]
-
-    def channels_tested(self, channels: int) -> tuple[int, int]:
-        """How many means are tested at every disc, and how many statistics in all."""
-        means = 0 if self.statistic == "energy" else channels
-        return means, means + (self.statistic != "mean")
+        bank, law = self.of_level(level, "bank", "law")
+        means = 0 if self.statistic == "energy" else bank.shape[1]
+        tests = tests_of(self.statistic, means)
+        sums = 0 if self.statistic == "mean" else tests
+        return [Law(*(v[:n].view(1, n, 1, 1) for v, n in zip(rows, (means, sums, sums, tests, tests), strict=True))) for rows in law]
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Prediction:
@@ -212,37 +213,42 @@ class NoiseResidual(OnePassDetector):
     def alarms(self, image: Tensor) -> Alarms:
         """The smallest number of false alarms over channels, discs and scales at every pixel."""
         height, width = image.shape[2:]
-        residuals = self.residuals(image)  # S × (B, C, h, w)
-        channels, cells = residuals[0].shape[1], residuals[0].shape[2:]
-        tests = number_of_tests(self.channels_tested(channels)[1], len(self.radii), *cells, len(residuals), self.bound)
+        residuals = self.residuals(image)
+        of_stage = Counter(level % self.grids for level in residuals)  # scales with room
         found = []
-        for level, x in enumerate(residuals):
-            side = (-(-height // 2**level), -(-width // 2**level))
+        for level, x in residuals.items():
+            scale, stage = divmod(level, self.grids)
+            side = (-(-height // 2**scale), -(-width // 2**scale))
             if self.original:
                 nfa, radius = original_false_alarms(gaussianise(x), self.radii, math.prod(side))
             else:
-                x = gaussianise(x) if self.references is None else x
-                nfa, radius = false_alarms(x, self.radii, tests, self.margin(level), self.measured, self.statistic, self.laws(level))
+                channels, finest = tests_of(self.statistic, x.shape[1]), residuals[stage].shape[2:]
+                tests = number_of_tests(channels, len(self.radii), *finest, of_stage[stage], self.bound)
+                tests *= len(of_stage)  # every stage may spend the same part of ε, however many cells it has
+                x = gaussianise(x) if self.references is None else x / getattr(self, f"deviation{level}")
+                nfa, radius = false_alarms(x, self.radii, tests, self.margin(scale), self.measured, self.statistic, self.laws(level))
             radius = radius * round(height / x.shape[2])
-            found.append([grow(from_cells(a, *side), height, width, level) for a in (nfa, radius)])
-        return least(found)
+            found.append([grow(from_cells(a, *side), height, width, scale) for a in (nfa, radius)])
+        scales = torch.tensor([level // self.grids for level in residuals], device=image.device)
+        alarms = least(found)
+        return alarms._replace(scale=scales[alarms.scale])
 
     def margin(self, level: int) -> int:
         """Pixels at the border left out: a reconstruction's residual is halved itself, and mirroring turns fine grain into coarse noise."""
         return 0 if self.reconstruction is None else mirrored(level)
 
-    def residuals(self, image: Tensor) -> list[Tensor]:
-        """The residual (B, C, h, w) of every scale that has room for patches, finest first."""
+    def residuals(self, image: Tensor) -> dict[int, Tensor]:
+        """The residual (B, C, h, w) of every level that has room for patches: scales, finest first, and the stages of each."""
         if self.reconstruction is not None:
             residual = 255 * (image - self.reconstruction.reconstruct(image))
             residual = residual.mean(1, keepdim=True) if self.grey else residual
             room = 4 * max(self.radii)
-            return [r for s, r in enumerate(pyramid(residual, self.scales)) if s == 0 or min(r.shape[2:]) - 2 * mirrored(s) > room]
-        residuals = []
-        for level, u in enumerate(pyramid(image, self.scales)):
-            x = self.channels_of(u)
+            return {s: r for s, r in enumerate(pyramid(residual, self.scales)) if s == 0 or min(r.shape[2:]) - 2 * mirrored(s) > room}
+        residuals, largest = {}, None
+        for level, x in enumerate(self.levels(image)):
+            largest = x.shape[2:] if largest is None else largest
             if not self.has_room(x) or (self.references is not None and not len(*self.of_level(level, "bank"))):
-                break
+                continue
             if self.features_too:
                 white = (
                     self.of_level(level, "white_mean", "white_axes")
@@ -251,12 +257,12 @@ class NoiseResidual(OnePassDetector):
                 )
                 x = background.whiten(x, *white)
             if self.references is None:
-                residuals.append(background.residual(x, **self.similarity))
+                residuals[level] = background.residual(x, **self.similarity)
             else:
-                residuals.append(self.redrawn(x, *self.of_level(level, "bank"), Index(*self.of_level(level, *Index._fields))))
+                residuals[level] = self.redrawn(x, *self.of_level(level, "bank"), Index(*self.of_level(level, *Index._fields)))
         if not residuals:
             raise InputError(
-                f"an image of {image.shape[2]}×{image.shape[3]} px has {x.shape[2]}×{x.shape[3]} positions, where a patch of side "
+                f"an image of {image.shape[2]}×{image.shape[3]} px has {largest[0]}×{largest[1]} positions, where a patch of side "
                 f"{self.patch} has fewer than neighbors={self.neighbors} others outside its exclusion box; expected 32 a side"
             )
         return residuals
@@ -264,16 +270,24 @@ class NoiseResidual(OnePassDetector):
     def has_room(self, x: Tensor) -> bool:
         return patches.enough(*x.shape[2:], self.patch, self.neighbors, self.patch)
 
-    def channels_of(self, image: Tensor) -> Tensor:
-        """What is modelled of images (B, 3, H, W) in [0, 1]: grey levels of 255, or the network's features before they are whitened."""
-        if not self.features_too:
-            return 255 * (image.mean(1, keepdim=True) if self.grey else image)
+    def levels(self, image: Tensor) -> Iterator[Tensor]:
+        """What is modelled of images (B, 3, H, W) in [0, 1] at every scale: grey levels of 255, or each stage before it is whitened."""
+        for u in pyramid(image, self.scales):
+            if self.features_too:
+                yield from self.maps_of(u)
+            else:
+                yield 255 * (u.mean(1, keepdim=True) if self.grey else u)
+
+    def maps_of(self, image: Tensor) -> Maps:
+        """The network's maps of an image with mirrored borders, without what the borders became."""
         height, width = image.shape[2:]
         rows, cols = (mirror(size, BORDER, image.device) for size in (height, width))
-        (map,) = self.backbone(image.index_select(2, rows).index_select(3, cols))
-        stride = round((height + 2 * BORDER) / map.shape[2])
-        first = BORDER // stride
-        return background.signed_root(map[:, :, first : first - (-height // stride), first : first - (-width // stride)])
+        maps = []
+        for map in self.backbone(image.index_select(2, rows).index_select(3, cols)):
+            stride = round((height + 2 * BORDER) / map.shape[2])
+            first = BORDER // stride
+            maps.append(background.signed_root(map[:, :, first : first - (-height // stride), first : first - (-width // stride)]))
+        return maps
 
 
 class Spread(RowBuffer):

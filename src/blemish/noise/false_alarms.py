@@ -74,66 +74,82 @@ def filter_discs(x: Tensor, radii: tuple[int, ...], margin: int) -> list[Tensor]
     return filtered
 
 
-def log10_tail(t: Tensor) -> Tensor:
-    """log10 P(|N| ≥ t) of a standard normal N for t ≥ 0, finite however small the probability."""
-    return (torch.special.log_ndtr(-t) + math.log(2)) / math.log(10)
+def log10_tail(t: Tensor, sides: int = 2) -> Tensor:
+    """log10 P(|N| ≥ t), or with one side log10 P(N ≥ t), of a standard normal N; finite however small the probability."""
+    return (torch.special.log_ndtr(-t) + math.log(sides)) / math.log(10)
 
 
-def tail_line(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept (B, C, 1, 1) of log(−log P) over log t for deviations t (B, C, H, W) ≥ 0: a Weibull law of each channel's tail.
+def tail_line(t: Tensor, sides: int = 2) -> tuple[Tensor, Tensor]:
+    """Slope and intercept (B, C, 1, 1) of log(−log P) over log t for deviations t (B, C, H, W): a Weibull law of each channel's tail.
 
-    By least squares on the quantiles of TAIL (slope 1 for Laplace, nearly 2 for Gauss). What lies beyond them has no part in the law by
-    which it is judged.
+    With one side it is the law of the half above 0, and P their share of that half. By least squares on the quantiles of TAIL (slope 1 for
+    Laplace, nearly 2 for Gauss). What lies beyond them has no part in the law by which it is judged.
     """
     ordered = t.flatten(2).sort(2, descending=True).values  # (B, C, P)
     count = ordered.shape[2]
     shares = [math.exp(math.log(TAIL[0]) + step / 19 * math.log(TAIL[1] / TAIL[0])) for step in range(20)]
     ranks = [max(1, round(share * count)) for share in shares]
-    y = t.new_tensor([math.log(-math.log((rank - 0.5) / count)) for rank in ranks])  # (20,)
+    y = t.new_tensor([math.log(-math.log((rank - 0.5) / count * 2 / sides)) for rank in ranks])  # (20,)
     x = ordered[..., [rank - 1 for rank in ranks]].clamp_min(1e-30).log()  # (B, C, 20)
     middle = x.mean(2, keepdim=True)
     slope = ((x - middle) * y).sum(2, keepdim=True) / (x - middle).square().sum(2, keepdim=True).clamp_min(1e-12)  # (B, C, 1)
     return slope[..., None], (y.mean() - slope * middle)[..., None]
 
 
-def log10_weibull_tail(t: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
-    """log10 P(T ≥ t) of a law by `tail_line`."""
-    return -(intercept + slope * t.clamp_min(1e-30).log()).exp() / math.log(10)
+def log10_weibull_tail(t: Tensor, slope: Tensor, intercept: Tensor, sides: int = 2) -> Tensor:
+    """log10 P(T ≥ t) of a law by `tail_line`; with one side at most log10 ½, at 0 and below."""
+    return (math.log(sides / 2) - (intercept + slope * t.clamp_min(1e-30).log()).exp()) / math.log(10)
 
 
 class Law(NamedTuple):
-    """How the statistics of discs of one radius vary where there is no anomaly: (B, C, 1, 1) by image and channel, or B = 1 for all."""
+    """How the statistics of discs of one radius vary where there is no anomaly: (B, C, 1, 1) by image and channel, or B = 1 for all.
 
-    variance: Tensor  # of the mean over a complete disc
-    energy: Tensor  # (B, 1, 1, 1) mean of the energy of a complete disc
-    freedom: Tensor  # (B, 1, 1, 1) degrees of freedom of the χ² law that has the energy's mean and variance
-    slope: Tensor | None  # of `tail_line`, with one more channel for the energy; None for Gauss and χ²
+    T are the tests of a disc: the means of the C channels, or K sums of squares, and then none of means.
+    """
+
+    variance: Tensor  # (B, C, 1, 1) of the mean over a complete disc
+    level: Tensor  # (B, K, 1, 1) mean of the sums of squares of a complete disc
+    freedom: Tensor  # (B, K, 1, 1) degrees of freedom of the χ² law that has their mean and variance
+    slope: Tensor | None  # (B, T, 1, 1) of `tail_line`; None for Gauss and χ²
     intercept: Tensor | None
 
 
-def deviations(mean: Tensor, energy: Tensor | None, law: Law) -> Tensor:
-    """Discs' means (B, C, H, W), and energies (B, 1, H, W) if there are any, as standard normal deviations t ≥ 0.
+def sums_of_squares(mean: Tensor, energy: Tensor | None, variance: Tensor) -> Tensor:
+    """(B, K, H, W): the energies, after the means' Σ_c m²/σ_c² if both are tested."""
+    parts = [(mean.square() / variance.clamp_min(1e-30)).sum(1, keepdim=True)] if mean.shape[1] else []
+    return torch.cat([*parts, energy], 1)
 
-    The energy is χ² with `freedom` degrees of freedom, whose cube root is nearly normal (Wilson and Hilferty) with a heavier far tail.
+
+def deviations(mean: Tensor, energy: Tensor | None, law: Law) -> Tensor:
+    """What is tested at discs with means (B, C, H, W) and energies (B, 1, H, W) as standard normal deviations t (B, T, H, W).
+
+    Means alone have two sides, t ≥ 0. A sum of squares is χ² with `freedom` degrees of freedom, whose cube root is nearly normal (Wilson
+    and Hilferty) with a heavier far tail: it has one side, and t < 0 where the residual is weaker than usual.
     """
-    t = mean.abs() / law.variance.sqrt().clamp_min(1e-30)
     if energy is None:
-        return t
+        return mean.abs() / law.variance.sqrt().clamp_min(1e-30)
     spread = 2 / (9 * law.freedom)
-    root = (energy / law.energy.clamp_min(1e-30)).clamp_min(0) ** (1 / 3)
-    return torch.cat([t, ((root - 1 + spread) / spread.sqrt()).clamp_min(0)], 1)
+    root = (sums_of_squares(mean, energy, law.variance) / law.level.clamp_min(1e-30)).clamp_min(0) ** (1 / 3)
+    return (root - 1 + spread) / spread.sqrt()
 
 
 def law_of(mean: Tensor, energy: Tensor | None, share: Tensor, measured: bool) -> Law:
     """The law of every image from its own discs, of which `share` (1, 1, H, W) lies inside the image."""
     part = share.mean()
     variance = mean.square().mean((2, 3), keepdim=True) / part
-    level = freedom = variance[:, :1]
+    level = freedom = variance[:, :0]
     if energy is not None:
-        level = energy.mean((2, 3), keepdim=True) / part
-        freedom = 2 * level.square() / ((energy - level * share).square().mean((2, 3), keepdim=True) / part).clamp_min(1e-30)
+        sums = sums_of_squares(mean, energy, variance)
+        level = sums.mean((2, 3), keepdim=True) / part
+        freedom = 2 * level.square() / ((sums - level * share).square().mean((2, 3), keepdim=True) / part).clamp_min(1e-30)
+        freedom = freedom.clamp_min(2 / 9)  # below it the cube root of nothing at all would be above its mean
     law = Law(variance, level, freedom, None, None)
-    return Law(*law[:3], *tail_line(deviations(mean, energy, law))) if measured else law
+    return Law(*law[:3], *tail_line(deviations(mean, energy, law), sides(energy))) if measured else law
+
+
+def sides(energy: Tensor | None) -> int:
+    """Means alone are tested on both sides, sums of squares above."""
+    return 2 if energy is None else 1
 
 
 def statistics(noise: Tensor, radii: tuple[int, ...], margin: int, statistic: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
@@ -149,6 +165,11 @@ def statistics(noise: Tensor, radii: tuple[int, ...], margin: int, statistic: st
     yield from zip(means, squares, discs[1], strict=True)
 
 
+def tests_of(statistic: str, channels: int) -> int:
+    """How many tests there are at a disc: the mean of every channel; the energy; or the energy and Σ_c m²/σ_c² of all means."""
+    return {"mean": channels, "energy": 1, "both": 2}[statistic]
+
+
 def false_alarms(
     noise: Tensor,
     radii: tuple[int, ...],
@@ -160,11 +181,10 @@ def false_alarms(
 ) -> tuple[Tensor, Tensor]:
     """log10 NFA (B, H, W) float32 and radius (B, H, W) int64 of residuals (B, C, H, W) that are noise where there is no anomaly.
 
-    NFA = tests · P(|N| ≥ t), t the deviation of the mean over a disc, or of its sum of squares over channels, as `statistic` says; the
-    least over discs and channels. A disc's `Law` comes from the image itself unless given for every radius. Outside the image the residual
-    is zero, and the law is that of a complete disc: a disc that leaves the image is compared with more noise than it contains, so the
-    border can lose a detection but not add a false one (reflecting the residual would, as means vary more there). `margin` pixels at every
-    side are not tested.
+    NFA = tests · P(N ≥ t), with |N| for means, t the deviation of what `statistic` tests at a disc; the least over discs and their tests. A
+    disc's `Law` comes from the image itself unless given for every radius. Outside the image the residual is zero, and the law is that of a
+    complete disc: a disc that leaves the image is compared with more noise than it contains, so the border can lose a detection but not add
+    a false one (reflecting the residual would, as means vary more there). `margin` pixels at every side are not tested.
 
     With `measured` the probability is the larger of that and of `log10_weibull_tail`: residuals of a texture are dependent, and their
     means have heavier tails than Gauss. Alarms can only become fewer.
@@ -172,8 +192,8 @@ def false_alarms(
     lowest, which = None, None
     for number, (radius, parts) in enumerate(zip(radii, statistics(noise, radii, margin, statistic), strict=True)):
         law = laws[number] if laws is not None else law_of(*parts, measured)
-        t = deviations(*parts[:2], law)
-        p = log10_tail(t) if law.slope is None else torch.maximum(log10_tail(t), log10_weibull_tail(t, law.slope, law.intercept))
+        t, n = deviations(*parts[:2], law), sides(parts[1])
+        p = log10_tail(t, n) if law.slope is None else torch.maximum(log10_tail(t, n), log10_weibull_tail(t, law.slope, law.intercept, n))
         p = p.amin(1)
         which = torch.full_like(p, radius, dtype=torch.int64) if which is None else torch.where(p < lowest, radius, which)
         lowest = p if lowest is None else torch.minimum(lowest, p)
