@@ -144,10 +144,10 @@ def law_of(mean: Tensor, energy: Tensor | None, share: Tensor, measured: bool) -
         freedom = 2 * level.square() / ((sums - level * share).square().mean((2, 3), keepdim=True) / part).clamp_min(1e-30)
         freedom = freedom.clamp_min(2 / 9)  # below it the cube root of nothing at all would be above its mean
     law = Law(variance, level, freedom, None, None)
-    return Law(*law[:3], *tail_line(deviations(mean, energy, law), sides(energy))) if measured else law
+    return Law(*law[:3], *tail_line(deviations(mean, energy, law), sides_of(energy))) if measured else law
 
 
-def sides(energy: Tensor | None) -> int:
+def sides_of(energy: Tensor | None) -> int:
     """Means alone are tested on both sides, sums of squares above."""
     return 2 if energy is None else 1
 
@@ -192,7 +192,7 @@ def false_alarms(
     lowest, which = None, None
     for number, (radius, parts) in enumerate(zip(radii, statistics(noise, radii, margin, statistic), strict=True)):
         law = laws[number] if laws is not None else law_of(*parts, measured)
-        t, n = deviations(*parts[:2], law), sides(parts[1])
+        t, n = deviations(*parts[:2], law), sides_of(parts[1])
         p = log10_tail(t, n) if law.slope is None else torch.maximum(log10_tail(t, n), log10_weibull_tail(t, law.slope, law.intercept, n))
         p = p.amin(1)
         which = torch.full_like(p, radius, dtype=torch.int64) if which is None else torch.where(p < lowest, radius, which)
