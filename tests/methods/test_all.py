@@ -29,6 +29,7 @@ WRONG = {
             {"tile": 8},
             {"references": 1},
             {"statistic": "sum"},
+            {"stages": 1},
         ),
     ],
     "padim": [{"align": "cubic"}, {"draws": 0}],

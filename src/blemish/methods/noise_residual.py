@@ -91,6 +91,7 @@ class NoiseResidual(OnePassDetector):
         self.check_arguments(mode=("calibrated", "measured", "original"), channels=(1, 3), h=POSITIVE, h_relative=POSITIVE)
         self.check_arguments(components=COUNT, scales=COUNT, neighbors=COUNT, radii=integer(1, each=True), epsilon=POSITIVE)
         self.check_arguments(patch_cells=integer(2), statistic=("mean", "energy", "both"))
+        check_stages(stages=stages)
         if isinstance(references, str):
             self.reference_folder = references
         else:
@@ -99,7 +100,6 @@ class NoiseResidual(OnePassDetector):
         self.grids = len(stages) if self.features_too else 1  # of every scale
         patch = patch_cells if self.features_too else patch
         self.check_arguments(tile=integer(2 * patch + 1, 16383))
-        check_stages(stages=stages)
         if references is not None and (residual_of is not None or mode == "original"):
             raise InputError(f"references={references}: not with residual_of or mode=original; use null")
         self.backbone = Features(backbone, stages, weights, seed) if self.features_too else None
