@@ -85,3 +85,11 @@ def test_defects_are_inside_the_roi(tiny, tmp_path):
         mask, normal = read(tmp_path / "out" / "masks" / changed.name) > 0, read(tmp_path / "out" / "normal_test" / changed.name)
         assert mask.any() and not mask[~inside].any()
         assert np.array_equal(read(changed)[~mask], normal[~mask])
+
+
+def test_larger_defects_are_drawn_on_request():
+    small, large = (
+        [blemish(skimage.data.brick(), [], np.random.default_rng(seed), sides=sides)[1].mean() for seed in range(8)]
+        for sides in ((0.12, 0.45), (0.5, 1.0))
+    )
+    assert np.mean(large) > 3 * np.mean(small)

@@ -55,6 +55,7 @@ class OnDeviceOnly(FakeTensorMode):
         {"channels": 1, "bound": "map"},
         {"mode": "original"},
         {"mode": "measured"},
+        {"source": "features", "stages": [1], "scales": 2},
         {"source": "features", "stages": [1, 2], "patch_cells": 2, "neighbors": 4, "scales": 2, "statistic": "both"},
         {"tile": 48},
         {"statistic": "both"},

@@ -30,7 +30,8 @@ def blemish(
     """Draw one defect on a uint8 image (H, W) or (H, W, 3); returns the image, the bool mask (H, W) of the defect, and its type.
 
     Type, strength, size and place are random; the place is where the image has contrast and inside the ROI `inside` (H, W), at whose border
-    the defect ends. `others` are images from which foreign material may be taken.
+    the defect ends. `sides`, from and to, are those of the square it is drawn in, as shares of the shorter side. `others` are images from
+    which foreign material may be taken.
     """
     grey = image if image.ndim == 2 else image.mean(2)
     short = min(grey.shape)

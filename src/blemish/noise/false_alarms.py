@@ -114,7 +114,7 @@ class Law(NamedTuple):
     intercept: Tensor | None
 
 
-def sums_of_squares(mean: Tensor, energy: Tensor | None, variance: Tensor) -> Tensor:
+def sums_of_squares(mean: Tensor, energy: Tensor, variance: Tensor) -> Tensor:
     """(B, K, H, W): the energies, after the means' Σ_c m²/σ_c² if both are tested."""
     parts = [(mean.square() / variance.clamp_min(1e-30)).sum(1, keepdim=True)] if mean.shape[1] else []
     return torch.cat([*parts, energy], 1)
