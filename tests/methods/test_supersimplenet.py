@@ -107,17 +107,33 @@ def test_labelled_defects_pass_the_gradient_into_the_map():
     assert issubclass(type(model), TrainedDetector)
 
 
-def test_a_score_of_the_map_trains_the_head_for_labelled_defects_alone():
-    pictures, mask = bricks(4, 0), torch.ones(1, 64, 64, dtype=torch.uint8)
-    for score, known, needed in (("head", False, True), ("top", False, False), ("top", True, True)):
+def test_a_score_of_the_map_trains_the_head_for_defects_without_a_mask_alone():
+    pictures, marked = bricks(4, 0), torch.ones(1, 64, 64, dtype=torch.uint8)
+    unmarked = torch.full_like(marked, NO_TRUTH)
+    cases = [("head", [], True), ("head", [marked], True), ("top", [], False), ("top", [marked], False)]
+    for score, masks, needed in [*cases, ("top", [unmarked], True), ("top", [marked, unmarked], True)]:
         model = make("supersimplenet", score=score)
-        if known:
-            model.learn_defects([batch(pictures[:1])._replace(mask=mask)])
+        if masks:
+            model.learn_defects([batch(pictures[:1])._replace(mask=mask) for mask in masks])
         model.loss(batch(pictures)).backward()
         parameters = [*model.head.parameters(), *model.decide.parameters()]
         assert all(p.requires_grad == needed and (p.grad is not None) == needed for p in parameters)
         assert all(p.grad is not None for p in [*model.adaptor.parameters(), *model.segment.parameters()])
         assert model.eval()(pictures).score.shape == (4,)
+
+
+def test_noise_is_added_at_the_cells_of_the_masks_alone_with_its_deviation():
+    model, pictures, seen = make("supersimplenet", noise=2.0, upscale=4), bricks(4, 0), []
+    model.segment.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].detach()))
+    model.train()
+    model.loss(batch(pictures))
+    (x,) = seen  # (2B, D, h, w)
+    added = (x - model.adaptor(model.embed(model.features(pictures))).detach().repeat(2, 1, 1, 1)).movedim(1, -1)  # (2B, h, w, D)
+    noisy = draw_masks(len(x), list(x.shape[-2:]), model.hparams.perlin, model.generator())
+    assert torch.equal(added.abs().amax(-1) > 1e-4, noisy)
+    assert 0 < noisy.float().mean() < 0.5
+    assert added[noisy].mean().abs() < 0.05
+    assert added[noisy].std() == pytest.approx(2, rel=0.05)
 
 
 def test_defects_fill_half_of_a_batch():
