@@ -20,6 +20,9 @@ from blemish.run.help import names
         (auto.FEW, 0, False, "subspace"),
         (auto.FEW + 1, 0, False, "patchcore"),
         (auto.FEW + 1, 10, False, "patchcore"),
+        (auto.BESIDE, auto.LABELLED - 1, False, "patchcore"),
+        (auto.BESIDE, auto.LABELLED, False, "supersimplenet"),
+        (auto.BESIDE, auto.LABELLED, True, "mutual"),
     ],
 )
 def test_the_choice_and_its_reason(normal, defects, unlabelled, recipe):
@@ -38,6 +41,18 @@ def test_overrides_name_the_recipe_that_was_chosen_for_the_data(tiny, more, reci
     found = auto.resolve([*data, "recipe=auto", *more])
     assert found == [*data, f"recipe={recipe}", *more]
     assert f"recipe={recipe}: " in capsys.readouterr().err
+
+
+def test_labelled_defects_count_by_their_masks(tiny, monkeypatch):
+    monkeypatch.setattr(auto, "LABELLED", 3)
+    monkeypatch.setattr(auto, "BESIDE", 2)
+    data = [override for override in tiny_overrides(tiny) if override.startswith("data")]
+    for more, recipe in (
+        (["data.defects=3"], "supersimplenet"),
+        (["data.defects=2"], "patchcore"),
+        (["data.defects=3", "data.masks=null"], "patchcore"),
+    ):
+        assert f"recipe={recipe}" in auto.resolve([*data, "recipe=auto", *more])
 
 
 def test_another_recipe_stays():
