@@ -103,8 +103,8 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
                 apart = int(bool(points) and ticks[x[0]] == "unlabelled")  # fitted to other images: no line leads on from it
                 axis.plot(x[:apart], mean[:apart], marker="o", ms=3, color=color)
                 axis.plot(x[apart:], mean[apart:], marker="o", ms=3, lw=1, color=color, label=method)
-                several = [ends for ends in zip(x, least, mean, strict=True) if ends[1] < ends[2]]
-                axis.vlines(*(zip(*several, strict=True) if several else ([], [], [])), color=color, lw=0.6)
+                several = [i for i, value in enumerate(mean) if least[i] < value]  # points of more than one seed
+                axis.vlines(*([values[i] for i in several] for values in (x, least, mean)), color=color, lw=0.6)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "blemish", "svg.fonttype": "none"}):
